@@ -1,0 +1,53 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench-zoo bench-scoring bench-cifar host-tests clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## create .venv and install everything (again when pyproject.toml changed)
+
+# torch and torchvision come together from the index as they are: builds mixed by hand do not load.
+$(STAMP): pyproject.toml
+	@test -x $(VENV)/bin/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, '$(PYTHON)' is not: try 'make PYTHON=python3.11 $(MAKECMDGOALS)'" >&2; exit 1; }
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (several GB and minutes the first time)"
+	@$(PY) -m pip install --disable-pip-version-check -q -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## run the quick start
+	$(PY) examples/quickstart.py $(ARGS)
+
+test: $(STAMP) ## run all tests and doctests (ARGS="-k name")
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP) ## fix what ruff can fix, and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench-zoo: $(STAMP) ## prune the torchvision zoo (ARGS=...)
+	$(PY) benchmarks/zoo.py $(ARGS)
+
+bench-scoring: $(STAMP) ## measure what scoring costs (ARGS=...)
+	$(PY) benchmarks/scoring_cost.py $(ARGS)
+
+bench-cifar: $(STAMP) ## one-shot pruning on CIFAR (ARGS=...)
+	$(PY) benchmarks/cifar_oneshot.py $(ARGS)
+
+host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
+	$(PY) benchmarks/host_tests.py $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)
+
+clean: ## remove caches and build products (keeps .venv, data and outputs)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name $(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
