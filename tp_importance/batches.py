@@ -1,0 +1,197 @@
+"""One reading of batches: what goes into the network, what the labels are, on which device and in which dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["ForwardFn", "call_model", "iterate", "reference_tensor", "run_batch", "split_batch", "to_model"]
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+"""``forward_fn(model, batch)``: runs the model on a batch exactly as the loader gave it."""
+
+LABEL_KEYS = ("labels", "label")
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """Split one batch of a loader into the arguments of the model and the labels.
+
+    ===============================  ==================  =============  =====================
+    ``batch``                        ``args``            ``kwargs``     ``labels``
+    ===============================  ==================  =============  =====================
+    tensor ``x``                     ``(x,)``            ``{}``         ``None``
+    ``(x,)``, ``(x, y, ...)``        ``(x,)``            ``{}``         ``y`` if a tensor
+    ``((x1, x2), y)``                ``(x1, x2)``        ``{}``         ``y`` if a tensor
+    ``({"a": x}, y)``                ``()``              ``{"a": x}``   ``y`` if a tensor
+    ``{"a": x, "labels": y}``        ``()``              ``{"a": x}``   ``y`` if a tensor
+    ===============================  ==================  =============  =====================
+
+    Lists count as tuples; ``"label"`` is read where ``"labels"`` is missing, and neither goes to the model.
+
+    Args:
+        batch: what the loader yields; tensors have the batch dimension first.
+
+    Returns:
+        ``(args, kwargs, labels)``, to be called as ``model(*args, **kwargs)``.
+
+    Raises:
+        TypeError: if the batch, or its first item, has none of these forms.
+        ValueError: if the batch is an empty tuple, list or dict.
+
+    Example:
+        >>> import torch
+        >>> args, kwargs, labels = split_batch({"pixels": torch.zeros(2, 3), "labels": torch.tensor([0, 1])})
+        >>> args, list(kwargs), labels.tolist()
+        ((), ['pixels'], [0, 1])
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}, None
+    if isinstance(batch, (tuple, list, Mapping)) and not len(batch):
+        raise ValueError(f"the loader gave an empty {type(batch).__name__} for a batch; give x, (x, y) or a dict")
+    if isinstance(batch, Mapping):
+        return _split_mapping(batch)
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(
+            f"the loader gave a batch of type {type(batch).__name__}; give a tensor x, a tuple (x, y) or a dict of "
+            "keyword arguments, or pass forward_fn"
+        )
+    first, labels = batch[0], batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+    if isinstance(first, Tensor):
+        return (first,), {}, labels
+    if isinstance(first, Mapping):
+        _, kwargs, own = _split_mapping(first)
+        return (), kwargs, own if labels is None else labels
+    if isinstance(first, (tuple, list)):
+        return tuple(first), {}, labels
+    raise TypeError(
+        f"the first item of a batch is the input of the model, here of type {type(first).__name__}; make it a tensor, "
+        "a tuple of positional or a dict of keyword arguments, or pass forward_fn"
+    )
+
+
+def _split_mapping(batch: Mapping[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    kwargs = dict(batch)
+    for key in kwargs:
+        if not isinstance(key, str):
+            raise TypeError(f"a dict batch holds keyword arguments, but its key {key!r} is not a string")
+    found = [kwargs.pop(key) for key in LABEL_KEYS if key in kwargs]
+    return (), kwargs, found[0] if found and isinstance(found[0], Tensor) else None
+
+
+def reference_tensor(model: nn.Module) -> Tensor | None:
+    """The tensor whose device and dtype inputs of ``model`` must have.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The first floating parameter, else the first floating buffer, else the first parameter or buffer, else ``None``.
+    """
+    fallback = None
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return tensor
+        fallback = tensor if fallback is None else fallback
+    return fallback
+
+
+def to_model(model: nn.Module | Tensor | None, obj: Any) -> Any:
+    """Move tensors to the device of the model, floating ones also to its floating dtype.
+
+    Args:
+        model: the model, or a tensor to follow instead (``None``: leave ``obj`` as it is).
+        obj: tensor or nested tuples (named ones too), lists and dicts of tensors; anything else stays itself.
+
+    Returns:
+        The same structure; tensors that are already right are not copied.
+
+    Example:
+        >>> import torch
+        >>> batch = to_model(nn.Linear(2, 2).half(), {"x": torch.zeros(1, 2), "ids": torch.tensor([3])})
+        >>> batch["x"].dtype, batch["ids"].dtype
+        (torch.float16, torch.int64)
+    """
+    like = reference_tensor(model) if isinstance(model, nn.Module) else model
+    if like is None:
+        return obj
+    if isinstance(obj, Tensor):
+        both_floating = obj.is_floating_point() and like.is_floating_point()
+        return obj.to(device=like.device, dtype=like.dtype if both_floating else obj.dtype)
+    if isinstance(obj, Mapping):
+        return {key: to_model(like, value) for key, value in obj.items()}
+    if isinstance(obj, tuple) and hasattr(obj, "_make"):
+        return obj._make(to_model(like, item) for item in obj)
+    if isinstance(obj, tuple):
+        return tuple(to_model(like, item) for item in obj)
+    if isinstance(obj, list):
+        return [to_model(like, item) for item in obj]
+    return obj
+
+
+def run_batch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """Run ``model`` on one batch of a loader; gradients and modes are the caller's business.
+
+    Args:
+        model: the network.
+        batch: see :func:`split_batch`; the labels are dropped, the rest is moved by :func:`to_model`.
+        forward_fn: replaces all that: ``forward_fn(model, batch)`` gets the batch as the loader gave it.
+
+    Returns:
+        The output of the model (or of ``forward_fn``).
+
+    Raises:
+        TypeError: if the batch has an unknown form.
+        ValueError: if the batch is empty.
+    """
+    if forward_fn is not None:
+        return forward_fn(model, batch)
+    args, kwargs, _ = split_batch(batch)
+    like = reference_tensor(model)
+    return model(*to_model(like, args), **to_model(like, kwargs))
+
+
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """Call ``model`` on example inputs; unlike a batch, they hold no labels and are not moved.
+
+    Args:
+        model: the network.
+        example_inputs: tensor, tuple or list of positional arguments, or dict of keyword arguments.
+
+    Returns:
+        The output of the model.
+
+    Raises:
+        TypeError: if ``example_inputs`` is none of these.
+    """
+    if isinstance(example_inputs, Tensor):
+        return model(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    raise TypeError(
+        f"example_inputs are of type {type(example_inputs).__name__}; pass a tensor, a tuple of positional or a dict "
+        "of keyword arguments"
+    )
+
+
+def iterate(loader: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over ``loader``, but not over what only looks like one.
+
+    Args:
+        loader: iterable of batches, with or without a length.
+
+    Returns:
+        Its iterator.
+
+    Raises:
+        TypeError: if ``loader`` cannot be iterated over or is itself one batch (a tensor or a dict).
+    """
+    if isinstance(loader, (Tensor, Mapping)):
+        raise TypeError(f"loader is a single {type(loader).__name__}, not an iterable of batches; pass [batch]")
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"loader of type {type(loader).__name__} cannot be iterated over; pass an iterable of batches")
+    return iter(loader)

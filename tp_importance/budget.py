@@ -1,0 +1,175 @@
+"""What a network costs and what it may cost after pruning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Budget", "Cost"]
+
+_LABELS = {"macs": "MACs"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample costs a network.
+
+    Attributes:
+        macs: multiply-accumulates per sample; one fused multiply-add counts as one.
+        params: number of parameters; shared ones count once.
+
+    Raises:
+        TypeError: if a field is not an integer.
+        ValueError: if a field is negative.
+
+    Example:
+        >>> print(Cost(macs=40_551_808, params=272_474))
+        40.55 M MACs, 0.27 M params
+    """
+
+    macs: int
+    params: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise TypeError(f"Cost {name}={value!r} must be an integer count, not {type(value).__name__}")
+            if value < 0:
+                raise ValueError(f"Cost {name}={value} is negative; costs are counts")
+            object.__setattr__(self, name, int(value))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{_readable(value)} {_LABELS.get(name, name)}" for name, value in self.as_dict().items())
+
+    def as_dict(self) -> dict[str, int]:
+        """The fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a network may cost after pruning; every field that is set is an upper limit.
+
+    A ``float`` f in (0, 1] is a fraction of the *dense* cost, that of the model as given when the pruner was
+    constructed: the limit is ⌊f · dense⌋. An ``int`` is the limit itself, per sample. So ``1.0`` keeps everything
+    and ``1`` keeps one multiply-accumulate. NumPy scalars count as the Python numbers they stand for.
+
+    Attributes:
+        macs: limit for :attr:`Cost.macs`.
+        params: limit for :attr:`Cost.params`.
+
+    Raises:
+        TypeError: if a field is not a number.
+        ValueError: if a field is a bool, not finite, not positive or a float above 1, or if no field is set.
+
+    Example:
+        >>> budget = Budget(macs=0.5, params=100_000)
+        >>> budget.limits(Cost(macs=40_551_808, params=272_474))
+        {'macs': 20275904, 'params': 100000}
+        >>> Budget.from_dict(budget.to_dict()) == budget
+        True
+    """
+
+    macs: float | int | None = None
+    params: float | int | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.fields:
+            object.__setattr__(self, name, _validated(name, getattr(self, name)))
+        if not self.fields:
+            names = [f.name for f in fields(self)]
+            raise ValueError(
+                f"the budget is empty: set at least one of {', '.join(names)}, e.g. Budget({names[0]}=0.5)"
+            )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields that are set, in order of declaration."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    def limits(self, dense: Cost) -> dict[str, int]:
+        """Absolute limits.
+
+        Args:
+            dense: cost of the model before pruning.
+
+        Returns:
+            Per field that is set the largest cost allowed, in the unit of :class:`Cost`. It may exceed the dense
+            cost: then there is nothing to remove.
+
+        Raises:
+            TypeError: if ``dense`` is not a :class:`Cost`.
+        """
+        if not isinstance(dense, Cost):
+            raise TypeError(f"dense must be a Cost, e.g. Cost(macs=1000, params=100), not {type(dense).__name__}")
+        chosen = {name: getattr(self, name) for name in self.fields}
+        return {
+            name: value if isinstance(value, int) else math.floor(value * getattr(dense, name))
+            for name, value in chosen.items()
+        }
+
+    def is_noop(self, dense: Cost) -> bool:
+        """Whether the dense model already meets every limit.
+
+        Args:
+            dense: cost of the model before pruning.
+
+        Returns:
+            True if all limits are at least the dense cost.
+        """
+        return all(limit >= getattr(dense, name) for name, limit in self.limits(dense).items())
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The fields that are set, ready for JSON."""
+        return {name: getattr(self, name) for name in self.fields}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float | int | None]) -> Budget:
+        """Rebuild a budget from :meth:`to_dict`.
+
+        Args:
+            values: limits by field name.
+
+        Returns:
+            The budget.
+
+        Raises:
+            TypeError: if ``values`` is not a mapping, or a value is not a number.
+            ValueError: if a name is unknown or a value is not allowed.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a budget is read from a dict such as {{'macs': 0.5}}, not from {type(values).__name__}")
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown budget field {name!r}={values[name]!r}; known: {', '.join(known)}")
+        return cls(**values)
+
+
+def _validated(name: str, value: Any) -> float | int:
+    """``value`` as ``int`` (absolute) or ``float`` (fraction)."""
+    remedy = f"give a fraction in (0, 1], e.g. {name}=0.5 for half, or a positive int for an absolute limit"
+    if isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={value} is a bool; {remedy}")
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {remedy}")
+    number = int(value) if isinstance(value, Integral) else float(value)
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"{name}={number} is not allowed; {remedy}")
+    if isinstance(number, float) and number > 1:
+        suggestion = round(number / 100, 6) if number <= 100 else round(number)
+        raise ValueError(f"{name}={number} is a float above 1: did you mean {suggestion}? {remedy.capitalize()}")
+    return number
+
+
+def _readable(count: int) -> str:
+    """Two decimals with G, M or k, changing to the larger unit early: 0.27 M, not 272.47 k."""
+    for unit, size, start in (("G", 10**9, 10**9), ("M", 10**6, 10**5), ("k", 10**3, 10**3)):
+        if count >= start:
+            return f"{count / size:.2f} {unit}"
+    return str(count)

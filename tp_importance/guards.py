@@ -1,0 +1,106 @@
+"""Leave the model as it was found: modes, gradient flags and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["preserved", "transaction"]
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""The dictionaries, keyed by hook id, in which a module of torch keeps its hooks."""
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[nn.Module]:
+    """Restore training flags, ``requires_grad`` and hooks of ``model`` on every exit.
+
+    Modules and parameters are followed by identity, so the flags also come back after the model was rebuilt around
+    them. A parameter that was replaced meanwhile (as pruning does) takes over the flag of the one that bore its
+    *name* before. Hooks added to known modules meanwhile are removed; hooks removed meanwhile stay removed. Modules
+    and parameters that are new in every respect are left alone, and so are all values: weights, running statistics
+    and gradients.
+
+    Args:
+        model: the network.
+
+    Yields:
+        The same model.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+        >>> with preserved(net):
+        ...     _ = net.eval().requires_grad_(False)
+        >>> net[1].training, net[0].weight.requires_grad
+        (True, True)
+    """
+    modules = [(m, m.training, m._is_full_backward_hook, _hook_ids(m)) for m in model.modules()]
+    parameters = [(n, p, p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)]
+    try:
+        yield model
+    finally:
+        for module, training, full, hook_ids in modules:
+            module.training = training
+            module._is_full_backward_hook = full
+            for key in HOOKS:
+                hooks = getattr(module, key)
+                for hook_id in [i for i in hooks if i not in hook_ids[key]]:
+                    del hooks[hook_id]
+        flags = {name: flag for name, _, flag in parameters}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            _set_flag(parameter, flags.get(name, parameter.requires_grad))
+        for _, parameter, flag in parameters:  # last: identity goes before name
+            _set_flag(parameter, flag)
+
+
+def _set_flag(parameter: nn.Parameter, flag: bool) -> None:
+    if parameter.requires_grad != flag:
+        parameter.requires_grad_(flag)
+
+
+@contextmanager
+def transaction(model: nn.Module) -> Iterator[nn.Module]:
+    """Put the structure of ``model`` back if the block raises: modules, parameters, buffers and attributes.
+
+    Made for surgery, which replaces tensors and never writes into them: values changed *in place* inside the block
+    stay changed. Costs no copy of any tensor.
+
+    Args:
+        model: the network.
+
+    Yields:
+        The same model.
+
+    Example:
+        >>> net = nn.Linear(3, 2)
+        >>> try:
+        ...     with transaction(net):
+        ...         net.weight = nn.Parameter(net.weight[:, :1])
+        ...         raise RuntimeError
+        ... except RuntimeError:
+        ...     net.weight.shape
+        torch.Size([2, 3])
+    """
+    before = [(m, {k: v.copy() if isinstance(v, dict) else v for k, v in vars(m).items()}) for m in model.modules()]
+    try:
+        yield model
+    except BaseException:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+
+
+def _hook_ids(module: nn.Module) -> dict[str, set[Any]]:
+    return {key: set(getattr(module, key)) for key in HOOKS}
