@@ -1,0 +1,57 @@
+"""Structured-pruning methods from the literature as plugins for Torch-Pruning, and what they share.
+
+The way through the package is one-directional: loader → statistics (:mod:`.observe`) → value curves
+(:mod:`.curves`) → widths under a budget (:mod:`.allocation`) → surgery by the host (:mod:`.surgery`) → report.
+"""
+
+from .allocation import ALLOCATORS, WidthSpace, greedy, greedy_path, uniform
+from .budget import Budget, Cost
+from .calibrate import recalibrate_batchnorm
+from .catro import CATROImportance, CATROPruner
+from .checkpoint import load_pruned, save_pruned
+from .cost import CostModel
+from .curves import Curve, curve_from_scores, value_curves
+from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
+from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
+from .importance import StatisticalImportance
+from .observe import Observed, Watch, observe
+from .pruner import BudgetPruner, Plan
+from .report import PruningReport
+from .subtask import slice_classifier
+from .tracing import count_ops
+
+__all__ = [
+    "ALLOCATORS",
+    "Budget",
+    "BudgetError",
+    "BudgetPruner",
+    "CATROImportance",
+    "CATROPruner",
+    "ChannelGroup",
+    "Cost",
+    "CostModel",
+    "Curve",
+    "Excluded",
+    "NotCollectedError",
+    "Observed",
+    "Plan",
+    "PrunableGroups",
+    "PruningReport",
+    "StaleStatisticsError",
+    "StatisticalImportance",
+    "TracingError",
+    "Watch",
+    "WidthSpace",
+    "count_ops",
+    "curve_from_scores",
+    "greedy",
+    "greedy_path",
+    "load_pruned",
+    "observe",
+    "prunable_groups",
+    "recalibrate_batchnorm",
+    "save_pruned",
+    "slice_classifier",
+    "uniform",
+    "value_curves",
+]

@@ -1,0 +1,251 @@
+"""Budget → widths: allocators on value curves and the exact cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cost import COST_FIELDS, CostModel
+from .curves import Curve, convex_envelope
+from .errors import BudgetError
+from .groups import ChannelGroup
+
+__all__ = ["ALLOCATORS", "Allocator", "WidthSpace", "allocator", "greedy", "greedy_path", "uniform"]
+
+Ints = NDArray[np.int64]
+Limits = Mapping[str, int]
+Curves = Mapping[str, Curve]
+
+
+@dataclass(frozen=True)
+class WidthSpace:
+    """Admissible widths of every group.
+
+    Attributes:
+        levels: per group the admissible numbers of units, ascending, the last one the present width.
+    """
+
+    levels: tuple[Ints, ...]
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[ChannelGroup],
+        *,
+        round_to: int | None = None,
+        max_pruning_ratio: float = 1.0,
+        initial_widths: Mapping[str, int] | None = None,
+    ) -> WidthSpace:
+        """Widths that the graph, ``round_to`` and ``max_pruning_ratio`` allow.
+
+        Args:
+            groups: the groups.
+            round_to: widths are multiples of it (in channels), or the present width.
+            max_pruning_ratio: fraction of the initial channels of any group that may go.
+            initial_widths: widths before the first step, for ``max_pruning_ratio``; default: present.
+
+        Raises:
+            ValueError: for a ``round_to`` below 1 or a ratio outside [0, 1].
+        """
+        if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+            raise ValueError(f"round_to={round_to!r} must be a positive integer, e.g. 8")
+        if isinstance(max_pruning_ratio, bool) or not 0.0 <= max_pruning_ratio <= 1.0:
+            raise ValueError(f"max_pruning_ratio={max_pruning_ratio!r} must be a fraction in [0, 1]")
+        levels = []
+        for g in groups:
+            units = np.arange(g.min_units, g.n_units + 1, dtype=np.int64)
+            initial = (initial_widths or {}).get(g.name, g.width)
+            enough = units * g.unit_size >= np.ceil(initial * (1.0 - max_pruning_ratio) - 1e-9)
+            rounded = (units * g.unit_size) % (round_to or 1) == 0
+            levels.append(units[(enough & rounded) | (units == g.n_units)])
+        return cls(tuple(levels))
+
+    @property
+    def floor(self) -> Ints:
+        """Least admissible units, shape (G,)."""
+        return np.array([lv[0] for lv in self.levels], np.int64)
+
+    @property
+    def full(self) -> Ints:
+        """Present units, shape (G,)."""
+        return np.array([lv[-1] for lv in self.levels], np.int64)
+
+
+class _Walk:
+    """Widths on their way up from the floor, with gains and prices of the next step of every group."""
+
+    def __init__(self, curves: Curves, cost: CostModel, space: WidthSpace, fields: Sequence[str]):
+        self.cost, self.space = cost, space
+        self.level = np.zeros(len(space.levels), np.int64)
+        self.units = space.floor
+        self.rows = [COST_FIELDS.index(f) for f in fields]
+        self.scale = np.maximum(cost.evaluate(cost.full)[self.rows], 1)
+        envelopes = [convex_envelope(curves[n].loss) for n in cost.names]
+        self.gains = [e[lv[:-1]] - e[lv[1:]] for e, lv in zip(envelopes, space.levels, strict=True)]
+        self.steps = [np.diff(lv) for lv in space.levels]
+        self.gain = np.array([g[0] if len(g) else -np.inf for g in self.gains])
+        self.step = np.array([s[0] if len(s) else 0 for s in self.steps], np.int64)
+        self.present = cost.evaluate(self.units)
+        # D + Dᵀ once: one row of it updates all marginal costs after a step
+        self.coupling = cost.quadratic + cost.quadratic.transpose(0, 2, 1)
+        self.diagonal = np.einsum("fgg->fg", cost.quadratic)
+        self.slope = cost.linear + np.einsum("fgh,h->fg", self.coupling, self.units)
+
+    @property
+    def marginal(self) -> Ints:
+        """Cost of the next step of every group, shape (F, G)."""
+        return self.step * (self.slope + self.diagonal * self.step)
+
+    def best(self, marginal: Ints, allowed: NDArray[np.bool_]) -> int:
+        """Group with the largest gain per relative cost among ``allowed``."""
+        price = (marginal[self.rows] / self.scale[:, None]).sum(0)
+        ratio = np.where(allowed, self.gain / np.maximum(price, 1e-300), -np.inf)
+        ratio[allowed & (price == 0)] = np.inf  # costs nothing
+        return int(ratio.argmax())
+
+    def open(self) -> NDArray[np.bool_]:
+        """Groups below their full width."""
+        return self.step > 0
+
+    def advance(self, g: int, marginal: Ints) -> None:
+        """Take the next step of group ``g``."""
+        step = self.step[g]
+        self.present = self.present + marginal[:, g]
+        self.units[g] += step
+        self.slope = self.slope + self.coupling[:, g] * step
+        self.level[g] += 1
+        more = self.level[g] < len(self.steps[g])
+        self.gain[g] = self.gains[g][self.level[g]] if more else -np.inf
+        self.step[g] = self.steps[g][self.level[g]] if more else 0
+
+    def fits(self, marginal: Ints, limits: Limits) -> NDArray[np.bool_]:
+        """Groups whose next step keeps every limit."""
+        room = [limits[f] - self.present[COST_FIELDS.index(f)] for f in limits]
+        cost = [marginal[COST_FIELDS.index(f)] for f in limits]
+        return self.open() & np.all([c <= r for c, r in zip(cost, room, strict=True)], axis=0)
+
+    def fill(self, limits: Limits) -> Ints:
+        """Take steps that fit, best first, until none fits (one that does not fit never will: costs only grow)."""
+        while (allowed := self.fits(marginal := self.marginal, limits)).any():
+            self.advance(self.best(marginal, allowed), marginal)
+        return self.units
+
+
+def greedy_path(
+    curves: Curves, cost: CostModel, space: WidthSpace, fields: Sequence[str] = ("macs",)
+) -> Iterator[tuple[int, int]]:
+    r"""One sequence of steps from the floor to the full network, the same for every budget.
+
+    Each step takes the group with the largest
+
+    .. math:: \frac{L_g(c_g) - L_g(c_g^+)}{\sum_f \Delta cost_f / cost_f(\text{full})}
+
+    where L is the convex envelope of the group's loss, :math:`c^+` its next admissible width and Δ the true
+    marginal cost at the present widths.
+
+    Args:
+        curves: curve per group name.
+        cost: the cost model.
+        space: admissible widths.
+        fields: which costs make the price.
+
+    Yields:
+        ``(group index, units after the step)``.
+    """
+    walk = _Walk(curves, cost, space, fields)
+    while walk.open().any():
+        marginal = walk.marginal
+        g = walk.best(marginal, walk.open())
+        walk.advance(g, marginal)
+        yield g, int(walk.units[g])
+
+
+def greedy(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
+    """Follow :func:`greedy_path` to the first step that does not fit, then fill what is left of the budget.
+
+    Two stages, as in CATRO's greedy allocation; no constant-factor guarantee holds for products of widths. Source:
+    METHODS §1 (ours; the paper's own two-stage procedure is known by its abstract only).
+
+    Args:
+        curves: curve per group name.
+        cost: the cost model.
+        space: admissible widths.
+        limits: upper limit per cost field.
+
+    Returns:
+        units per group, shape (G,): within every limit, and no further step fits.
+
+    Raises:
+        BudgetError: if the floor exceeds a limit; names the least reachable cost.
+    """
+    walk = _start(curves, cost, space, limits)
+    while walk.open().any():
+        marginal = walk.marginal
+        g = walk.best(marginal, walk.open())
+        if not walk.fits(marginal, limits)[g]:
+            break
+        walk.advance(g, marginal)
+    return walk.fill(limits)
+
+
+def uniform(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
+    """The largest common kept fraction that fits, widths rounded down, then filled by gain per cost.
+
+    Args and returns as :func:`greedy`.
+    """
+    walk = _start(curves, cost, space, limits)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(cost, _scaled(space, middle), limits) else (low, middle)
+    target = space.full if _within(cost, space.full, limits) else _scaled(space, low)
+    for g, units in enumerate(target):
+        while walk.units[g] < units:
+            walk.advance(g, walk.marginal)
+    return walk.fill(limits)
+
+
+def _start(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> _Walk:
+    floor = cost.evaluate(space.floor)
+    for field, limit in limits.items():
+        least = int(floor[COST_FIELDS.index(field)])
+        if least > limit:
+            raise BudgetError(
+                f"the budget of {limit} {field} cannot be reached: with every group at its floor "
+                f"{least} {field} are left. Give at least {least}, lower round_to or max_pruning_ratio's floor, "
+                "or ignore fewer layers"
+            )
+    return _Walk(curves, cost, space, tuple(limits))
+
+
+def _scaled(space: WidthSpace, fraction: float) -> Ints:
+    return np.array(
+        [lv[max(int(np.searchsorted(lv, fraction * lv[-1] + 1e-9, "right")) - 1, 0)] for lv in space.levels], np.int64
+    )
+
+
+def _within(cost: CostModel, units: Ints, limits: Limits) -> bool:
+    values = cost.evaluate(units)
+    return all(values[COST_FIELDS.index(f)] <= limit for f, limit in limits.items())
+
+
+Allocator = Callable[[Curves, CostModel, WidthSpace, Limits], Ints]
+"""Any function with the arguments of :func:`greedy`."""
+
+ALLOCATORS: dict[str, Allocator] = {"greedy": greedy, "uniform": uniform}
+
+
+def allocator(choice: str | Allocator) -> Allocator:
+    """Look an allocator up by name; callables pass through.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if callable(choice):
+        return choice
+    if choice not in ALLOCATORS:
+        raise ValueError(f"unknown allocator {choice!r}; known: {sorted(ALLOCATORS)}, or pass a function")
+    return ALLOCATORS[choice]

@@ -1,0 +1,196 @@
+"""One pass over a loader, watching some layers; the model is left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .batches import ForwardFn, iterate, reference_tensor, run_batch, split_batch
+from .guards import preserved
+
+__all__ = ["LabelFn", "Observed", "Watch", "WatchFn", "observe"]
+
+LabelFn = Callable[[Any], Tensor]
+"""``label_fn(batch)``: the labels of a batch as the loader gave it, 1-D integers."""
+
+WatchFn = Callable[[Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Call ``fn(input, output, labels)`` whenever ``module`` runs.
+
+    ``labels`` are int64, one per row of the input's first dimension, -1 for samples outside the chosen classes.
+    Half-precision tensors arrive as float32.
+    """
+
+    name: str
+    module: nn.Module
+    fn: WatchFn
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a pass saw.
+
+    Attributes:
+        samples: samples of the chosen classes.
+        batches: batches the loader gave.
+        class_counts: samples per label, int64, shape (K,).
+    """
+
+    samples: int
+    batches: int
+    class_counts: Tensor
+
+
+def observe(
+    model: nn.Module,
+    loader: Iterable[Any],
+    watches: Sequence[Watch],
+    *,
+    classes: Sequence[int] | None = None,
+    forward_fn: ForwardFn | None = None,
+    label_fn: LabelFn | None = None,
+    need_labels: bool = True,
+    progress: bool = False,
+) -> Observed:
+    """Run ``model`` once over ``loader`` in eval mode without gradients, and show the watched layers' tensors.
+
+    Nothing is stored: what a watch wants to keep, it accumulates. Batches are moved to the device and dtype of the
+    model. Modes, hooks and gradient flags are restored on any exit; an exception of the loader passes unchanged.
+
+    Args:
+        model: the network.
+        loader: re-iterable of batches, with or without ``len``: ``x``, ``(x, y)``, dicts with ``labels``.
+        watches: which layers to watch.
+        classes: labels that count; the other samples run through the network but reach the watches as -1.
+        forward_fn: ``forward_fn(model, batch)`` for batches of another form.
+        label_fn: ``label_fn(batch)`` gives their labels.
+        need_labels: refuse unlabelled batches and a single class; else unlabelled samples count as class 0.
+        progress: show a progress bar.
+
+    Returns:
+        :class:`Observed`.
+
+    Raises:
+        ValueError: no batches, no labels, labels that are not 1-D, of the wrong number or out of range, fewer than
+            two classes.
+        TypeError: labels that are not integers, batches of an unknown form.
+
+    Example:
+        >>> net, sizes = nn.Linear(3, 2), []
+        >>> loader = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))]
+        >>> observe(net, loader, [Watch("", net, lambda x, out, y: sizes.append(len(x)))]).samples, sizes
+        (4, [4])
+    """
+    wanted = _wanted(classes)
+    current: list[Tensor] = []
+    counts = torch.zeros(0, dtype=torch.int64)
+    batches = 0
+    reference = reference_tensor(model)
+    device = reference.device if reference is not None else torch.device("cpu")
+    with preserved(model), ExitStack() as stack, torch.inference_mode():
+        model.eval()
+        for watch in watches:
+            stack.callback(watch.module.register_forward_hook(_hook(watch, current)).remove)
+        bar = tqdm(iterate(loader), disable=not progress, desc="collecting", unit="batch", leave=False)
+        for batch in bar:
+            labels = _labels(batch, label_fn, forward_fn, need_labels)
+            if wanted is not None:
+                labels = torch.where(torch.isin(labels, wanted), labels, -1)
+            current[:] = [labels.to(device)]
+            output = run_batch(model, batch, forward_fn)
+            _check_range(labels, output)
+            seen = torch.bincount(labels[labels >= 0], minlength=len(counts))
+            seen[: len(counts)] += counts
+            counts = seen
+            batches += 1
+    if not batches:
+        raise ValueError("the loader gave no batch; a re-iterable of batches is needed (a generator runs only once)")
+    present = int((counts > 0).sum())
+    if wanted is not None and present < len(wanted):
+        missing = [c for c in wanted.tolist() if c >= len(counts) or counts[c] == 0]
+        raise ValueError(f"classes {missing} do not occur in the loader; it has {counts.nonzero().flatten().tolist()}")
+    if need_labels and present < 2:
+        raise ValueError(f"all {int(counts.sum())} samples are of one class; class-aware statistics need at least two")
+    return Observed(int(counts.sum()), batches, counts)
+
+
+def _wanted(classes: Sequence[int] | None) -> Tensor | None:
+    if classes is None:
+        return None
+    values = list(classes)
+    if not values or any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in values):
+        raise ValueError(f"classes={values!r} must be non-negative integer labels, e.g. classes=[0, 3]")
+    if len(set(values)) != len(values):
+        raise ValueError(f"classes={values!r} names a class twice")
+    return torch.tensor(values)
+
+
+def _labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | None, needed: bool) -> Tensor:
+    if label_fn is not None:
+        labels: Any = label_fn(batch)
+    else:
+        try:
+            labels = split_batch(batch)[2]
+        except TypeError:
+            if forward_fn is None:
+                raise
+            labels = None
+    if labels is None:
+        if needed:
+            raise ValueError("the loader gives no labels; yield (inputs, labels) or pass label_fn")
+        return torch.zeros(_samples(batch), dtype=torch.int64)
+    if not isinstance(labels, Tensor):
+        labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels are of dtype {labels.dtype}; integer class indices are needed")
+    if labels.dim() != 1:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; 1-D class indices are needed (one-hot: y.argmax(1))"
+        )
+    labels = labels.detach().cpu().long()
+    if len(labels) and int(labels.min()) < 0:
+        raise ValueError(f"label {int(labels.min())} is negative; class indices start at 0")
+    if label_fn is None and len(labels) != _samples(batch):
+        raise ValueError(f"{len(labels)} labels for a batch of {_samples(batch)}")
+    return labels
+
+
+def _samples(batch: Any) -> int:
+    args, kwargs, _ = split_batch(batch)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    raise ValueError("a batch holds no tensor with a batch dimension; pass forward_fn and label_fn")
+
+
+def _check_range(labels: Tensor, output: Any) -> None:
+    if isinstance(output, Tensor) and output.dim() == 2 and len(labels) == len(output) and len(labels):
+        if int(labels.max()) >= output.shape[1] > 1:
+            raise ValueError(f"label {int(labels.max())} is out of range for an output of {output.shape[1]} classes")
+
+
+def _hook(watch: Watch, current: list[Tensor]) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        x, labels = args[0], current[0]
+        if len(x) != len(labels):  # windows or tokens folded into the batch
+            if len(x) % max(len(labels), 1):
+                raise ValueError(
+                    f"layer {watch.name}: batch of {len(x)} for {len(labels)} labels; batch must come first"
+                )
+            labels = labels.repeat_interleave(len(x) // len(labels))
+        watch.fn(_at_least_float(x), _at_least_float(output), labels)
+
+    return hook
+
+
+def _at_least_float(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,116 @@
+"""What a reader sees: its unfolded input at sampled output positions, and its weight in the same layout."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from .tracing import CONV
+
+__all__ = ["bn_gain", "feature_channels", "reader_weight", "unfolded_input"]
+
+
+def unfolded_input(
+    module: nn.Module, x: Tensor, out: Tensor, positions: int | None, generator: torch.Generator
+) -> Tensor:
+    r"""Rows u with ``reader output = Wᵀu + b`` at sampled output positions.
+
+    Only the sampled patches are gathered: for 8 of 1024 positions this costs a fraction of a full ``unfold``.
+
+    Args:
+        module: a convolution (also transposed, grouped, dilated, strided, any padding mode) or linear layer.
+        x: its input, shape (N, C, \*spatial) or (N, \*, C) for linear.
+        out: its output.
+        positions: output positions per sample, drawn without the batch's composition in view; ``None``: all.
+        generator: CPU generator the positions come from.
+
+    Returns:
+        shape (N, Q, G, d): Q positions, G conv groups, d = C/G · taps, channel-major as ``nn.functional.unfold``.
+    """
+    if isinstance(module, nn.Linear):
+        tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+        chosen = _positions(len(x), tokens.shape[1], positions, generator, x.device)
+        return tokens.gather(1, chosen.unsqueeze(2).expand(-1, -1, tokens.shape[2])).unsqueeze(2)
+    assert isinstance(module, CONV)
+    spatial = out.shape[2:]
+    chosen = _positions(len(x), math.prod(spatial), positions, generator, x.device)
+    left = module._reversed_padding_repeated_twice[0::2][::-1] if not module.transposed else module.padding
+    if not module.transposed and module.padding_mode != "zeros":
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        left = [0] * len(left)
+    index, inside = _taps(
+        tuple(x.shape[2:]),
+        tuple(spatial),
+        tuple(module.kernel_size),
+        tuple(module.stride),
+        tuple(int(v) for v in left),
+        tuple(module.dilation),
+        module.transposed,
+    )
+    index, inside = index.to(x.device)[chosen], inside.to(x.device)[chosen]  # (N, Q, taps)
+    n, c, (q, taps) = len(x), x.shape[1], index.shape[1:]
+    patches = x.flatten(2).gather(2, index.flatten(1).unsqueeze(1).expand(-1, c, -1)).view(n, c, q, taps)
+    patches = patches * inside.unsqueeze(1).to(patches.dtype)
+    return patches.permute(0, 2, 1, 3).reshape(n, q, module.groups, -1)
+
+
+def _positions(n: int, total: int, wanted: int | None, generator: torch.Generator, device: torch.device) -> Tensor:
+    if wanted is None or wanted >= total:
+        return torch.arange(total, device=device).expand(n, total)
+    return torch.randint(total, (n, wanted), generator=generator).to(device)
+
+
+@lru_cache(maxsize=256)
+def _taps(
+    in_shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    left: tuple[int, ...],
+    dilation: tuple[int, ...],
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """Flat input index and validity of every (output position, tap); shapes (L, taps)."""
+    index, inside = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    for size, out, k, s, p, d in zip(in_shape, out_shape, kernel, stride, left, dilation, strict=True):
+        q, t = torch.arange(out).view(-1, 1), torch.arange(k).view(1, -1) * d
+        at = q + p - t if transposed else q * s - p + t
+        valid = (at >= 0) & (at % s == 0) if transposed else at >= 0
+        at = at // s if transposed else at
+        valid = valid & (at < size)
+        at = at.clamp(0, size - 1)
+        index = (index[:, None, :, None] * size + at[None, :, None, :]).flatten(2).flatten(0, 1)
+        inside = (inside[:, None, :, None] & valid[None, :, None, :]).flatten(2).flatten(0, 1)
+    return index, inside
+
+
+def reader_weight(module: nn.Module) -> Tensor:
+    """Weight per conv group, shape (G, O/G, d), features in the layout of :func:`unfolded_input`."""
+    if isinstance(module, nn.Linear):
+        return module.weight.detach().unsqueeze(0)
+    assert isinstance(module, CONV)
+    w = module.weight.detach().flatten(2)
+    if not module.transposed:
+        return w.reshape(module.groups, module.out_channels // module.groups, -1)
+    w = w.reshape(module.groups, module.in_channels // module.groups, module.out_channels // module.groups, -1)
+    return w.transpose(1, 2).flatten(2)
+
+
+def feature_channels(module: nn.Module) -> Tensor:
+    """Input channel every feature belongs to, shape (G, d), int64."""
+    if isinstance(module, nn.Linear):
+        return torch.arange(module.in_features).unsqueeze(0)
+    assert isinstance(module, CONV)
+    taps = math.prod(module.kernel_size)
+    return torch.arange(module.in_channels).repeat_interleave(taps).view(module.groups, -1)
+
+
+def bn_gain(batch_norm: nn.Module | None, outputs: int) -> Tensor:
+    r"""Gain :math:`g_o = \gamma_o/\sqrt{\sigma_o^2+\epsilon}` of the batch norm behind a reader, ones without; (O,)."""
+    if not isinstance(batch_norm, nn.modules.batchnorm._BatchNorm) or batch_norm.running_var is None:
+        return torch.ones(outputs)
+    gain = (batch_norm.running_var.detach().double() + batch_norm.eps).rsqrt()
+    return gain if batch_norm.weight is None else gain * batch_norm.weight.detach().double()

@@ -1,0 +1,296 @@
+"""Prune to a budget with any importance and any allocator; what every pruner of this package shares."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .allocation import Allocator, WidthSpace, allocator
+from .budget import Budget, Cost
+from .calibrate import recalibrate_batchnorm
+from .cost import CostModel
+from .curves import Curve, value_curves
+from .groups import PrunableGroups, build_groups, prunable_groups
+from .guards import preserved, transaction
+from .importance import StatisticalImportance
+from .observe import LabelFn
+from .report import GroupRow, PruningReport
+from .surgery import remove_units
+from .tracing import count_ops, trace
+
+__all__ = ["BudgetPruner", "Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pruner would do.
+
+    Attributes:
+        widths: channels to keep per group.
+        cost: exact cost with these widths.
+        dense: cost of the model as given at construction.
+        limits: absolute limits of the budget.
+        removed: units to remove per group.
+        constant: units that do not vary on the data, per group that has any.
+    """
+
+    widths: dict[str, int]
+    cost: Cost
+    dense: Cost
+    limits: dict[str, int]
+    removed: dict[str, list[int]] = field(repr=False)
+    constant: dict[str, list[int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_noop(self) -> bool:
+        """Whether nothing is removed."""
+        return not any(self.removed.values())
+
+
+class BudgetPruner:
+    """Prune a network in place until it meets a budget exactly.
+
+    The way is statistics → value curves → widths under the budget → surgery by Torch-Pruning → report. The cost
+    never exceeds the budget, and not one more admissible step would fit.
+
+    Args:
+        model: the network; only :meth:`step` changes it.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        loader: re-iterable of batches for data-driven importances and recalibration; collected at the first
+            :meth:`plan` or :meth:`step` and again after every step.
+        importance: a :class:`~tp_importance.importance.StatisticalImportance` or any ``tp.importance.Importance``.
+        budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
+        allocator: ``"greedy"``, ``"uniform"`` or a function, see :mod:`tp_importance.allocation`.
+        ignored_layers: modules, parameters or module types whose outputs are kept.
+        round_to: widths become multiples of it.
+        max_pruning_ratio: fraction of the initial channels of any group that may go.
+        num_heads: as in Torch-Pruning.
+        unwrapped_parameters: as in Torch-Pruning.
+        customized_pruners: as in Torch-Pruning.
+        forward_fn: ``forward_fn(model, example_inputs)``, also called with the loader's batches.
+        output_transform: as in Torch-Pruning.
+        label_fn: ``label_fn(batch)`` for loaders of unusual form.
+        verify: leave out groups for which removal is not masking, see
+            :func:`~tp_importance.groups.prunable_groups`.
+        progress: show progress bars.
+
+    Raises:
+        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`.
+        TracingError: if the network cannot be traced.
+        ValueError: for bad options.
+
+    Example:
+        >>> import torch, torch_pruning as tp
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+        >>> pruner = BudgetPruner(net, torch.randn(1, 3, 12, 12), budget=Budget(macs=0.5),
+        ...                       importance=tp.importance.MagnitudeImportance(p=1))
+        >>> pruner.plan(Budget(macs=0.25)).widths != pruner.plan().widths
+        True
+        >>> pruner.step().cost.macs <= 0.5 * pruner.dense.macs
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any] | None = None,
+        *,
+        importance: Any,
+        budget: Budget,
+        allocator: str | Allocator = "greedy",
+        ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
+        round_to: int | None = None,
+        max_pruning_ratio: float = 1.0,
+        num_heads: Mapping[nn.Module, int] | None = None,
+        unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
+        customized_pruners: Mapping[Any, Any] | None = None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        output_transform: Callable[[Any], Any] | None = None,
+        label_fn: LabelFn | None = None,
+        verify: bool = True,
+        progress: bool = False,
+    ) -> None:
+        self.budget = _checked(budget)
+        self.model, self.importance, self.loader = model, importance, loader
+        self._example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
+        self._allocate = _find_allocator(allocator)
+        self._ignored_layers, self._num_heads = ignored_layers, num_heads
+        self._round_to, self._max_pruning_ratio = round_to, max_pruning_ratio
+        self.groups: PrunableGroups = prunable_groups(
+            model,
+            example_inputs,
+            ignored_layers,
+            num_heads=num_heads,
+            unwrapped_parameters=unwrapped_parameters,
+            customized_pruners=customized_pruners,
+            forward_fn=forward_fn,
+            output_transform=output_transform,
+            verify=verify,
+        )
+        self._left_out = {e.name: e.reason for e in self.groups.excluded}
+        self.initial_widths = self.groups.widths
+        self.cost_model = CostModel.from_groups(self.groups)
+        self.dense: Cost = self.cost_model.dense
+        WidthSpace.of(self.groups.groups, round_to=round_to, max_pruning_ratio=max_pruning_ratio)  # checks them
+        self._curves: dict[str, Curve] | None = None
+        self._history: list[Any] = []
+
+    def collect(self) -> BudgetPruner:
+        """Collect the statistics of the importance now; :meth:`plan` and :meth:`step` do it when needed.
+
+        Raises:
+            ValueError: if the importance needs data and the pruner has no loader, and for bad data.
+        """
+        if isinstance(self.importance, StatisticalImportance):
+            if self.loader is None:
+                raise ValueError(f"{type(self.importance).__name__} looks at data: pass loader= to the pruner")
+            self.importance.collect(
+                self.model,
+                self._example_inputs,
+                self.loader,
+                groups=self.groups,
+                forward_fn=self.groups.options.forward_fn,
+                label_fn=self._label_fn,
+                progress=self._progress,
+            )
+            self._curves = value_curves(self.importance, self.groups)
+        return self
+
+    def plan(self, budget: Budget | None = None) -> Plan:
+        """Widths and cost under a budget, without touching the model and, for a second budget, the data.
+
+        Args:
+            budget: default: the pruner's.
+
+        Returns:
+            The :class:`Plan`.
+
+        Raises:
+            BudgetError: if the budget cannot be reached; names the least reachable cost.
+            ValueError: for bad data, or if nothing can be pruned.
+        """
+        limits = _checked(self.budget if budget is None else budget).limits(self.dense)
+        curves = self._value()
+        space = WidthSpace.of(
+            self.groups.groups,
+            round_to=self._round_to,
+            max_pruning_ratio=self._max_pruning_ratio,
+            initial_widths=self.initial_widths,
+        )
+        units = self._allocate(curves, self.cost_model, space, limits)
+        removed = {n: curves[n].removed(int(u)) for n, u in zip(self.cost_model.names, units, strict=True)}
+        widths = self.cost_model.widths(units)
+        constant = {n: c.constant.tolist() for n, c in curves.items() if len(c.constant)}
+        return Plan(widths, self.cost_model.cost(widths), self.dense, limits, removed, constant)
+
+    def step(self, budget: Budget | None = None, *, recalibrate: bool = False) -> PruningReport:
+        """Prune the model in place.
+
+        Args:
+            budget: default: the pruner's. Repeated steps with falling budgets prune iteratively.
+            recalibrate: re-estimate the batch norm statistics on the pruner's loader afterwards.
+
+        Returns:
+            The :class:`~tp_importance.report.PruningReport`.
+
+        Raises:
+            BudgetError: if the budget cannot be reached.
+            RuntimeError: if the pruned network does not cost what was planned; the model is then as before.
+            ValueError: as :meth:`plan`, or if recalibration has no loader.
+        """
+        if recalibrate and self.loader is None:
+            raise ValueError("recalibrate=True needs data: pass loader= to the pruner")
+        plan = self.plan(budget)
+        report = self._report(plan)
+        if plan.is_noop:
+            warnings.warn(f"the network already meets the budget ({plan.cost}); nothing is pruned", stacklevel=2)
+            return report
+        with transaction(self.model):
+            remove_units(self.groups, plan.removed)
+            counted = count_ops(self.model, self._example_inputs, forward_fn=self.groups.options.forward_fn)
+            if Cost(*counted) != plan.cost:
+                raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
+            if recalibrate and self.loader is not None:
+                recalibrate_batchnorm(self.model, self.loader, forward_fn=self.groups.options.forward_fn)
+            history = list(self.groups.trace.graph.pruning_history())
+            groups = self._retrace()
+        self._history += history
+        self._adopt(groups)
+        return report
+
+    def pruning_history(self) -> list[Any]:
+        """Torch-Pruning's history ``[[module name, is_out, indices], ...]`` of all steps so far."""
+        return [list(entry) for entry in self._history]
+
+    def load_pruning_history(self, history: Sequence[Any]) -> None:
+        """Repeat the steps of a history on the model, which must be as it was when the history began.
+
+        Fractions of later budgets still refer to the model as given at construction.
+        """
+        with transaction(self.model), preserved(self.model):
+            self.groups.trace.graph.load_pruning_history([list(entry) for entry in history])
+            groups = self._retrace()
+        self._history += [list(entry) for entry in history]
+        self._adopt(groups)
+
+    def _value(self) -> dict[str, Curve]:
+        if not len(self.groups):
+            reasons = "; ".join(f"{e.name}: {e.reason}" for e in self.groups.excluded)
+            raise ValueError(f"{type(self.model).__name__} has no group that can be pruned ({reasons})")
+        if not isinstance(self.importance, StatisticalImportance):
+            return value_curves(self.importance, self.groups)  # weights and gradients may have changed: never kept
+        if self._curves is None:
+            self.collect()
+        assert self._curves is not None
+        return self._curves
+
+    def _retrace(self) -> PrunableGroups:
+        """Groups of the pruned model; what was left out before stays out."""
+        traced = trace(self.model, self._example_inputs, self.groups.options)
+        groups = build_groups(traced, self._ignored_layers, self._num_heads, self.groups.options)
+        return groups.exclude({n: r for n, r in self._left_out.items() if n in groups.names})
+
+    def _adopt(self, groups: PrunableGroups) -> None:
+        self.groups, self.cost_model = groups, CostModel.from_groups(groups)
+        self._curves = None
+
+    def _report(self, plan: Plan) -> PruningReport:
+        before = self.groups.widths
+        share = self.cost_model.shares()
+        rows = [
+            GroupRow(
+                g.name, self.initial_widths.get(g.name, g.width), before[g.name], plan.widths[g.name], share[g.name]
+            )
+            for g in self.groups
+        ]
+        return PruningReport(
+            rows=rows,
+            dense=self.dense,
+            before=self.cost_model.dense,
+            cost=plan.cost,
+            limits=plan.limits,
+            bytes_per_param=_bytes_per_parameter(self.model),
+            excluded=list(self.groups.excluded),
+            constant={g: len(u) for g, u in plan.constant.items()},
+            criterion=type(self.importance).__name__,
+        )
+
+
+def _find_allocator(choice: str | Allocator) -> Allocator:
+    return allocator(choice)
+
+
+def _checked(budget: Any) -> Budget:
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
+    return budget
+
+
+def _bytes_per_parameter(model: nn.Module) -> float:
+    count = sum(p.numel() for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / max(count, 1)

@@ -1,0 +1,143 @@
+"""Second moments of what every reader receives, collected once for all groups, budgets and class weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional.reader import Moments, reader_scatter
+from .groups import ChannelGroup, PrunableGroups
+from .observe import Watch
+from .patches import bn_gain, feature_channels, reader_weight, unfolded_input
+
+__all__ = ["ReaderStatistics"]
+
+MAX_FEATURES = 4608
+"""Features (channels × taps) up to which a reader's full moment matrix is kept: 512 channels of a 3×3 kernel."""
+
+SKETCH = 64
+"""Outputs a wider reader is summarised by; exact if it has no more."""
+
+
+class ReaderStatistics:
+    r"""Moments of the unfolded inputs of all readers of some groups.
+
+    Memory: one d×d float64 matrix and K class sums of length d per reader, d = channels/groups · taps, however
+    many samples there are. A reader with more than :data:`MAX_FEATURES` features (a linear layer behind a
+    flattened map) is watched through the contributions of its channels to :data:`SKETCH` random ±1 combinations of
+    its outputs instead, an unbiased estimate that is exact up to that many outputs (Johnson-Lindenstrauss).
+
+    Args:
+        groups: the groups whose readers are watched.
+        positions: output positions per sample, ``None`` for all.
+        seed: of positions and sketches.
+    """
+
+    def __init__(self, groups: PrunableGroups, *, positions: int | None = 8, seed: int = 0) -> None:
+        self._model = groups.trace.model
+        self._names = list(dict.fromkeys(r.name for g in groups for r in g.readers))
+        self._gains = {}
+        for name in self._names:
+            weight = reader_weight(self._model.get_submodule(name))
+            gain = bn_gain(groups.trace.batch_norm_behind(name), weight.shape[0] * weight.shape[1])
+            self._gains[name] = gain.view(weight.shape[:2]).to(weight.device)
+        self._positions = positions
+        self._seed = seed
+        self._moments = {name: Moments() for name in self._names}
+        self._rows_per_sample: dict[int, float] = {}
+
+    def watches(self) -> list[Watch]:
+        """What :func:`~tp_importance.observe.observe` is to watch."""
+        return [
+            Watch(name, module, self._collector(name, module, i))
+            for i, name in enumerate(self._names)
+            for module in [self._model.get_submodule(name)]
+        ]
+
+    def samples(self, moments: Moments) -> float:
+        """Independent samples behind ``moments`` (its rows over the positions per sample)."""
+        return moments.rows / self._rows_per_sample[id(moments)]
+
+    def scatter(self, group: ChannelGroup, matrix: Callable[[Moments], Tensor]) -> Tensor:
+        """Scatter of the units of ``group`` over all its readers, each relative to the group's energy there.
+
+        Args:
+            group: one of the groups.
+            matrix: what to take from the moments: total, between-class, or a blend; shape (G, d, d).
+
+        Returns:
+            shape (U, U); a reader at which the group does not vary adds nothing.
+
+        Raises:
+            ValueError: if a reader received values that are not finite, or was never run.
+        """
+        total: Tensor | None = None
+        for member in group.readers:
+            moments, module = self._moments[member.name], self._model.get_submodule(member.name)
+            if moments.second is None or not moments.rows:
+                raise ValueError(
+                    f"layer {member.name} did not run on the data, so group {group.name} has no statistics"
+                )
+            if not torch.isfinite(moments.second).all():
+                raise ValueError(f"the input of layer {member.name} is not finite; check the data and the model")
+            unit_of = torch.full((member.width,), -1)
+            unit_of[torch.from_numpy(member.channels)] = torch.from_numpy(member.units)
+            p = matrix(moments)
+            if _is_wide(module):
+                channels = torch.arange(member.width).expand(p.shape[0], -1)
+                weight, gain = p.new_ones(p.shape[0], 1, p.shape[1]), p.new_ones(p.shape[0], 1)
+            else:
+                channels, weight, gain = feature_channels(module), reader_weight(module), self._gains[member.name]
+            units = unit_of[channels].to(p.device)
+            s = reader_scatter(p, weight, gain, units, group.n_units)
+            energy = s.sum().abs()
+            s = s / energy if energy > 0 else s
+            total = s if total is None else total + s.to(total.device)
+        assert total is not None
+        return total
+
+    def _collector(self, name: str, module: nn.Module, index: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        moments = self._moments[name]
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
+        project = self._sketch(module, self._gains[name], generator) if _is_wide(module) else None
+
+        def fn(x: Tensor, out: Tensor, labels: Tensor) -> None:
+            u = unfolded_input(module, x, out, self._positions, generator)
+            n, q = u.shape[:2]
+            self._rows_per_sample[id(moments)] = q
+            keep = labels >= 0
+            if not keep.all():
+                u, labels = u[keep], labels[keep]
+                n = len(labels)
+            rows = u.reshape(n * q, *u.shape[2:])
+            moments.update(rows if project is None else project(rows), labels.repeat_interleave(q))
+
+        return fn
+
+    def _sketch(self, module: nn.Module, gain: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """Map rows (R, G, d) to contributions of every channel to a few output combinations, (R, S, C)."""
+        weight = reader_weight(module) * gain.to(reader_weight(module)).unsqueeze(2)
+        if weight.shape[0] > 1:
+            raise ValueError(f"grouped readers with more than {MAX_FEATURES} features per group are not supported")
+        weight = weight[0]
+        if weight.shape[0] > SKETCH:
+            signs = torch.randint(0, 2, (SKETCH, weight.shape[0]), generator=generator) * 2 - 1
+            weight = signs.to(weight) @ weight / SKETCH**0.5
+        channels = feature_channels(module)[0].to(weight.device)
+        width = int(channels.max()) + 1
+
+        def project(rows: Tensor) -> Tensor:
+            flat = rows.flatten(1)
+            result = flat.new_zeros(len(flat), len(weight), width)
+            for s, combination in enumerate(weight):  # keeps the largest temporary at (R, d)
+                result[:, s].index_add_(1, channels, flat * combination)
+            return result
+
+        return project
+
+
+def _is_wide(module: Any) -> bool:
+    return reader_weight(module).shape[2] > MAX_FEATURES

@@ -1,0 +1,276 @@
+"""One safe way to trace a network: Torch-Pruning's graph plus what each layer was called with."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from .batches import call_model
+from .errors import TracingError
+from .guards import preserved
+
+__all__ = ["COUNTED", "Call", "Trace", "TraceOptions", "batch_size", "count_ops", "is_depthwise", "trace"]
+
+CONV = (nn.modules.conv._ConvNd,)
+COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+"""Modules whose multiply-accumulates are counted."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one leaf module during the traced forward pass.
+
+    Attributes:
+        name: the module's qualified name.
+        in_shape: shape of its first tensor argument.
+        out_shape: shape of its (first) output.
+        macs: conv and linear multiply-accumulates of this call, whole batch; 0 for other modules.
+    """
+
+    name: str
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    macs: int
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What Torch-Pruning needs to trace unusual networks; the fields have its names and meaning."""
+
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    output_transform: Callable[[Any], Any] | None = None
+    unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None
+    customized_pruners: Mapping[Any, Any] | None = None
+    ignored_params: Sequence[nn.Parameter] = ()
+
+    def on_copy(self, model: nn.Module, copy: nn.Module) -> TraceOptions:
+        """The same options, with every module and parameter of ``model`` replaced by its twin in ``copy``."""
+        names = {p: name for name, p in model.named_parameters()}
+        params = dict(copy.named_parameters())
+        modules = dict(zip(model.modules(), copy.modules(), strict=True))
+
+        def twin(p: nn.Parameter) -> nn.Parameter:
+            return params[names[p]]
+
+        return replace(
+            self,
+            unwrapped_parameters=[(twin(p), dim) for p, dim in self.unwrapped_parameters or ()] or None,
+            customized_pruners={modules.get(k, k): v for k, v in (self.customized_pruners or {}).items()} or None,
+            ignored_params=[twin(p) for p in self.ignored_params],
+        )
+
+
+@dataclass
+class Trace:
+    """A traced network: dependency graph, calls in execution order, batch size of the example inputs."""
+
+    model: nn.Module
+    graph: Any
+    calls: list[Call]
+    batch_size: int
+    names: dict[nn.Module | nn.Parameter, str] = field(default_factory=dict)
+
+    def first_call(self) -> dict[str, int]:
+        """Position of the first call of each module in execution order."""
+        order: dict[str, int] = {}
+        for i, call in enumerate(self.calls):
+            order.setdefault(call.name, i)
+        return order
+
+    def batch_norm_behind(self, name: str) -> nn.Module | None:
+        """The batch norm that alone receives the output of a layer, if there is one."""
+        node = self.graph.module2node.get(self.model.get_submodule(name))
+        followers = [] if node is None else node.outputs
+        if len(followers) == 1 and isinstance(followers[0].module, nn.modules.batchnorm._BatchNorm):
+            return followers[0].module
+        return None
+
+    def next_reader(self, name: str) -> str | None:
+        """The first counted layer, in execution order, that receives what a layer puts out."""
+        start = self.graph.module2node.get(self.model.get_submodule(name))
+        order, found, seen = self.first_call(), [], set()
+        stack = [] if start is None else list(start.outputs)
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node.module, COUNTED):
+                found.append(self.names[node.module])
+            else:
+                stack.extend(node.outputs)
+        later = [n for n in found if order.get(n, -1) > order.get(name, -1)]
+        return min(later, key=lambda n: order[n]) if later else None
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether Torch-Pruning treats ``module`` as depthwise (each channel its own group)."""
+    return isinstance(module, CONV) and module.groups == module.out_channels > 1
+
+
+def batch_size(example_inputs: Any) -> int:
+    """First dimension of the first tensor in ``example_inputs`` (tensor, sequence or dict).
+
+    Raises:
+        TypeError: if there is no tensor with at least one dimension.
+    """
+    if isinstance(example_inputs, Tensor) and example_inputs.dim() > 0:
+        return int(example_inputs.shape[0])
+    items: Sequence[Any] = ()
+    if isinstance(example_inputs, Mapping):
+        items = tuple(example_inputs.values())
+    elif isinstance(example_inputs, (tuple, list)):
+        items = example_inputs
+    for item in items:
+        if isinstance(item, Tensor) and item.dim() > 0:
+            return int(item.shape[0])
+    raise TypeError(
+        f"example_inputs of type {type(example_inputs).__name__} hold no batched tensor; pass a tensor, "
+        "a tuple of positional arguments or a dict of keyword arguments, batch dimension first"
+    )
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return next((t for t in map(_first_tensor, value) if t is not None), None)
+    return None
+
+
+def _call_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
+    if isinstance(module, CONV):
+        per_position = module.weight[0].numel()
+        return per_position * (x.numel() if module.transposed else out.numel())
+    if isinstance(module, nn.Linear):
+        return out.numel() * module.in_features
+    if isinstance(module, nn.MultiheadAttention):
+        # in_proj and out_proj run inside one functional call; QKᵀ and AV are not counted (docs: limits).
+        return (x.numel() // module.embed_dim) * 4 * module.embed_dim**2
+    return 0
+
+
+class _Recorder:
+    """Forward hooks that write down every call of every leaf module (and attention)."""
+
+    def __init__(self, model: nn.Module):
+        self.calls: list[Call] = []
+        self._handles = [
+            module.register_forward_hook(self._hook(name), with_kwargs=True)
+            for name, module in model.named_modules()
+            if isinstance(module, COUNTED) or not any(True for _ in module.children())
+        ]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            x, out = _first_tensor((args, kwargs)), _first_tensor(output)
+            if x is not None and out is not None:
+                self.calls.append(Call(name, tuple(x.shape), tuple(out.shape), _call_macs(module, x, out)))
+
+        return record
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOptions()) -> Trace:
+    """Trace ``model`` with Torch-Pruning, whatever state it is in, and leave that state alone.
+
+    Torch-Pruning needs gradients and trainable parameters and leaves the model in eval mode, with its hooks
+    in place if the forward pass raises. Here gradients are enabled for the trace only, frozen parameters are
+    thawed and frozen again, and modes and hooks are restored on every exit.
+
+    Args:
+        model: the network.
+        example_inputs: tensor, tuple of positional or dict of keyword arguments, batch dimension first.
+        options: how to call and read the network, see :class:`TraceOptions`.
+
+    Returns:
+        The :class:`Trace`.
+
+    Raises:
+        TracingError: if the forward pass or Torch-Pruning's graph construction fails.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> sum(c.macs for c in trace(net, torch.zeros(1, 3, 8, 8)).calls)
+        12384
+    """
+    n = batch_size(example_inputs)
+    with preserved(model), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        recorder = _Recorder(model)
+        try:
+            graph = tp.DependencyGraph().build_dependency(
+                model,
+                example_inputs=example_inputs,
+                forward_fn=options.forward_fn or call_model,
+                output_transform=options.output_transform,
+                unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,
+                customized_pruners=dict(options.customized_pruners or {}) or None,
+                ignored_params=list(options.ignored_params),
+            )
+        except Exception as error:
+            raise TracingError(
+                f"could not trace {type(model).__name__}: {type(error).__name__}: {error}. Check that the model runs "
+                "on example_inputs (device, dtype, shape); give forward_fn or output_transform for unusual signatures"
+            ) from error
+        finally:
+            recorder.remove()
+    names: dict[nn.Module | nn.Parameter, str] = {m: name for name, m in model.named_modules()}
+    names.update({p: name for name, p in model.named_parameters()})
+    return Trace(model=model, graph=graph, calls=recorder.calls, batch_size=n, names=names)
+
+
+def count_ops(
+    model: nn.Module, example_inputs: Any, *, forward_fn: Callable[[nn.Module, Any], Any] | None = None
+) -> tuple[int, int]:
+    """Count what one sample costs, by running the model.
+
+    MACs are multiply-accumulates of convolutions, linear layers and the projections of
+    ``nn.MultiheadAttention``; bias, normalisation and activations are not counted. A module called twice costs
+    its MACs twice and its parameters once.
+
+    Args:
+        model: the network.
+        example_inputs: as for :func:`trace`; the batch dimension is divided out.
+        forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
+
+    Returns:
+        ``(macs, params)``: MACs per sample and the number of parameters.
+
+    Example:
+        >>> count_ops(nn.Linear(10, 5), torch.zeros(4, 10))
+        (50, 55)
+    """
+    n = batch_size(example_inputs)
+    with preserved(model), torch.no_grad():
+        model.eval()
+        recorder = _Recorder(model)
+        try:
+            (forward_fn or call_model)(model, example_inputs)
+        finally:
+            recorder.remove()
+    macs = sum(call.macs for call in recorder.calls)
+    return _per_sample(macs, n), sum(math.prod(p.shape) for p in model.parameters())
+
+
+def _per_sample(macs: int, n: int) -> int:
+    if macs % n:
+        raise ValueError(
+            f"{macs} MACs do not divide by the batch of {n}: the first dimension of example_inputs is not the batch"
+        )
+    return macs // n

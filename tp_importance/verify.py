@@ -1,0 +1,261 @@
+"""The oracle: a group may be pruned only if removing its channels equals masking them.
+
+Masked means a zero gate on the channel wherever it is made and wherever it is read, so that neither a batch
+norm's constant nor an activation's offset leaks through. Both copies are compared at the input of *every*
+convolution and linear layer and at the network's output; a surgery that takes the wrong channels shows up at the
+first reader, however small its trace in the output is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import call_model
+from .cost import CostModel
+from .groups import Index, PrunableGroups
+from .guards import preserved
+from .surgery import remove_units
+from .tracing import CONV, COUNTED, TraceOptions, count_ops, is_depthwise, trace
+
+__all__ = ["gates", "masked_equals_removed", "sample_units", "verify_groups"]
+
+TOLERANCE = 1e-3
+"""Largest difference allowed at any layer input, relative to its largest value there (float32)."""
+
+
+def sample_units(groups: PrunableGroups, seed: int = 0) -> dict[str, list[int]]:
+    """About half of the units of every group, drawn at random: what the oracle removes."""
+    rng = np.random.default_rng(seed)
+    removed = {}
+    for group in groups:
+        most = group.n_units - group.min_units
+        count = min(max(1, group.n_units // 2), most)
+        removed[group.name] = sorted(rng.choice(group.n_units, count, replace=False).tolist())
+    return removed
+
+
+@contextmanager
+def gates(model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[int]]) -> Iterator[None]:
+    """Zero the channels of ``removed`` units where they are produced and where they are read, inside the context."""
+    inputs: dict[str, list[Index]] = defaultdict(list)
+    outputs: dict[str, list[Index]] = defaultdict(list)
+    for name, units in removed.items():
+        for member in groups[name].members:
+            if member.kind != "carrier":
+                (inputs if member.role == "in" else outputs)[member.name].append(member.positions(units))
+    with ExitStack() as stack:
+        for name, positions in inputs.items():
+            module = model.get_submodule(name)
+            pre = _zero_input(_channel_dim(module), torch.as_tensor(np.concatenate(positions)))
+            stack.callback(module.register_forward_pre_hook(pre, prepend=True).remove)
+        for name, positions in outputs.items():
+            module = model.get_submodule(name)
+            post = _zero_output(_channel_dim(module), torch.as_tensor(np.concatenate(positions)))
+            stack.callback(module.register_forward_hook(post, prepend=True).remove)
+        yield
+
+
+def masked_equals_removed(
+    groups: PrunableGroups,
+    example_inputs: Any,
+    removed: Mapping[str, list[int]],
+    *,
+    gated: PrunableGroups | None = None,
+    tolerance: float = TOLERANCE,
+) -> str | None:
+    """Compare the masked model with a physically pruned copy.
+
+    Args:
+        groups: groups of the model as it is now.
+        example_inputs: inputs to compare on.
+        removed: units to remove, per group name.
+        gated: groups that place the gates; differs from ``groups`` only in tests that plant an error.
+        tolerance: see :data:`TOLERANCE`.
+
+    Returns:
+        ``None`` if both agree and the pruned copy costs what the cost model says, else where and how they differ.
+    """
+    model, options = groups.trace.model, groups.options
+    original = _scrambled_copy(model)
+    pruned = copy.deepcopy(original)
+    run = options.forward_fn or call_model
+    predicted = CostModel.from_groups(groups)
+    keep = _kept_positions(groups, removed)
+    try:
+        with torch.no_grad(), gates(original, gated or groups, removed):
+            masked, masked_out = _layer_inputs(original, example_inputs, run)
+        rebuilt = _same_groups(pruned, example_inputs, groups)
+        remove_units(rebuilt, removed)
+        with torch.no_grad():
+            left, left_out = _layer_inputs(pruned, example_inputs, run)
+        counted = count_ops(pruned, example_inputs, forward_fn=run)
+    except Exception as error:
+        return f"pruning a copy fails: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+    if [name for name, _ in masked] != [name for name, _ in left]:
+        return "the pruned copy calls its layers in another order"
+    for (name, a), (_, b) in zip(masked, left, strict=True):
+        difference = _difference(_select(original.get_submodule(name), a, keep.get(name)), b, tolerance)
+        if difference:
+            return f"input of {name}: {difference}"
+    for a, b in zip(_tensors(masked_out), _tensors(left_out), strict=True):
+        difference = _difference(a, b, tolerance)
+        if difference:
+            return f"output of the network: {difference}"
+    sizes = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in groups}
+    cost = predicted.cost(sizes)
+    if (cost.macs, cost.params) != counted:
+        return f"the pruned copy costs {counted[0]} MACs and {counted[1]} params, the cost model says {cost}"
+    return None
+
+
+def verify_groups(groups: PrunableGroups, example_inputs: Any, *, seed: int = 0) -> dict[str, str]:
+    """Find the groups whose removal differs from masking.
+
+    All groups are tested at once, two passes in all; only if that fails are the culprits found by bisection.
+
+    Returns:
+        reason per unsafe group; empty if all are safe.
+    """
+    removed = sample_units(groups, seed)
+    inputs = example_inputs[:2] if isinstance(example_inputs, Tensor) else example_inputs
+    reasons: dict[str, str] = {}
+
+    def test(names: list[str]) -> str | None:
+        subset = groups.exclude({n: "" for n in groups.names if n not in names})
+        return masked_equals_removed(subset, inputs, {n: removed[n] for n in names})
+
+    def safe(names: list[str]) -> list[str]:
+        problem = test(names) if names else None
+        if problem is None:
+            return names
+        if len(names) == 1:
+            reasons[names[0]] = f"removal is not masking: {problem}"
+            return []
+        half = len(names) // 2
+        first, second = safe(names[:half]), safe(names[half:])
+        if not first or not second or test(first + second) is None:
+            return first + second
+        for name in second:  # safe apart, not together: keep as many as go with the first half
+            problem = test([*first, name])
+            if problem is None:
+                first.append(name)
+            else:
+                reasons[name] = f"removal together with other groups is not masking: {problem}"
+        return first
+
+    safe(groups.names)
+    return reasons
+
+
+def _same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -> PrunableGroups:
+    """The groups of ``groups`` on a copy of their model."""
+    source = groups.trace.model
+    options: TraceOptions = groups.options.on_copy(source, model)
+    traced = trace(model, example_inputs, options)
+    return PrunableGroups(groups.groups, [], traced, options)
+
+
+def _scrambled_copy(model: nn.Module) -> nn.Module:
+    """A copy whose batch norms do something: at their initial values a wrong surgery can look right."""
+    twin = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+        for buffer_owner in twin.modules():
+            for key, buffer in buffer_owner.named_buffers(recurse=False):
+                if buffer.dtype in (torch.float16, torch.bfloat16):
+                    setattr(buffer_owner, key, buffer.float())
+            if isinstance(buffer_owner, nn.modules.batchnorm._BatchNorm) and buffer_owner.affine:
+                shape = buffer_owner.weight.shape
+                for value, low, high in ((buffer_owner.weight, 0.5, 1.5), (buffer_owner.bias, -0.5, 0.5)):
+                    value.copy_(torch.rand(shape, generator=generator) * (high - low) + low)
+    return twin
+
+
+def _layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list[tuple[str, Tensor]], Any]:
+    """Inputs of every counted layer in call order, and the network's output."""
+    seen: list[tuple[str, Tensor]] = []
+    with preserved(model), ExitStack() as stack:
+        model.eval()
+        for name, module in model.named_modules():
+            if isinstance(module, COUNTED) and not isinstance(module, nn.MultiheadAttention):
+                # after the gates, which are prepended
+                hook = module.register_forward_pre_hook(lambda _m, args, n=name: seen.append((n, args[0].detach())))
+                stack.callback(hook.remove)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        output = run(model, _as_dtype(example_inputs, dtype))
+    return seen, output
+
+
+def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {k: _as_dtype(v, dtype) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_as_dtype(v, dtype) for v in value)
+    return value
+
+
+def _channel_dim(module: nn.Module) -> int:
+    """Channel dimension of inputs and outputs, counted from the end."""
+    return -1 - len(module.kernel_size) if isinstance(module, CONV) else -1
+
+
+def _kept_positions(groups: PrunableGroups, removed: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    gone: dict[str, list[Index]] = defaultdict(list)
+    widths: dict[str, int] = {}
+    for name, units in removed.items():
+        for m in groups[name].members:
+            if m.role == "in" or is_depthwise(groups.trace.model.get_submodule(m.name)):
+                gone[m.name].append(m.positions(units))
+                widths[m.name] = m.width
+    return {n: torch.as_tensor(np.setdiff1d(np.arange(widths[n]), np.concatenate(p))) for n, p in gone.items()}
+
+
+def _select(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x.index_select(x.dim() + _channel_dim(module), keep.to(x.device))
+
+
+def _difference(a: Tensor, b: Tensor, tolerance: float) -> str | None:
+    if a.shape != b.shape:
+        return f"shape {tuple(b.shape)} after removal, {tuple(a.shape)} masked"
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    error = float((a - b).abs().max()) if a.numel() else 0.0
+    if not error <= tolerance * max(scale, 1e-30):  # NaN counts as a difference
+        return f"differs by {error:.2g} on a scale of {scale:.2g}"
+    return None
+
+
+def _zero_input(dim: int, positions: Tensor) -> Any:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].index_fill(args[0].dim() + dim, positions.to(args[0].device), 0.0), *args[1:])
+
+    return hook
+
+
+def _zero_output(dim: int, positions: Tensor) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output.index_fill(output.dim() + dim, positions.to(output.device), 0.0)
+
+    return hook
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in _tensors(v)]
+    return []
