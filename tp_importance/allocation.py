@@ -13,7 +13,7 @@ from .curves import Curve, convex_envelope
 from .errors import BudgetError
 from .groups import ChannelGroup
 
-__all__ = ["ALLOCATORS", "Allocator", "WidthSpace", "allocator", "greedy", "greedy_path", "uniform"]
+__all__ = ["ALLOCATORS", "Allocator", "WidthSpace", "find_allocator", "greedy", "greedy_path", "uniform"]
 
 Ints = NDArray[np.int64]
 Limits = Mapping[str, int]
@@ -36,7 +36,7 @@ class WidthSpace:
         groups: Sequence[ChannelGroup],
         *,
         round_to: int | None = None,
-        max_pruning_ratio: float = 1.0,
+        max_pruning_ratio: float | Mapping[str, float] = 1.0,
         initial_widths: Mapping[str, int] | None = None,
     ) -> WidthSpace:
         """Widths that the graph, ``round_to`` and ``max_pruning_ratio`` allow.
@@ -44,7 +44,8 @@ class WidthSpace:
         Args:
             groups: the groups.
             round_to: widths are multiples of it (in channels), or the present width.
-            max_pruning_ratio: fraction of the initial channels of any group that may go.
+            max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name
+                (groups not named: 1).
             initial_widths: widths before the first step, for ``max_pruning_ratio``; default: present.
 
         Raises:
@@ -52,13 +53,14 @@ class WidthSpace:
         """
         if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
             raise ValueError(f"round_to={round_to!r} must be a positive integer, e.g. 8")
-        if isinstance(max_pruning_ratio, bool) or not 0.0 <= max_pruning_ratio <= 1.0:
-            raise ValueError(f"max_pruning_ratio={max_pruning_ratio!r} must be a fraction in [0, 1]")
         levels = []
         for g in groups:
+            ratio = max_pruning_ratio.get(g.name, 1.0) if isinstance(max_pruning_ratio, Mapping) else max_pruning_ratio
+            if isinstance(ratio, bool) or not 0.0 <= ratio <= 1.0:
+                raise ValueError(f"max_pruning_ratio={ratio!r} must be a fraction in [0, 1]")
             units = np.arange(g.min_units, g.n_units + 1, dtype=np.int64)
             initial = (initial_widths or {}).get(g.name, g.width)
-            enough = units * g.unit_size >= np.ceil(initial * (1.0 - max_pruning_ratio) - 1e-9)
+            enough = units * g.unit_size >= np.ceil(initial * (1.0 - ratio) - 1e-9)
             rounded = (units * g.unit_size) % (round_to or 1) == 0
             levels.append(units[(enough & rounded) | (units == g.n_units)])
         return cls(tuple(levels))
@@ -238,7 +240,7 @@ Allocator = Callable[[Curves, CostModel, WidthSpace, Limits], Ints]
 ALLOCATORS: dict[str, Allocator] = {"greedy": greedy, "uniform": uniform}
 
 
-def allocator(choice: str | Allocator) -> Allocator:
+def find_allocator(choice: str | Allocator) -> Allocator:
     """Look an allocator up by name; callables pass through.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .allocation import Allocator, WidthSpace, allocator
+from .allocation import Allocator, WidthSpace, find_allocator
 from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
 from .cost import CostModel
@@ -67,7 +67,7 @@ class BudgetPruner:
         allocator: ``"greedy"``, ``"uniform"`` or a function, see :mod:`tp_importance.allocation`.
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.
-        max_pruning_ratio: fraction of the initial channels of any group that may go.
+        max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.
         num_heads: as in Torch-Pruning.
         unwrapped_parameters: as in Torch-Pruning.
         customized_pruners: as in Torch-Pruning.
@@ -105,7 +105,7 @@ class BudgetPruner:
         allocator: str | Allocator = "greedy",
         ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
         round_to: int | None = None,
-        max_pruning_ratio: float = 1.0,
+        max_pruning_ratio: float | Mapping[str, float] = 1.0,
         num_heads: Mapping[nn.Module, int] | None = None,
         unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
         customized_pruners: Mapping[Any, Any] | None = None,
@@ -118,7 +118,7 @@ class BudgetPruner:
         self.budget = _checked(budget)
         self.model, self.importance, self.loader = model, importance, loader
         self._example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
-        self._allocate = _find_allocator(allocator)
+        self._allocate = find_allocator(allocator)
         self._ignored_layers, self._num_heads = ignored_layers, num_heads
         self._round_to, self._max_pruning_ratio = round_to, max_pruning_ratio
         self.groups: PrunableGroups = prunable_groups(
@@ -161,6 +161,15 @@ class BudgetPruner:
             self._curves = value_curves(self.importance, self.groups)
         return self
 
+    def limit_ratios(self, max_pruning_ratio: float | Mapping[str, float]) -> None:
+        """Set the largest fraction of the initial channels that may go, for all groups or by name."""
+        WidthSpace.of(self.groups.groups, max_pruning_ratio=max_pruning_ratio)  # checks it
+        self._max_pruning_ratio = max_pruning_ratio
+
+    def curves(self) -> dict[str, Curve]:
+        """Value curve of every group, collected when needed."""
+        return self._value()
+
     def plan(self, budget: Budget | None = None) -> Plan:
         """Widths and cost under a budget, without touching the model and, for a second budget, the data.
 
@@ -184,9 +193,14 @@ class BudgetPruner:
         )
         units = self._allocate(curves, self.cost_model, space, limits)
         removed = {n: curves[n].removed(int(u)) for n, u in zip(self.cost_model.names, units, strict=True)}
-        widths = self.cost_model.widths(units)
-        constant = {n: c.constant.tolist() for n, c in curves.items() if len(c.constant)}
-        return Plan(widths, self.cost_model.cost(widths), self.dense, limits, removed, constant)
+        return self.plan_of(removed, limits)
+
+    def plan_of(self, removed: Mapping[str, Sequence[int]], limits: Mapping[str, int] | None = None) -> Plan:
+        """The :class:`Plan` that removes given units, at whatever cost."""
+        widths = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in self.groups}
+        constant = {n: c.constant.tolist() for n, c in self._value().items() if len(c.constant)}
+        gone = {n: list(units) for n, units in removed.items()}
+        return Plan(widths, self.cost_model.cost(widths), self.dense, dict(limits or {}), gone, constant)
 
     def step(self, budget: Budget | None = None, *, recalibrate: bool = False) -> PruningReport:
         """Prune the model in place.
@@ -279,10 +293,6 @@ class BudgetPruner:
             constant={g: len(u) for g, u in plan.constant.items()},
             criterion=type(self.importance).__name__,
         )
-
-
-def _find_allocator(choice: str | Allocator) -> Allocator:
-    return allocator(choice)
 
 
 def _checked(budget: Any) -> Budget:
