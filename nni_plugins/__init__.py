@@ -5,6 +5,7 @@ Importing this package needs NNI: ``pip install "tp-importance[nni]"``.
 
 from .base import ImportancePruner
 from .catro import CATROPruner
+from .itpruner import ITPruner
 from .speedup import speedup
 
-__all__ = ["CATROPruner", "ImportancePruner", "speedup"]
+__all__ = ["CATROPruner", "ITPruner", "ImportancePruner", "speedup"]

@@ -14,10 +14,14 @@ from .curves import Curve, curve_from_scores, value_curves
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .importance import StatisticalImportance
+from .itpruner import ITPruner, ITPrunerImportance
 from .observe import Observed, Watch, observe
-from .pruner import BudgetPruner, Plan
+from .plan import Plan
+from .program import ProgramAllocator
+from .pruner import BudgetPruner
 from .report import PruningReport
 from .subtask import slice_classifier
+from .sweep import plot_sweep, sweep_frame
 from .tracing import count_ops
 
 __all__ = [
@@ -32,9 +36,12 @@ __all__ = [
     "CostModel",
     "Curve",
     "Excluded",
+    "ITPruner",
+    "ITPrunerImportance",
     "NotCollectedError",
     "Observed",
     "Plan",
+    "ProgramAllocator",
     "PrunableGroups",
     "PruningReport",
     "StaleStatisticsError",
@@ -48,10 +55,12 @@ __all__ = [
     "greedy_path",
     "load_pruned",
     "observe",
+    "plot_sweep",
     "prunable_groups",
     "recalibrate_batchnorm",
     "save_pruned",
     "slice_classifier",
+    "sweep_frame",
     "uniform",
     "value_curves",
 ]

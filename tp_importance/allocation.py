@@ -6,14 +6,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .cost import COST_FIELDS, CostModel
-from .curves import Curve, convex_envelope
+from .curves import Curve, Floats, convex_envelope
 from .errors import BudgetError
 from .groups import ChannelGroup
 
-__all__ = ["ALLOCATORS", "Allocator", "WidthSpace", "find_allocator", "greedy", "greedy_path", "uniform"]
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "WidthSpace",
+    "fill_up",
+    "find_allocator",
+    "greedy",
+    "greedy_path",
+    "require_reachable",
+    "uniform",
+]
 
 Ints = NDArray[np.int64]
 Limits = Mapping[str, int]
@@ -25,7 +35,7 @@ class WidthSpace:
     """Admissible widths of every group.
 
     Attributes:
-        levels: per group the admissible numbers of units, ascending, the last one the present width.
+        levels: per group the admissible numbers of units, ascending.
     """
 
     levels: tuple[Ints, ...]
@@ -38,8 +48,10 @@ class WidthSpace:
         round_to: int | None = None,
         max_pruning_ratio: float | Mapping[str, float] = 1.0,
         initial_widths: Mapping[str, int] | None = None,
+        min_widths: Mapping[str, int] | None = None,
+        max_widths: Mapping[str, int] | None = None,
     ) -> WidthSpace:
-        """Widths that the graph, ``round_to`` and ``max_pruning_ratio`` allow.
+        """Widths that the graph, ``round_to``, ``max_pruning_ratio``, floors and ceilings allow.
 
         Args:
             groups: the groups.
@@ -47,9 +59,11 @@ class WidthSpace:
             max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name
                 (groups not named: 1).
             initial_widths: widths before the first step, for ``max_pruning_ratio``; default: present.
+            min_widths: fewest channels per group name.
+            max_widths: most channels per group name; without one, the present width is always admissible.
 
         Raises:
-            ValueError: for a ``round_to`` below 1 or a ratio outside [0, 1].
+            ValueError: for a ``round_to`` below 1, a ratio outside [0, 1], or a group that is left no width.
         """
         if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
             raise ValueError(f"round_to={round_to!r} must be a positive integer, e.g. 8")
@@ -62,7 +76,15 @@ class WidthSpace:
             initial = (initial_widths or {}).get(g.name, g.width)
             enough = units * g.unit_size >= np.ceil(initial * (1.0 - ratio) - 1e-9)
             rounded = (units * g.unit_size) % (round_to or 1) == 0
-            levels.append(units[(enough & rounded) | (units == g.n_units)])
+            least, most = (min_widths or {}).get(g.name, 0), (max_widths or {}).get(g.name, g.width)
+            inside = (units * g.unit_size >= least) & (units * g.unit_size <= most)
+            levels.append(units[((enough & rounded) | (units == g.n_units)) & inside])
+            if not len(levels[-1]):
+                raise ValueError(
+                    f"group {g.name} of {g.width} channels has no admissible width: min_widths {least}, max_widths "
+                    f"{most}, max_pruning_ratio {ratio}, round_to {round_to}, units of {g.unit_size}, at least "
+                    f"{g.min_units * g.unit_size}"
+                )
         return cls(tuple(levels))
 
     @property
@@ -72,7 +94,7 @@ class WidthSpace:
 
     @property
     def full(self) -> Ints:
-        """Present units, shape (G,)."""
+        """Largest admissible units, shape (G,): the present ones, or the ceiling."""
         return np.array([lv[-1] for lv in self.levels], np.int64)
 
 
@@ -122,6 +144,17 @@ class _Walk:
         more = self.level[g] < len(self.steps[g])
         self.gain[g] = self.gains[g][self.level[g]] if more else -np.inf
         self.step[g] = self.steps[g][self.level[g]] if more else 0
+
+    def jump(self, units: Ints) -> None:
+        """Go to admissible ``units`` at once."""
+        self.level = np.array([np.searchsorted(lv, u) for lv, u in zip(self.space.levels, units, strict=True)])
+        self.units = units.copy()
+        self.present = self.cost.evaluate(units)
+        self.slope = self.cost.linear + np.einsum("fgh,h->fg", self.coupling, units)
+        for g, level in enumerate(self.level):
+            more = level < len(self.steps[g])
+            self.gain[g] = self.gains[g][level] if more else -np.inf
+            self.step[g] = self.steps[g][level] if more else 0
 
     def fits(self, marginal: Ints, limits: Limits) -> NDArray[np.bool_]:
         """Groups whose next step keeps every limit."""
@@ -183,7 +216,8 @@ def greedy(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -
     Raises:
         BudgetError: if the floor exceeds a limit; names the least reachable cost.
     """
-    walk = _start(curves, cost, space, limits)
+    require_reachable(cost, space, limits)
+    walk = _Walk(curves, cost, space, tuple(limits))
     while walk.open().any():
         marginal = walk.marginal
         g = walk.best(marginal, walk.open())
@@ -198,19 +232,45 @@ def uniform(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) 
 
     Args and returns as :func:`greedy`.
     """
-    walk = _start(curves, cost, space, limits)
+    require_reachable(cost, space, limits)
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if _within(cost, _scaled(space, middle), limits) else (low, middle)
-    target = space.full if _within(cost, space.full, limits) else _scaled(space, low)
-    for g, units in enumerate(target):
-        while walk.units[g] < units:
-            walk.advance(g, walk.marginal)
+    return fill_up(curves, cost, space, limits, space.full * (1.0 if _within(cost, space.full, limits) else low))
+
+
+def fill_up(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits, target: ArrayLike) -> Ints:
+    """Round any units down to admissible ones that keep the limits, and fill what is left by gain per cost.
+
+    Args:
+        curves: curve per group name.
+        cost: the cost model.
+        space: admissible widths.
+        limits: upper limit per cost field.
+        target: units, need not be integer or admissible, shape (G,).
+
+    Returns:
+        units per group, shape (G,): within every limit, and no further step fits.
+
+    Raises:
+        BudgetError: if the floor exceeds a limit; names the least reachable cost.
+    """
+    require_reachable(cost, space, limits)
+    goal, shrink = np.asarray(target, np.float64), 1e-9
+    while not _within(cost, units := _rounded(space, goal), limits):  # it costs a rounding error too much
+        goal, shrink = goal * (1 - shrink), 2 * shrink
+    walk = _Walk(curves, cost, space, tuple(limits))
+    walk.jump(units)
     return walk.fill(limits)
 
 
-def _start(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> _Walk:
+def require_reachable(cost: CostModel, space: WidthSpace, limits: Limits) -> None:
+    """Refuse limits that the floor exceeds.
+
+    Raises:
+        BudgetError: naming the least reachable cost.
+    """
     floor = cost.evaluate(space.floor)
     for field, limit in limits.items():
         least = int(floor[COST_FIELDS.index(field)])
@@ -220,13 +280,16 @@ def _start(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -
                 f"{least} {field} are left. Give at least {least}, lower round_to or max_pruning_ratio's floor, "
                 "or ignore fewer layers"
             )
-    return _Walk(curves, cost, space, tuple(limits))
 
 
 def _scaled(space: WidthSpace, fraction: float) -> Ints:
-    return np.array(
-        [lv[max(int(np.searchsorted(lv, fraction * lv[-1] + 1e-9, "right")) - 1, 0)] for lv in space.levels], np.int64
-    )
+    return _rounded(space, fraction * space.full.astype(np.float64))
+
+
+def _rounded(space: WidthSpace, units: Floats) -> Ints:
+    """Admissible units at or below ``units``, or the floor."""
+    pairs = zip(space.levels, units, strict=True)
+    return np.array([lv[max(int(np.searchsorted(lv, u + 1e-9, "right")) - 1, 0)] for lv, u in pairs], np.int64)
 
 
 def _within(cost: CostModel, units: Ints, limits: Limits) -> bool:

@@ -48,6 +48,9 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
         """Value curves from what the accumulators hold."""
 
+    def _before_batch(self, samples: int) -> None:
+        """Called before each batch of the pass."""
+
     def collect(
         self,
         model: nn.Module,
@@ -93,6 +96,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             label_fn=label_fn,
             need_labels=self.needs_labels,
             progress=progress,
+            before_batch=self._before_batch,
         )
         curves = self._curves(groups)
         self.observed, self._groups, self._cached_curves, self._ranks = observed, groups, curves, {}

@@ -60,6 +60,7 @@ def observe(
     label_fn: LabelFn | None = None,
     need_labels: bool = True,
     progress: bool = False,
+    before_batch: Callable[[int], None] | None = None,
 ) -> Observed:
     """Run ``model`` once over ``loader`` in eval mode without gradients, and show the watched layers' tensors.
 
@@ -75,6 +76,7 @@ def observe(
         label_fn: ``label_fn(batch)`` gives their labels.
         need_labels: refuse unlabelled batches and a single class; else unlabelled samples count as class 0.
         progress: show a progress bar.
+        before_batch: called with the number of samples before each batch, for watches that look at several layers.
 
     Returns:
         :class:`Observed`.
@@ -96,7 +98,7 @@ def observe(
     batches = 0
     reference = reference_tensor(model)
     device = reference.device if reference is not None else torch.device("cpu")
-    with preserved(model), ExitStack() as stack, torch.inference_mode():
+    with preserved(model), ExitStack() as stack, torch.no_grad():
         model.eval()
         for watch in watches:
             stack.callback(watch.module.register_forward_hook(_hook(watch, current)).remove)
@@ -106,6 +108,8 @@ def observe(
             if wanted is not None:
                 labels = torch.where(torch.isin(labels, wanted), labels, -1)
             current[:] = [labels.to(device)]
+            if before_batch is not None:
+                before_batch(len(labels))
             output = run_batch(model, batch, forward_fn)
             _check_range(labels, output)
             seen = torch.bincount(labels[labels >= 0], minlength=len(counts))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .allocation import Allocator, WidthSpace, find_allocator
@@ -18,37 +20,12 @@ from .groups import PrunableGroups, build_groups, prunable_groups
 from .guards import preserved, transaction
 from .importance import StatisticalImportance
 from .observe import LabelFn
+from .plan import Plan
 from .report import GroupRow, PruningReport
 from .surgery import remove_units
 from .tracing import count_ops, trace
 
 __all__ = ["BudgetPruner", "Plan"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a pruner would do.
-
-    Attributes:
-        widths: channels to keep per group.
-        cost: exact cost with these widths.
-        dense: cost of the model as given at construction.
-        limits: absolute limits of the budget.
-        removed: units to remove per group.
-        constant: units that do not vary on the data, per group that has any.
-    """
-
-    widths: dict[str, int]
-    cost: Cost
-    dense: Cost
-    limits: dict[str, int]
-    removed: dict[str, list[int]] = field(repr=False)
-    constant: dict[str, list[int]] = field(default_factory=dict, repr=False)
-
-    @property
-    def is_noop(self) -> bool:
-        """Whether nothing is removed."""
-        return not any(self.removed.values())
 
 
 class BudgetPruner:
@@ -68,6 +45,8 @@ class BudgetPruner:
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.
         max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.
+        min_widths: fewest channels per group name.
+        max_widths: most channels per group name.
         num_heads: as in Torch-Pruning.
         unwrapped_parameters: as in Torch-Pruning.
         customized_pruners: as in Torch-Pruning.
@@ -106,6 +85,8 @@ class BudgetPruner:
         ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
         round_to: int | None = None,
         max_pruning_ratio: float | Mapping[str, float] = 1.0,
+        min_widths: Mapping[str, int] | None = None,
+        max_widths: Mapping[str, int] | None = None,
         num_heads: Mapping[nn.Module, int] | None = None,
         unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
         customized_pruners: Mapping[Any, Any] | None = None,
@@ -121,6 +102,7 @@ class BudgetPruner:
         self._allocate = find_allocator(allocator)
         self._ignored_layers, self._num_heads = ignored_layers, num_heads
         self._round_to, self._max_pruning_ratio = round_to, max_pruning_ratio
+        self._min_widths, self._max_widths = dict(min_widths or {}), dict(max_widths or {})
         self.groups: PrunableGroups = prunable_groups(
             model,
             example_inputs,
@@ -136,7 +118,9 @@ class BudgetPruner:
         self.initial_widths = self.groups.widths
         self.cost_model = CostModel.from_groups(self.groups)
         self.dense: Cost = self.cost_model.dense
-        WidthSpace.of(self.groups.groups, round_to=round_to, max_pruning_ratio=max_pruning_ratio)  # checks them
+        for name in (*self._min_widths, *self._max_widths):
+            self.groups[name]  # raises for an unknown one
+        self.space  # noqa: B018 - checks the options
         self._curves: dict[str, Curve] | None = None
         self._history: list[Any] = []
 
@@ -166,6 +150,18 @@ class BudgetPruner:
         WidthSpace.of(self.groups.groups, max_pruning_ratio=max_pruning_ratio)  # checks it
         self._max_pruning_ratio = max_pruning_ratio
 
+    @property
+    def space(self) -> WidthSpace:
+        """Admissible widths of the model as it is now."""
+        return WidthSpace.of(
+            self.groups.groups,
+            round_to=self._round_to,
+            max_pruning_ratio=self._max_pruning_ratio,
+            initial_widths=self.initial_widths,
+            min_widths=self._min_widths,
+            max_widths=self._max_widths,
+        )
+
     def curves(self) -> dict[str, Curve]:
         """Value curve of every group, collected when needed."""
         return self._value()
@@ -185,15 +181,9 @@ class BudgetPruner:
         """
         limits = _checked(self.budget if budget is None else budget).limits(self.dense)
         curves = self._value()
-        space = WidthSpace.of(
-            self.groups.groups,
-            round_to=self._round_to,
-            max_pruning_ratio=self._max_pruning_ratio,
-            initial_widths=self.initial_widths,
-        )
-        units = self._allocate(curves, self.cost_model, space, limits)
+        units = self._allocate(curves, self.cost_model, self.space, limits)
         removed = {n: curves[n].removed(int(u)) for n, u in zip(self.cost_model.names, units, strict=True)}
-        return self.plan_of(removed, limits)
+        return replace(self.plan_of(removed, limits), certificate=dict(getattr(self._allocate, "certificate", {})))
 
     def plan_of(self, removed: Mapping[str, Sequence[int]], limits: Mapping[str, int] | None = None) -> Plan:
         """The :class:`Plan` that removes given units, at whatever cost."""
@@ -224,7 +214,7 @@ class BudgetPruner:
         if plan.is_noop:
             warnings.warn(f"the network already meets the budget ({plan.cost}); nothing is pruned", stacklevel=2)
             return report
-        with transaction(self.model):
+        with self._surgery():
             remove_units(self.groups, plan.removed)
             counted = count_ops(self.model, self._example_inputs, forward_fn=self.groups.options.forward_fn)
             if Cost(*counted) != plan.cost:
@@ -245,12 +235,37 @@ class BudgetPruner:
         """Repeat the steps of a history on the model, which must be as it was when the history began.
 
         Fractions of later budgets still refer to the model as given at construction.
+
+        Raises:
+            ValueError: if the history is of another network; the model is then as before.
         """
-        with transaction(self.model), preserved(self.model):
-            self.groups.trace.graph.load_pruning_history([list(entry) for entry in history])
-            groups = self._retrace()
-        self._history += [list(entry) for entry in history]
+        entries = [list(entry) for entry in history]
+        try:
+            with self._surgery(), preserved(self.model):
+                groups = self.groups
+                for entry in entries:  # a fresh graph each: Torch-Pruning's keeps stale offsets behind a split
+                    groups.trace.graph.load_pruning_history([list(entry)])
+                    groups = self._retrace()
+                counted = count_ops(self.model, self._example_inputs, forward_fn=self.groups.options.forward_fn)
+                if Cost(*counted) != CostModel.from_groups(groups).dense:
+                    raise ValueError(f"after it the network costs {Cost(*counted)}, its widths say otherwise")
+        except Exception as error:
+            raise ValueError(
+                f"the history does not fit {type(self.model).__name__} as it is now ({type(error).__name__}: {error})"
+            ) from error
+        self._history += entries
         self._adopt(groups)
+
+    @contextmanager
+    def _surgery(self) -> Iterator[None]:
+        """All or nothing: on an exception the model is put back and the graph, which it has changed, built anew."""
+        try:
+            with torch.inference_mode(False), transaction(self.model):
+                yield
+        except BaseException:
+            options = self.groups.options
+            self.groups = replace(self.groups, trace=trace(self.model, self._example_inputs, options))
+            raise
 
     def _value(self) -> dict[str, Curve]:
         if not len(self.groups):

@@ -1,0 +1,276 @@
+"""ITPruner: widths from what layers share and a convex program (arXiv 2108.08532), for Torch-Pruning."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch_pruning as tp
+from numpy.typing import NDArray
+from torch import nn
+
+from .allocation import Allocator, Ints, WidthSpace
+from .budget import Budget
+from .cost import CostModel
+from .curves import Curve, Floats, curve_from_scores, host_scores
+from .functional.hsic import Estimator, Kernel, importance_weights, relevance
+from .grams import GramStatistics
+from .groups import PrunableGroups
+from .importance import StatisticalImportance
+from .observe import Watch
+from .plan import Plan
+from .program import Objective, ProgramAllocator, Solver, checked_objective
+from .pruner import BudgetPruner
+
+__all__ = ["ITPruner", "ITPrunerImportance"]
+
+
+class ITPrunerImportance(StatisticalImportance):
+    r"""Information-theoretic weights per group, and any importance inside the groups (ITPruner, arXiv 2108.08532).
+
+    One pass, no labels: nHSIC between what the groups' first readers receive, relevance
+    :math:`t_g = \sum_{h \ne g} \mathrm{nHSIC}_{gh}` over its sum, weight
+    :math:`\hat\alpha_g = e^{-\beta (t_g - \min t)}` [paper: up to the shift]. A group of U units loses, at c of them,
+
+    .. math:: L_g(c) = \hat\alpha_g (U / c - 1) \text{ ("gp", ours)}, \qquad
+              L_g(c) = \hat\alpha_g (1 - c / U) \text{ ("linear", the paper's)}
+
+    (at c = 0 of "gp", which no allocator reaches: as at ½). Which units go is the inner importance's choice
+    [paper: L1 norm].
+
+    Args:
+        importance: inside the groups: any ``tp.importance.Importance``, or a data-driven one of ours, whose statistics
+            come from the same pass; default: L1 norm.
+        beta: β; 0 is equal weights, negative protects what layers share.
+        estimator: of HSIC, ``"biased"`` [paper] or ``"unbiased"``, see :mod:`~tp_importance.functional.hsic`.
+        kernel: ``"linear"`` [paper] or ``"rbf"``.
+        objective: ``"gp"`` or ``"linear"``.
+        budget: what the network is to cost; the scores for Torch-Pruning's ``global_pruning=True`` then rank all units
+            that the program keeps above all it removes (prune by :attr:`pruning_ratio`).
+        pool: average channels over their positions before comparing groups; cheaper, ours.
+
+    Attributes:
+        nhsic: shape (G, G), in the order of ``groups``.
+        relevance: t per group name.
+
+    Raises:
+        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`.
+        ValueError: for an unknown option or a β that is not finite.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+        >>> importance = ITPrunerImportance(budget=Budget(macs=0.5))
+        >>> importance = importance.collect(net, torch.randn(1, 3, 12, 12), [torch.randn(16, 3, 12, 12)])
+        >>> tp.pruner.BasePruner(net, torch.randn(1, 3, 12, 12), importance, pruning_ratio=importance.pruning_ratio,
+        ...                      global_pruning=True, ignored_layers=[net[4]]).step()
+        >>> {"0": net[0].out_channels, "2": net[2].out_channels} == importance.allocated
+        True
+    """
+
+    needs_labels = False
+
+    def __init__(
+        self,
+        *,
+        importance: Any = None,
+        beta: float = 0.0,
+        estimator: Estimator = "biased",
+        kernel: Kernel = "linear",
+        objective: Objective = "gp",
+        budget: Budget | None = None,
+        pool: bool = False,
+    ) -> None:
+        inner = tp.importance.MagnitudeImportance(p=1) if importance is None else importance
+        super().__init__(classes=getattr(inner, "classes", None))
+        if estimator not in ("biased", "unbiased"):
+            raise ValueError(f"estimator={estimator!r} is unknown; choose 'biased' or 'unbiased'")
+        if kernel not in ("linear", "rbf"):
+            raise ValueError(f"kernel={kernel!r} is unknown; choose 'linear' or 'rbf'")
+        if budget is not None and not isinstance(budget, Budget):
+            raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
+        importance_weights(np.zeros(1), beta)  # checks it
+        self.importance, self.beta, self.estimator, self.kernel = inner, beta, estimator, kernel
+        self.objective, self.budget, self.pool = checked_objective(objective), budget, pool
+        self.needs_labels = isinstance(inner, StatisticalImportance) and inner.needs_labels
+        self.nhsic: NDArray[np.float64] = np.zeros((0, 0))
+        self.relevance: dict[str, float] = {}
+        self._grams: GramStatistics | None = None
+        self._orders: dict[str, Curve] = {}
+        self._units: dict[str, int] = {}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight α̂ per group name, in (0, 1].
+
+        Raises:
+            NotCollectedError: before :meth:`collect`.
+        """
+        self.groups  # noqa: B018 - raises before collect
+        return _weights(self.relevance, self.beta)
+
+    @property
+    def allocated(self) -> dict[str, int]:
+        """Channels per group under ``budget``, in which :meth:`__call__` ranks."""
+        return {g.name: self._units.get(g.name, g.n_units) * g.unit_size for g in self.groups}
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Overall ratio that makes Torch-Pruning's ``global_pruning`` remove as many channels as the allocation."""
+        total, kept = sum(self.groups.widths.values()), sum(self.allocated.values())
+        return 1.0 - (kept + 0.5) / total if kept < total else 0.0
+
+    def reweighted(self, *, beta: float | None = None, objective: Objective | None = None) -> Self:
+        """The same statistics with another β or objective, without a new pass.
+
+        Args:
+            beta: β; default: as it is.
+            objective: default: as it is.
+        """
+        other = copy.copy(self)
+        other.beta = self.beta if beta is None else beta
+        other.objective = checked_objective(self.objective if objective is None else objective)
+        other._cached_curves, other._ranks = other._valued(self.groups, self._orders, self.relevance), {}
+        other._units = other._allocated(self.groups, other._cached_curves, self.relevance)
+        return other
+
+    def allocator(self, solver: Solver = "direct") -> ProgramAllocator:
+        """The program with the weights of this importance, whenever they are collected."""
+        return ProgramAllocator(lambda: self.weights, objective=self.objective, solver=solver)
+
+    def _watches(self, groups: PrunableGroups) -> list[Watch]:
+        self._grams = GramStatistics(groups, kernel=self.kernel, estimator=self.estimator, pool=self.pool)
+        inner = self.importance._watches(groups) if isinstance(self.importance, StatisticalImportance) else []
+        return [*self._grams.watches(), *inner]
+
+    def _before_batch(self, samples: int) -> None:
+        assert self._grams is not None
+        self._grams.begin(samples)
+        if isinstance(self.importance, StatisticalImportance):
+            self.importance._before_batch(samples)
+
+    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
+        assert self._grams is not None
+        nhsic = self._grams.nhsic()
+        shared = dict(zip(groups.names, relevance(nhsic).tolist(), strict=True))
+        if isinstance(self.importance, StatisticalImportance):
+            orders = self.importance._curves(groups)
+        else:
+            orders = {g.name: curve_from_scores(host_scores(self.importance, groups, g)) for g in groups}
+        curves = self._valued(groups, orders, shared)
+        units = self._allocated(groups, curves, shared)
+        constant = [n for n, own in zip(groups.names, nhsic.diagonal(), strict=True) if own == 0]
+        if constant:
+            warnings.warn(f"constant on the data, so of relevance 0: {', '.join(constant)}", stacklevel=4)
+        self._orders, self.nhsic, self.relevance, self._units = orders, nhsic, shared, units
+        return curves
+
+    def _valued(
+        self, groups: PrunableGroups, orders: Mapping[str, Curve], shared: Mapping[str, float]
+    ) -> dict[str, Curve]:
+        weights, curves = _weights(shared, self.beta), {}
+        for g in groups:
+            order, kept = orders[g.name], np.arange(g.n_units + 1) / g.n_units
+            kept[0] = 0.5 / g.n_units if self.objective == "gp" else 0.0
+            loss = weights[g.name] * (1 / kept - 1 if self.objective == "gp" else 1 - kept)
+            curves[g.name] = Curve(loss, order.order, order.kept, order.constant)
+        return curves
+
+    def _allocated(
+        self, groups: PrunableGroups, curves: Mapping[str, Curve], shared: Mapping[str, float]
+    ) -> dict[str, int]:
+        """Units per group under the budget, if there is one."""
+        if self.budget is None:
+            return {}
+        cost = CostModel.from_groups(groups)
+        allocate = ProgramAllocator(_weights(shared, self.beta), objective=self.objective)
+        units: Ints = allocate(curves, cost, WidthSpace.of(groups.groups), self.budget.limits(cost.dense))
+        return dict(zip(cost.names, units.tolist(), strict=True))
+
+    def _rank(self, groups: PrunableGroups) -> dict[str, Floats]:
+        ranks = super()._rank(groups)
+        for name, units in self._units.items():
+            gone = self._cached_curves[name].removed(units)
+            ranks[name] = 0.5 + ranks[name] / 2
+            ranks[name][gone] -= 0.5
+        return ranks
+
+
+class ITPruner(BudgetPruner):
+    """Prune a network to a budget by ITPruner: collect once, solve for any budget in milliseconds, remove.
+
+    Works in place; see :class:`~tp_importance.pruner.BudgetPruner` for ``plan``, ``step`` and what all pruners share.
+    ``plan().certificate`` is what the program proves, see :class:`~tp_importance.program.ProgramAllocator`.
+
+    Args:
+        model: the network, changed by :meth:`step` only.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        loader: re-iterable of batches; one of 100 images is what the paper takes.
+        budget: what the network may cost.
+        importance: inside the groups, see :class:`ITPrunerImportance`.
+        beta: see :class:`ITPrunerImportance`.
+        estimator: see :class:`ITPrunerImportance`.
+        kernel: see :class:`ITPrunerImportance`.
+        objective: ``"gp"`` or ``"linear"``, see :class:`~tp_importance.program.ProgramAllocator`; the published
+            procedure is in :mod:`tp_importance.functional.itpruner_official`.
+        solver: ``"direct"`` or ``"cvxpy"``.
+        pool: see :class:`ITPrunerImportance`.
+        allocator: another allocator on the same curves; default: the program.
+        **options: see :class:`~tp_importance.pruner.BudgetPruner`.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+        >>> pruner = ITPruner(net, torch.randn(1, 3, 12, 12), [torch.randn(16, 3, 12, 12)], budget=Budget(macs=0.5))
+        >>> [plan.cost.macs <= f * plan.dense.macs for f, plan in zip((0.8, 0.5), pruner.sweep([0.8, 0.5]))]
+        [True, True]
+        >>> pruner.step().cost.macs <= 0.5 * pruner.dense.macs
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        *,
+        budget: Budget,
+        importance: Any = None,
+        beta: float = 0.0,
+        estimator: Estimator = "biased",
+        kernel: Kernel = "linear",
+        objective: Objective = "gp",
+        solver: Solver = "direct",
+        pool: bool = False,
+        allocator: str | Allocator | None = None,
+        **options: Any,
+    ) -> None:
+        weighted = ITPrunerImportance(
+            importance=importance, beta=beta, estimator=estimator, kernel=kernel, objective=objective, pool=pool
+        )
+        program = weighted.allocator(solver)
+        super().__init__(
+            model,
+            example_inputs,
+            loader,
+            budget=budget,
+            importance=weighted,
+            allocator=program if allocator is None else allocator,
+            **options,
+        )
+
+    def sweep(self, budgets: Sequence[Budget | float]) -> list[Plan]:
+        """Plans for many budgets from one pass; see :mod:`tp_importance.sweep` for a table and a picture.
+
+        Args:
+            budgets: budgets, or fractions of the MACs.
+        """
+        return [self.plan(b if isinstance(b, Budget) else Budget(macs=float(b))) for b in budgets]
+
+
+def _weights(shared: Mapping[str, float], beta: float) -> dict[str, float]:
+    alpha = importance_weights(np.array(list(shared.values())), beta)
+    return dict(zip(shared, alpha.tolist(), strict=True))
