@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from tp_importance import Budget, BudgetPruner, ChannelGroup, Plan, StatisticalImportance
+from tp_importance import Budget, BudgetError, BudgetPruner, ChannelGroup, Plan, StatisticalImportance, WidthSpace
 from tp_importance.batches import iterate, reference_tensor, split_batch, to_model
+from tp_importance.cost import COST_FIELDS
+from tp_importance.groups import build_groups
 
 from ._compat import import_nni
 
@@ -30,11 +33,14 @@ Masks = dict[str, dict[str, Tensor]]
 _REFUSED = {
     "sparse_threshold": "give sparse_ratio or budget=",
     "global_group_id": "a ranking over layers is what budget= does: pass Budget(macs=...) or Budget(params=...)",
+    "group_id": "total_sparsity is what budget= does: pass Budget(macs=...) or Budget(params=...)",
     "min_sparse_ratio": "leave it out; max_sparse_ratio is honoured",
 }
+_PLACEHOLDER = 0.5
+"""``sparse_ratio`` of layers that are only selected, for a budget: NNI's schedules need something to scale."""
 
 
-class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
+class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
     """Mask the least important channels of every coupled group, by ratio or to a budget.
 
     The masks cover the producing layers and, aligned to them, batch norms and depthwise convolutions, so that the
@@ -44,7 +50,8 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
 
     Args:
         model: the network.
-        config_list: which layers, and ``sparse_ratio``: with ``budget`` it only selects layers.
+        config_list: which layers, and ``sparse_ratio``; with ``budget`` it only selects layers and may leave the ratio
+            out. Other options of NNI's that ask for more than whole filters are refused.
         evaluator: NNI evaluator, for fusion and schedules.
         existed_wrappers: NNI's own; used by ``from_compressor``.
         loader: re-iterable of batches for the statistics.
@@ -58,6 +65,8 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
         plan: what the last masks remove.
 
     Raises:
+        BudgetError: if the budget cannot be reached.
+        RuntimeError: if the model is still wrapped by another compressor.
         ValueError: for a config_list NNI refuses or that asks for what this pruner does not do, different ratios
             inside one coupled group, or nothing that could be pruned.
     """
@@ -75,10 +84,11 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
         example_inputs: Any = None,
         **options: Any,
     ) -> None:
-        ratios, ceilings = _selected(model, config_list)
+        _require_unwrapped(model)
+        config_list, ratios, ceilings = _selected(model, config_list, budget)
         skipped = [m for n, m in model.named_modules() if _has_channels(m) and n not in ratios]
         if example_inputs is None:
-            example_inputs = _first_samples(model, loader)
+            example_inputs = _first_samples(model, loader, whole=options.get("forward_fn") is not None)
         self._budget = budget
         self._planner = BudgetPruner(
             model,
@@ -90,9 +100,7 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
             **options,
         )
         groups = self._planner.groups
-        self.left_out = {
-            e.name: e.reason for e in groups.excluded if "ignored_layers" not in e.reason and "output" not in e.reason
-        }
+        self.left_out = _left_out(self._planner, ratios, options.get("num_heads"))
         if not len(groups):
             raise ValueError(
                 f"config_list selects no coupled group that can be pruned; left out: {self.left_out or 'all outputs'}. "
@@ -101,10 +109,25 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
         if self.left_out:
             warnings.warn(f"left alone, though selected: {self.left_out}", stacklevel=3)
         self._goal = {g.name: _common(g, ratios, "sparse_ratio") for g in groups}
-        self._ceiling = {g.name: min(ceilings.get(m.name, 1.0) for m in g.producers) for g in groups}
+        most = options.get("max_pruning_ratio", 1.0)
+        mosts = most if isinstance(most, Mapping) else dict.fromkeys(groups.names, most)
+        self._ceiling = {
+            g.name: min([mosts.get(g.name, 1.0), *(ceilings.get(m.name, 1.0) for m in g.producers)]) for g in groups
+        }
         self._planner.limit_ratios(self._ceiling)
+        self._space = WidthSpace.of(groups.groups, round_to=options.get("round_to"), max_pruning_ratio=self._ceiling)
+        if budget is not None:
+            self._require_reachable(budget)
         self.plan: Plan | None = None
-        super().__init__(model, [*config_list, *_aligned(model, groups, ratios)], evaluator, existed_wrappers)
+        _require_free(groups, existed_wrappers or {})
+        try:
+            super().__init__(model, [*config_list, *_aligned(model, groups, ratios)], evaluator, existed_wrappers)
+        except BaseException as error:
+            self._release()
+            if isinstance(error, (AssertionError, KeyError)):  # NNI meets a module type or target it does not know
+                raise ValueError(f"NNI refuses the model, config_list or evaluator: {error!r}") from error
+            raise
+        self.interval_steps = 1  # fused without a schedule: prune after the first step (NNI's -1 means never)
 
     @classmethod
     def from_compressor(
@@ -119,21 +142,41 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
             evaluator: used if the other has none.
             kwargs: ``loader``, ``budget``, ... as for the constructor.
         """
-        base = super(_basic._NormPruner, cls)
-        return base.from_compressor(compressor, new_config_list, *args, evaluator=evaluator, **kwargs)
+        base: Any = super(_basic._NormPruner, cls)  # the parent's own refuses keywords
+        was_wrapped = compressor._is_wrapped
+        try:
+            return base.from_compressor(compressor, new_config_list, *args, evaluator=evaluator, **kwargs)
+        except BaseException:
+            if was_wrapped and not compressor._is_wrapped:
+                compressor.wrap_model()  # as it was
+            raise
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Mask the model; returns it, still wrapped, and the masks for :func:`nni_plugins.speedup`."""
-        return super().compress(max_steps, max_epochs)
+        result = super().compress(max_steps, max_epochs)
+        if self.plan is not None and self.plan.is_noop and any(self._goal.values()):
+            cause = (
+                f"a sparse_ratio of {max(self._goal.values())} removes no whole channel, or round_to and "
+                "max_sparse_ratio leave no room for it"
+                if self._budget is None
+                else f"the network already meets the budget ({self.plan.cost})"
+            )
+            warnings.warn(f"nothing is masked: {cause}", stacklevel=2)
+        return result
 
-    def _validate_config(self) -> None:
-        try:
-            super()._validate_config()
-        except Exception as error:  # SchemaError and the like say little and derive from Exception
-            raise ValueError(f"NNI refuses the config_list: {error}") from error
+    def get_masks(self) -> Masks:
+        """Copies of all masks; plain dicts, so that ``torch.load`` reads them with ``weights_only=True``."""
+        return {name: dict(masks) for name, masks in super().get_masks().items()}
 
     def _collect_data(self) -> dict[str, Any]:
-        self._planner.collect()
+        # wrappers leave the masked tensors of the last pass on the modules; those of this pass are inference tensors
+        modules = [wrapper.module for wrapper in self._module_wrappers.values()]
+        before = [(module, dict(module._buffers)) for module in modules]
+        try:
+            self._planner.collect()
+        finally:
+            for module, buffers in before:
+                module._buffers.update(buffers)
         return self._planner.curves()
 
     def _calculate_metrics(self, data: dict[str, Any]) -> Masks:
@@ -143,7 +186,8 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
             rank = np.empty(group.n_units)
             rank[data[group.name].order] = np.arange(group.n_units)
             for m in group.producers:
-                metrics.setdefault(m.name, {})["weight"] = self._spread(m, rank[m.units], 0.0)
+                mine = metrics.setdefault(m.name, {})  # a split layer is part of several groups
+                mine["weight"] = mine.get("weight", 0.0) + self._spread(m, rank[m.units], 0.0)
         return metrics
 
     def _generate_sparsity(self, metrics: Masks) -> Masks:
@@ -174,12 +218,29 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
             self.plan = self._planner.plan(Budget(**now))
             return self.plan.removed
         removed = {}
-        for g in self._planner.groups:
-            count = min(int(g.n_units * progress * self._goal[g.name]), g.n_units - g.min_units)
-            count = min(count, int(g.n_units * self._ceiling[g.name]))
-            removed[g.name] = curves[g.name].removed(g.n_units - count)
+        for g, levels in zip(self._planner.groups, self._space.levels, strict=True):
+            left = g.n_units - int(g.n_units * progress * self._goal[g.name])
+            removed[g.name] = curves[g.name].removed(int(levels[np.searchsorted(levels, left)]))
         self.plan = self._planner.plan_of(removed)
         return removed
+
+    def _release(self) -> None:
+        """Unwrap what a failed constructor has wrapped."""
+        for wrapper in getattr(self, "_module_wrappers", {}).values():
+            wrapped = getattr(wrapper.module, "_nni_wrapper", None) is wrapper
+            if wrapped:
+                wrapper.unwrap()
+
+    def _require_reachable(self, budget: Budget) -> None:
+        """Refuse a budget now rather than at the end of a schedule."""
+        floor = self._planner.cost_model.evaluate(self._space.floor)
+        for field, limit in budget.limits(self._planner.dense).items():
+            least = int(floor[COST_FIELDS.index(field)])
+            if least > limit:
+                raise BudgetError(
+                    f"the budget of {limit} {field} cannot be reached: with every selected group at its floor {least} "
+                    f"{field} are left. Give at least {least}, select more layers, or raise max_sparse_ratio"
+                )
 
     def _progress(self) -> float:
         """Fraction of the goal NNI's scheduler has reached; 1 without a scheduler."""
@@ -200,33 +261,123 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[misc, name-defined]
         return full.view([-1 if d == dim else 1 for d in range(weight.dim())])
 
 
-def _has_channels(module: nn.Module) -> bool:
+def _has_channels(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
 
 
-def _selected(model: nn.Module, config_list: Config) -> tuple[dict[str, float], dict[str, float]]:
-    """``sparse_ratio`` and ``max_sparse_ratio`` per selected conv or linear layer; the first config wins."""
-    ratios: dict[str, float] = {}
-    ceilings: dict[str, float] = {}
+def _require_unwrapped(model: nn.Module) -> None:
+    wrapped = next((name for name, _ in model.named_modules() if name.split(".")[-1] == "_nni_wrapper"), None)
+    if wrapped is not None:
+        raise RuntimeError(
+            f"the model is still wrapped by NNI, at {wrapped!r}; call unwrap_model() of that compressor first, or "
+            "share its wrappers by from_compressor(compressor, config_list, loader=...)"
+        )
+
+
+def _selected(
+    model: nn.Module, config_list: Config, budget: Budget | None
+) -> tuple[Config, dict[str, float], dict[str, float]]:
+    """The checked config_list in NNI's present format, and ``sparse_ratio`` and ``max_sparse_ratio`` per layer.
+
+    Layers are the selected convolutions and linear layers; the first config that names one wins.
+    """
     if not isinstance(config_list, (list, tuple)) or not all(isinstance(c, Mapping) for c in config_list):
         raise ValueError("config_list must be a list of dicts, e.g. [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]")
-    for config in _config.trans_legacy_config_list(list(config_list)):
-        setting = {**config, **config.get("target_settings", {}).get("weight", {})}
-        for key, remedy in _REFUSED.items():
-            if setting.get(key) is not None:
-                raise ValueError(f"{key}={setting[key]!r} in config_list is not supported: {remedy}")
-        ratio = setting.get("sparse_ratio")
-        if ratio is None:
-            continue
-        if isinstance(ratio, bool) or not isinstance(ratio, float) or not 0.0 <= ratio < 1.0:
-            raise ValueError(f"sparse_ratio={ratio!r} must be a float in [0, 1), e.g. 0.5: a layer cannot go entirely")
-        modules, _, _ = _config.select_modules_by_config(model, dict(config))
+    configs = [dict(config) for config in _config.trans_legacy_config_list(list(config_list))]
+    names = dict(model.named_modules(remove_duplicate=False))
+    first_name = {module: name for name, module in reversed(names.items())}
+    aliases = [name for name, module in names.items() if first_name[module] != name]  # NNI would wrap them twice
+    biases: Config = []
+    ratios: dict[str, float] = {}
+    ceilings: dict[str, float] = {}
+    for config in configs:
+        setting = _checked_setting(config, budget)
+        unknown = sorted(set(config.get("op_names", ())).difference(names))
+        if unknown:
+            raise ValueError(f"op_names names {unknown}, which {type(model).__name__} does not have")
+        if "op_names" in config:
+            config["op_names"] = [first_name[names[name]] for name in config["op_names"]]
+        if aliases:
+            config["exclude_op_names"] = [*config.get("exclude_op_names", ()), *aliases]
+        modules, _, _ = _config.select_modules_by_config(model, config)
+        layers = [name for name, module in modules.items() if _has_channels(module)]
+        if setting.get("sparse_ratio") is None:
+            if budget is None or not layers:
+                continue
+            config["sparse_ratio"] = setting["sparse_ratio"] = _PLACEHOLDER
         if not modules:
             raise ValueError(f"config {config!r} selects no module of {type(model).__name__}")
-        for name, module in modules.items():
-            if _has_channels(module) and name not in ratios:
-                ratios[name], ceilings[name] = ratio, float(setting.get("max_sparse_ratio") or 1.0)
-    return ratios, ceilings
+        targets = config.get("target_names") or ["weight", "bias"]
+        if layers and ("weight" not in targets or not {"weight", "bias"}.issuperset(targets)):
+            raise ValueError(f"target_names={targets!r} is not supported: give ['weight', 'bias'], or leave it out")
+        if layers and "bias" not in targets:
+            biases.append({"op_names": layers, "target_names": ["bias"]})  # goes with its filter all the same
+        for name in layers:
+            if name not in ratios:
+                ratios[name] = setting["sparse_ratio"]
+                ceilings[name] = float(setting.get("max_sparse_ratio") or 1.0)
+    if not ratios:
+        raise ValueError(
+            "config_list gives no convolution or linear layer a sparse_ratio, so there is nothing to prune"
+        )
+    return [*configs, *biases], ratios, ceilings
+
+
+def _checked_setting(config: dict[str, Any], budget: Budget | None) -> dict[str, Any]:
+    """What a config says about weights; refuses what NNI refuses and what this pruner does not do."""
+    targets = config.get("target_settings")
+    weight = targets.get("weight") if isinstance(targets, Mapping) else None
+    setting = {**config, **weight} if isinstance(weight, Mapping) else dict(config)
+    for key, remedy in _REFUSED.items():
+        if setting.get(key) is not None:
+            raise ValueError(f"{key}={setting[key]!r} in config_list is not supported: {remedy}")
+    granularity = setting.get("granularity", "default")
+    if granularity not in ("default", "out_channel"):
+        raise ValueError(f"granularity={granularity!r} is not supported: whole filters are pruned, 'out_channel'")
+    ratio = setting.get("sparse_ratio")
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, float) or not 0.0 <= ratio < 1.0):
+        raise ValueError(f"sparse_ratio={ratio!r} must be a float in [0, 1), e.g. 0.5: a layer cannot go entirely")
+    if ratio == 0.0 and budget is not None:
+        raise ValueError(
+            "sparse_ratio=0.0 together with a budget is ambiguous: leave sparse_ratio out to let the budget decide, or "
+            "exclude the layers to keep them"
+        )
+    try:
+        _config.default_config_schema("pruning").validate(config)
+    except Exception as error:  # SchemaError and the like say little and derive from Exception
+        raise ValueError(f"NNI refuses the config_list: {error}") from error
+    return setting
+
+
+def _left_out(planner: BudgetPruner, ratios: Mapping[str, float], num_heads: Any) -> dict[str, str]:
+    """Groups with a selected layer that are not pruned; that outputs of the network stay goes without saying."""
+    groups = planner.groups
+    if not groups.excluded:
+        return {}
+    unignored = build_groups(groups.trace, None, num_heads, groups.options)
+    members = {g.name: g.members for g in unignored}
+    hard = {e.name: e.reason for e in unignored.excluded}
+    modules = dict(groups.trace.model.named_modules())
+    left_out = {}
+    for e in groups.excluded:
+        out = [m.name for m in members.get(e.name, ()) if m.role == "out" and _has_channels(modules.get(m.name))]
+        layers = out or [e.name.split("/")[0]]
+        unselected = [name for name in layers if name not in ratios]
+        reason = hard.get(e.name, e.reason)
+        if reason == "produces the network's output" or len(unselected) == len(layers):
+            continue
+        if unselected:
+            reason = f"shares its channels with {', '.join(unselected)}, which config_list does not select"
+        left_out[e.name] = reason
+    return left_out
+
+
+def _require_free(groups: Iterable[ChannelGroup], wrappers: Mapping[str, Any]) -> None:
+    """NNI keeps the first pruner's settings of a shared wrapper, so that the second one would do nothing."""
+    members = dict.fromkeys(m.name for g in groups for m in g.members if m.role == "out")
+    taken = [name for name in members if name in wrappers and wrappers[name].pruning_target_spaces]
+    if taken:
+        raise ValueError(f"{', '.join(taken)} already have masks of the other compressor; prune them with one pruner")
 
 
 def _common(group: ChannelGroup, ratios: Mapping[str, float], what: str) -> float:
@@ -259,12 +410,13 @@ def _aligned(model: nn.Module, groups: Iterable[ChannelGroup], ratios: Mapping[s
     return entries
 
 
-def _first_samples(model: nn.Module, loader: Iterable[Any], count: int = 2) -> Any:
-    """Example inputs from the first batch: its first samples, on the device of the model."""
+def _first_samples(model: nn.Module, loader: Iterable[Any], *, whole: bool = False, count: int = 2) -> Any:
+    """Example inputs from the first batch: its first samples, on the device of the model, or all as it is."""
     batch = next(iterate(loader), None)
     if batch is None:
         raise ValueError("the loader gave no batch, so there are no example inputs; pass example_inputs=")
+    if whole:
+        return batch
     args, kwargs, _ = split_batch(batch)
-    few = {k: v[:count] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    inputs = few if kwargs else tuple(a[:count] if isinstance(a, Tensor) else a for a in args)
+    inputs = tree_map(lambda x: x[:count] if isinstance(x, Tensor) and x.dim() else x, kwargs or args)
     return to_model(reference_tensor(model), inputs)

@@ -33,8 +33,9 @@ class CATROImportance(StatisticalImportance):
               S = 2\,(\theta S_b + (1 - \theta) S_w)
 
     with :math:`c_{i,o}` channel i's contribution to output o of the reader, g the gain of the batch norm behind it
-    and θ = ``class_weight``; a set R of channels loses :math:`1_R^\top S 1_R`, relative to everything the group
-    sends there. Channels go by backward elimination. θ = ½ is the total scatter :math:`S_t = S_b + S_w`.
+    and θ = ``class_weight``; a set R of channels loses :math:`1_R^\top S 1_R`, over :math:`(1^\top S 1)^{3/4}`, the
+    energy of the whole group there. Channels go by backward elimination; θ = ½ is the total scatter
+    :math:`S_t = S_b + S_w`.
 
     ``space="channel"`` (the literal form): :math:`b_i, w_i` per channel and the set of d channels with the largest
     :math:`\sum b / \sum w`. On real networks it is at the level of random pruning (docs/benchmarks.md).
@@ -80,7 +81,7 @@ class CATROImportance(StatisticalImportance):
             raise ValueError(f"ratio={ratio!r} is unknown; choose 'min' or 'full'")
         if not 0.0 <= class_weight <= 1.0:
             raise ValueError(f"class_weight={class_weight!r} must be a fraction in [0, 1]")
-        if positions is not None and (isinstance(positions, bool) or positions < 1):
+        if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
             raise ValueError(f"positions={positions!r} must be a positive integer, or None for all")
         self.space, self.class_weight, self.positions, self.pool = space, class_weight, positions, pool
         self.ratio, self.seed = ratio, seed
@@ -97,24 +98,26 @@ class CATROImportance(StatisticalImportance):
         if self.space == "reader":
             assert self._readers is not None
             readers = self._readers
-            return {g.name: _reader_curve(groups, g, self._reader_scatter(readers, g)) for g in groups}
+            return {g.name: self._reader_curve(readers, groups, g) for g in groups}
         return {g.name: _channel_curve(groups, g, self._scatter[g.readers[0].name], self.ratio) for g in groups}
 
-    def _reader_scatter(self, readers: ReaderStatistics, group: ChannelGroup) -> Tensor:
+    def _reader_curve(self, readers: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
         theta = self.class_weight
 
         def blend(moments: Moments) -> Tensor:
-            total = moments.total()
-            if theta == 0.5:
-                return total
-            between = moments.between()
+            total, between = moments.total(), moments.between()
             # means of finite classes scatter by chance: S_b contains (K-1)/(n-K) of S_w
             k = int((moments.class_rows > 0).sum())
             samples = readers.samples(moments)
             between = between - (k - 1) / max(samples - k, 1.0) * (total - between)
             return 2 * (theta * between + (1 - theta) * (total - between))
 
-        return readers.scatter(group, blend)
+        total = readers.scatter(group, Moments.total)
+        energy = total.diagonal().cpu().numpy()
+        constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
+        scatter = total if theta == 0.5 else readers.scatter(group, blend)
+        elimination = eliminate(scatter, _weight_norms(groups, group))
+        return Curve(elimination.loss, elimination.order, constant=constant)
 
 
 class CATROPruner(BudgetPruner):
@@ -170,13 +173,6 @@ class CATROPruner(BudgetPruner):
             seed=seed,
         )
         super().__init__(model, example_inputs, loader, budget=budget, importance=importance, **options)
-
-
-def _reader_curve(groups: PrunableGroups, group: ChannelGroup, scatter: Tensor) -> Curve:
-    energy = scatter.diagonal().cpu().numpy()
-    constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
-    elimination = eliminate(scatter, _weight_norms(groups, group))
-    return Curve(elimination.loss, elimination.order, constant=constant)
 
 
 def _channel_curve(

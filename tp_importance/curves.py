@@ -42,6 +42,8 @@ class Curve:
 
     def removed(self, left: int) -> list[int]:
         """Units to remove so that ``left`` units stay, ascending."""
+        if not 0 <= left <= len(self.order):
+            raise ValueError(f"{left} of {len(self.order)} units cannot stay")
         if left in self.kept:
             return np.setdiff1d(self.order, self.kept[left]).tolist()
         return sorted(self.order[: len(self.order) - left].tolist())

@@ -255,7 +255,9 @@ def _ignored_modules(
             for module in model.modules():
                 if isinstance(module, layer):
                     ignored.update(module.modules())
-        elif not isinstance(layer, nn.Parameter):
+        elif isinstance(layer, nn.Parameter):
+            ignored.update(m for m in model.modules() if any(p is layer for p in m.parameters(recurse=False)))
+        else:
             raise TypeError(f"ignored_layers takes modules, parameters or module types, not {layer!r}")
     return ignored
 

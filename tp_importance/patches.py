@@ -54,7 +54,7 @@ def unfolded_input(
     n, c, (q, taps) = len(x), x.shape[1], index.shape[1:]
     patches = x.flatten(2).gather(2, index.flatten(1).unsqueeze(1).expand(-1, c, -1)).view(n, c, q, taps)
     patches = patches * inside.unsqueeze(1).to(patches.dtype)
-    return patches.permute(0, 2, 1, 3).reshape(n, q, module.groups, -1)
+    return patches.permute(0, 2, 1, 3).reshape(n, q, module.groups, c // module.groups * taps)
 
 
 def _positions(n: int, total: int, wanted: int | None, generator: torch.Generator, device: torch.device) -> Tensor:

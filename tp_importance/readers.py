@@ -88,7 +88,7 @@ class ReaderStatistics:
                 raise ValueError(
                     f"layer {member.name} did not run on the data, so group {group.name} has no statistics"
                 )
-            if not torch.isfinite(moments.second).all():
+            if not torch.isfinite(moments.second.sum()):
                 raise ValueError(f"the input of layer {member.name} is not finite; check the data and the model")
             unit_of = torch.full((member.width,), -1)
             unit_of[torch.from_numpy(member.channels)] = torch.from_numpy(member.units)

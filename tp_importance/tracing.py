@@ -137,6 +137,17 @@ def batch_size(example_inputs: Any) -> int:
     )
 
 
+def _normal(value: Any) -> Any:
+    """``value`` with tensors that were made in inference mode replaced by copies: autograd refuses those."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping):
+        return {k: _normal(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_make"):
+        return type(value)(map(_normal, value))
+    return value
+
+
 def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
@@ -153,10 +164,12 @@ def _call_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
         return per_position * (x.numel() if module.transposed else out.numel())
     if isinstance(module, nn.Linear):
         return out.numel() * module.in_features
-    if isinstance(module, nn.MultiheadAttention):
-        # in_proj and out_proj run inside one functional call; QKᵀ and AV are not counted (docs: limits).
-        return (x.numel() // module.embed_dim) * 4 * module.embed_dim**2
     return 0
+
+
+def _attention_macs(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """The four projections, which run inside one functional call; QKᵀ and AV are not counted (docs: limits)."""
+    return (2 * query.numel() + key.numel() + value.numel()) * module.embed_dim
 
 
 class _Recorder:
@@ -174,7 +187,9 @@ class _Recorder:
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x, out = _first_tensor((args, kwargs)), _first_tensor(output)
             if x is not None and out is not None:
-                self.calls.append(Call(name, tuple(x.shape), tuple(out.shape), _call_macs(module, x, out)))
+                attends = isinstance(module, nn.MultiheadAttention)
+                macs = _attention_macs(module, *args, **kwargs) if attends else _call_macs(module, x, out)
+                self.calls.append(Call(name, tuple(x.shape), tuple(out.shape), macs))
 
         return record
 
@@ -207,16 +222,29 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
         12384
     """
     n = batch_size(example_inputs)
-    with preserved(model), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+    # the graph keeps autograd's nodes for their shapes; without the hooks, every activation would stay with them
+    nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda _tensor: None, lambda nothing: nothing)
+    with (
+        preserved(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        nothing_saved,
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if parameter.is_inference():
+                raise TracingError(
+                    f"parameter {name} was made under torch.inference_mode (by .to() or a load, say) and can take no "
+                    "gradient; move or load the model outside of it"
+                )
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         recorder = _Recorder(model)
         try:
             graph = tp.DependencyGraph().build_dependency(
                 model,
-                example_inputs=example_inputs,
+                example_inputs=_normal(example_inputs),
                 forward_fn=options.forward_fn or call_model,
                 output_transform=options.output_transform,
                 unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,

@@ -9,6 +9,7 @@ first reader, however small its trace in the output is.
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import call_model
+from .batches import call_model, to_model
 from .cost import CostModel
 from .groups import Index, PrunableGroups
 from .guards import preserved
@@ -32,12 +33,16 @@ TOLERANCE = 1e-3
 
 
 def sample_units(groups: PrunableGroups, seed: int = 0) -> dict[str, list[int]]:
-    """About half of the units of every group, drawn at random: what the oracle removes."""
+    """Up to half of the units of every group, drawn at random: what the oracle removes.
+
+    Their number has no common divisor with that of all units, so that no part of the group (a head, a chunk) can lose
+    as much as every other: what is right only then must not pass by chance.
+    """
     rng = np.random.default_rng(seed)
     removed = {}
     for group in groups:
-        most = group.n_units - group.min_units
-        count = min(max(1, group.n_units // 2), most)
+        half = max(1, min(group.n_units // 2, group.n_units - group.min_units))
+        count = max(c for c in range(1, half + 1) if math.gcd(c, group.n_units) == 1)
         removed[group.name] = sorted(rng.choice(group.n_units, count, replace=False).tolist())
     return removed
 
@@ -63,6 +68,7 @@ def gates(model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[i
         yield
 
 
+@torch.inference_mode(False)  # the copies are traced
 def masked_equals_removed(
     groups: PrunableGroups,
     example_inputs: Any,
@@ -85,11 +91,12 @@ def masked_equals_removed(
     """
     model, options = groups.trace.model, groups.options
     original = _scrambled_copy(model)
+    example_inputs = to_model(original, example_inputs)  # the copies of half-precision networks are float32
     pruned = copy.deepcopy(original)
     run = options.forward_fn or call_model
-    predicted = CostModel.from_groups(groups)
     keep = _kept_positions(groups, removed)
     try:
+        predicted = CostModel.from_groups(groups)
         with torch.no_grad(), gates(original, gated or groups, removed):
             masked, masked_out = _layer_inputs(original, example_inputs, run)
         rebuilt = _same_groups(pruned, example_inputs, groups)
@@ -192,19 +199,8 @@ def _layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list
                 # after the gates, which are prepended
                 hook = module.register_forward_pre_hook(lambda _m, args, n=name: seen.append((n, args[0].detach())))
                 stack.callback(hook.remove)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        output = run(model, _as_dtype(example_inputs, dtype))
+        output = run(model, example_inputs)
     return seen, output
-
-
-def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {k: _as_dtype(v, dtype) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_as_dtype(v, dtype) for v in value)
-    return value
 
 
 def _channel_dim(module: nn.Module) -> int:
@@ -215,9 +211,10 @@ def _channel_dim(module: nn.Module) -> int:
 def _kept_positions(groups: PrunableGroups, removed: Mapping[str, list[int]]) -> dict[str, Tensor]:
     gone: dict[str, list[Index]] = defaultdict(list)
     widths: dict[str, int] = {}
+    depthwise = {name for name, module in groups.trace.model.named_modules() if is_depthwise(module)}
     for name, units in removed.items():
         for m in groups[name].members:
-            if m.role == "in" or is_depthwise(groups.trace.model.get_submodule(m.name)):
+            if m.role == "in" or m.name in depthwise:
                 gone[m.name].append(m.positions(units))
                 widths[m.name] = m.width
     return {n: torch.as_tensor(np.setdiff1d(np.arange(widths[n]), np.concatenate(p))) for n, p in gone.items()}

@@ -52,16 +52,17 @@ class Moments:
 
     def update(self, u: Tensor, labels: Tensor) -> Moments:
         """Add rows ``u`` of shape (R, G, d) with class ``labels`` of shape (R,); returns self."""
+        if not len(u):
+            return self
         if self.shift is None:
-            accumulate = torch.float32 if u.device.type == "mps" else torch.float64
-            self.shift = u.mean(0).to(accumulate) if len(u) else u.new_zeros(u.shape[1:], dtype=accumulate)
+            self.shift = u.mean(0).to(torch.float32 if u.device.type == "mps" else torch.float64)
             self.second = self.shift.new_zeros(*u.shape[1:], u.shape[-1])
             self.class_sums = self.shift.new_zeros(0, *u.shape[1:])
             self.class_rows = self.shift.new_zeros(0)
         assert self.second is not None and self.class_sums is not None
         centred = u - self.shift.to(u.dtype)
         self.second += torch.einsum("rgd,rge->gde", centred, centred) if u.shape[1] > 1 else _gram(centred)
-        self._grow(int(labels.max()) + 1 if len(labels) else 0)
+        self._grow(int(labels.max()) + 1)
         sums = centred.new_zeros(self.class_sums.shape).index_add_(0, labels, centred)
         self.class_sums += sums
         self.class_rows += torch.bincount(labels, minlength=len(self.class_rows)).to(self.class_rows)
@@ -96,8 +97,10 @@ class Moments:
     def total(self) -> Tensor:
         r"""Covariance :math:`\frac1n\sum (u-m)(u-m)^\top`, shape (G, d, d)."""
         assert self.second is not None and self.class_sums is not None
-        m = self.class_sums.sum(0) / self.rows
-        return self.second / self.rows - torch.einsum("gd,ge->gde", m, m)
+        covariance = self.second / self.rows
+        for block, m in zip(covariance, self.class_sums.sum(0) / self.rows, strict=True):
+            block.addr_(m, m, alpha=-1)
+        return covariance
 
     def between(self) -> Tensor:
         r"""Between-class part :math:`\frac1n\sum_k n_k (m_k-m)(m_k-m)^\top`, shape (G, d, d)."""
@@ -148,7 +151,9 @@ def reader_scatter(moments: Tensor, weight: Tensor, gain: Tensor, units: Tensor,
         [[1.0, 0.0], [0.0, 4.0]]
     """
     scatter = moments.new_zeros(n_units, n_units)
-    for p, w, g, unit in zip(moments, weight.to(moments), gain.to(moments), units, strict=True):
+    # the Gram of the weights is the expensive part: in their own precision, but no less than float32
+    weight = weight.to(moments.device, torch.promote_types(weight.dtype, torch.float32))
+    for p, w, g, unit in zip(moments, weight, gain.to(weight), units, strict=True):
         mine = (unit >= 0).nonzero().squeeze(1)
         if len(mine) == 0:
             continue

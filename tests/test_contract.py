@@ -1,0 +1,36 @@
+from typing import Any
+
+import torch_pruning as tp
+
+from contract import ImportanceContract, PrunerContract
+from tp_importance import BudgetPruner, CATROImportance, CATROPruner
+
+
+class TestReaderImportance(ImportanceContract):
+    def make_importance(self):
+        return CATROImportance()
+
+
+class TestChannelImportance(ImportanceContract):
+    def make_importance(self):
+        return CATROImportance(space="channel")
+
+
+class TestReaderPruner(PrunerContract):
+    def make_pruner(self, model, x, loader, budget, **options: Any):
+        return CATROPruner(model, x, loader, budget=budget, **options)
+
+
+class TestChannelPruner(PrunerContract):
+    def make_pruner(self, model, x, loader, budget, **options: Any):
+        return CATROPruner(model, x, loader, budget=budget, space="channel", **options)
+
+
+class TestMagnitudePruner(PrunerContract):
+    """An importance of Torch-Pruning that knows nothing of us."""
+
+    uses_data = needs_labels = False
+
+    def make_pruner(self, model, x, loader, budget, **options: Any):
+        importance = tp.importance.MagnitudeImportance(p=1)
+        return BudgetPruner(model, x, loader, budget=budget, importance=importance, **options)

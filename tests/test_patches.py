@@ -1,0 +1,278 @@
+import pytest
+import torch
+from torch import nn
+
+from networks import class_loader, make_network
+from tp_importance import prunable_groups, readers
+from tp_importance.functional.reader import Moments, elimination_loss
+from tp_importance.observe import observe
+from tp_importance.patches import bn_gain, feature_channels, reader_weight, unfolded_input
+from tp_importance.readers import ReaderStatistics
+
+LAYERS = {
+    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (9,)),
+    "conv2d": (nn.Conv2d(4, 6, 3), (7, 6)),
+    "conv2d without bias": (nn.Conv2d(4, 6, 1, bias=False), (5, 5)),
+    "conv2d of all kinds": (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2), groups=2), (9, 8)),
+    "depthwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4), (5, 6)),
+    "depthwise multiplier": (nn.Conv2d(4, 8, 3, padding=1, groups=4), (5, 6)),
+    "conv3d": (nn.Conv3d(2, 3, 2, stride=(1, 2, 1), padding=1, groups=1), (4, 5, 3)),
+    "reflect": (nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="reflect"), (7, 6)),
+    "replicate": (nn.Conv2d(4, 6, 5, stride=2, padding=2, padding_mode="replicate"), (7, 6)),
+    "circular": (nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), (8,)),
+    "same": (nn.Conv2d(4, 6, 3, padding="same", dilation=2), (7, 6)),
+    "same, even kernel": (nn.Conv2d(4, 6, (2, 4), padding="same"), (7, 6)),
+    "same, even kernel, circular": (nn.Conv2d(4, 6, (4, 3), padding="same", padding_mode="circular"), (7, 6)),
+    "valid": (nn.Conv2d(4, 6, 3, padding="valid"), (7, 6)),
+    "transposed1d": (nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1), (5,)),
+    "transposed2d": (nn.ConvTranspose2d(4, 6, 2, stride=2), (5, 4)),
+    "transposed2d of all kinds": (
+        nn.ConvTranspose2d(4, 6, 3, stride=(2, 3), padding=1, output_padding=(1, 2), dilation=(2, 1), groups=2),
+        (5, 4),
+    ),
+    "transposed depthwise": (nn.ConvTranspose2d(4, 4, 3, stride=2, groups=4), (4, 4)),
+    "transposed3d": (nn.ConvTranspose3d(2, 3, 2, stride=2, padding=1), (3, 4, 3)),
+}
+LINEAR = {"features": (8,), "tokens": (5, 8), "windows": (3, 4, 8)}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def inputs(module, shape):
+    return torch.randn(3, module.in_channels, *shape, generator=generator(1))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", LAYERS)
+def test_unfolded_input_times_weight_is_the_output(name):
+    module, shape = LAYERS[name]
+    x = inputs(module, shape)
+    with torch.no_grad():
+        out = module(x)
+        u, weight = unfolded_input(module, x, out, None, generator()), reader_weight(module)
+        assert u.shape == (len(x), out[0, 0].numel(), module.groups, weight.shape[2])
+        assert weight.shape[:2] == (module.groups, module.out_channels // module.groups)
+        again = torch.einsum("nqgd,god->nqgo", u, weight).flatten(2)
+        again = again if module.bias is None else again + module.bias
+        torch.testing.assert_close(again.transpose(1, 2), out.flatten(2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", LINEAR.values(), ids=list(LINEAR))
+def test_unfolded_input_of_linear_layers(shape):
+    module, x = nn.Linear(8, 6), torch.randn(3, *shape, generator=generator())
+    with torch.no_grad():
+        out = module(x)
+        u = unfolded_input(module, x, out, None, generator())
+        again = torch.einsum("nqgd,god->nqgo", u, reader_weight(module)).flatten(2) + module.bias
+        torch.testing.assert_close(again, out.view(3, -1, 6))
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv2d of all kinds", "conv3d", "reflect", "transposed2d of all kinds"])
+def test_sampled_rows_are_rows_of_their_sample(name):
+    module, shape = LAYERS[name]
+    x = inputs(module, shape)
+    out = module(x).detach()
+    everything = unfolded_input(module, x, out, None, generator())
+    sampled = unfolded_input(module, x, out, 3, generator(7))
+    assert sampled.shape == (len(x), 3, *everything.shape[2:])
+    for mine, rows in zip(sampled, everything, strict=True):
+        assert all((row == rows).flatten(1).all(1).any() for row in mine)
+    assert torch.equal(sampled, unfolded_input(module, x, out, 3, generator(7)))
+    assert not torch.equal(sampled, unfolded_input(module, x, out, 3, generator(8)))
+
+
+def test_sampled_tokens_are_tokens():
+    module, x = nn.Linear(8, 6), torch.randn(3, 5, 8, generator=generator())
+    sampled = unfolded_input(module, x, module(x), 2, generator()).squeeze(2)
+    assert all((row == tokens).all(1).any() for mine, tokens in zip(sampled, x, strict=True) for row in mine)
+
+
+def test_samples_have_positions_of_their_own_and_all_positions_occur():
+    module = nn.Conv2d(1, 1, 1)
+    x = torch.arange(16.0).view(1, 1, 4, 4).expand(200, -1, -1, -1)
+    seen = unfolded_input(module, x, module(x), 4, generator()).flatten(1)
+    assert len(seen.unique(dim=0)) > 150 and seen.unique().tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("positions", [16, 17, 1000])
+def test_no_more_positions_than_there_are(positions):
+    module, x = nn.Conv2d(2, 3, 1), torch.randn(2, 2, 4, 4, generator=generator())
+    out = module(x)
+    everything = unfolded_input(module, x, out, None, generator())
+    assert torch.equal(unfolded_input(module, x, out, positions, generator()), everything)
+
+
+@pytest.mark.parametrize("name", ["conv2d of all kinds", "depthwise", "transposed2d of all kinds", "transposed3d"])
+def test_feature_channels_say_which_features_a_channel_fills(name):
+    module, shape = LAYERS[name]
+    x = inputs(module, shape).abs() + 1
+    out = module(x).detach()
+    channels = feature_channels(module)
+    for channel in range(module.in_channels):
+        only = torch.zeros_like(x)
+        only[:, channel] = x[:, channel]
+        filled = unfolded_input(module, only, out, None, generator()).abs().sum((0, 1)) > 0
+        assert torch.equal(filled, channels == channel)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_bn_gain(affine):
+    bn = nn.BatchNorm2d(5, affine=affine).eval()
+    bn.running_var.copy_(torch.rand(5, generator=generator()) * 3)
+    bn.running_mean.normal_()
+    if affine:
+        nn.init.normal_(bn.weight)
+        nn.init.normal_(bn.bias)
+    x = torch.randn(4, 5, 3, 3)
+    with torch.no_grad():
+        expected = (bn(x + 1) - bn(x))[0, :, 0, 0]
+    torch.testing.assert_close(bn_gain(bn, 5).float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_gain_without_a_batch_norm():
+    for module in (None, nn.ReLU(), nn.BatchNorm2d(5, track_running_stats=False)):
+        assert torch.equal(bn_gain(module, 5), torch.ones(5))
+
+
+# group, and for every layer that reads it the layer at whose output the change is measured: the BN behind, if any
+READERS = {
+    "conv": ("plain", "0.0", {"1.0": "1.1"}),
+    "concat": ("concat", "left.0", {"tail.0.0": "tail.0.1"}),
+    "grouped": ("grouped", "1.body.0.0", {"1.body.1.0": "1.body.1.1"}),
+    "flatten": ("flatten", "1.0", {"3": "3"}),
+    "transposed": ("transposed", "bottom.0", {"up.0": "up.1"}),
+    "strided and concat": ("transposed", "encoder.0", {"bottom.0": "bottom.1", "tail.0.0": "tail.0.1"}),
+    "three readers": (
+        "residual",
+        "0.0",
+        {"1.body.0.0": "1.body.0.1", "2.body.0.0": "2.body.0.1", "2.shortcut.0": "2.shortcut.1"},
+    ),
+    "dense block": ("dense", "0", {"1.conv": "1.conv", "2.conv": "2.conv", "3.conv": "3.conv", "6.2": "6.2"}),
+    "behind a depthwise layer": ("depthwise", "1.body.0", {"1.body.6": "1.body.7"}),
+    "with a gate": ("se", "0.0", {"1.gate.1": "1.gate.1", "2.0": "2.1"}),
+    "half of a split": ("split", "stem.0/1", {"right.0": "right.1"}),
+    "tokens": ("transformer_mlp", "blocks.0.mlp.1", {"blocks.0.mlp.3": "blocks.0.mlp.3"}),
+}
+
+
+def setup(topology):
+    model, x = make_network(topology)
+    loader = [(x.double(), y) for x, y in class_loader(n=24, shape=x.shape[1:], batch_size=7)]
+    return model.double(), x.double(), loader
+
+
+def outputs(model, loader, measured, mask=None):
+    """What `measured` puts out over the whole loader, rows × channels, with `mask` at the input of a reader."""
+    seen, handles = [], []
+    if mask is not None:
+        reader, channels, dim = mask
+        zero = lambda _, args: (args[0].index_fill(dim, channels, 0.0),)  # noqa: E731
+        handles.append(model.get_submodule(reader).register_forward_pre_hook(zero))
+    module = model.get_submodule(measured)
+    dim = -1 if isinstance(module, nn.Linear) else 1
+    handles.append(module.register_forward_hook(lambda _m, _a, out: seen.append(out.movedim(dim, -1).flatten(0, -2))))
+    with torch.no_grad():
+        for x, _ in loader:
+            model(x)
+    for handle in handles:
+        handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_reader_loss_is_the_change_of_the_readers_output(case):
+    topology, name, measured = READERS[case]
+    model, x, loader = setup(topology)
+    groups = prunable_groups(model, x, verify=False)
+    group = groups[name]
+    assert {r.name for r in group.readers} == set(measured)
+    statistics = ReaderStatistics(groups, positions=None)
+    observe(model, loader, statistics.watches())
+    scatter = statistics.scatter(group, Moments.total)
+
+    def change(member, units):
+        dim = -1 if isinstance(model.get_submodule(member.name), nn.Linear) else 1
+        mask = (member.name, torch.as_tensor(member.positions(units)), dim)
+        probe = measured[member.name]
+        difference = outputs(model, loader, probe) - outputs(model, loader, probe, mask)
+        return (difference - difference.mean(0)).square().sum(1).mean()
+
+    rng = generator(4)
+    for count in {1, group.n_units // 2, group.n_units}:
+        units = torch.randperm(group.n_units, generator=rng)[:count]
+        everything = range(group.n_units)
+        expected = sum(
+            change(m, units.tolist()) / change(m, everything) ** readers.ENERGY_EXPONENT for m in group.readers
+        )
+        torch.testing.assert_close(elimination_loss(scatter, units), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_moments_of_all_positions_do_not_depend_on_the_batches():
+    model, x, loader = setup("plain")
+    groups = prunable_groups(model, x, verify=False)
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    found = []
+    for batches in (loader, [(images, labels)], [(images.flip(0), labels.flip(0))]):
+        statistics = ReaderStatistics(groups, positions=None)
+        observe(model, batches, statistics.watches())
+        found.append([statistics.scatter(g, m) for g in groups for m in (Moments.total, Moments.between)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_sampled_positions_estimate_all_positions():
+    model, x, loader = setup("plain")
+    groups = prunable_groups(model, x, verify=False)
+    exact, sampled = ReaderStatistics(groups, positions=None), ReaderStatistics(groups, positions=32)
+    observe(model, loader, [*exact.watches(), *sampled.watches()])
+    for g in groups:
+        a, b = exact.scatter(g, Moments.total), sampled.scatter(g, Moments.total)
+        assert (a - b).norm() < 0.2 * a.norm(), g.name
+
+
+@pytest.mark.parametrize("topology", ["plain", "flatten", "transposed", "concat"])
+def test_wide_readers_are_watched_exactly_through_few_outputs(topology, monkeypatch):
+    model, x, loader = setup(topology)
+    groups = prunable_groups(model, x, verify=False)
+
+    def scatters():
+        statistics = ReaderStatistics(groups, positions=4)
+        observe(model, loader, statistics.watches())
+        return [statistics.scatter(g, m) for g in groups for m in (Moments.total, Moments.between)]
+
+    exact = scatters()
+    monkeypatch.setattr(readers, "MAX_FEATURES", 1)
+    for a, b in zip(exact, scatters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_wide_readers_with_many_outputs_are_estimated(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 500), nn.ReLU())
+    model.append(nn.Linear(500, 4)).double()
+    loader = [(x.double(), y) for x, y in class_loader(n=40, shape=(3, 8, 8))]
+    groups = prunable_groups(model, loader[0][0], verify=False)
+
+    def scatter():
+        statistics = ReaderStatistics(groups)
+        observe(model, loader, statistics.watches())
+        return statistics.scatter(groups["0"], Moments.total)
+
+    exact = scatter()
+    monkeypatch.setattr(readers, "MAX_FEATURES", 100)
+    estimate = scatter()
+    assert 1e-6 < (exact - estimate).norm() / exact.norm() < 0.3
+
+
+def test_a_reader_that_did_not_run_or_saw_nan_is_named():
+    model, x, loader = setup("plain")
+    groups = prunable_groups(model, x, verify=False)
+    statistics = ReaderStatistics(groups)
+    with pytest.raises(ValueError, match=r"1\.0 did not run"):
+        statistics.scatter(groups["0.0"], Moments.total)
+    bad = [(batch * float("nan"), y) for batch, y in loader]
+    observe(model, bad, statistics.watches())
+    with pytest.raises(ValueError, match=r"1\.0 is not finite"):
+        statistics.scatter(groups["0.0"], Moments.total)
