@@ -232,6 +232,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of NNI 3.0, about torch
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # the network is too small for more, and a busy machine makes them wait for each other
 
     training, calibration, test = digits(args.seed)
     dense, x = build(), calibration[0][0][:2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tp_importance import Budget, BudgetError, BudgetPruner, ChannelGroup, Plan, StatisticalImportance, WidthSpace
+from tp_importance import Budget, BudgetError, BudgetPruner, ChannelGroup, Plan, StatisticalImportance
 from tp_importance.batches import iterate, reference_tensor, split_batch, to_model
 from tp_importance.cost import COST_FIELDS
 from tp_importance.groups import build_groups
@@ -115,7 +115,7 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
             g.name: min([mosts.get(g.name, 1.0), *(ceilings.get(m.name, 1.0) for m in g.producers)]) for g in groups
         }
         self._planner.limit_ratios(self._ceiling)
-        self._space = WidthSpace.of(groups.groups, round_to=options.get("round_to"), max_pruning_ratio=self._ceiling)
+        self._space = self._planner.space
         if budget is not None:
             self._require_reachable(budget)
         self.plan: Plan | None = None
@@ -169,7 +169,7 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
         return {name: dict(masks) for name, masks in super().get_masks().items()}
 
     def _collect_data(self) -> dict[str, Any]:
-        # wrappers leave the masked tensors of the last pass on the modules; those of this pass are inference tensors
+        # wrappers leave the masked tensors of the last pass on the modules; those of this pass must not stay
         modules = [wrapper.module for wrapper in self._module_wrappers.values()]
         before = [(module, dict(module._buffers)) for module in modules]
         try:
@@ -220,7 +220,9 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
         removed = {}
         for g, levels in zip(self._planner.groups, self._space.levels, strict=True):
             left = g.n_units - int(g.n_units * progress * self._goal[g.name])
-            removed[g.name] = curves[g.name].removed(int(levels[np.searchsorted(levels, left)]))
+            removed[g.name] = curves[g.name].removed(
+                int(levels[min(int(np.searchsorted(levels, left)), len(levels) - 1)])
+            )
         self.plan = self._planner.plan_of(removed)
         return removed
 

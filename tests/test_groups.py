@@ -11,7 +11,7 @@ from contract import removal, topology, zoo
 from networks import MISTRACED, TOPOLOGIES, ZOO, conv_bn_relu, head, make_network
 from tp_importance import TracingError, count_ops, prunable_groups
 from tp_importance.groups import PrunableGroups
-from tp_importance.surgery import kept_units, remove_units
+from tp_importance.surgery import remove_units
 from tp_importance.verify import masked_equals_removed, sample_units
 
 # name: width, or (width, unit size, fewest units)
@@ -537,10 +537,8 @@ def test_remove_units_refuses():
 def test_remove_units_keeps_the_right_filters():
     case = topology("plain").copy()
     weight, reader = case.model[0][0].weight.clone(), case.model[1][0].weight.clone()
-    gone = [1, 4, 7]
     remove_units(case.groups, {"0.0": [7, 1, 4, 4]})
-    kept = kept_units(case.groups["0.0"], gone)
-    assert kept == [0, 2, 3, 5, 6]
+    kept = [0, 2, 3, 5, 6]
     assert torch.equal(case.model[0][0].weight, weight[kept])
     assert torch.equal(case.model[1][0].weight, reader[:, kept])
 
@@ -561,3 +559,25 @@ def test_groups_that_share_a_root_go_together():
     assert case.model.stem[0].out_channels == 17
     assert (case.model.left[0].in_channels, case.model.right[0].in_channels) == (6, 11)
     case.model(case.x)
+
+
+class ByKeyword(nn.Module):
+    """Layers called by keyword, and an output that is no float."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.c(input=self.b(input=torch.relu(self.a(x))).mean((2, 3)))
+        return y, y > 0
+
+
+def test_layers_called_by_keyword_and_a_boolean_output():
+    model, x = ByKeyword().eval(), torch.randn(2, 3, 8, 8)
+    groups = prunable_groups(model, x)
+    assert groups.widths == {"a": 8, "b": 6}, groups.excluded
+    loader = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)]
+    from tp_importance import CATROImportance
+
+    assert set(CATROImportance().collect(model, x, loader, groups=groups).curves()) == {"a", "b"}

@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ForwardFn", "call_model", "iterate", "reference_tensor", "run_batch", "split_batch", "to_model"]
+__all__ = [
+    "ForwardFn",
+    "call_model",
+    "iterate",
+    "layer_input",
+    "reference_tensor",
+    "run_batch",
+    "split_batch",
+    "to_model",
+]
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 """``forward_fn(model, batch)``: runs the model on a batch exactly as the loader gave it."""
@@ -151,6 +160,11 @@ def run_batch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None)
     args, kwargs, _ = split_batch(batch)
     like = reference_tensor(model)
     return model(*to_model(like, args), **to_model(like, kwargs))
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument a layer was called with, by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:

@@ -27,7 +27,8 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
 
     Subclasses say what to watch (:meth:`_watches`) and how to value it (:meth:`_curves`). As a Torch-Pruning
     importance the score of a channel is its *rank* in one budget-independent greedy sequence (:func:`greedy_path`
-    on MACs), in (0, 1], larger is better: strict, so that neither local nor ``global_pruning=True`` meets ties.
+    on MACs), in (0, 1], larger is better: distinct for all units above the floor, so that neither local nor
+    ``global_pruning=True`` meets ties; the channels of one unit share their rank.
     Groups that cannot be pruned safely get ``None``, which Torch-Pruning skips.
     """
 

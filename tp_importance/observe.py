@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import ForwardFn, iterate, reference_tensor, run_batch, split_batch
+from .batches import ForwardFn, iterate, layer_input, reference_tensor, run_batch, split_batch
 from .guards import preserved
 
 __all__ = ["LabelFn", "Observed", "Watch", "WatchFn", "observe"]
@@ -101,8 +102,9 @@ def observe(
     with preserved(model), ExitStack() as stack, torch.no_grad():
         model.eval()
         for watch in watches:
-            stack.callback(watch.module.register_forward_hook(_hook(watch, current)).remove)
-        bar = tqdm(iterate(loader), disable=not progress, desc="collecting", unit="batch", leave=False)
+            stack.callback(watch.module.register_forward_hook(_hook(watch, current), with_kwargs=True).remove)
+        total = length_hint(loader) or None
+        bar = tqdm(iterate(loader), total=total, disable=not progress, desc="collecting", unit="batch", leave=False)
         for batch in bar:
             labels = _labels(batch, label_fn, forward_fn, need_labels)
             if wanted is not None:
@@ -183,8 +185,8 @@ def _check_range(labels: Tensor, output: Any) -> None:
 
 
 def _hook(watch: Watch, current: list[Tensor]) -> Callable[..., None]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        x, labels = args[0], current[0]
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x, labels = layer_input(args, kwargs), current[0]
         if len(x) != len(labels):  # windows or tokens folded into the batch
             if len(x) % max(len(labels), 1):
                 raise ValueError(

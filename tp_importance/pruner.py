@@ -213,6 +213,8 @@ class BudgetPruner:
         report = self._report(plan)
         if plan.is_noop:
             warnings.warn(f"the network already meets the budget ({plan.cost}); nothing is pruned", stacklevel=2)
+            if recalibrate and self.loader is not None:
+                recalibrate_batchnorm(self.model, self.loader, forward_fn=self.groups.options.forward_fn)
             return report
         with self._surgery():
             remove_units(self.groups, plan.removed)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from .groups import ChannelGroup, PrunableGroups
+from .groups import PrunableGroups
 from .guards import preserved
 
-__all__ = ["kept_units", "remove_units"]
+__all__ = ["remove_units"]
 
 
 def remove_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> None:
@@ -52,9 +52,3 @@ def _remove(groups: PrunableGroups, name: str, role: str, channels: list[int]) -
     graph.get_pruning_group(module, fn, channels).prune()
     if count(module) != before - len(channels):
         raise RuntimeError(f"Torch-Pruning left {count(module)} channels in {name}, not {before - len(channels)}")
-
-
-def kept_units(group: ChannelGroup, removed: Sequence[int]) -> list[int]:
-    """Units of ``group`` that are not in ``removed``, ascending."""
-    gone = set(removed)
-    return [u for u in range(group.n_units) if u not in gone]

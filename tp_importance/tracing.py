@@ -92,23 +92,6 @@ class Trace:
             return followers[0].module
         return None
 
-    def next_reader(self, name: str) -> str | None:
-        """The first counted layer, in execution order, that receives what a layer puts out."""
-        start = self.graph.module2node.get(self.model.get_submodule(name))
-        order, found, seen = self.first_call(), [], set()
-        stack = [] if start is None else list(start.outputs)
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if isinstance(node.module, COUNTED):
-                found.append(self.names[node.module])
-            else:
-                stack.extend(node.outputs)
-        later = [n for n in found if order.get(n, -1) > order.get(name, -1)]
-        return min(later, key=lambda n: order[n]) if later else None
-
 
 def is_depthwise(module: nn.Module) -> bool:
     """Whether Torch-Pruning treats ``module`` as depthwise (each channel its own group)."""
