@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from contract import topology, zoo
-from networks import TOPOLOGIES, ZOO
+from networks import TOPOLOGIES, ZOO, make_network
 from tp_importance import Budget, BudgetError, CostModel, Curve, WidthSpace, greedy, greedy_path, uniform
 from tp_importance.allocation import ALLOCATORS, fill_up, find_allocator
 from tp_importance.cost import COST_FIELDS
@@ -388,3 +388,19 @@ def test_curves_with_sets_that_are_not_nested():
 def test_curves_refuse(loss, order):
     with pytest.raises(ValueError):
         Curve(np.array(loss), np.array(order))
+
+
+def test_unknown_group_in_max_pruning_ratio():
+    import torch_pruning as tp
+
+    from tp_importance import BudgetPruner
+
+    model, x = make_network("plain")
+    with pytest.raises(ValueError, match="typo"):
+        BudgetPruner(
+            model,
+            x,
+            importance=tp.importance.MagnitudeImportance(),
+            budget=Budget(macs=0.5),
+            max_pruning_ratio={"typo": 0.1},
+        )

@@ -118,7 +118,8 @@ class BudgetPruner:
         self.initial_widths = self.groups.widths
         self.cost_model = CostModel.from_groups(self.groups)
         self.dense: Cost = self.cost_model.dense
-        for name in (*self._min_widths, *self._max_widths):
+        ratios = max_pruning_ratio if isinstance(max_pruning_ratio, Mapping) else {}
+        for name in (*self._min_widths, *self._max_widths, *ratios):
             self.groups[name]  # raises for an unknown one
         self.space  # noqa: B018 - checks the options
         self._curves: dict[str, Curve] | None = None
