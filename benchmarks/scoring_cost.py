@@ -2,8 +2,8 @@
 
 Bare: the batches through the network in eval and inference mode. A criterion: its statistics over the same batches and
 its curves, on groups that are known (tracing is not scoring). Rounds alternate over bare pass and criteria; ratios are
-taken within a round, then the median. On a CPU the time is that of the process, which other load on the machine hardly
-touches; with one thread it equals the wall clock of a quiet machine.
+taken within a round, then the median. With one CPU thread the time is that of the process: other load on the machine
+hardly touches it. With several threads, or a GPU, it is the wall clock (the process also counts threads that wait).
 """
 
 from __future__ import annotations
@@ -80,9 +80,10 @@ class Timed(CATROImportance):
     solve_s = 0.0
 
     def _curves(self, groups: PrunableGroups) -> dict[str, Any]:
-        start = seconds("cpu")
+        device = next(groups.trace.model.parameters()).device
+        start = seconds(device)
         curves = super()._curves(groups)
-        self.solve_s = seconds("cpu") - start
+        self.solve_s = seconds(device) - start
         return curves
 
 
@@ -91,19 +92,21 @@ def catro(options: dict[str, Any], model: nn.Module, batches: Any, groups: Pruna
 
 
 def taylor(model: nn.Module, batches: Any, groups: PrunableGroups) -> float:
+    device = batches[0][0].device
     accumulate_gradients(model, batches)
-    start = seconds("cpu")
+    start = seconds(device)
     value_curves(tp.importance.TaylorImportance(normalizer=None), groups)
-    spent = seconds("cpu") - start
+    spent = seconds(device) - start
     model.zero_grad()
     return spent
 
 
-def seconds(device: str) -> float:
+def seconds(device: torch.device | str) -> float:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -199,7 +202,9 @@ def main() -> None:
         print(memory_probe(args.probe[0], args.probe[1], int(args.probe[2]), args))
         return
     if not args.table:
+        clock = "process" if args.device == "cpu" and args.threads == 1 else "wall"
         settings = {"images": args.images, "rounds": args.rounds, "threads": args.threads, "device": args.device}
+        settings["clock"] = clock
         cells = Cells(args.out, settings, environment(args.device, args.date))
         for name in args.networks:
             cells.fill({"network": name}, partial(measure, name, args))
