@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "ForwardFn",
@@ -16,6 +17,7 @@ __all__ = [
     "reference_tensor",
     "run_batch",
     "split_batch",
+    "tensors_in",
     "to_model",
 ]
 
@@ -190,6 +192,11 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
         f"example_inputs are of type {type(example_inputs).__name__}; pass a tensor, a tuple of positional or a dict "
         "of keyword arguments"
     )
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and dicts, in order."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def iterate(loader: Iterable[Any]) -> Iterator[Any]:

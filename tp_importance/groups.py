@@ -22,7 +22,15 @@ from torch import nn
 
 from .tracing import CONV, Trace, TraceOptions, is_depthwise, trace
 
-__all__ = ["ChannelGroup", "Excluded", "Member", "PrunableGroups", "build_groups", "prunable_groups"]
+__all__ = [
+    "ChannelGroup",
+    "Excluded",
+    "Member",
+    "PrunableGroups",
+    "build_groups",
+    "ignored_modules",
+    "prunable_groups",
+]
 
 Role = Literal["in", "out"]
 Kind = Literal["producer", "reader", "carrier"]
@@ -227,7 +235,7 @@ def build_groups(
     options: TraceOptions = TraceOptions(),
 ) -> PrunableGroups:
     """Groups of a traced network, without verification; see :func:`prunable_groups`."""
-    ignored = _ignored_modules(traced.model, ignored_layers)
+    ignored = ignored_modules(traced.model, ignored_layers)
     order = traced.first_call()
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
@@ -244,9 +252,14 @@ def build_groups(
     return PrunableGroups(groups, excluded, traced, options)
 
 
-def _ignored_modules(
+def ignored_modules(
     model: nn.Module, ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None
 ) -> set[nn.Module]:
+    """Every module that ``ignored_layers`` names, with everything inside.
+
+    Raises:
+        TypeError: for an entry that is neither module, parameter nor type.
+    """
     ignored: set[nn.Module] = set()
     for layer in ignored_layers or ():
         if isinstance(layer, nn.Module):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import call_model, layer_input, to_model
+from .batches import call_model, layer_input, tensors_in, to_model
 from .cost import CostModel
 from .groups import Index, PrunableGroups
 from .guards import preserved
@@ -114,7 +114,7 @@ def masked_equals_removed(
         difference = _difference(_select(original.get_submodule(name), a, keep.get(name)), b, tolerance)
         if difference:
             return f"input of {name}: {difference}"
-    for a, b in zip(_tensors(masked_out), _tensors(left_out), strict=True):
+    for a, b in zip(tensors_in(masked_out), tensors_in(left_out), strict=True):
         difference = _difference(a, b, tolerance)
         if difference:
             return f"output of the network: {difference}"
@@ -255,13 +255,3 @@ def _zero_output(dim: int, positions: Tensor) -> Any:
         return output.index_fill(output.dim() + dim, positions.to(output.device), 0.0)
 
     return hook
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [t for v in value for t in _tensors(v)]
-    return []

@@ -1,0 +1,200 @@
+"""Take residual convolutions out of a network for good, and leave nothing behind where that is possible.
+
+A removed layer hands on a times its input (s = 0). First it is replaced by that factor, which is exact; then the factor
+is moved into layers that have weights (METHODS §4). The stream of a residual stage is one tensor in many places: its
+factor goes into every layer that reads it, and out of every layer that adds to it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import call_model, tensors_in
+from .dataflow import Flow, Kind, Span, record
+from .folding import fold_scales
+from .guards import preserved, transaction
+from .resconv import ResConv2d, Scale, replace_module
+
+__all__ = ["RemovalReport", "outputs_of", "remove_layers", "require_same"]
+
+LAYERS: dict[type[nn.Module], Kind] = {ResConv2d: "layer", Scale: "homogeneous"}
+TOLERANCE = 1e-3
+"""Largest difference of outputs allowed after folding, relative to the largest output."""
+
+
+@dataclass(frozen=True)
+class RemovalReport:
+    """What became of removed layers.
+
+    Attributes:
+        removed: names of the layers that are gone.
+        collapsed: modules that did nothing any more (a residual block whose layers are all gone, say), with the factor
+            they stood for.
+        kept_scales: factors that no layer could take, by the module that applies them now.
+    """
+
+    removed: list[str]
+    collapsed: dict[str, float]
+    kept_scales: dict[str, float]
+
+
+def remove_layers(
+    model: nn.Module,
+    example_inputs: Any,
+    names: Iterable[str],
+    *,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+) -> RemovalReport:
+    r"""Remove residual convolutions in place, as if their s were 0: :math:`y = \phi(a x)`.
+
+    The factor a goes into all readers of that tensor: weights of convolutions and linear layers, statistics of batch
+    norms, slices behind a concatenation, the a of readers that are still :class:`ResConv2d`; through adds also out of
+    the layers that feed the same stream. What lies between must be positively homogeneous (ReLU, LeakyReLU, pools,
+    reshapes). Where it is not (ReLU6, SiLU, sigmoid, an output of the network), one explicit :class:`Scale` stays.
+    Activations that are modules and have become idle go, too, and so do blocks that only multiply: with both layers
+    gone, :math:`\phi(a_2 \phi(a_1 x) + x) = (1 + a_1 a_2) x`.
+
+    A layer with a = 0 would pass on nothing; it becomes the identity, with a warning.
+
+    Args:
+        model: a converted network.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        names: the layers to remove.
+        forward_fn: ``forward_fn(model, example_inputs)``.
+
+    Returns:
+        :class:`RemovalReport`. Parameters that changed are new objects.
+
+    Raises:
+        RuntimeError: if the network computes something else after folding; it is then as before.
+        ValueError: if a name is not a :class:`ResConv2d`, or its a is negative.
+
+    Example:
+        >>> from tp_importance.resconv import convert_to_resconv
+        >>> net = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)]
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> net = convert_to_resconv(nn.Sequential(*net), x, s=0.0, a=0.5)
+        >>> y = net(x)
+        >>> remove_layers(net, x, ["2"]).kept_scales, [type(m).__name__ for m in net]
+        ({}, ['Conv2d', 'ReLU', 'Identity', 'Identity', 'Conv2d'])
+        >>> torch.allclose(net(x), y, atol=1e-6)
+        True
+    """
+    wanted = list(dict.fromkeys(names))
+    factors = {name: _factor(model, name) for name in wanted}
+    run = forward_fn or call_model
+    with transaction(model), preserved(model), torch.no_grad():
+        idle = _idle_activations(model, record(model, example_inputs, layers=LAYERS, forward_fn=run))
+        for name, factor in factors.items():
+            layer = model.get_submodule(name)
+            replace_module(model, name, _multiply(factor, layer.a).train(layer.training))  # type: ignore[arg-type]
+        before = outputs_of(model, example_inputs, run)
+        flow = record(model, example_inputs, layers=LAYERS, forward_fn=run)
+        collapsed = _collapse(model, flow, wanted)
+        flow = record(model, example_inputs, layers=LAYERS, forward_fn=run)
+        kept = fold_scales(model, flow)
+        flow = record(model, example_inputs, layers=LAYERS, forward_fn=run)
+        for name in _idle_activations(model, flow) - idle:
+            replace_module(model, name, nn.Identity().train(model.get_submodule(name).training))
+        require_same(before, outputs_of(model, example_inputs, run), f"removing {', '.join(wanted)}")
+    return RemovalReport(wanted, collapsed, kept)
+
+
+def outputs_of(
+    model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], Any] | None = None
+) -> list[Tensor]:
+    """Outputs in eval mode without gradients; modes are restored."""
+    with preserved(model), torch.no_grad():
+        model.eval()
+        return [t.clone() for t in tensors_in((run or call_model)(model, example_inputs))]
+
+
+def require_same(before: list[Tensor], after: list[Tensor], what: str) -> None:
+    """Refuse outputs that differ by more than rounding.
+
+    Raises:
+        RuntimeError: naming ``what`` and the difference.
+    """
+    for a, b in zip(before, after, strict=True):
+        scale = float(a.abs().max()) if a.numel() else 0.0
+        error = float((a - b).abs().max()) if a.numel() else 0.0
+        if not error <= TOLERANCE * max(scale, 1e-30):
+            raise RuntimeError(f"{what} changes the output by {error:.2g} on a scale of {scale:.2g}")
+
+
+def _factor(model: nn.Module, name: str) -> float:
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, ResConv2d):
+        found = "no module" if module is None else f"a {type(module).__name__}"
+        raise ValueError(
+            f"{name!r} is {found}, not a ResConv2d: only those can be removed, call convert_to_resconv first"
+        )
+    a = module.a.item()
+    if a < 0:
+        raise ValueError(
+            f"layer {name} has a={a:g}; a removed layer hands on a times its input, so a must not be negative"
+        )
+    if a == 0:
+        warnings.warn(f"layer {name} has a=0 (not trained yet?): it becomes the identity", stacklevel=3)
+    return a or 1.0
+
+
+def _multiply(factor: float, like: Tensor) -> nn.Module:
+    return nn.Identity() if factor == 1.0 else Scale(factor, like=like)
+
+
+def _idle_activations(model: nn.Module, flow: Flow) -> set[str]:
+    """Modules that only are a ReLU of what is ≥ 0 already, every time they run."""
+    idle: dict[str, bool] = {}
+    for span in flow.spans:
+        ops = flow.ops[span.ops.start : span.ops.stop]
+        nothing = len(ops) == 1 and ops[0].kind == "relu" and flow.nonnegative[ops[0].inputs[0]]
+        idle[span.name] = idle.get(span.name, True) and nothing and isinstance(span.module, (nn.ReLU, nn.LeakyReLU))
+    return {name for name, found in idle.items() if found}
+
+
+def _collapse(model: nn.Module, flow: Flow, removed: list[str]) -> dict[str, float]:
+    """Replace modules that hold removed layers and only multiply by the factor, outermost first."""
+    root, factor = _proportions(flow)
+    calls: dict[str, list[Span]] = {}
+    for span in flow.spans:
+        calls.setdefault(span.name, []).append(span)
+    collapsed: dict[str, float] = {}
+    for name in sorted(calls, key=lambda n: n.count(".")):
+        inside = [layer for layer in removed if layer.startswith(f"{name}.")]
+        if not inside or len(calls[name]) != 1 or any(name.startswith(f"{other}.") for other in collapsed):
+            continue
+        span = calls[name][0]
+        if len(span.inputs) != 1 or len(span.outputs) != 1 or any(True for _ in span.module.parameters()):
+            continue
+        given, result = span.inputs[0], span.outputs[0]
+        if root[given] == root[result]:
+            collapsed[name] = factor[result] / factor[given]
+            scales = [m.factor for m in span.module.modules() if isinstance(m, Scale)]
+            like = scales[0] if scales else torch.ones(())
+            replace_module(model, name, _multiply(collapsed[name], like).train(span.module.training))
+    return collapsed
+
+
+def _proportions(flow: Flow) -> tuple[list[int], list[float]]:
+    """For every tensor another one it is a fixed multiple of, as far back as possible, and the multiple."""
+    root, factor = list(range(len(flow.shapes))), [1.0] * len(flow.shapes)
+    for op in flow.ops:
+        if isinstance(op.module, Scale):
+            step = op.module.factor.item()
+        elif op.kind == "same" or (op.kind == "relu" and flow.nonnegative[op.inputs[0]]):
+            step = 1.0
+        elif op.kind == "add" and len({root[v] for v in op.inputs}) == 1:
+            root[op.outputs[0]] = root[op.inputs[0]]
+            factor[op.outputs[0]] = sum(factor[v] for v in op.inputs)
+            continue
+        else:
+            continue
+        root[op.outputs[0]], factor[op.outputs[0]] = root[op.inputs[0]], factor[op.inputs[0]] * step
+    return root, factor
