@@ -15,11 +15,22 @@ from .errors import BudgetError, NotCollectedError, StaleStatisticsError, Tracin
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .importance import StatisticalImportance
 from .itpruner import ITPruner, ITPrunerImportance
+from .latency import Latency, measure_latency
 from .observe import Observed, Watch, observe
 from .plan import Plan
 from .program import ProgramAllocator
 from .pruner import BudgetPruner
 from .report import PruningReport
+from .resconv import (
+    LayerPlan,
+    LayerReport,
+    ResConv2d,
+    ResConvImportance,
+    ResConvPruner,
+    convert_to_resconv,
+    fuse,
+    remove_layers,
+)
 from .subtask import slice_classifier
 from .sweep import plot_sweep, sweep_frame
 from .tracing import count_ops
@@ -38,26 +49,36 @@ __all__ = [
     "Excluded",
     "ITPruner",
     "ITPrunerImportance",
+    "Latency",
+    "LayerPlan",
+    "LayerReport",
     "NotCollectedError",
     "Observed",
     "Plan",
     "ProgramAllocator",
     "PrunableGroups",
     "PruningReport",
+    "ResConv2d",
+    "ResConvImportance",
+    "ResConvPruner",
     "StaleStatisticsError",
     "StatisticalImportance",
     "TracingError",
     "Watch",
     "WidthSpace",
+    "convert_to_resconv",
     "count_ops",
     "curve_from_scores",
+    "fuse",
     "greedy",
     "greedy_path",
     "load_pruned",
+    "measure_latency",
     "observe",
     "plot_sweep",
     "prunable_groups",
     "recalibrate_batchnorm",
+    "remove_layers",
     "save_pruned",
     "slice_classifier",
     "sweep_frame",

@@ -59,13 +59,18 @@ class Budget:
     constructed: the limit is ⌊f · dense⌋. An ``int`` is the limit itself, per sample. So ``1.0`` keeps everything
     and ``1`` keeps one multiply-accumulate. NumPy scalars count as the Python numbers they stand for.
 
+    Latency is measured, not counted, so it is noisy; only pruners that measure take it, and they say so.
+
     Attributes:
         macs: limit for :attr:`Cost.macs`.
         params: limit for :attr:`Cost.params`.
+        latency: limit as a fraction of the measured latency of the dense network; a float.
+        latency_ms: limit in milliseconds for the example inputs as they are.
 
     Raises:
         TypeError: if a field is not a number.
-        ValueError: if a field is a bool, not finite, not positive or a float above 1, or if no field is set.
+        ValueError: if a field is a bool, not finite, not positive or a float above 1, if ``latency`` is an int or given
+            together with ``latency_ms``, or if no field is set.
 
     Example:
         >>> budget = Budget(macs=0.5, params=100_000)
@@ -77,10 +82,19 @@ class Budget:
 
     macs: float | int | None = None
     params: float | int | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.fields:
-            object.__setattr__(self, name, _validated(name, getattr(self, name)))
+            check = _milliseconds if name == "latency_ms" else _validated
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        if isinstance(self.latency, int):
+            raise ValueError(
+                f"latency={self.latency} is an int; give a fraction, e.g. latency=0.5, or milliseconds by latency_ms="
+            )
+        if self.latency is not None and self.latency_ms is not None:
+            raise ValueError("give latency (a fraction) or latency_ms, not both")
         if not self.fields:
             names = [f.name for f in fields(self)]
             raise ValueError(
@@ -93,28 +107,41 @@ class Budget:
         return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
 
     def limits(self, dense: Cost) -> dict[str, int]:
-        """Absolute limits.
+        """Absolute limits of what is counted; see :meth:`latency_limit` for what is measured.
 
         Args:
             dense: cost of the model before pruning.
 
         Returns:
-            Per field that is set the largest cost allowed, in the unit of :class:`Cost`. It may exceed the dense
-            cost: then there is nothing to remove.
+            Per field of :class:`Cost` that is set the largest cost allowed, in its unit. It may exceed the dense cost:
+            then there is nothing to remove.
 
         Raises:
             TypeError: if ``dense`` is not a :class:`Cost`.
         """
         if not isinstance(dense, Cost):
             raise TypeError(f"dense must be a Cost, e.g. Cost(macs=1000, params=100), not {type(dense).__name__}")
-        chosen = {name: getattr(self, name) for name in self.fields}
+        chosen = {name: getattr(self, name) for name in self.fields if name in dense.as_dict()}
         return {
             name: value if isinstance(value, int) else math.floor(value * getattr(dense, name))
             for name, value in chosen.items()
         }
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether a latency is limited."""
+        return self.latency is not None or self.latency_ms is not None
+
+    def latency_limit(self, dense_ms: float) -> float | None:
+        """Largest latency allowed in milliseconds, if one is set.
+
+        Args:
+            dense_ms: measured latency of the model before pruning.
+        """
+        return self.latency_ms if self.latency is None else self.latency * dense_ms
+
     def is_noop(self, dense: Cost) -> bool:
-        """Whether the dense model already meets every limit.
+        """Whether the dense model already meets every limit on what is counted.
 
         Args:
             dense: cost of the model before pruning.
@@ -165,6 +192,14 @@ def _validated(name: str, value: Any) -> float | int:
         suggestion = round(number / 100, 6) if number <= 100 else round(number)
         raise ValueError(f"{name}={number} is a float above 1: did you mean {suggestion}? {remedy.capitalize()}")
     return number
+
+
+def _milliseconds(name: str, value: Any) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give milliseconds, e.g. {name}=2.5")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value} is not allowed; give milliseconds above 0, e.g. {name}=2.5")
+    return float(value)
 
 
 def _readable(count: int) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .batches import reference_tensor
 
-__all__ = ["load_pruned", "save_pruned"]
+__all__ = ["load_pruned", "register_rebuilt", "save_pruned"]
 
 FORMAT = "tp_importance.pruned"
 VERSION = 1
@@ -25,8 +25,23 @@ _PLAIN = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Identity, nn.ReLU),
 )
-REBUILT = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _PLAIN}
+REBUILT: dict[str, type[nn.Module]] = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _PLAIN}
 """Modules that are built from the file where the factory has another class; the constructor says all about them."""
+
+
+def register_rebuilt(cls: type[nn.Module]) -> None:
+    """Let :func:`load_pruned` build ``cls`` where the factory has another class.
+
+    Args:
+        cls: a module that is built from the integers, floats and strings among its public attributes that its
+            constructor takes; parameters and buffers come from the file.
+
+    Raises:
+        ValueError: if another class of that name is registered.
+    """
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if REBUILT.setdefault(name, cls) is not cls:
+        raise ValueError(f"{name} is registered already")
 
 
 def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -306,7 +306,7 @@ class BudgetPruner:
             before=self.cost_model.dense,
             cost=plan.cost,
             limits=plan.limits,
-            bytes_per_param=_bytes_per_parameter(self.model),
+            bytes_per_param=bytes_per_parameter(self.model),
             excluded=list(self.groups.excluded),
             constant={g: len(u) for g, u in plan.constant.items()},
             criterion=type(self.importance).__name__,
@@ -316,9 +316,11 @@ class BudgetPruner:
 def _checked(budget: Any) -> Budget:
     if not isinstance(budget, Budget):
         raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
+    if budget.is_measured:
+        raise ValueError("a latency budget is for layers (ResConvPruner); limit widths by macs or params")
     return budget
 
 
-def _bytes_per_parameter(model: nn.Module) -> float:
+def bytes_per_parameter(model: nn.Module) -> float:
     count = sum(p.numel() for p in model.parameters())
     return sum(p.numel() * p.element_size() for p in model.parameters()) / max(count, 1)

@@ -11,7 +11,7 @@ from typing import Any
 from .budget import Cost
 from .groups import Excluded
 
-__all__ = ["GroupRow", "PruningReport"]
+__all__ = ["CostReport", "GroupRow", "PruningReport", "optional_import"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,44 @@ class GroupRow:
         return 1.0 - self.after / self.initial
 
 
+class CostReport:
+    """What all reports share: costs before and after, and plain data."""
+
+    dense: Cost
+    cost: Cost
+    limits: dict[str, int]
+    bytes_per_param: float
+
+    def totals(self) -> list[tuple[str, int, int]]:
+        """``(what, of the model as given, now)`` for MACs, params and bytes of the parameters."""
+        dense, now = self.dense.as_dict(), self.cost.as_dict()
+        result = [(name, dense[name], now[name]) for name in dense]
+        size = self.bytes_per_param
+        return [*result, ("bytes", round(self.dense.params * size), round(self.cost.params * size))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """JSON text, also written to ``path`` if given."""
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+        return text
+
+    def cost_lines(self) -> list[str]:
+        """The totals as text."""
+        lines = []
+        for name, dense, after in self.totals():
+            limit = f", limit {self.limits[name]:,}" if name in self.limits else ""
+            lines.append(f"{name:<7}{dense:>16,} → {after:>16,}  ({after / max(dense, 1):.4f}{limit})")
+        return lines
+
+
 @dataclass(frozen=True)
-class PruningReport:
+class PruningReport(CostReport):
     """Result of one pruning step.
 
     Attributes:
@@ -71,33 +107,12 @@ class PruningReport:
             arrow = f"{r.before} → {r.after}"
             lines.append(f"{r.name:<{width}}  {arrow:>12}  {r.pruning_ratio:>7.3f}  {r.macs_share:>6.3f}")
         lines.append("")
-        for name, dense, after in self.totals():
-            limit = f", limit {self.limits[name]:,}" if name in self.limits else ""
-            lines.append(f"{name:<7}{dense:>16,} → {after:>16,}  ({after / max(dense, 1):.4f}{limit})")
+        lines += self.cost_lines()
         for name, count in self.constant.items():
             lines.append(f"constant on the data: {count} in {name}")
         for e in self.excluded:
             lines.append(f"left alone: {e.name} ({e.width}): {e.reason}")
         return "\n".join(lines)
-
-    def totals(self) -> list[tuple[str, int, int]]:
-        """``(what, of the model as given, now)`` for MACs, params and bytes of the parameters."""
-        dense, now = self.dense.as_dict(), self.cost.as_dict()
-        result = [(name, dense[name], now[name]) for name in dense]
-        size = self.bytes_per_param
-        return [*result, ("bytes", round(self.dense.params * size), round(self.cost.params * size))]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """JSON text, also written to ``path`` if given."""
-        text = json.dumps(self.to_dict(), indent=1)
-        if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-        return text
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
@@ -113,7 +128,7 @@ class PruningReport:
         Raises:
             RuntimeError: without pandas; names the extra.
         """
-        pandas = _optional("pandas")
+        pandas = optional_import("pandas")
         return pandas.DataFrame([{**asdict(r), "pruning_ratio": r.pruning_ratio} for r in self.rows])
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
@@ -128,7 +143,9 @@ class PruningReport:
         Raises:
             RuntimeError: without matplotlib; names the extra.
         """
-        figure = _optional("matplotlib.figure").Figure(figsize=(max(4.0, 0.3 * len(self.rows) + 2), 4), layout="tight")
+        figure = optional_import("matplotlib.figure").Figure(
+            figsize=(max(4.0, 0.3 * len(self.rows) + 2), 4), layout="tight"
+        )
         axes = figure.add_subplot()
         x = range(len(self.rows))
         axes.bar(x, [r.initial for r in self.rows], color="0.85", label="dense")
@@ -142,7 +159,12 @@ class PruningReport:
         return figure
 
 
-def _optional(module: str) -> Any:
+def optional_import(module: str) -> Any:
+    """Import a module of the extra ``report``.
+
+    Raises:
+        RuntimeError: if it is not there; names the extra.
+    """
     import importlib
 
     try:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dataflow import Flow, is_batchnorm, record
-from .functional.resconv import fused_kernel
-from .groups import ignored_modules
-from .guards import transaction
+from ..checkpoint import register_rebuilt
+from ..dataflow import Flow, is_batchnorm, record
+from ..functional.resconv import fused_kernel
+from ..groups import ignored_modules
+from ..guards import transaction
 
 __all__ = ["ConversionReport", "ResConv2d", "Scale", "convert_to_resconv", "fuse", "replace_module", "resconv_layers"]
 
@@ -124,6 +125,9 @@ class Scale(nn.Module):
         return f"factor={self.factor.item():.4g}"
 
 
+register_rebuilt(Scale)
+
+
 @dataclass(frozen=True)
 class ConversionReport:
     """What :func:`convert_to_resconv` did.
@@ -171,10 +175,11 @@ def convert_to_resconv(
 ) -> nn.Module:
     """Give every eligible convolution of ``model`` a shortcut of its own, in place.
 
-    Eligible is an ``nn.Conv2d`` of stride 1 with as many inputs as outputs that keeps the size, is called once,
-    and does not read the network's input. If its output goes to a batch norm and nowhere else, the batch norm becomes part of
-    it, and an ``nn.Identity`` stays in its place. With the default scalars the function stays exactly what it was;
-    for training from scratch take ``a=1`` (METHODS §4). What was left out, and why, is at ``model.resconv_report``.
+    Eligible is an ``nn.Conv2d`` of stride 1 with as many inputs as outputs that keeps the size, is called once, and
+    does not read the network's input. If its output goes to a batch norm and nowhere else, the batch norm becomes
+    part of it, and an ``nn.Identity`` stays in its place. With the default scalars the function stays exactly what it
+    was; for training from scratch take ``a=1`` (METHODS §4). What was left out, and why, is at
+    ``model.resconv_report``.
 
     Args:
         model: the network; build the optimizer afterwards, see :meth:`ResConvPruner.parameter_groups`.

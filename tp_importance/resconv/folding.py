@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dataflow import Flow, Op, is_batchnorm
-from .functional.rescaling import Ratios
-from .functional.resconv import scaled_batchnorm
-from .resconv import ResConv2d, Scale, replace_module
-from .tracing import CONV
+from ..dataflow import Flow, Op, is_batchnorm
+from ..functional.rescaling import Ratios
+from ..functional.resconv import scaled_batchnorm
+from ..tracing import CONV
+from .block import ResConv2d, Scale, replace_module
 
 __all__ = ["fold_scales"]
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import call_model, tensors_in
-from .dataflow import Flow, Kind, Span, record
+from ..batches import call_model, tensors_in
+from ..dataflow import Flow, Kind, Span, record
+from ..guards import preserved, transaction
+from .block import ResConv2d, Scale, replace_module
 from .folding import fold_scales
-from .guards import preserved, transaction
-from .resconv import ResConv2d, Scale, replace_module
 
 __all__ = ["RemovalReport", "outputs_of", "remove_layers", "require_same"]
 

@@ -1,0 +1,84 @@
+"""Measured latency: of a network, and of single layers on the inputs they get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from .batches import call_model, reference_tensor, tensors_in
+from .guards import preserved
+
+__all__ = ["Latency", "measure_latency"]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of one forward pass.
+
+    Attributes:
+        median_ms: median over blocks of runs, in milliseconds.
+        iqr_ms: their interquartile range.
+        runs: forward passes that were timed.
+        batch: first dimension of the inputs.
+        device: name of the device.
+        threads: CPU threads.
+    """
+
+    median_ms: float
+    iqr_ms: float
+    runs: int
+    batch: int
+    device: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.3f} ms (IQR {self.iqr_ms:.3f}, batch {self.batch}, {self.device})"
+
+
+def measure_latency(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    min_run_time: float = 0.5,
+) -> Latency:
+    """Time ``model`` in eval mode without gradients, with ``torch.utils.benchmark`` (warm-up, device synchronisation).
+
+    Args:
+        model: the network.
+        example_inputs: tensor, tuple or dict; the latency is that of all of it, not per sample.
+        forward_fn: ``forward_fn(model, example_inputs)``.
+        min_run_time: seconds to spend at least.
+
+    Returns:
+        The :class:`Latency`, with the CPU threads torch uses now.
+
+    Raises:
+        ValueError: if ``min_run_time`` is not positive.
+
+    Example:
+        >>> measure_latency(nn.Linear(10, 10), torch.zeros(4, 10), min_run_time=0.01).batch
+        4
+    """
+    if not min_run_time > 0:
+        raise ValueError(f"min_run_time={min_run_time} must be positive seconds, e.g. 0.5")
+    run, like = forward_fn or call_model, reference_tensor(model)
+    device = torch.device("cpu") if like is None else like.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = torch.get_num_threads()
+    with preserved(model), torch.inference_mode():
+        model.eval()
+        timer = Timer(
+            "run(model, inputs)",
+            globals={"run": run, "model": model, "inputs": example_inputs},
+            num_threads=threads,
+        )
+        found = timer.blocked_autorange(min_run_time=min_run_time)
+    runs = len(found.times) * found.number_per_run
+    sizes = [len(t) for t in tensors_in(example_inputs) if t.dim()]
+    return Latency(found.median * 1e3, found.iqr * 1e3, runs, sizes[0] if sizes else 1, name, threads)
