@@ -6,7 +6,7 @@ cheapest set of layers → removal (:mod:`.removal`) and folding (:mod:`.folding
 
 from .block import ConversionReport, ResConv2d, Scale, convert_to_resconv, fuse, resconv_layers
 from .importance import ResConvImportance
-from .losses import LayerImportance, output_losses, scale_losses
+from .losses import LayerImportance, output_losses, removal_controls, scale_losses
 from .pruner import LayerPlan, ResConvPruner
 from .removal import RemovalReport, remove_layers
 from .report import LayerReport, LayerRow
@@ -25,6 +25,7 @@ __all__ = [
     "convert_to_resconv",
     "fuse",
     "output_losses",
+    "removal_controls",
     "remove_layers",
     "resconv_layers",
     "scale_losses",

@@ -21,7 +21,7 @@ from ..tracing import count_ops
 from .block import ConversionReport, ResConv2d, convert_to_resconv, resconv_layers
 from .block import fuse as fuse_layers
 from .costs import LayerClock, LayerCosts
-from .losses import LayerImportance, output_losses, scale_losses
+from .losses import LayerImportance, output_losses, removal_controls, scale_losses
 from .removal import RemovalReport, remove_layers
 from .report import LayerReport, LayerRow
 
@@ -40,6 +40,7 @@ class LayerPlan:
         cost: exact cost of the network that is left, fused.
         dense: cost of the network before it was converted.
         limits: absolute limits of the budget.
+        controls: per removed layer what it hands on, see :func:`.removal_controls`; empty without data.
         latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` (sum of layers) and ``measured``.
     """
 
@@ -48,6 +49,7 @@ class LayerPlan:
     cost: Cost
     dense: Cost
     limits: dict[str, int]
+    controls: dict[str, float]
     latency_ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -77,7 +79,8 @@ class ResConvPruner:
     Args:
         model: the network.
         example_inputs: tensor, tuple or dict, batch dimension first; latency is measured on them.
-        loader: re-iterable of batches, to measure the inputs of the layers (rms(x)); default: the example inputs.
+        loader: re-iterable of batches, a few hundred samples, for the losses of layers, for what untrained layers hand
+            on, and for recalibration; default: losses are measured on the example inputs.
         budget: what the network may cost; fractions refer to the network before conversion. ``latency`` and
             ``latency_ms`` are measured.
         reg: λ of :math:`\lambda |s|`, see :meth:`regularize`.
@@ -240,7 +243,7 @@ class ResConvPruner:
         if chosen.is_measured:
             return self._timed_plan(chosen, losses, costs, needed, limits)
         gone = _cheapest(losses, costs.savings, needed)
-        return LayerPlan(gone, losses, costs.without(gone), self.dense, limits)
+        return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, self._controls(gone))
 
     def step(self, budget: Budget | None = None, *, fuse: bool = True, recalibrate: bool = False) -> LayerReport:
         """Remove layers, fold what they hand on into their neighbours, and fuse the others; in place.
@@ -263,7 +266,8 @@ class ResConvPruner:
             ValueError: if recalibration has no loader.
 
         Warns:
-            UserWarning: if nothing needs to be removed, or a removed layer with a = 0 becomes the identity.
+            UserWarning: if nothing needs to be removed, or (without data) a removed layer with a = 0 becomes the
+                identity.
         """
         if recalibrate and self.loader is None:
             raise ValueError("recalibrate=True needs data: pass loader= to the pruner")
@@ -274,7 +278,7 @@ class ResConvPruner:
         done = RemovalReport([], {}, {})
         with transaction(self.model):
             if plan.removed:
-                done = remove_layers(self.model, self._example_inputs, plan.removed, forward_fn=run)
+                done = remove_layers(self.model, self._example_inputs, plan.controls or plan.removed, forward_fn=run)
             if recalibrate and self.loader is not None:
                 recalibrate_batchnorm(self.model, self.loader, forward_fn=run)
             if fuse and self.layers:
@@ -330,6 +334,13 @@ class ResConvPruner:
             raise RuntimeError("the model has no ResConv2d any more (it was fused); make a new pruner to go on")
         return layers
 
+    def _controls(self, removed: list[str]) -> dict[str, float]:
+        """Factors of layers to remove; empty without data, where those with a = 0 become the identity."""
+        if self.loader is None:
+            return {}
+        chosen = {name: layer for name, layer in self.layers.items() if name in removed}
+        return removal_controls(self.model, chosen, self.loader, self._example_inputs, self._forward_fn)
+
     def _rows(self, plan: LayerPlan) -> list[LayerRow]:
         saved = LayerCosts.of(self.model, self._example_inputs, self._forward_fn).savings
         return [
@@ -368,7 +379,8 @@ class ResConvPruner:
             measured = clock.without_ms(gone)
             if measured <= limit:
                 found = {"dense": self._dense_ms, "limit": limit, "predicted": predicted, "measured": measured}
-                return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, found)
+                controls = self._controls(gone)
+                return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, controls, found)
             if len(gone) == len(losses):
                 break
             short = now - predicted + max(measured - limit, 0.5 * min(each[n] for n in losses if n not in gone))

@@ -8,7 +8,7 @@ factor goes into every layer that reads it, and out of every layer that adds to 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class RemovalReport:
 def remove_layers(
     model: nn.Module,
     example_inputs: Any,
-    names: Iterable[str],
+    names: Iterable[str] | Mapping[str, float],
     *,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
 ) -> RemovalReport:
@@ -60,12 +60,12 @@ def remove_layers(
     Activations that are modules and have become idle go, too, and so do blocks that only multiply: with both layers
     gone, :math:`\phi(a_2 \phi(a_1 x) + x) = (1 + a_1 a_2) x`.
 
-    A layer with a = 0 would pass on nothing; it becomes the identity, with a warning.
+    A layer with a = 0 would pass on nothing; it becomes the identity, with a warning, unless another factor is given.
 
     Args:
         model: a converted network.
         example_inputs: tensor, tuple or dict, batch dimension first.
-        names: the layers to remove.
+        names: the layers to remove; with a mapping, what each hands on instead of its a.
         forward_fn: ``forward_fn(model, example_inputs)``.
 
     Returns:
@@ -73,7 +73,7 @@ def remove_layers(
 
     Raises:
         RuntimeError: if the network computes something else after folding; it is then as before.
-        ValueError: if a name is not a :class:`ResConv2d`, or its a is negative.
+        ValueError: if a name is not a :class:`ResConv2d`, or its factor is negative (given: not positive).
 
     Example:
         >>> from tp_importance.resconv import convert_to_resconv
@@ -87,7 +87,8 @@ def remove_layers(
         True
     """
     wanted = list(dict.fromkeys(names))
-    factors = {name: _factor(model, name) for name in wanted}
+    given = names if isinstance(names, Mapping) else {}
+    factors = {name: _factor(model, name, given.get(name)) for name in wanted}
     run = forward_fn or call_model
     with transaction(model), preserved(model), torch.no_grad():
         idle = _idle_activations(model, record(model, example_inputs, layers=LAYERS, forward_fn=run))
@@ -128,13 +129,17 @@ def require_same(before: list[Tensor], after: list[Tensor], what: str) -> None:
             raise RuntimeError(f"{what} changes the output by {error:.2g} on a scale of {scale:.2g}")
 
 
-def _factor(model: nn.Module, name: str) -> float:
+def _factor(model: nn.Module, name: str, given: float | None) -> float:
     module = dict(model.named_modules()).get(name)
     if not isinstance(module, ResConv2d):
         found = "no module" if module is None else f"a {type(module).__name__}"
         raise ValueError(
             f"{name!r} is {found}, not a ResConv2d: only those can be removed, call convert_to_resconv first"
         )
+    if given is not None:
+        if not given > 0:
+            raise ValueError(f"layer {name} cannot hand on {given} times its input: the factor must be positive")
+        return float(given)
     a = module.a.item()
     if a < 0:
         raise ValueError(
