@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent host-tests clean
+.PHONY: help venv demo test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-resconv demo-plain host-tests clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,12 @@ bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
 
 bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_exponent.py $(ARGS)
+
+bench-resconv: $(STAMP) ## fewer layers against fewer channels on CIFAR (ARGS=...)
+	$(PY) benchmarks/resconv_cifar.py $(ARGS)
+
+demo-plain: $(STAMP) ## train a deep plain network with and without ResConv (ARGS=...)
+	$(PY) examples/resconv_plain.py $(ARGS)
 
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
 	$(PY) benchmarks/host_tests.py $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)

@@ -59,7 +59,8 @@ class ResConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` and the result have shape (N, C, H, W)."""
-        return self.s * self.bn(self.conv(x)) + self.a * x
+        y = self.bn(self.conv(x))
+        return self.s.to(y.dtype) * y + self.a.to(x.dtype) * x  # under autocast: stay in the lower precision
 
     def extra_repr(self) -> str:
         """The scalars."""
