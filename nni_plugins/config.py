@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_importance import Budget
+from tp_importance import Budget, ResConv2d
+from tp_importance.resconv import resconv_layers
 
 from ._compat import import_nni
 
@@ -19,6 +20,9 @@ __all__ = [
     "Masks",
     "SharedWrappers",
     "checked_configs",
+    "chosen_convolutions",
+    "require_chosen",
+    "require_free",
     "require_unwrapped",
 ]
 
@@ -133,3 +137,67 @@ def _checked_setting(config: dict[str, Any], budget: Budget | None) -> dict[str,
     except Exception as error:  # SchemaError and the like say little and derive from Exception
         raise ValueError(f"NNI refuses the config_list: {error}") from error
     return setting
+
+
+class _Unconverted:
+    """The modules of a network as they were before its conversion, for NNI's selection."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def named_modules(self, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        layers = set(resconv_layers(self.model))
+        for name, module in self.model.named_modules(**options):
+            if isinstance(module, ResConv2d):
+                yield name, module.conv
+            elif name.rpartition(".")[0] not in layers:
+                yield name, module
+
+
+def chosen_convolutions(model: nn.Module, config_list: Config, budget: Any) -> tuple[set[str], set[str]]:
+    """Names of the convolutions that config_list selects, and of those among them it calls by their names.
+
+    Names and types are those before a conversion.
+
+    Raises:
+        ValueError: as :func:`checked_configs`, for options that ask for a part of a layer, or if nothing is selected.
+    """
+    chosen: set[str] = set()
+    named: set[str] = set()
+    for config, setting, modules in checked_configs(_Unconverted(model), config_list, budget):
+        if setting.get("max_sparse_ratio") is not None:
+            raise ValueError("max_sparse_ratio in config_list is not supported: a layer goes entirely or stays")
+        if not {"weight", "bias"}.issuperset(config.get("target_names") or ()):
+            raise ValueError(f"target_names={config['target_names']!r} is not supported: leave it out, layers go whole")
+        found = {name for name, module in modules.items() if isinstance(module, nn.Conv2d)}
+        chosen |= found
+        named |= found.intersection(config.get("op_names", ()))
+    if not chosen:
+        raise ValueError("config_list selects no nn.Conv2d, so there is no layer to remove")
+    return chosen, named
+
+
+def require_chosen(layers: list[str], chosen: set[str]) -> None:
+    """Refuse a network that was converted at more places than config_list selects."""
+    rest = [name for name in layers if name not in chosen]
+    if rest:
+        raise ValueError(
+            f"layer {rest[0]} is a ResConv2d already and config_list does not select it; select it, or keep it out of "
+            "the conversion: convert_to_resconv(..., ignored_layers=[...])"
+        )
+
+
+def require_free(names: list[str], model: nn.Module, wrappers: dict[str, Any]) -> None:
+    """Refuse another compressor's wrappers on layers that were converted just now, or with masks."""
+    pruned = [name for name, wrapper in wrappers.items() if wrapper.pruning_target_spaces]
+    if pruned:
+        raise ValueError(
+            f"layer {pruned[0]} has masks of another pruner: remove layers first, and prune channels of what speedup "
+            "leaves; shortcuts tie channels together"
+        )
+    moved = [n for n in names if n in wrappers and wrappers[n].module is not model.get_submodule(n)]
+    if moved:
+        raise ValueError(
+            f"layer {moved[0]} is wrapped by the other compressor, and this pruner would rebuild it: call "
+            "convert_to_resconv(model, example_inputs) first, then make the other compressor and share its wrappers"
+        )
