@@ -21,26 +21,17 @@ from tp_importance.cost import COST_FIELDS
 from tp_importance.groups import build_groups
 
 from ._compat import import_nni
+from .config import Config, Masks, SharedWrappers, checked_configs, require_unwrapped
 
 _basic = import_nni("nni.compression.pruning.basic_pruner")
-_config = import_nni("nni.compression.base.config")
 
 __all__ = ["ImportancePruner"]
 
-Config = list[dict[str, Any]]
-Masks = dict[str, dict[str, Tensor]]
-
-_REFUSED = {
-    "sparse_threshold": "give sparse_ratio or budget=",
-    "global_group_id": "a ranking over layers is what budget= does: pass Budget(macs=...) or Budget(params=...)",
-    "group_id": "total_sparsity is what budget= does: pass Budget(macs=...) or Budget(params=...)",
-    "min_sparse_ratio": "leave it out; max_sparse_ratio is honoured",
-}
 _PLACEHOLDER = 0.5
 """``sparse_ratio`` of layers that are only selected, for a budget: NNI's schedules need something to scale."""
 
 
-class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
+class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name-defined]
     """Mask the least important channels of every coupled group, by ratio or to a budget.
 
     The masks cover the producing layers and, aligned to them, batch norms and depthwise convolutions, so that the
@@ -84,7 +75,7 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
         example_inputs: Any = None,
         **options: Any,
     ) -> None:
-        _require_unwrapped(model)
+        require_unwrapped(model)
         config_list, ratios, ceilings = _selected(model, config_list, budget)
         skipped = [m for n, m in model.named_modules() if _has_channels(m) and n not in ratios]
         if example_inputs is None:
@@ -129,28 +120,6 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
             raise
         self.interval_steps = 1  # fused without a schedule: prune after the first step (NNI's -1 means never)
 
-    @classmethod
-    def from_compressor(
-        cls, compressor: Any, new_config_list: Config, *args: Any, evaluator: Any = None, **kwargs: Any
-    ) -> ImportancePruner:
-        """Share the wrappers and the evaluator of another NNI compressor, so that both train together.
-
-        Args:
-            compressor: the other compressor.
-            new_config_list: config_list of this pruner.
-            args: as for the constructor.
-            evaluator: used if the other has none.
-            kwargs: ``loader``, ``budget``, ... as for the constructor.
-        """
-        base: Any = super(_basic._NormPruner, cls)  # the parent's own refuses keywords
-        was_wrapped = compressor._is_wrapped
-        try:
-            return base.from_compressor(compressor, new_config_list, *args, evaluator=evaluator, **kwargs)
-        except BaseException:
-            if was_wrapped and not compressor._is_wrapped:
-                compressor.wrap_model()  # as it was
-            raise
-
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Mask the model; returns it, still wrapped, and the masks for :func:`nni_plugins.speedup`."""
         result = super().compress(max_steps, max_epochs)
@@ -163,10 +132,6 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
             )
             warnings.warn(f"nothing is masked: {cause}", stacklevel=2)
         return result
-
-    def get_masks(self) -> Masks:
-        """Copies of all masks; plain dicts, so that ``torch.load`` reads them with ``weights_only=True``."""
-        return {name: dict(masks) for name, masks in super().get_masks().items()}
 
     def _collect_data(self) -> dict[str, Any]:
         # wrappers leave the masked tensors of the last pass on the modules; those of this pass must not stay
@@ -267,15 +232,6 @@ def _has_channels(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
 
 
-def _require_unwrapped(model: nn.Module) -> None:
-    wrapped = next((name for name, _ in model.named_modules() if name.split(".")[-1] == "_nni_wrapper"), None)
-    if wrapped is not None:
-        raise RuntimeError(
-            f"the model is still wrapped by NNI, at {wrapped!r}; call unwrap_model() of that compressor first, or "
-            "share its wrappers by from_compressor(compressor, config_list, loader=...)"
-        )
-
-
 def _selected(
     model: nn.Module, config_list: Config, budget: Budget | None
 ) -> tuple[Config, dict[str, float], dict[str, float]]:
@@ -283,25 +239,12 @@ def _selected(
 
     Layers are the selected convolutions and linear layers; the first config that names one wins.
     """
-    if not isinstance(config_list, (list, tuple)) or not all(isinstance(c, Mapping) for c in config_list):
-        raise ValueError("config_list must be a list of dicts, e.g. [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]")
-    configs = [dict(config) for config in _config.trans_legacy_config_list(list(config_list))]
-    names = dict(model.named_modules(remove_duplicate=False))
-    first_name = {module: name for name, module in reversed(names.items())}
-    aliases = [name for name, module in names.items() if first_name[module] != name]  # NNI would wrap them twice
+    configs: Config = []
     biases: Config = []
     ratios: dict[str, float] = {}
     ceilings: dict[str, float] = {}
-    for config in configs:
-        setting = _checked_setting(config, budget)
-        unknown = sorted(set(config.get("op_names", ())).difference(names))
-        if unknown:
-            raise ValueError(f"op_names names {unknown}, which {type(model).__name__} does not have")
-        if "op_names" in config:
-            config["op_names"] = [first_name[names[name]] for name in config["op_names"]]
-        if aliases:
-            config["exclude_op_names"] = [*config.get("exclude_op_names", ()), *aliases]
-        modules, _, _ = _config.select_modules_by_config(model, config)
+    for config, setting, modules in checked_configs(model, config_list, budget):
+        configs.append(config)
         layers = [name for name, module in modules.items() if _has_channels(module)]
         if setting.get("sparse_ratio") is None:
             if budget is None or not layers:
@@ -323,32 +266,6 @@ def _selected(
             "config_list gives no convolution or linear layer a sparse_ratio, so there is nothing to prune"
         )
     return [*configs, *biases], ratios, ceilings
-
-
-def _checked_setting(config: dict[str, Any], budget: Budget | None) -> dict[str, Any]:
-    """What a config says about weights; refuses what NNI refuses and what this pruner does not do."""
-    targets = config.get("target_settings")
-    weight = targets.get("weight") if isinstance(targets, Mapping) else None
-    setting = {**config, **weight} if isinstance(weight, Mapping) else dict(config)
-    for key, remedy in _REFUSED.items():
-        if setting.get(key) is not None:
-            raise ValueError(f"{key}={setting[key]!r} in config_list is not supported: {remedy}")
-    granularity = setting.get("granularity", "default")
-    if granularity not in ("default", "out_channel"):
-        raise ValueError(f"granularity={granularity!r} is not supported: whole filters are pruned, 'out_channel'")
-    ratio = setting.get("sparse_ratio")
-    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, float) or not 0.0 <= ratio < 1.0):
-        raise ValueError(f"sparse_ratio={ratio!r} must be a float in [0, 1), e.g. 0.5: a layer cannot go entirely")
-    if ratio == 0.0 and budget is not None:
-        raise ValueError(
-            "sparse_ratio=0.0 together with a budget is ambiguous: leave sparse_ratio out to let the budget decide, or "
-            "exclude the layers to keep them"
-        )
-    try:
-        _config.default_config_schema("pruning").validate(config)
-    except Exception as error:  # SchemaError and the like say little and derive from Exception
-        raise ValueError(f"NNI refuses the config_list: {error}") from error
-    return setting
 
 
 def _left_out(planner: BudgetPruner, ratios: Mapping[str, float], num_heads: Any) -> dict[str, str]:

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tp_importance.guards import HOOKS
+from tp_importance.resconv import resconv_layers
 
 from ._compat import import_nni, legacy_tracer_shim
+from .layers import remove_masked_layers
 
 __all__ = ["speedup"]
 
@@ -55,6 +57,10 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
     model still has a constant ``β − γμ/σ`` there, and a warning says by how much the outputs differ (as an error, by
     ``warnings.simplefilter("error")``, it leaves the model unchanged).
 
+    In a network of :class:`nni_plugins.ResConvPruner` whole layers go, which ``ModelSpeedup`` cannot do: every
+    residual convolution whose mask of s is 0 is removed, its factor a folded into its neighbours, and the others are
+    fused. Such a network does not lose channels at the same time: prune those of the plain one that is left.
+
     Modules stay the same objects with their hooks and train or eval mode. Parameters that shrink are new objects,
     ``requires_grad`` as before, without gradient: build the optimizer afterwards. Works on frozen models and under
     ``torch.no_grad()``. On any error the model is unchanged. Global random state, ``masks`` and ``example_inputs``
@@ -66,9 +72,10 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
             of every tensor is the batch. Arguments without tensors are fixed at their value.
         masks: ``{module name: {parameter name: mask or None}}`` as returned by ``compress()`` of an NNI pruner; a
             mask of zeros and ones has the parameter's shape or 1 in broadcast dimensions, e.g. ``C × 1 × 1 × 1``.
+            For layers, ``{layer: {"s": mask of shape (1,)}}``.
         compat_shim: trace with NNI's concrete tracer under :func:`~nni_plugins._compat.legacy_tracer_shim`, for
             networks whose control flow ``torch.fx`` cannot trace. The branches taken on ``example_inputs`` are
-            assumed. NNI 3.0 only.
+            assumed. NNI 3.0 only. Removing layers needs no such trace and takes no notice.
 
     Returns:
         ``model`` itself, smaller.
@@ -92,6 +99,8 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
     wrapped = next((name for name, _ in model.named_modules() if name.split(".")[-1] == "_nni_wrapper"), None)
     if wrapped is not None:
         raise RuntimeError(f"the model is still wrapped by NNI, at {wrapped!r}; call pruner.unwrap_model() first")
+    if resconv_layers(model):
+        return remove_masked_layers(model, example_inputs, _as_masks(masks))
     full_masks = _checked_masks(model, masks)
     with torch.inference_mode(False), torch.enable_grad(), _isolated(model):
         inputs = _bind(model, example_inputs)
@@ -112,15 +121,20 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
 # -- masks
 
 
-def _checked_masks(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
-    """Own copies of the masks, expanded to full shape, without the empty ones."""
+def _as_masks(masks: Any) -> Masks:
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks are of type {type(masks).__name__}; {AS_RETURNED}")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    checked: dict[str, dict[str, Tensor]] = {}
     for name, targets in masks.items():
         if not isinstance(targets, Mapping):
             raise TypeError(f"the masks of {name!r} are of type {type(targets).__name__}; {AS_RETURNED}")
+    return masks
+
+
+def _checked_masks(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
+    """Own copies of the masks, expanded to full shape, without the empty ones."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    checked: dict[str, dict[str, Tensor]] = {}
+    for name, targets in _as_masks(masks).items():
         if name not in modules:
             raise ValueError(
                 f"masks name a module {name!r} that the model does not have; pass the model they were made on"
@@ -158,7 +172,10 @@ def _checked_mask(name: str, mask: Tensor, parameter: Tensor | None) -> Tensor:
     kept = _kept(full)
     for dim, keep in enumerate(kept):
         if not bool(keep.any()):
-            raise ValueError(f"the mask of {name!r} removes all {shape[dim]} channels; a layer must keep at least one")
+            raise ValueError(
+                f"the mask of {name!r} removes all {shape[dim]} channels; a layer must keep at least one, as "
+                "ModelSpeedup cannot remove it (EmptyLayerError). nni_plugins.ResConvPruner removes layers"
+            )
     outer = torch.ones((), device=full.device)
     for dim, keep in enumerate(kept):
         outer = outer * keep.float().reshape([-1 if d == dim else 1 for d in range(full.dim())])
