@@ -61,10 +61,8 @@ def main() -> None:
             spread = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
             seconds = (time.perf_counter() - start) / len(found)
             name = "plain" if s is None else f"s = {s:g}"
-            print(
-                f"{depth:5d}  {name:7s}  {statistics.mean(top1):5.1f}{spread:14s} {macs:>8,} {params:>7,} {seconds:6.1f}",
-                flush=True,
-            )
+            cells = f"{statistics.mean(top1):5.1f}{spread:14s} {macs:>8,} {params:>7,} {seconds:6.1f}"
+            print(f"{depth:5d}  {name:7s}  {cells}", flush=True)
 
 
 if __name__ == "__main__":

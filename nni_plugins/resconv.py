@@ -136,7 +136,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
             config = [{"op_names": [name], "target_names": [LAYER_TARGET]} for name in layers]  # in this order
             super().__init__(model, config, evaluator, existed_wrappers)
         self.plan: LayerPlan | None = None
-        self._identities: set[str] = set()
+        self._handed_on: dict[str, float] = {}
         self._steps = 0
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
@@ -154,8 +154,8 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
             RuntimeError: if the model is not wrapped, was sped up, or the evaluator did not step its optimizer.
             ValueError: if there is no evaluator to train, or no length for a training with other compressors.
 
-        On any error the model, weights included, is as before. A masked layer that has a = 0 gets a = 1, with a
-        warning: removed, it is the identity; ``unwrap_model()`` leaves that so.
+        On any error the model, weights included, is as before. A masked layer that has a = 0 gets the a it will hand
+        on (without a loader 1, with a warning); ``unwrap_model()`` leaves that so.
         """
         train = max_steps is not None or max_epochs is not None
         if train and self.evaluator is None:
@@ -164,7 +164,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
             raise ValueError("fused compressors train together: give max_steps or max_epochs")
         if any(getattr(m, "_nni_wrapper", None) is None for m in resconv_layers(self.bound_model).values()):
             raise RuntimeError("the model is not wrapped; call wrap_model() of this pruner first")
-        plan, identities = self.plan, set(self._identities)
+        plan, handed_on = self.plan, dict(self._handed_on)
         try:
             with unchanged_on_error(self.bound_model, self.evaluator):
                 if train:
@@ -172,7 +172,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
                 else:
                     self._fuse_postprocess(None)
         except BaseException:
-            self.plan, self._identities = plan, identities
+            self.plan, self._handed_on = plan, handed_on
             raise
         return self.bound_model, self.get_masks()
 
@@ -197,23 +197,23 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
                 "call step() of that one, and heed max_steps and max_epochs"
             )
         self.update_masks(self.generate_masks())
-        for message in self._settle_identities(trained=evaluator is not None):
+        for message in self._settle_untrained(trained=evaluator is not None):
             warnings.warn(message, stacklevel=3 if evaluator is None else 4)
 
     @torch.no_grad()
-    def _settle_identities(self, *, trained: bool) -> list[str]:
-        """A masked layer with a = 0 shall be the identity, as its removal will be; what there is to warn of."""
+    def _settle_untrained(self, *, trained: bool) -> list[str]:
+        """A masked layer with a = 0 shall hand on what its removal will; returns what there is to warn of."""
         assert self.plan is not None
         messages = []
         for name, layer in self._planner.layers.items():
             removed = name in self.plan.removed
             if removed and layer.a.item() == 0:
-                messages.append(f"layer {name} has a=0: masked, it becomes the identity (a is set to 1)")
-                layer.a.fill_(1)
-                self._identities.add(name)
-            elif not removed and name in self._identities:
-                self._identities.discard(name)
-                layer.a.masked_fill_(layer.a == 1, 0)  # unless it was trained meanwhile
+                if name not in self.plan.controls:  # no data to choose it by
+                    messages.append(f"layer {name} has a=0: masked, it becomes the identity (a is set to 1)")
+                layer.a.fill_(self.plan.controls.get(name, 1.0))
+                self._handed_on[name] = layer.a.item()
+            elif not removed and name in self._handed_on:
+                layer.a.masked_fill_(layer.a == self._handed_on.pop(name), 0)  # unless it was trained meanwhile
         if not self.plan.removed:
             messages.append(f"the network already meets the budget ({self.plan.cost}); no layer is masked")
         alive = [name for name in self.plan.removed if self._scale(name).item() != 0]
