@@ -19,6 +19,10 @@ from .observe import Observed, Watch, observe
 from .plan import Plan
 from .program import ProgramAllocator
 from .pruner import BudgetPruner
+from .psap import PSAPPruner
+from .psap_history import PSAPHistory
+from .psap_importance import PSAPImportance
+from .psap_schedule import PSAPSchedule
 from .report import PruningReport
 from .subtask import slice_classifier
 from .sweep import plot_sweep, sweep_frame
@@ -40,6 +44,10 @@ __all__ = [
     "ITPrunerImportance",
     "NotCollectedError",
     "Observed",
+    "PSAPHistory",
+    "PSAPImportance",
+    "PSAPPruner",
+    "PSAPSchedule",
     "Plan",
     "ProgramAllocator",
     "PrunableGroups",

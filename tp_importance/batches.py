@@ -17,6 +17,7 @@ __all__ = [
     "run_batch",
     "split_batch",
     "to_model",
+    "trainable_inputs",
 ]
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -190,6 +191,17 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
         f"example_inputs are of type {type(example_inputs).__name__}; pass a tensor, a tuple of positional or a dict "
         "of keyword arguments"
     )
+
+
+def trainable_inputs(value: Any) -> Any:
+    """``value`` with tensors that were made in inference mode replaced by copies: autograd refuses those."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping):
+        return {k: trainable_inputs(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_make"):
+        return type(value)(map(trainable_inputs, value))
+    return value
 
 
 def iterate(loader: Iterable[Any]) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from .functional.psap import Bools, Floats
 from .groups import PrunableGroups
 from .tracing import CONV
 
-__all__ = ["ChannelGates", "channel_dim", "with_input"]
+__all__ = ["ChannelGates", "channel_dim", "scale_inputs", "scale_outputs", "with_input"]
 
 
 def channel_dim(module: nn.Module) -> int:
@@ -137,7 +137,7 @@ class ChannelGates:
             if weight is not None:
                 gate = self._gate(name, weight)
                 if gate is not None:  # shadows the parameter until the layer has run
-                    module.__dict__["weight"] = weight * _over_weight(module, gate)
+                    module.__dict__["weight"] = weight * scale_inputs(module, gate)
                 return None
             x = layer_input(args, kwargs)
             gate = self._gate(name, x)
@@ -150,17 +150,29 @@ def _restore_weight(module: nn.Module, _args: Any, _output: Any) -> None:
     module.__dict__.pop("weight", None)
 
 
-def _over_weight(module: Any, gate: Tensor) -> Tensor:
-    """The gates of the input channels in a shape that multiplies the weight."""
+def scale_inputs(module: Any, gate: Tensor) -> Tensor:
+    """``gate``, shape (C_in,), in a shape that multiplies the weight of a convolution or linear layer."""
     if not isinstance(module, CONV):
         return gate
     ones = [1] * len(module.kernel_size)
     if module.transposed:
         return gate.view(-1, 1, *ones)
-    if module.groups == 1:
-        return gate.view(1, -1, *ones)
-    rows = gate.view(module.groups, 1, -1).expand(-1, module.out_channels // module.groups, -1)
-    return rows.reshape(module.out_channels, -1, *ones)
+    return _per_block(gate, module.groups, module.out_channels).view(module.out_channels, -1, *ones)
+
+
+def scale_outputs(module: Any, gate: Tensor) -> Tensor:
+    """``gate``, shape (C_out,), in a shape that multiplies the weight of a convolution or linear layer."""
+    if not isinstance(module, CONV):
+        return gate.view(-1, 1)
+    ones = [1] * len(module.kernel_size)
+    if not module.transposed:
+        return gate.view(-1, 1, *ones)
+    return _per_block(gate, module.groups, module.in_channels).view(module.in_channels, -1, *ones)
+
+
+def _per_block(gate: Tensor, blocks: int, rows: int) -> Tensor:
+    """Of a grouped convolution, each block of rows sees its own part of ``gate``; shape (rows, C / blocks)."""
+    return gate.view(blocks, 1, -1).expand(-1, rows // blocks, -1).reshape(rows, -1)
 
 
 def _over_input(module: nn.Module, gate: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .guards import preserved
 from .surgery import remove_units
 from .tracing import COUNTED, TraceOptions, count_ops, is_depthwise, trace
 
-__all__ = ["gates", "masked_equals_removed", "sample_units", "verify_groups"]
+__all__ = ["gates", "masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
 
 TOLERANCE = 1e-3
 """Largest difference allowed at any layer input, relative to its largest value there (float32)."""
@@ -100,7 +100,7 @@ def masked_equals_removed(
         predicted = CostModel.from_groups(groups)
         with torch.no_grad(), gates(original, gated or groups, removed):
             masked, masked_out = _layer_inputs(original, example_inputs, run)
-        rebuilt = _same_groups(pruned, example_inputs, groups)
+        rebuilt = same_groups(pruned, example_inputs, groups)
         remove_units(rebuilt, removed)
         with torch.no_grad():
             left, left_out = _layer_inputs(pruned, example_inputs, run)
@@ -165,7 +165,7 @@ def verify_groups(groups: PrunableGroups, example_inputs: Any, *, seed: int = 0)
     return reasons
 
 
-def _same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -> PrunableGroups:
+def same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -> PrunableGroups:
     """The groups of ``groups`` on a copy of their model."""
     source = groups.trace.model
     options: TraceOptions = groups.options.on_copy(source, model)

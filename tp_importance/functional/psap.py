@@ -89,11 +89,12 @@ def adaptive_widths(
     levels: Sequence[Ints],
     full: ArrayLike,
     fits: Callable[[Ints], bool],
-    max_ratio: float = 1.0,
 ) -> tuple[Ints, float]:
     r"""Units to keep so that ratios follow sparsities and the cost fits.
 
-    .. math:: P_g = \min(\kappa \cdot WSR_g, P_{max}), \qquad u_g = \max\{l \in levels_g : l \le (1 - P_g) U_g\}
+    .. math:: P_g = \min(\kappa \cdot WSR_g, 1), \qquad u_g = \max\{l \in levels_g : l \le (1 - P_g) U_g\}
+
+    or the lowest level, which is where a largest ratio, floors and protection come in.
 
     The least κ at which the cost fits is found by bisection; the cost falls with κ. Equal sparsities move together
     and jump over the limit, so units then come back one level at a time, that with the largest rest
@@ -105,7 +106,6 @@ def adaptive_widths(
         levels: per group the admissible numbers of units, ascending.
         full: units U of the dense network, shape (G,).
         fits: whether units of shape (G,) keep every limit; false for more units if false for fewer.
-        max_ratio: P_max.
 
     Returns:
         ``(units, κ)``: units int64, shape (G,).
@@ -128,7 +128,7 @@ def adaptive_widths(
         raise ValueError("the limits cannot be kept: the lowest admissible widths cost more")
 
     def wanted(kappa: float) -> Floats:
-        return size * (1.0 - np.minimum(kappa * wsr, max_ratio))
+        return size * (1.0 - np.minimum(kappa * wsr, 1.0))
 
     def units_at(kappa: float) -> Ints:
         pairs = zip(levels, wanted(kappa), strict=True)
@@ -137,11 +137,10 @@ def adaptive_widths(
     low, high = 0.0, 1.0 / float(wsr.min(initial=1.0))
     if fits(units_at(low)):
         high = low
-    reachable = fits(units_at(high))  # not if max_ratio stops short of the lowest levels
-    while reachable and high - low > 1e-12 * high:
+    while high - low > 1e-12 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(units_at(middle)) else (middle, high)
-    goal, units = wanted(high), units_at(high) if reachable else floor
+    goal, units = wanted(high), units_at(high)
     level = np.array([int(np.searchsorted(lv, u)) for lv, u in zip(levels, units, strict=True)])
     open_ = np.array([k + 1 < len(lv) for k, lv in zip(level, levels, strict=True)], bool)
     while open_.any():
