@@ -178,11 +178,17 @@ class SoftPruning:
             self._step = len(self._iterations) - 1
             self._prune(0)
 
+    def close(self) -> None:
+        """Take the gates out; nothing is masked then."""
+        if self._gates is not None:
+            self._gates.remove()
+        self._gates = None
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Take the gates out; if the block raises, they come back."""
-        gates, self._gates = self._started(), None
-        gates.remove()
+        self._started()
+        self.close()
         try:
             yield
         except BaseException:
@@ -330,7 +336,7 @@ class SoftPruning:
         if last:
             norms = filter_norms(self._weights.filters(group), group.n_units)
             free = np.flatnonzero(~masked & ~self._protected(group.name))
-            free = free[np.argsort(norms[free], kind="stable")]
+            free = free[np.lexsort((norms[free], self._strength[group.name][free] > 0))]  # once restored: last
             found, kept_out = found[: len(free)], found[len(free) :]
             masked[free[: len(found)]] = True
             change = {"exchanged": _tuple(free[: len(found)]), "yielded": _tuple(kept_out)}
