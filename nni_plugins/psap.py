@@ -69,7 +69,7 @@ class PSAPPruner(ImportancePruner):
         threshold: float = 0.25,
         ratios: Ratios = "adaptive",
         protect: bool = True,
-        protect_steps: int | None = None,
+        protect_steps: int | None = 1,
         max_pruning_ratio: float | Mapping[str, float] = 0.9,
         **options: Any,
     ) -> None:

@@ -129,10 +129,10 @@ def test_any_number_of_steps(steps):
 
 
 def test_epochs():
-    pruner, this, log = make(budget=Budget(macs=0.5), loader=case("residual").loader)
+    pruner, _, log = make(budget=Budget(macs=0.5), loader=case("residual").loader)
     pruner.compress(max_steps=None, max_epochs=3)
     assert len(log.losses) == 12 == pruner._soft._total
-    pruner, this, _ = make(budget=Budget(macs=0.5), total_steps=12)
+    pruner, _, _ = make(budget=Budget(macs=0.5), total_steps=12)
     pruner.compress(max_steps=None, max_epochs=3)
     assert pruner._soft._total == 12
     pruner, _, _ = make(budget=Budget(macs=0.5))

@@ -252,13 +252,13 @@ def test_planted_informative_filter_of_tiny_norm_is_restored_and_survives(seed, 
 
 
 def test_restored_filters_are_protected_and_the_next_step_makes_up_the_budget():
-    _, pruner, _ = planted(True, protect_steps=1)
+    _, pruner, _ = planted(True)
     steps = list(pruner.history)
     row = {s.step: next(r for r in s.rows if r.group == "conv") for s in steps}
     first = next(t for t in row if 5 in row[t].restored)
     assert first < 4 and 5 in row[first + 1].protected
     assert all(s.cost["macs"] <= s.limits["macs"] for s in steps)
-    _, forever, _ = planted(True)
+    _, forever, _ = planted(True, protect_steps=None)
     rows = [next(r for r in s.rows if r.group == "conv") for s in forever.history]
     assert all(5 in r.protected for r in rows[first:])
     assert all(5 not in r.restored for r in rows[first:])  # never masked again

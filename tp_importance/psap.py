@@ -37,8 +37,9 @@ class PSAPPruner:
     weights within a = ¼ of their root mean square, and κ the least number at which the exact cost keeps the target
     :math:`1 - final \cdot (1 - (1 - t/T)^3)`. The filters of least norm are *masked*: a gate is closed where the next
     layers read them; they stay in the forward pass up to there. During the pulse, the next optimizer steps,
-    |∂L/∂gate| is watched; outliers among the masked are restored, and protected from the prune steps to come. After
-    the last pulse they are exchanged for other filters of their group, so the frozen network keeps the budget.
+    |∂L/∂gate| is watched; outliers among the masked are restored, and protected from the next prune step. After
+    the last pulse they are exchanged for other filters of their group (those never restored first), so the frozen
+    network keeps the budget.
     :meth:`finish` removes the masked channels physically and carries the optimizer over.
 
     The paper is known to us by its abstract; formulas and defaults are ours (METHODS §3, docs/benchmarks.md).
@@ -51,8 +52,7 @@ class PSAPPruner:
         threshold: a of the weight sparsity ratio.
         ratios: ``"adaptive"``, or ``"uniform"`` (the same ratio everywhere; to compare with).
         protect: watch and restore; ``False`` prunes by norm alone.
-        protect_steps: prune steps during which a restored filter cannot be masked; ``None``: all that follow. With 1
-            a filter of small norm can be lost for good at the last step, in exchange for another.
+        protect_steps: prune steps during which a restored filter cannot be masked; ``None``: all that follow.
         max_pruning_ratio: P_max, the largest fraction of a group that may go, or one per group name.
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.
@@ -96,7 +96,7 @@ class PSAPPruner:
         threshold: float = 0.25,
         ratios: Ratios = "adaptive",
         protect: bool = True,
-        protect_steps: int | None = None,
+        protect_steps: int | None = 1,
         max_pruning_ratio: float | Mapping[str, float] = 0.9,
         ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
         round_to: int | None = None,

@@ -79,7 +79,7 @@ class SoftPruning:
         threshold: float = 0.25,
         ratios: Ratios = "adaptive",
         protect: bool = True,
-        protect_steps: int | None = None,
+        protect_steps: int | None = 1,
         parameters_of: ParametersOf = own_parameters,
     ) -> None:
         if not isinstance(schedule, PSAPSchedule):
