@@ -6,6 +6,7 @@ Importing this package needs NNI: ``pip install "tp-importance[nni]"``.
 from .base import ImportancePruner
 from .catro import CATROPruner
 from .itpruner import ITPruner
+from .psap import PSAPPruner
 from .speedup import speedup
 
-__all__ = ["CATROPruner", "ITPruner", "ImportancePruner", "speedup"]
+__all__ = ["CATROPruner", "ITPruner", "ImportancePruner", "PSAPPruner", "speedup"]
