@@ -92,14 +92,20 @@ class Network:
     def __init__(self, root: Any, name: str, device: str) -> None:
         self.root, self.name, self.device = root, name, device
         self.inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
-        model = self.fresh()
-        self.groups = prunable_groups(model, self.inputs)
+        self.model = self.fresh()
+        self.groups = prunable_groups(self.model, self.inputs)
         self.layers = [m.name for g in self.groups for m in g.producers]
         counted = (nn.Conv2d, nn.Linear)
-        self.ignored = [n for n, m in model.named_modules() if isinstance(m, counted) and n not in self.layers]
+        self.ignored = [n for n, m in self.model.named_modules() if isinstance(m, counted) and n not in self.layers]
 
     def fresh(self) -> nn.Module:
         return network(self.root, self.name).to(self.device)
+
+    def copy(self) -> tuple[nn.Module, PrunableGroups]:
+        """A fresh model and its groups, the verified ones."""
+        model = self.fresh()
+        ignored = [model.get_submodule(n) for n in self.ignored]
+        return model, prunable_groups(model, self.inputs, ignored, verify=False)
 
 
 def run(net: Network, criterion: str, allocator: str, draw: int, args: Any, data: Cifar10) -> dict[str, Any]:

@@ -1,91 +1,155 @@
-"""ITPruner on pretrained CIFAR-10 ResNets, one-shot: β, estimator, objective, and what nHSIC and the program add.
+"""ITPruner on CIFAR-10 ResNets, one-shot: β, estimator, objective, and what nHSIC and the program add.
 
-As `cifar_oneshot.py`: block-internal channels, budgets in MACs that are met, batch norm recalibrated on the images the
-criterion saw, top-1 on the test images. Widths come from the program with nHSIC weights, from the program with equal
-weights (β = 0), from one common ratio, or from CATRO's own allocation; the channels inside from L1 or CATRO.
+As `cifar_oneshot.py`: budgets in MACs that are met, batch norm recalibrated on the images the criterion saw, top-1 on
+test images. Widths come from the program with nHSIC weights, from the program with equal weights (β = 0), from the
+published procedure, from one common ratio, or from CATRO's own allocation; the channels inside from L1 or CATRO.
+In the pretrained networks the channels inside the blocks go; `resnet14-conv` (`cifar_train.py`) has coupled stage
+widths, too. Statistics are collected once per draw and serve all cells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch_pruning as tp
-from cifar import BLOCKS, Cifar10
+from cifar import NETWORKS, Batches, Cifar10
 from cifar_oneshot import Network
 from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 
-from tp_importance import Budget, CATROImportance, ITPruner, recalibrate_batchnorm
+from tp_importance import Budget, CATROImportance, CostModel, ITPrunerImportance, count_ops, recalibrate_batchnorm
+from tp_importance.allocation import Curves, Ints, Limits, WidthSpace, fill_up, find_allocator
+from tp_importance.curves import Curve
+from tp_importance.functional.itpruner_networks import resnet_cifar
+from tp_importance.functional.itpruner_official import official_fractions, official_importances
+from tp_importance.surgery import remove_units
 
-INSIDE = {
+INSIDE: dict[str, Any] = {
     "L1": lambda: tp.importance.MagnitudeImportance(p=1, normalizer=None),
     "CATRO": CATROImportance,
 }
-OTHERS = ("uniform", "greedy")
-"""Widths without the program: one common ratio, and (CATRO only) by the loss curves of the importance itself."""
+PROGRAMS = ("gp", "linear")
+PUBLISHED_BETA = {"resnet20": 246.0, "resnet56": 500.0}
+ESTIMATORS = ("biased", "unbiased")
 
 
-def cases(betas: list[float], estimators: list[str], objectives: list[str]) -> Iterator[dict[str, Any]]:
+def cases(net: str, inside: str, betas: list[float], widths: list[str]) -> Iterator[dict[str, Any]]:
     """Ways to find the widths."""
-    for inside in INSIDE:
-        for objective in objectives:
-            for beta in betas:
-                for estimator in estimators if beta else estimators[:1]:
-                    yield {"widths": objective, "beta": beta, "estimator": estimator, "inside": inside}
-        for other in OTHERS if inside == "CATRO" else OTHERS[:1]:
-            yield {"widths": other, "beta": None, "estimator": None, "inside": inside}
+    published = [PUBLISHED_BETA[net]] if net in PUBLISHED_BETA and inside == "L1" else []
+    for way in widths:
+        if way in PROGRAMS:
+            for beta in sorted({*betas, *published}):
+                for estimator in ESTIMATORS if beta else ESTIMATORS[:1]:
+                    yield {"widths": way, "beta": beta, "estimator": estimator}
+        elif way == "official":
+            yield from ({"widths": way, "beta": beta, "estimator": ESTIMATORS[0]} for beta in published)
+        elif way == "uniform" or inside == "CATRO":  # "greedy" compares the losses of groups, which L1 has not
+            yield {"widths": way, "beta": None, "estimator": None}
 
 
-def run(net: Network, case: dict[str, Any], macs: float, draw: int, args: Any, data: Cifar10) -> dict[str, Any]:
+class Draw:
+    """The images of one draw, and the statistics they gave."""
+
+    def __init__(self, net: Network, batches: Batches) -> None:
+        self.net, self.batches = net, batches
+        self.cost, self.space = CostModel.from_groups(net.groups), WidthSpace.of(net.groups.groups)
+        self.statistics, self.losses = cache(self._statistics), cache(self._losses)
+        self._measured: dict[str, float] = {}
+
+    def _statistics(self, inside: str, estimator: str) -> ITPrunerImportance:
+        importance = ITPrunerImportance(importance=INSIDE[inside](), estimator=estimator)  # type: ignore[arg-type]
+        return importance.collect(self.net.model, self.net.inputs, self.batches, groups=self.net.groups)
+
+    def _losses(self, inside: str) -> dict[str, Curve]:
+        """Curves of the importance on its own."""
+        return INSIDE[inside]().collect(self.net.model, self.net.inputs, self.batches, groups=self.net.groups).curves()
+
+    def widths(self, inside: str, case: dict[str, Any], macs: float) -> tuple[dict[str, list[int]], dict[str, Any]]:
+        """Units to remove per group, and what is to be recorded of the way there."""
+        importance = self.statistics(inside, case["estimator"] or ESTIMATORS[0])
+        limits = Budget(macs=macs).limits(self.cost.dense)
+        allocate: Any = None
+        if case["widths"] in PROGRAMS:
+            importance = importance.reweighted(beta=case["beta"], objective=case["widths"])
+            allocate = importance.allocator()
+        elif case["widths"] == "official":
+            allocate = partial(self._official, importance.relevance, case["beta"])
+        else:
+            allocate = find_allocator(case["widths"])
+        curves = self.losses(inside) if case["widths"] == "greedy" else importance.curves()
+        units = allocate(curves, self.cost, self.space, limits)
+        removed = {n: curves[n].removed(int(u)) for n, u in zip(self.cost.names, units, strict=True)}
+        kkt = getattr(allocate, "certificate", {}).get("kkt_residual")
+        return removed, {"kkt": kkt, "widths_found": list(self.cost.widths(units).values())}
+
+    def _official(
+        self, shared: dict[str, float], beta: float, curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits
+    ) -> Ints:
+        """Fractions by the published procedure, at the largest of its budgets with which ours is met."""
+        official = resnet_cifar(int(self.net.name.removeprefix("resnet")))
+        alpha = official_importances(list(shared.values()), beta)
+        low, high = 0.0, sum(map(np.sum, official.form()))
+        for _ in range(30):
+            middle = (low + high) / 2
+            units = np.maximum(official_fractions(official, alpha, middle) * cost.full, space.floor)
+            fits = cost.evaluate(np.floor(units))[0] <= limits["macs"]
+            low, high = (middle, high) if fits else (low, middle)
+        target = official_fractions(official, alpha, low) * cost.full
+        return fill_up(curves, cost, space, limits, target)
+
+    def top1(self, removed: dict[str, list[int]], data: Cifar10, n_test: int) -> dict[str, Any]:
+        """Prune a fresh copy, recalibrate, test; widths that were measured before are not measured again."""
+        key = repr((sorted(removed.items()), n_test))
+        model, groups = self.net.copy()
+        remove_units(groups, removed)
+        macs, params = count_ops(model, self.net.inputs)
+        if key not in self._measured:
+            if removed:
+                recalibrate_batchnorm(model, self.batches)
+            self._measured[key] = round(data.accuracy(model, n_test, self.net.device, batch_size=100), 3)
+        return {"top1": self._measured[key], "macs": macs, "params": params}
+
+
+def run(draw: Draw, inside: str, case: dict[str, Any], macs: float, data: Cifar10, n_test: int) -> dict[str, Any]:
     """One cell of the table."""
-    model, batches = net.fresh(), data.draw(draw, args.images)
-    batches = [(x.to(args.device), y.to(args.device)) for x, y in batches]
-    options: dict[str, Any] = {"allocator": case["widths"]}
-    if case["widths"] not in OTHERS:
-        options = {"objective": case["widths"], "beta": case["beta"], "estimator": case["estimator"]}
-    pruner = ITPruner(
-        model,
-        net.inputs,
-        batches,
-        budget=Budget(macs=macs),
-        importance=INSIDE[case["inside"]](),
-        ignored_layers=[model.get_submodule(n) for n in net.ignored],
-        verify=False,  # done once in Network
-        **options,
-    )
-    if case["widths"] == "greedy":  # on CATRO's curves, not on those of the program
-        pruner.importance = pruner.importance.importance
-    plan = pruner.plan()
-    shared = getattr(pruner.importance, "relevance", {})
-    report = pruner.step()
-    recalibrate_batchnorm(model, batches)
+    removed, notes = draw.widths(inside, case, macs)
+    return {**draw.top1(removed, data, n_test), **notes}
+
+
+def dense(draw: Draw, data: Cifar10, n_test: int) -> dict[str, Any]:
+    shared = {e: draw.statistics("L1", e).relevance for e in ESTIMATORS}
     return {
-        "top1": round(data.accuracy(model, args.n_test, args.device), 3),
-        "macs": report.cost.macs,
-        "params": report.cost.params,
-        "kkt": plan.certificate.get("kkt_residual"),
-        "relevance": [round(t, 5) for t in shared.values()],
-        "widths_found": [row.after for row in report.rows],
+        **draw.top1({}, data, n_test),
+        "groups": draw.net.groups.widths,
+        "relevance": {e: [round(t, 5) for t in found.values()] for e, found in shared.items()},
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    """Mean ± standard deviation over draws; one column per fraction of the MACs."""
+    """Mean ± standard deviation over draws; one column per fraction of the MACs; one table per network and test set."""
     cells = [flat(cell) for cell in results["cells"]]
-    columns = sorted({c["kept"] for c in cells}, reverse=True)
-    rows: dict[tuple[Any, ...], dict[float, list[float]]] = {}
-    for c in cells:
-        key = tuple(c[k] for k in ("network", "inside", "widths", "estimator", "beta"))
-        rows.setdefault(key, {}).setdefault(c["kept"], []).append(c["top1"])
-    lines = []
-    for key, found in sorted(rows.items(), key=lambda item: (*map(str, item[0][:4]), item[0][4] or 0.0)):
-        beta, estimator = key[4], key[3]
-        label = [key[0], key[1], key[2], "" if not beta else estimator, "" if beta is None else f"{beta:g}"]
-        lines.append([*label, *(_mean(found.get(k, [])) for k in columns)])
-    return markdown(["network", "inside", "widths", "estimator", "β", *(f"{k:g} MACs" for k in columns)], lines)
+    parts = []
+    for network, n_test in sorted({(c["network"], c["n_test"]) for c in cells}, key=str):
+        mine = [c for c in cells if (c["network"], c["n_test"]) == (network, n_test)]
+        columns = sorted({c["kept"] for c in mine if c["kept"] is not None}, reverse=True)
+        rows: dict[tuple[Any, ...], dict[float, list[float]]] = {}
+        for c in mine:
+            if c["kept"] is not None:
+                key = tuple(c[k] for k in ("inside", "widths", "estimator", "beta"))
+                rows.setdefault(key, {}).setdefault(c["kept"], []).append(c["top1"])
+        lines = []
+        for key, found in sorted(rows.items(), key=lambda item: (*map(str, item[0][:3]), item[0][3] or 0.0)):
+            inside, widths, estimator, beta = key
+            label = [inside, widths, "" if not beta else estimator, "" if beta is None else f"{beta:g}"]
+            lines.append([*label, *(_mean(found.get(k, [])) for k in columns)])
+        whole = {c["top1"] for c in mine if c["kept"] is None}
+        header = ["inside", "widths", "estimator", "β", *(f"{k:g} MACs" for k in columns)]
+        title = f"{network}, first {n_test} test images, dense {', '.join(f'{t:.2f}' for t in sorted(whole))}"
+        parts.append(f"{title}\n\n{markdown(header, lines)}")
+    return "\n\n".join(parts)
 
 
 def _mean(top1: list[float]) -> str:
@@ -97,31 +161,37 @@ def _mean(top1: list[float]) -> str:
 def main() -> None:
     p = parser(__doc__, "itpruner_cifar.json")
     add_data_arguments(p)
-    p.add_argument("--networks", nargs="+", choices=BLOCKS, default=["resnet20", "resnet56"])
+    p.add_argument("--networks", nargs="+", choices=NETWORKS, default=["resnet20", "resnet56", "resnet14-conv"])
     p.add_argument("--macs", type=float, nargs="+", default=[0.7, 0.5, 0.3], help="fractions of the MACs that are kept")
-    p.add_argument("--betas", type=float, nargs="+", default=[-10.0, -1.0, 0.0, 1.0, 10.0, 100.0])
-    p.add_argument("--estimators", nargs="+", default=["biased", "unbiased"])
-    p.add_argument("--objectives", nargs="+", default=["gp", "linear"])
+    p.add_argument("--betas", type=float, nargs="+", default=[-100.0, -10.0, -1.0, 0.0, 1.0, 10.0, 100.0])
+    p.add_argument(
+        "--widths",
+        nargs="+",
+        default=[*PROGRAMS, "official", "uniform", "greedy"],
+        help="gp, linear, official, uniform, greedy (the last for CATRO only)",
+    )
     p.add_argument("--inside", nargs="+", choices=INSIDE, default=list(INSIDE))
     p.add_argument("--draws", type=int, nargs="+", default=[0], help="seeds of the images; finalists: 0 1 2")
     p.add_argument("--images", type=int, default=500, help="images per draw")
-    p.add_argument("--n-test", type=int, default=10_000)
+    p.add_argument("--n-test", type=int, default=10_000, help="the first test images; part of a cell's key")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     if not args.table:
         torch.set_num_threads(args.threads)
-        settings = {"images": args.images, "n_test": args.n_test}
-        cells = Cells(args.out, settings, environment(args.device, args.date))
+        cells = Cells(args.out, {"images": args.images}, environment(args.device, args.date))
         data = Cifar10.load(args.data_root, args.npz)
         for name in args.networks:
             net = Network(args.data_root, name, args.device)
-            for macs in args.macs:
-                for case in cases(args.betas, args.estimators, args.objectives):
-                    if case["inside"] not in args.inside:
-                        continue
-                    for draw in args.draws:
-                        key = {"network": name, **case, "kept": macs, "draw": draw}
-                        cells.fill(key, partial(run, net, case, macs, draw, args, data))
+            for seed in args.draws:
+                batches = [(x.to(args.device), y.to(args.device)) for x, y in data.draw(seed, args.images)]
+                draw = Draw(net, batches)
+                whole = {"network": name, "n_test": args.n_test, "draw": seed, "kept": None}
+                cells.fill(whole, partial(dense, draw, data, args.n_test))
+                for macs in args.macs:
+                    for inside in args.inside:
+                        for case in cases(name, inside, args.betas, args.widths):
+                            key = {**whole, "kept": macs, "inside": inside, **case}
+                            cells.fill(key, partial(run, draw, inside, case, macs, data, args.n_test))
     print(table(read_results(args.out)))
 
 

@@ -110,6 +110,7 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
         if budget is not None:
             self._require_reachable(budget)
         self.plan: Plan | None = None
+        self._check_options()
         _require_free(groups, existed_wrappers or {})
         try:
             super().__init__(model, [*config_list, *_aligned(model, groups, ratios)], evaluator, existed_wrappers)
@@ -119,6 +120,9 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
                 raise ValueError(f"NNI refuses the model, config_list or evaluator: {error!r}") from error
             raise
         self.interval_steps = 1  # fused without a schedule: prune after the first step (NNI's -1 means never)
+
+    def _check_options(self) -> None:
+        """For subclasses: raise before the model is wrapped, which NNI undoes with new parameters."""
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Mask the model; returns it, still wrapped, and the masks for :func:`nni_plugins.speedup`."""

@@ -3,7 +3,7 @@ from typing import Any
 import torch_pruning as tp
 
 from contract import ImportanceContract, PrunerContract
-from tp_importance import BudgetPruner, CATROImportance, CATROPruner
+from tp_importance import BudgetPruner, CATROImportance, CATROPruner, PSAPImportance
 
 
 class TestReaderImportance(ImportanceContract):
@@ -14,6 +14,18 @@ class TestReaderImportance(ImportanceContract):
 class TestChannelImportance(ImportanceContract):
     def make_importance(self):
         return CATROImportance(space="channel")
+
+
+class TestPSAPImportance(ImportanceContract):
+    def make_importance(self):
+        return PSAPImportance()
+
+
+class TestPSAPNormPruner(PrunerContract):
+    """The criterion in one shot; the pruner that trains has tests of its own."""
+
+    def make_pruner(self, model, x, loader, budget, **options: Any):
+        return BudgetPruner(model, x, loader, budget=budget, importance=PSAPImportance(), **options)
 
 
 class TestReaderPruner(PrunerContract):

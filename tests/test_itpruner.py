@@ -1,4 +1,3 @@
-import copy
 import json
 from collections.abc import Container
 from typing import Any
@@ -16,12 +15,10 @@ from tp_importance import (
     BudgetError,
     BudgetPruner,
     CATROImportance,
-    Cost,
     ITPruner,
     ITPrunerImportance,
     Plan,
     ProgramAllocator,
-    count_ops,
     plot_sweep,
     sweep_frame,
 )
@@ -237,34 +234,3 @@ def test_several_batches_of_unequal_size():
     importance = ITPrunerImportance(estimator="unbiased").collect(model, x, [images[:20], images[20:27], images[27:]])
     assert importance.observed is not None and importance.observed.batches == 3
     np.testing.assert_allclose(importance.nhsic.diagonal(), 1)
-
-
-@pytest.mark.parametrize("name", ["residual", "depthwise", "grouped"])
-def test_nni(name):
-    """Masked is sped up, the widths are the plan's, and NNI's own pruner gets them from the config_list too."""
-    pytest.importorskip("nni")
-    from nni.compression.pruning import L1NormPruner
-
-    from nni_contract import case
-    from nni_plugins import ITPruner as NNIPruner
-    from nni_plugins import speedup
-
-    c = case(name)
-    model = copy.deepcopy(c.model).eval()
-    pruner = NNIPruner(model, [{"op_types": ["Conv2d", "Linear"]}], loader=c.loader, budget=Budget(macs=0.5), beta=1.0)
-    _, masks = pruner.compress()
-    with torch.no_grad():
-        masked = model(c.x)
-    pruner.unwrap_model()
-    small = speedup(model, c.x, masks)
-    with torch.no_grad():
-        torch.testing.assert_close(small(c.x), masked, rtol=1e-4, atol=1e-4)
-    plan = pruner.plan
-    assert plan is not None and plan.certificate["kkt_residual"] < 1e-6
-    assert Cost(*count_ops(small, c.x)) == plan.cost and plan.cost.macs <= 0.5 * plan.dense.macs
-    assert {n: small.get_submodule(n).weight.shape[0] for n in plan.widths} == plan.widths
-
-    theirs = L1NormPruner(copy.deepcopy(c.model), plan.config_list(c.groups))
-    _, found = theirs.compress()
-    kept = {n: int(m["weight"].flatten(1).amax(1).sum()) for n, m in found.items()}
-    assert all(kept.get(n, c.groups[n].width) == width for n, width in plan.widths.items())

@@ -20,6 +20,10 @@ from .observe import Observed, Watch, observe
 from .plan import Plan
 from .program import ProgramAllocator
 from .pruner import BudgetPruner
+from .psap import PSAPPruner
+from .psap_history import PSAPHistory
+from .psap_importance import PSAPImportance
+from .psap_schedule import PSAPSchedule
 from .report import PruningReport
 from .resconv import (
     LayerPlan,
@@ -54,6 +58,10 @@ __all__ = [
     "LayerReport",
     "NotCollectedError",
     "Observed",
+    "PSAPHistory",
+    "PSAPImportance",
+    "PSAPPruner",
+    "PSAPSchedule",
     "Plan",
     "ProgramAllocator",
     "PrunableGroups",

@@ -33,6 +33,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
     """
 
     needs_labels = True
+    needs_gradients = False
 
     def __init__(self, *, classes: Sequence[int] | None = None) -> None:
         self.classes = None if classes is None else list(classes)
@@ -98,6 +99,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             need_labels=self.needs_labels,
             progress=progress,
             before_batch=self._before_batch,
+            gradients=self.needs_gradients,
         )
         curves = self._curves(groups)
         self.observed, self._groups, self._cached_curves, self._ranks = observed, groups, curves, {}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import ForwardFn, iterate, layer_input, reference_tensor, run_batch, split_batch
+from .batches import ForwardFn, iterate, layer_input, reference_tensor, run_batch, split_batch, trainable_inputs
 from .guards import preserved
 
-__all__ = ["LabelFn", "Observed", "Watch", "WatchFn", "observe"]
+__all__ = ["LabelFn", "Observed", "Watch", "WatchFn", "check_range", "observe"]
 
 LabelFn = Callable[[Any], Tensor]
 """``label_fn(batch)``: the labels of a batch as the loader gave it, 1-D integers."""
@@ -62,8 +62,9 @@ def observe(
     need_labels: bool = True,
     progress: bool = False,
     before_batch: Callable[[int], None] | None = None,
+    gradients: bool = False,
 ) -> Observed:
-    """Run ``model`` once over ``loader`` in eval mode without gradients, and show the watched layers' tensors.
+    """Run ``model`` once over ``loader`` in eval mode, and show the watched layers' tensors.
 
     Nothing is stored: what a watch wants to keep, it accumulates. Batches are moved to the device and dtype of the
     model. Modes, hooks and gradient flags are restored on any exit; an exception of the loader passes unchanged.
@@ -78,6 +79,8 @@ def observe(
         need_labels: refuse unlabelled batches and a single class; else unlabelled samples count as class 0.
         progress: show a progress bar.
         before_batch: called with the number of samples before each batch, for watches that look at several layers.
+        gradients: build the graph, for watches that call :func:`torch.autograd.grad`; parameters get no gradients by
+            themselves.
 
     Returns:
         :class:`Observed`.
@@ -99,13 +102,13 @@ def observe(
     batches = 0
     reference = reference_tensor(model)
     device = reference.device if reference is not None else torch.device("cpu")
-    with preserved(model), ExitStack() as stack, torch.no_grad():
+    with preserved(model), ExitStack() as stack, torch.set_grad_enabled(gradients):
         model.eval()
         for watch in watches:
             stack.callback(watch.module.register_forward_hook(_hook(watch, current), with_kwargs=True).remove)
         total = length_hint(loader) or None
         bar = tqdm(iterate(loader), total=total, disable=not progress, desc="collecting", unit="batch", leave=False)
-        for batch in bar:
+        for batch in map(trainable_inputs, bar) if gradients else bar:
             labels = _labels(batch, label_fn, forward_fn, need_labels)
             if wanted is not None:
                 labels = torch.where(torch.isin(labels, wanted), labels, -1)
@@ -113,7 +116,7 @@ def observe(
             if before_batch is not None:
                 before_batch(len(labels))
             output = run_batch(model, batch, forward_fn)
-            _check_range(labels, output)
+            check_range(labels, output)
             seen = torch.bincount(labels[labels >= 0], minlength=len(counts))
             seen[: len(counts)] += counts
             counts = seen
@@ -178,7 +181,8 @@ def _samples(batch: Any) -> int:
     raise ValueError("a batch holds no tensor with a batch dimension; pass forward_fn and label_fn")
 
 
-def _check_range(labels: Tensor, output: Any) -> None:
+def check_range(labels: Tensor, output: Any) -> None:
+    """Refuse class indices that a 2-D output has no column for."""
     if isinstance(output, Tensor) and output.dim() == 2 and len(labels) == len(output) and len(labels):
         if int(labels.max()) >= output.shape[1] > 1:
             raise ValueError(f"label {int(labels.max())} is out of range for an output of {output.shape[1]} classes")

@@ -98,7 +98,7 @@ class BudgetPruner:
     ) -> None:
         self.budget = _checked(budget)
         self.model, self.importance, self.loader = model, importance, loader
-        self._example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
+        self.example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
         self._allocate = find_allocator(allocator)
         self._ignored_layers, self._num_heads = ignored_layers, num_heads
         self._round_to, self._max_pruning_ratio = round_to, max_pruning_ratio
@@ -136,7 +136,7 @@ class BudgetPruner:
                 raise ValueError(f"{type(self.importance).__name__} looks at data: pass loader= to the pruner")
             self.importance.collect(
                 self.model,
-                self._example_inputs,
+                self.example_inputs,
                 self.loader,
                 groups=self.groups,
                 forward_fn=self.groups.options.forward_fn,
@@ -189,7 +189,7 @@ class BudgetPruner:
     def plan_of(self, removed: Mapping[str, Sequence[int]], limits: Mapping[str, int] | None = None) -> Plan:
         """The :class:`Plan` that removes given units, at whatever cost."""
         widths = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in self.groups}
-        constant = {n: c.constant.tolist() for n, c in self._value().items() if len(c.constant)}
+        constant = {n: c.constant.tolist() for n, c in (self._curves or {}).items() if len(c.constant)}
         gone = {n: list(units) for n, units in removed.items()}
         return Plan(widths, self.cost_model.cost(widths), self.dense, dict(limits or {}), gone, constant)
 
@@ -210,7 +210,22 @@ class BudgetPruner:
         """
         if recalibrate and self.loader is None:
             raise ValueError("recalibrate=True needs data: pass loader= to the pruner")
-        plan = self.plan(budget)
+        return self.apply(self.plan(budget), recalibrate=recalibrate)
+
+    def apply(self, plan: Plan, *, recalibrate: bool = False) -> PruningReport:
+        """Prune the model in place by a plan of this pruner, made for the model as it is now.
+
+        Args:
+            plan: what to remove.
+            recalibrate: as for :meth:`step`.
+
+        Returns:
+            The :class:`~tp_importance.report.PruningReport`.
+
+        Raises:
+            RuntimeError: if the pruned network does not cost what was planned; the model is then as before.
+            ValueError: if the plan is of another network.
+        """
         report = self._report(plan)
         if plan.is_noop:
             warnings.warn(f"the network already meets the budget ({plan.cost}); nothing is pruned", stacklevel=2)
@@ -219,7 +234,7 @@ class BudgetPruner:
             return report
         with self._surgery():
             remove_units(self.groups, plan.removed)
-            counted = count_ops(self.model, self._example_inputs, forward_fn=self.groups.options.forward_fn)
+            counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
             if Cost(*counted) != plan.cost:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
             if recalibrate and self.loader is not None:
@@ -249,7 +264,7 @@ class BudgetPruner:
                 for entry in entries:  # a fresh graph each: Torch-Pruning's keeps stale offsets behind a split
                     groups.trace.graph.load_pruning_history([list(entry)])
                     groups = self._retrace()
-                counted = count_ops(self.model, self._example_inputs, forward_fn=self.groups.options.forward_fn)
+                counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
                 if Cost(*counted) != CostModel.from_groups(groups).dense:
                     raise ValueError(f"after it the network costs {Cost(*counted)}, its widths say otherwise")
         except Exception as error:
@@ -267,7 +282,7 @@ class BudgetPruner:
                 yield
         except BaseException:
             options = self.groups.options
-            self.groups = replace(self.groups, trace=trace(self.model, self._example_inputs, options))
+            self.groups = replace(self.groups, trace=trace(self.model, self.example_inputs, options))
             raise
 
     def _value(self) -> dict[str, Curve]:
@@ -283,7 +298,7 @@ class BudgetPruner:
 
     def _retrace(self) -> PrunableGroups:
         """Groups of the pruned model; what was left out before stays out."""
-        traced = trace(self.model, self._example_inputs, self.groups.options)
+        traced = trace(self.model, self.example_inputs, self.groups.options)
         groups = build_groups(traced, self._ignored_layers, self._num_heads, self.groups.options)
         return groups.exclude({n: r for n, r in self._left_out.items() if n in groups.names})
 

@@ -12,7 +12,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from .batches import call_model
+from .batches import call_model, trainable_inputs
 from .errors import TracingError
 from .guards import preserved
 
@@ -120,17 +120,6 @@ def batch_size(example_inputs: Any) -> int:
     )
 
 
-def _normal(value: Any) -> Any:
-    """``value`` with tensors that were made in inference mode replaced by copies: autograd refuses those."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, Mapping):
-        return {k: _normal(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_make"):
-        return type(value)(map(_normal, value))
-    return value
-
-
 def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
@@ -227,7 +216,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
         try:
             graph = tp.DependencyGraph().build_dependency(
                 model,
-                example_inputs=_normal(example_inputs),
+                example_inputs=trainable_inputs(example_inputs),
                 forward_fn=options.forward_fn or call_model,
                 output_transform=options.output_transform,
                 unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from .batches import call_model, layer_input, tensors_in, to_model
 from .cost import CostModel
+from .gates import channel_dim, with_input
 from .groups import Index, PrunableGroups
 from .guards import preserved
 from .surgery import remove_units
-from .tracing import CONV, COUNTED, TraceOptions, count_ops, is_depthwise, trace
+from .tracing import COUNTED, TraceOptions, count_ops, is_depthwise, trace
 
-__all__ = ["gates", "masked_equals_removed", "sample_units", "verify_groups"]
+__all__ = ["gates", "masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
 
 TOLERANCE = 1e-3
 """Largest difference allowed at any layer input, relative to its largest value there (float32)."""
@@ -59,11 +60,11 @@ def gates(model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[i
     with ExitStack() as stack:
         for name, positions in inputs.items():
             module = model.get_submodule(name)
-            pre = _zero_input(_channel_dim(module), torch.as_tensor(np.concatenate(positions)))
+            pre = _zero_input(channel_dim(module), torch.as_tensor(np.concatenate(positions)))
             stack.callback(module.register_forward_pre_hook(pre, prepend=True, with_kwargs=True).remove)
         for name, positions in outputs.items():
             module = model.get_submodule(name)
-            post = _zero_output(_channel_dim(module), torch.as_tensor(np.concatenate(positions)))
+            post = _zero_output(channel_dim(module), torch.as_tensor(np.concatenate(positions)))
             stack.callback(module.register_forward_hook(post, prepend=True).remove)
         yield
 
@@ -99,7 +100,7 @@ def masked_equals_removed(
         predicted = CostModel.from_groups(groups)
         with torch.no_grad(), gates(original, gated or groups, removed):
             masked, masked_out = _layer_inputs(original, example_inputs, run)
-        rebuilt = _same_groups(pruned, example_inputs, groups)
+        rebuilt = same_groups(pruned, example_inputs, groups)
         remove_units(rebuilt, removed)
         with torch.no_grad():
             left, left_out = _layer_inputs(pruned, example_inputs, run)
@@ -164,7 +165,7 @@ def verify_groups(groups: PrunableGroups, example_inputs: Any, *, seed: int = 0)
     return reasons
 
 
-def _same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -> PrunableGroups:
+def same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -> PrunableGroups:
     """The groups of ``groups`` on a copy of their model."""
     source = groups.trace.model
     options: TraceOptions = groups.options.on_copy(source, model)
@@ -208,11 +209,6 @@ def _layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list
     return seen, output
 
 
-def _channel_dim(module: nn.Module) -> int:
-    """Channel dimension of inputs and outputs, counted from the end."""
-    return -1 - len(module.kernel_size) if isinstance(module, CONV) else -1
-
-
 def _kept_positions(groups: PrunableGroups, removed: Mapping[str, list[int]]) -> dict[str, Tensor]:
     gone: dict[str, list[Index]] = defaultdict(list)
     widths: dict[str, int] = {}
@@ -226,7 +222,7 @@ def _kept_positions(groups: PrunableGroups, removed: Mapping[str, list[int]]) ->
 
 
 def _select(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x.index_select(x.dim() + _channel_dim(module), keep.to(x.device))
+    return x if keep is None else x.index_select(x.dim() + channel_dim(module), keep.to(x.device))
 
 
 def _difference(a: Tensor, b: Tensor, tolerance: float) -> str | None:
@@ -244,8 +240,7 @@ def _difference(a: Tensor, b: Tensor, tolerance: float) -> str | None:
 def _zero_input(dim: int, positions: Tensor) -> Any:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         x = layer_input(args, kwargs)
-        gated = x.index_fill(x.dim() + dim, positions.to(x.device), 0.0)
-        return ((gated, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): gated})
+        return with_input(args, kwargs, x.index_fill(x.dim() + dim, positions.to(x.device), 0.0))
 
     return hook
 

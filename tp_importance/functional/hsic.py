@@ -37,14 +37,19 @@ Estimator = Literal["biased", "unbiased"]
 Kernel = Literal["linear", "rbf"]
 
 
-CHUNK = 4096
-"""Features multiplied at a time: they stay in the cache, which is twice as fast as a pass over all of them."""
+CHUNK, COLUMNS = 4096, 32
+"""Features multiplied at a time, which stay in the cache, and columns of the lower triangle filled at a time: together
+a third faster than one full product of all features."""
+
+NOISE = 1e-12
+"""Variation below this fraction of the energy is rounding of the features, not information."""
 
 
 def gram(features: Tensor) -> Tensor:
     """Inner products of all pairs of samples, up to a shift of the features: the first sample is taken as origin.
 
-    Centring removes the shift; with it, float32 is spared a cancellation, and constant features give exact zeros.
+    Centring removes the shift; with it, float32 is spared a cancellation. Features that are constant up to rounding
+    give exact zeros.
 
     Args:
         features: shape (n, d), any real dtype.
@@ -56,11 +61,16 @@ def gram(features: Tensor) -> Tensor:
         >>> gram(torch.tensor([[1.0], [3.0]])).tolist()
         [[0.0, 0.0], [0.0, 4.0]]
     """
-    total = features.new_zeros(len(features), len(features))
-    for part in features.split(CHUNK, 1):
-        x = part - part[:1]
-        total.addmm_(x, x.mT)
-    return total.double()
+    n, origin = len(features), features[:1]
+    total, shifted = features.new_zeros(n, n), features.new_empty(n, CHUNK)
+    for part, start in zip(features.split(CHUNK, 1), origin.split(CHUNK, 1), strict=True):
+        x = torch.sub(part, start, out=shifted[:, : part.shape[1]])
+        for i in range(0, n, COLUMNS):
+            total[i:, i : i + COLUMNS].addmm_(x[i:], x[i : i + COLUMNS].mT)
+    total = total.double()
+    total = total.tril() + total.tril(-1).mT
+    noise = NOISE * torch.linalg.vector_norm(origin, dtype=torch.float64).square()
+    return torch.where(total.diagonal().max() <= noise, 0.0, total)  # NaN stays
 
 
 def centre(gram: Tensor, *, kernel: Kernel = "linear", estimator: Estimator = "biased") -> Tensor:
@@ -171,12 +181,12 @@ class HSICSums:
         return self
 
     def normalised(self) -> NDArray[np.float64]:
-        """nHSIC, shape (L, L); rows and columns of a constant layer are 0."""
+        """nHSIC, shape (L, L); rows and columns of a constant layer are 0, whatever the scales of the layers."""
         if self.total is None:
             raise ValueError("no batch was seen")
         values = self.total.cpu().numpy()
         scale = np.sqrt(np.clip(values.diagonal(), 0.0, None))
-        alive = scale > 1e-12 * max(float(scale.max(initial=0.0)), 1e-300)
+        alive = scale > 0
         scale = np.where(alive, scale, 1.0)
         return np.where(alive[:, None] & alive[None, :], values / scale[:, None] / scale[None, :], 0.0)
 
