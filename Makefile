@@ -5,10 +5,10 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent host-tests clean
+.PHONY: help venv demo test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-psap bench-psap-cifar bench-psap-overhead host-tests clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## create .venv and install everything (again when pyproject.toml changed)
 
@@ -50,6 +50,15 @@ bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
 
 bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_exponent.py $(ARGS)
+
+bench-psap: $(STAMP) ## prune while training, on digits (ARGS=...)
+	$(PY) benchmarks/psap_digits.py $(ARGS)
+
+bench-psap-cifar: $(STAMP) ## prune while training, on CIFAR (ARGS=...)
+	$(PY) benchmarks/psap_cifar.py $(ARGS)
+
+bench-psap-overhead: $(STAMP) ## what a training step costs under PSAP (ARGS=...)
+	$(PY) benchmarks/psap_overhead.py $(ARGS)
 
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
 	$(PY) benchmarks/host_tests.py $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)
