@@ -106,7 +106,8 @@ def contrasts(cells: list[dict[str, Any]]) -> str:
     top1 = {(c["start"], c["kept"], c["seed"], c["arm"]): c["top1"] for c in cells}
     rows = []
     for what, (one, other) in CONTRASTS.items():
-        found = [v - top1[k[:3] + (other,)] for k, v in top1.items() if k[3] == one and k[:3] + (other,) in top1]
+        pairs = [(v, top1.get((*k[:3], other))) for k, v in top1.items() if k[3] == one]
+        found = [a - b for a, b in pairs if b is not None]
         if len(found) > 1:
             spread = np.std(found, ddof=1) / len(found) ** 0.5
             signs = f"{sum(d > 0 for d in found)} / {sum(d < 0 for d in found)} of {len(found)}"

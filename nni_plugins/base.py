@@ -130,9 +130,6 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
             raise
         self.interval_steps = 1  # fused without a schedule: prune after the first step (NNI's -1 means never)
 
-    def _check_options(self) -> None:
-        """For subclasses: raise before the model is wrapped, which NNI undoes with new parameters."""
-
     @classmethod
     def from_compressor(
         cls, compressor: Any, new_config_list: Config, *args: Any, evaluator: Any = None, **kwargs: Any
@@ -229,6 +226,9 @@ class ImportancePruner(_basic._NormPruner):  # type: ignore[name-defined]
             )
         self.plan = self._planner.plan_of(removed)
         return removed
+
+    def _check_options(self) -> None:
+        """For subclasses: raise before the model is wrapped, which NNI undoes with new parameters."""
 
     def _release(self) -> None:
         """Unwrap what a failed constructor has wrapped."""
