@@ -42,15 +42,6 @@ bench-zoo: $(STAMP) ## prune the torchvision zoo (ARGS=...)
 bench-scoring: $(STAMP) ## measure what scoring costs (ARGS=...)
 	$(PY) benchmarks/scoring_cost.py $(ARGS)
 
-bench-cifar: $(STAMP) ## one-shot pruning on CIFAR (ARGS=...)
-	$(PY) benchmarks/cifar_oneshot.py $(ARGS)
-
-bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
-	$(PY) benchmarks/cifar_subtask.py $(ARGS)
-
-bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
-	$(PY) benchmarks/cifar_exponent.py $(ARGS)
-
 bench-psap: $(STAMP) ## prune while training, on digits (ARGS=...)
 	$(PY) benchmarks/psap_digits.py $(ARGS)
 
@@ -59,6 +50,15 @@ bench-psap-cifar: $(STAMP) ## prune while training, on CIFAR (ARGS=...)
 
 bench-psap-overhead: $(STAMP) ## what a training step costs under PSAP (ARGS=...)
 	$(PY) benchmarks/psap_overhead.py $(ARGS)
+
+bench-cifar: $(STAMP) ## one-shot pruning on CIFAR (ARGS=...)
+	$(PY) benchmarks/cifar_oneshot.py $(ARGS)
+
+bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
+	$(PY) benchmarks/cifar_subtask.py $(ARGS)
+
+bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
+	$(PY) benchmarks/cifar_exponent.py $(ARGS)
 
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
 	$(PY) benchmarks/host_tests.py $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)

@@ -163,6 +163,17 @@ def run_batch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None)
     return model(*to_model(like, args), **to_model(like, kwargs))
 
 
+def trainable_inputs(value: Any) -> Any:
+    """``value`` with tensors that were made in inference mode replaced by copies: autograd refuses those."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping):
+        return {k: trainable_inputs(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_make"):
+        return type(value)(map(trainable_inputs, value))
+    return value
+
+
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The first argument a layer was called with, by position or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -191,17 +202,6 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
         f"example_inputs are of type {type(example_inputs).__name__}; pass a tensor, a tuple of positional or a dict "
         "of keyword arguments"
     )
-
-
-def trainable_inputs(value: Any) -> Any:
-    """``value`` with tensors that were made in inference mode replaced by copies: autograd refuses those."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, Mapping):
-        return {k: trainable_inputs(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_make"):
-        return type(value)(map(trainable_inputs, value))
-    return value
 
 
 def iterate(loader: Iterable[Any]) -> Iterator[Any]:

@@ -113,7 +113,7 @@ class PruningReport:
         Raises:
             RuntimeError: without pandas; names the extra.
         """
-        pandas = _optional("pandas")
+        pandas = optional_import("pandas")
         return pandas.DataFrame([{**asdict(r), "pruning_ratio": r.pruning_ratio} for r in self.rows])
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
@@ -128,7 +128,9 @@ class PruningReport:
         Raises:
             RuntimeError: without matplotlib; names the extra.
         """
-        figure = _optional("matplotlib.figure").Figure(figsize=(max(4.0, 0.3 * len(self.rows) + 2), 4), layout="tight")
+        figure = optional_import("matplotlib.figure").Figure(
+            figsize=(max(4.0, 0.3 * len(self.rows) + 2), 4), layout="tight"
+        )
         axes = figure.add_subplot()
         x = range(len(self.rows))
         axes.bar(x, [r.initial for r in self.rows], color="0.85", label="dense")
@@ -142,7 +144,12 @@ class PruningReport:
         return figure
 
 
-def _optional(module: str) -> Any:
+def optional_import(module: str) -> Any:
+    """Import a module of the extra ``report``.
+
+    Raises:
+        RuntimeError: if it is not there; names the extra.
+    """
     import importlib
 
     try:

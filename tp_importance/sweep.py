@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .plan import Plan
-from .report import _optional
+from .report import optional_import
 
 __all__ = ["plot_sweep", "sweep_frame"]
 
@@ -33,8 +33,8 @@ def sweep_frame(plans: Sequence[Plan]) -> Any:
         shares = {f"{key}_fraction": value / max(dense[key], 1) for key, value in cost.items()}
         head = {("plan", key): value for key, value in {**cost, **shares, **plan.certificate}.items()}
         rows.append({**head, **{("width", name): width for name, width in plan.widths.items()}})
-    frame = _optional("pandas").DataFrame(rows)
-    frame.columns = _optional("pandas").MultiIndex.from_tuples(frame.columns)
+    frame = optional_import("pandas").DataFrame(rows)
+    frame.columns = optional_import("pandas").MultiIndex.from_tuples(frame.columns)
     return frame
 
 
@@ -53,8 +53,8 @@ def plot_sweep(plans: Sequence[Plan], path: str | os.PathLike[str] | None = None
         ValueError: if the plans are of different networks.
     """
     _checked(plans)
-    figure = _optional("matplotlib.figure").Figure(figsize=(7, 4.5), layout="tight")
-    colours = _optional("matplotlib").colormaps["viridis"]
+    figure = optional_import("matplotlib.figure").Figure(figsize=(7, 4.5), layout="tight")
+    colours = optional_import("matplotlib").colormaps["viridis"]
     axes = figure.add_subplot()
     ordered = sorted(plans, key=lambda plan: plan.cost.macs)
     names = list(ordered[0].widths)
