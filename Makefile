@@ -5,10 +5,11 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-resconv demo-plain host-tests clean
+.PHONY: help venv demo demo-plain test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-psap bench-psap-cifar \
+	bench-psap-overhead bench-resconv host-tests clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## create .venv and install everything (again when pyproject.toml changed)
 
@@ -41,6 +42,15 @@ bench-zoo: $(STAMP) ## prune the torchvision zoo (ARGS=...)
 
 bench-scoring: $(STAMP) ## measure what scoring costs (ARGS=...)
 	$(PY) benchmarks/scoring_cost.py $(ARGS)
+
+bench-psap: $(STAMP) ## prune while training, on digits (ARGS=...)
+	$(PY) benchmarks/psap_digits.py $(ARGS)
+
+bench-psap-cifar: $(STAMP) ## prune while training, on CIFAR (ARGS=...)
+	$(PY) benchmarks/psap_cifar.py $(ARGS)
+
+bench-psap-overhead: $(STAMP) ## what a training step costs under PSAP (ARGS=...)
+	$(PY) benchmarks/psap_overhead.py $(ARGS)
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_oneshot.py $(ARGS)

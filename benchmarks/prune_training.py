@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tp_importance import Budget, PSAPPruner, PSAPSchedule, count_ops, prunable_groups
+from tp_importance import Budget, CostModel, PSAPPruner, PSAPSchedule, count_ops, prunable_groups
 
 SCHEDULE = PSAPSchedule()
 """Everybody prunes at its prune steps, or in one go at the last of them."""
@@ -136,7 +136,7 @@ def _iterative(job: Training, kept: float) -> dict[str, Any]:
 
 
 def _group_norm(job: Training, kept: float) -> dict[str, Any]:
-    """Sparse training up to the last prune step, then one step; strength of the published CIFAR recipe."""
+    """Sparse training up to the last prune step, then one step; strength of one of the host's CIFAR scripts."""
     iterations, _ = SCHEDULE.fit(job.total)
 
     def make(model: nn.Module, ratio: float) -> Any:
@@ -167,7 +167,8 @@ def _agp(job: Training, kept: float) -> dict[str, Any]:
 
     iterations, _ = SCHEDULE.fit(job.total)
     groups = prunable_groups(job.model, job.x, job.ignored_layers(job.model))
-    dense = count_ops(job.model, job.x)[0]
+    model = CostModel.from_groups(groups)
+    dense = model.dense.macs
 
     def config(ratio: float) -> list[dict[str, Any]]:
         return [
@@ -180,9 +181,6 @@ def _agp(job: Training, kept: float) -> dict[str, Any]:
         ]
 
     def costs(ratio: float) -> int:
-        from tp_importance import CostModel
-
-        model = CostModel.from_groups(groups)
         return int(model.evaluate(model.full - (model.full * ratio).astype(int))[0])
 
     ratio = next(r / 1000 for r in range(1000) if costs(r / 1000) <= kept * dense)

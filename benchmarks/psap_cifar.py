@@ -1,8 +1,8 @@
 """Pruning while training on CIFAR-10: a pretrained ResNet down to a fifth of its MACs within two epochs.
 
 All arms take the same number of optimizer steps with the same batches (random crops and flips, by seed) and learning
-rates, and prune the channels inside the blocks. Top-1 on the test images after the last step. One cell per run: stop and
-start again at will.
+rates, and prune the channels inside the blocks. Top-1 on the test images after the last step. One cell per run: stop
+and start again at will.
 """
 
 from __future__ import annotations

@@ -86,7 +86,33 @@ def table(results: dict[str, Any]) -> str:
             restored = [c["restored"] for c in mine if c.get("restored")]
             row.append(text + (f" ({np.mean(restored):.0f})" if restored else ""))
         rows.append(row)
-    return markdown(["arm", *(f"{start}, {kept:g} of the MACs" for start, kept in columns)], rows)
+    header = ["arm", *(f"{start}, {kept:g} of the MACs" for start, kept in columns)]
+    return markdown(header, rows) + "\n\n" + contrasts(cells)
+
+
+CONTRASTS = {
+    "protection, adaptive ratios": ("PSAP", "PSAP, no protection"),
+    "protection, uniform ratios": ("PSAP, uniform ratios", "PSAP, uniform ratios, no protection"),
+    "adaptive ratios, protected": ("PSAP", "PSAP, uniform ratios"),
+    "adaptive ratios, unprotected": ("PSAP, no protection", "PSAP, uniform ratios, no protection"),
+    "PSAP over Torch-Pruning iterative L2": ("PSAP", "Torch-Pruning iterative L2"),
+    "PSAP unprotected over Torch-Pruning iterative L2": ("PSAP, no protection", "Torch-Pruning iterative L2"),
+}
+"""What is added, and the two arms that differ by it."""
+
+
+def contrasts(cells: list[dict[str, Any]]) -> str:
+    """Differences within a start, a budget and a seed: mean ± standard error, and how many are above and below 0."""
+    top1 = {(c["start"], c["kept"], c["seed"], c["arm"]): c["top1"] for c in cells}
+    rows = []
+    for what, (one, other) in CONTRASTS.items():
+        pairs = [(v, top1.get((*k[:3], other))) for k, v in top1.items() if k[3] == one]
+        found = [a - b for a, b in pairs if b is not None]
+        if len(found) > 1:
+            spread = np.std(found, ddof=1) / len(found) ** 0.5
+            signs = f"{sum(d > 0 for d in found)} / {sum(d < 0 for d in found)} of {len(found)}"
+            rows.append([what, f"{np.mean(found):+.2f} ± {spread:.2f}", signs])
+    return markdown(["what is added", "points", "better / worse"], rows)
 
 
 def main() -> None:

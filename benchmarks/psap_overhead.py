@@ -81,10 +81,9 @@ def prune_step(args: Any) -> float:
     """Time of one prune step: sparsities, widths, masks."""
     model = network(args.data_root, args.network).to(args.device)
     x = torch.randn(2, 3, 32, 32, device=args.device)
-    pruner = PSAPPruner(
-        model, x, budget=Budget(macs=0.5), schedule=PSAPSchedule(prune_steps=5, begin=0, end=1, pulse=0)
-    )
-    pruner.start(torch.optim.SGD(copy.copy(list(model.parameters())), 0.1), total_steps=5)
+    schedule = PSAPSchedule(prune_steps=5, begin=0, end=1, pulse=0)
+    pruner = PSAPPruner(model, x, budget=Budget(macs=0.5), schedule=schedule)
+    pruner.start(torch.optim.SGD(model.parameters(), 0.1), total_steps=5)
     found = []
     for _ in range(5):
         start = seconds(args.device)

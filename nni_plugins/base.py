@@ -121,9 +121,6 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
             raise
         self.interval_steps = 1  # fused without a schedule: prune after the first step (NNI's -1 means never)
 
-    def _check_options(self) -> None:
-        """For subclasses: raise before the model is wrapped, which NNI undoes with new parameters."""
-
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Mask the model; returns it, still wrapped, and the masks for :func:`nni_plugins.speedup`."""
         result = super().compress(max_steps, max_epochs)
@@ -194,6 +191,9 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
             )
         self.plan = self._planner.plan_of(removed)
         return removed
+
+    def _check_options(self) -> None:
+        """For subclasses: raise before the model is wrapped, which NNI undoes with new parameters."""
 
     def _release(self) -> None:
         """Unwrap what a failed constructor has wrapped."""

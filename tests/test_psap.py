@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from contract import Snapshot, loader_for, same_values, topology
-from networks import make_network
+from networks import make_network, make_zoo_network
 from tp_importance import (
     Budget,
     BudgetError,
@@ -93,6 +93,26 @@ def test_masked_is_removed(name):
     assert Cost(*count_ops(run.model, run.x)) == report.cost == planned
     assert float((run.out() - masked).abs().max() / masked.abs().max()) <= 1e-5
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in run.model.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
+def test_networks_people_use(name):
+    model, x = make_zoo_network(name)
+    optimizer = adam(model)
+    pruner = PSAPPruner(model, x, budget=Budget(macs=0.4), schedule=PSAPSchedule(2, 0.2, 0.5, 2))
+    pruner.start(optimizer, total_steps=8)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model.train()(torch.cat([x, x / 2])).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    with torch.no_grad():
+        masked = model.eval()(x)
+        report = pruner.finish()
+        assert float((model(x) - masked).abs().max() / masked.abs().max()) <= 1e-5
+    assert 0.39 * pruner.dense.macs < report.cost.macs <= 0.4 * pruner.dense.macs
+    assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
 
 
 @pytest.mark.parametrize("budget", [Budget(macs=0.3), Budget(params=0.4), Budget(macs=0.7, params=0.35)], ids=str)
@@ -350,7 +370,7 @@ def test_state_before_start_and_states_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match="made with"):
             other.pruner.load_state_dict(state)
-    for bad in ({}, {"format": "x"}, None, {**state, "version": 99}):
+    for bad in ({}, {"format": "x"}, None, {**state, "version": 99}, {k: v for k, v in state.items() if k != "pulse"}):
         with pytest.raises(ValueError):
             run.pruner.load_state_dict(bad)
     run.pruner.start(run.optimizer, total_steps=TOTAL)
@@ -359,6 +379,18 @@ def test_state_before_start_and_states_that_do_not_fit():
     with pytest.raises(ValueError, match="total_steps=7"):
         other.pruner.start(other.optimizer, total_steps=7)
     other.pruner.start(other.optimizer)
+    started = make(total=TOTAL + 1)
+    with pytest.raises(ValueError, match="total_steps=21"):
+        started.pruner.load_state_dict(run.pruner.state_dict())
+
+
+def test_several_processes_are_refused(monkeypatch):
+    run = make(start=False)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="one process"):
+        run.pruner.start(run.optimizer, total_steps=TOTAL)
+    assert not run.pruner._soft.started
 
 
 def test_nothing_grows_with_the_steps():

@@ -165,6 +165,17 @@ def run_batch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None)
     return model(*to_model(like, args), **to_model(like, kwargs))
 
 
+def trainable_inputs(value: Any) -> Any:
+    """``value`` with tensors that were made in inference mode replaced by copies: autograd refuses those."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping):
+        return {k: trainable_inputs(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_make"):
+        return type(value)(map(trainable_inputs, value))
+    return value
+
+
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The first argument a layer was called with, by position or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -198,17 +209,6 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in nested tuples, lists and dicts, in order."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def trainable_inputs(value: Any) -> Any:
-    """``value`` with tensors that were made in inference mode replaced by copies: autograd refuses those."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, Mapping):
-        return {k: trainable_inputs(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_make"):
-        return type(value)(map(trainable_inputs, value))
-    return value
 
 
 def iterate(loader: Iterable[Any]) -> Iterator[Any]:

@@ -44,7 +44,6 @@ __all__ = ["Ratios", "SoftPruning"]
 Ratios = Literal["adaptive", "uniform"]
 
 FOREVER = 2**31
-_KEYS = ("format", "version", "total_steps", "iteration", "step", "masked", "protected", "strength")
 FORMAT, VERSION = "tp_importance.psap", 1
 
 
@@ -399,14 +398,20 @@ class SoftPruning:
         Raises:
             ValueError: if it is no such state, or was made with another model, budget or other options.
         """
-        if not isinstance(state, Mapping) or state.get("format") != FORMAT or any(k not in state for k in _KEYS):
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise ValueError("this is no state_dict() of a PSAP pruner")
-        if state["version"] != VERSION:
-            raise ValueError(f"the state has version {state['version']}, not {VERSION}; update tp-importance")
+        if state.get("version") != VERSION:
+            raise ValueError(f"the state has version {state.get('version')}, not {VERSION}; update tp-importance")
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(f"the state is incomplete: {missing} are missing")
         for key, value in self._settings().items():
             if state["settings"].get(key) != value:
                 raise ValueError(f"the state was made with {key}={state['settings'].get(key)!r}, here it is {value!r}")
-        self._total, self._iteration, self._step = state["total_steps"], state["iteration"], state["step"]
+        total = state["total_steps"] or self._total  # 0 before start()
+        if self._gates is not None and self._total != total:
+            raise ValueError(f"start() was called with total_steps={self._total}, the state is of {total} steps")
+        self._total, self._iteration, self._step = total, state["iteration"], state["step"]
         self._iterations, self._pulse = self.schedule.fit(self._total) if self._total else ([], 0)
         self._frozen = state["frozen"]
         self.masked = {name: mask.cpu().numpy().copy() for name, mask in state["masked"].items()}
