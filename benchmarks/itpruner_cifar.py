@@ -3,7 +3,7 @@
 As `cifar_oneshot.py`: budgets in MACs that are met, batch norm recalibrated on the images the criterion saw, top-1 on
 test images. Widths come from the program with nHSIC weights, from the program with equal weights (β = 0), from the
 published procedure, from one common ratio, or from CATRO's own allocation; the channels inside from L1 or CATRO.
-In the pretrained networks the channels inside the blocks go; `resnet14-conv` (`cifar_train.py`) has coupled stage
+In the pretrained networks the channels inside the blocks go; `resnet8-conv` and `resnet14-conv` (`cifar_train.py`) have coupled stage
 widths, too. Statistics are collected once per draw and serve all cells.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch_pruning as tp
-from cifar import NETWORKS, Batches, Cifar10
+from cifar import NETWORKS, TRAINED, Batches, Cifar10
 from cifar_oneshot import Network
 from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 
@@ -31,22 +31,23 @@ INSIDE: dict[str, Any] = {
     "L1": lambda: tp.importance.MagnitudeImportance(p=1, normalizer=None),
     "CATRO": CATROImportance,
 }
-PROGRAMS = ("gp", "linear")
+PROGRAMS = ("gp", "linear", "gp per group", "linear per group")
+"""The last two are for networks with coupled widths: elsewhere every group is made by one layer."""
 PUBLISHED_BETA = {"resnet20": 246.0, "resnet56": 500.0}
 ESTIMATORS = ("biased", "unbiased")
 
 
 def cases(net: str, inside: str, betas: list[float], widths: list[str]) -> Iterator[dict[str, Any]]:
     """Ways to find the widths."""
-    published = [PUBLISHED_BETA[net]] if net in PUBLISHED_BETA and inside == "L1" else []
+    published = [PUBLISHED_BETA[net]] if net in PUBLISHED_BETA and inside == "L1" and "official" in widths else []
     for way in widths:
-        if way in PROGRAMS:
+        if way in PROGRAMS and (net in TRAINED or "group" not in way):
             for beta in sorted({*betas, *published}):
                 for estimator in ESTIMATORS if beta else ESTIMATORS[:1]:
                     yield {"widths": way, "beta": beta, "estimator": estimator}
         elif way == "official":
             yield from ({"widths": way, "beta": beta, "estimator": ESTIMATORS[0]} for beta in published)
-        elif way == "uniform" or inside == "CATRO":  # "greedy" compares the losses of groups, which L1 has not
+        elif way == "uniform" or (way == "greedy" and inside == "CATRO"):  # L1 does not compare across groups
             yield {"widths": way, "beta": None, "estimator": None}
 
 
@@ -73,7 +74,8 @@ class Draw:
         limits = Budget(macs=macs).limits(self.cost.dense)
         allocate: Any = None
         if case["widths"] in PROGRAMS:
-            importance = importance.reweighted(beta=case["beta"], objective=case["widths"])
+            objective, *per = case["widths"].split(" per ")
+            importance = importance.reweighted(beta=case["beta"], objective=objective, per=per[0] if per else "layer")
             allocate = importance.allocator()
         elif case["widths"] == "official":
             allocate = partial(self._official, importance.relevance, case["beta"])
@@ -168,7 +170,7 @@ def main() -> None:
         "--widths",
         nargs="+",
         default=[*PROGRAMS, "official", "uniform", "greedy"],
-        help="gp, linear, official, uniform, greedy (the last for CATRO only)",
+        help="ways to find the widths, greedy for CATRO only",
     )
     p.add_argument("--inside", nargs="+", choices=INSIDE, default=list(INSIDE))
     p.add_argument("--draws", type=int, nargs="+", default=[0], help="seeds of the images; finalists: 0 1 2")
