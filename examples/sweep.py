@@ -42,8 +42,8 @@ def main() -> None:
     print(table.to_string())
     tightest = plans[-1].certificate
     print(
-        f"\nat the last budget: KKT residual {tightest['kkt_residual']:.0e}, no admissible widths are better than "
-        f"{tightest['bound']:.2f}, these have {tightest['objective_units']:.2f}"
+        f"\nat the last budget: KKT residual {tightest['kkt_residual']:.0e}, the objective of these widths is "
+        f"{tightest['objective_units']:.2f}, and that of any others at least {tightest['bound']:.2f}"
     )
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     plot_sweep(plans, args.plot)
