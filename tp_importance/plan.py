@@ -126,11 +126,12 @@ class Plan:
         unknown = [name for name in data if name not in known]
         if missing or unknown:
             raise ValueError(f"this is no plan that to_dict() made: fields missing {missing}, unknown {unknown}")
+        values: dict[str, Any] = {}
         for name, value in data.items():
             if not isinstance(value, Mapping):
                 raise ValueError(f"plan field {name!r} must be a dict, not {value!r}")
-        try:
-            costs = {name: Cost(**data[name]) for name in ("cost", "dense")}
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"plan fields 'cost' and 'dense' must hold macs and params: {error}") from error
-        return cls(**{**{name: dict(value) for name, value in data.items()}, **costs})
+            try:
+                values[name] = Cost(**value) if name in ("cost", "dense") else dict(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"plan field {name!r} must hold macs and params: {error}") from error
+        return cls(**values)
