@@ -6,7 +6,6 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent host-tests clean
-.PHONY: demo-sweep bench-itpruner bench-itpruner-cost
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +24,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## run the quick start
 	$(PY) examples/quickstart.py $(ARGS)
 
+.PHONY: demo-sweep
 demo-sweep: $(STAMP) ## show ITPruner's widths for many budgets
 	$(PY) examples/sweep.py $(ARGS)
 
@@ -49,17 +49,18 @@ bench-scoring: $(STAMP) ## measure what scoring costs (ARGS=...)
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_oneshot.py $(ARGS)
 
-bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
-	$(PY) benchmarks/cifar_subtask.py $(ARGS)
-
-bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
-	$(PY) benchmarks/cifar_exponent.py $(ARGS)
-
+.PHONY: bench-itpruner bench-itpruner-cost
 bench-itpruner: $(STAMP) ## ITPruner's widths on CIFAR (ARGS=...; cifar_train.py trains what has no weights)
 	$(PY) benchmarks/itpruner_cifar.py $(ARGS)
 
 bench-itpruner-cost: $(STAMP) ## measure what ITPruner costs (ARGS=...)
 	$(PY) benchmarks/itpruner_cost.py $(ARGS)
+
+bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
+	$(PY) benchmarks/cifar_subtask.py $(ARGS)
+
+bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
+	$(PY) benchmarks/cifar_exponent.py $(ARGS)
 
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
 	$(PY) benchmarks/host_tests.py $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)
