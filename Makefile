@@ -25,6 +25,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## run the quick start
 	$(PY) examples/quickstart.py $(ARGS)
 
+.PHONY: demo-sweep
+demo-sweep: $(STAMP) ## show ITPruner's widths for many budgets
+	$(PY) examples/sweep.py $(ARGS)
+
 test: $(STAMP) ## run all tests and doctests (ARGS="-k name")
 	$(PY) -m pytest $(ARGS)
 
@@ -54,6 +58,13 @@ bench-psap-overhead: $(STAMP) ## what a training step costs under PSAP (ARGS=...
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_oneshot.py $(ARGS)
+
+.PHONY: bench-itpruner bench-itpruner-cost
+bench-itpruner: $(STAMP) ## ITPruner's widths on CIFAR (ARGS=...; cifar_train.py trains what has no weights)
+	$(PY) benchmarks/itpruner_cifar.py $(ARGS)
+
+bench-itpruner-cost: $(STAMP) ## measure what ITPruner costs (ARGS=...)
+	$(PY) benchmarks/itpruner_cost.py $(ARGS)
 
 bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
 	$(PY) benchmarks/cifar_subtask.py $(ARGS)

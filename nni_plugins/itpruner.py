@@ -10,6 +10,7 @@ from torch import nn
 from tp_importance import Budget, ITPrunerImportance
 from tp_importance.allocation import Allocator
 from tp_importance.functional.hsic import Estimator, Kernel
+from tp_importance.itpruner import Per
 from tp_importance.program import Objective, Solver
 
 from .base import Config, ImportancePruner
@@ -37,6 +38,7 @@ class ITPruner(ImportancePruner):
         objective: see :class:`tp_importance.ITPrunerImportance`.
         solver: see :class:`tp_importance.ProgramAllocator`.
         pool: see :class:`tp_importance.ITPrunerImportance`.
+        per: see :class:`tp_importance.ITPrunerImportance`.
         allocator: another allocator on the same curves; default: the program.
         **options: see :class:`~nni_plugins.base.ImportancePruner`.
 
@@ -69,11 +71,18 @@ class ITPruner(ImportancePruner):
         objective: Objective = "gp",
         solver: Solver = "direct",
         pool: bool = False,
+        per: Per = "layer",
         allocator: str | Allocator | None = None,
         **options: Any,
     ) -> None:
         weighted = ITPrunerImportance(
-            importance=importance, beta=beta, estimator=estimator, kernel=kernel, objective=objective, pool=pool
+            importance=importance,
+            beta=beta,
+            estimator=estimator,
+            kernel=kernel,
+            objective=objective,
+            pool=pool,
+            per=per,
         )
         super().__init__(
             model,

@@ -134,9 +134,13 @@ def test_relevance_of_a_network():
     np.testing.assert_allclose(importance.nhsic, expected, rtol=1e-4)
     t = (expected.sum(1) - 1) / (expected.sum() - len(expected))
     np.testing.assert_allclose(list(importance.relevance.values()), t, rtol=1e-4)
-    np.testing.assert_allclose(list(importance.weights.values()), np.exp(-5 * (t - t.min())), rtol=1e-4)
+    layers = np.array([len(g.producers) for g in importance.groups])
+    assert layers.max() > 1
+    np.testing.assert_allclose(list(importance.weights.values()), layers * np.exp(-5 * (t - t.min())), rtol=1e-4)
     other = importance.reweighted(beta=-5.0)
-    np.testing.assert_allclose(list(other.weights.values()), np.exp(5 * (t - t.max())), rtol=1e-4)
+    np.testing.assert_allclose(list(other.weights.values()), layers * np.exp(5 * (t - t.max())), rtol=1e-4)
+    per_group = importance.reweighted(beta=0.0, per="group")
+    assert set(per_group.weights.values()) == {1.0}
     assert importance.beta == 5.0 and importance.curves()["0.0"].loss[1] != other.curves()["0.0"].loss[1]
 
 
@@ -171,8 +175,35 @@ def test_sweep(tmp_path):
     for wrong in ([], [plans[0], pruned("plain")[0].plan()]):
         with pytest.raises(ValueError, match="plans"):
             sweep_frame(wrong)
-    again = Plan.from_dict(json.loads(json.dumps(plans[1].to_dict())))
-    assert again == plans[1]
+
+
+def test_a_plan_goes_through_json_and_knows_its_network():
+    pruner = pruned("residual")[0]
+    plan = pruner.plan()
+    data = json.loads(json.dumps(plan.to_dict()))
+    again = Plan.from_dict(data)
+    assert again == plan and again.widths is not data["widths"]
+    assert again.pruning_ratio_dict(pruner.groups) == plan.pruning_ratio_dict(pruner.groups)
+    assert Plan.from_dict({k: v for k, v in data.items() if k not in ("constant", "certificate")}).certificate == {}
+    for wrong, message in (
+        ({k: v for k, v in data.items() if k != "widths"}, "missing.*widths"),
+        ({**data, "width": {}}, "unknown.*width"),
+        ({**data, "widths": 3}, "'widths' must be a dict"),
+        ({**data, "cost": {"macs": 3}}, "cost.*params"),
+        ({**data, "dense": {"macs": -1, "params": 2}}, "negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Plan.from_dict(wrong)
+    with pytest.raises(TypeError, match="to_dict"):
+        Plan.from_dict(json.dumps(data))  # type: ignore[arg-type]
+    before = pruner.groups
+    pruner.step()
+    for convert in (plan.pruning_ratio_dict, plan.config_list):
+        convert(before)
+        with pytest.raises(ValueError, match=r"channels of group .*, which has"):
+            convert(pruner.groups)
+        with pytest.raises(ValueError, match="no prunable group"):
+            convert(pruned("plain")[0].groups)
 
 
 def test_floors_and_ceilings():
@@ -195,6 +226,7 @@ def test_floors_and_ceilings():
         {"estimator": "median"},
         {"kernel": "cosine"},
         {"beta": float("nan")},
+        {"per": "stage"},
         {"objective": "linear", "solver": "cvxpy"},
     ):
         with pytest.raises(ValueError, match=r"nope|0\.0|official|choose|finite|cvxpy"):

@@ -20,7 +20,8 @@ class GramStatistics:
     """nHSIC between groups from one pass.
 
     The features of a group are its channels where its first reader receives them, flattened to one row per sample;
-    a reader that runs several times in a batch adds the features of all its runs.
+    a reader that runs several times in a batch adds the features of all its runs. That is behind whatever lies between
+    producer and reader: in a pre-activation network behind the batch norm and ReLU of the first block that reads it.
 
     Args:
         groups: the groups.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch_pruning as tp
@@ -25,7 +25,9 @@ from .plan import Plan
 from .program import Objective, ProgramAllocator, Solver, checked_objective
 from .pruner import BudgetPruner
 
-__all__ = ["ITPruner", "ITPrunerImportance"]
+__all__ = ["ITPruner", "ITPrunerImportance", "Per"]
+
+Per = Literal["layer", "group"]
 
 
 class ITPrunerImportance(StatisticalImportance):
@@ -33,10 +35,12 @@ class ITPrunerImportance(StatisticalImportance):
 
     One pass, no labels: nHSIC between what the groups' first readers receive, relevance
     :math:`t_g = \sum_{h \ne g} \mathrm{nHSIC}_{gh}` over its sum, weight
-    :math:`\hat\alpha_g = e^{-\beta (t_g - \min t)}` [paper: up to the shift]. A group of U units loses, at c of them,
+    :math:`\alpha_g = N_g e^{-\beta (t_g - \min t)}` [paper: without N, and up to the shift], where :math:`N_g` layers
+    produce the channels of the group (ours: what counts is layers, and coupled ones share a width). A group of U units
+    loses, at c of them,
 
-    .. math:: L_g(c) = \hat\alpha_g (U / c - 1) \text{ ("gp", ours)}, \qquad
-              L_g(c) = \hat\alpha_g (1 - c / U) \text{ ("linear", the paper's)}
+    .. math:: L_g(c) = \alpha_g (U / c - 1) \text{ ("gp", ours)}, \qquad
+              L_g(c) = \alpha_g (1 - c / U) \text{ ("linear", the paper's)}
 
     (at c = 0 of "gp", which no allocator reaches: as at ½). Which units go is the inner importance's choice
     [paper: L1 norm].
@@ -51,6 +55,7 @@ class ITPrunerImportance(StatisticalImportance):
         budget: what the network is to cost; the scores for Torch-Pruning's ``global_pruning=True`` then rank all units
             that the program keeps above all it removes (prune by :attr:`pruning_ratio`).
         pool: average channels over their positions before comparing groups; cheaper, ours.
+        per: ``"layer"``, or ``"group"``: N = 1, so that a stage of many layers weighs what one layer does.
 
     Attributes:
         nhsic: shape (G, G), in the order of ``groups``.
@@ -83,6 +88,7 @@ class ITPrunerImportance(StatisticalImportance):
         objective: Objective = "gp",
         budget: Budget | None = None,
         pool: bool = False,
+        per: Per = "layer",
     ) -> None:
         inner = tp.importance.MagnitudeImportance(p=1) if importance is None else importance
         super().__init__(classes=getattr(inner, "classes", None))
@@ -90,11 +96,14 @@ class ITPrunerImportance(StatisticalImportance):
             raise ValueError(f"estimator={estimator!r} is unknown; choose 'biased' or 'unbiased'")
         if kernel not in ("linear", "rbf"):
             raise ValueError(f"kernel={kernel!r} is unknown; choose 'linear' or 'rbf'")
+        if per not in ("layer", "group"):
+            raise ValueError(f"per={per!r} is unknown; choose 'layer' or 'group'")
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
         importance_weights(np.zeros(1), beta)  # checks it
         self.importance, self.beta, self.estimator, self.kernel = inner, beta, estimator, kernel
         self.objective, self.budget, self.pool = checked_objective(objective), budget, pool
+        self.per = per
         self.needs_labels = isinstance(inner, StatisticalImportance) and inner.needs_labels
         self.nhsic: NDArray[np.float64] = np.zeros((0, 0))
         self.relevance: dict[str, float] = {}
@@ -104,13 +113,12 @@ class ITPrunerImportance(StatisticalImportance):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight α̂ per group name, in (0, 1].
+        """Weight α per group name.
 
         Raises:
             NotCollectedError: before :meth:`collect`.
         """
-        self.groups  # noqa: B018 - raises before collect
-        return _weights(self.relevance, self.beta)
+        return self._weights(self.groups, self.relevance)
 
     @property
     def allocated(self) -> dict[str, int]:
@@ -123,15 +131,18 @@ class ITPrunerImportance(StatisticalImportance):
         total, kept = sum(self.groups.widths.values()), sum(self.allocated.values())
         return 1.0 - (kept + 0.5) / total if kept < total else 0.0
 
-    def reweighted(self, *, beta: float | None = None, objective: Objective | None = None) -> Self:
-        """The same statistics with another β or objective, without a new pass.
+    def reweighted(
+        self, *, beta: float | None = None, objective: Objective | None = None, per: Per | None = None
+    ) -> Self:
+        """The same statistics with other weights or another objective, without a new pass.
 
         Args:
             beta: β; default: as it is.
             objective: default: as it is.
+            per: default: as it is.
         """
         other = copy.copy(self)
-        other.beta = self.beta if beta is None else beta
+        other.beta, other.per = self.beta if beta is None else beta, self.per if per is None else per
         other.objective = checked_objective(self.objective if objective is None else objective)
         other._cached_curves, other._ranks = other._valued(self.groups, self._orders, self.relevance), {}
         other._units = other._allocated(self.groups, other._cached_curves, self.relevance)
@@ -168,10 +179,15 @@ class ITPrunerImportance(StatisticalImportance):
         self._orders, self.nhsic, self.relevance, self._units = orders, nhsic, shared, units
         return curves
 
+    def _weights(self, groups: PrunableGroups, shared: Mapping[str, float]) -> dict[str, float]:
+        alpha = importance_weights(np.array([shared[g.name] for g in groups]), self.beta)
+        layers = [len(g.producers) if self.per == "layer" else 1 for g in groups]
+        return dict(zip(groups.names, (alpha * layers).tolist(), strict=True))
+
     def _valued(
         self, groups: PrunableGroups, orders: Mapping[str, Curve], shared: Mapping[str, float]
     ) -> dict[str, Curve]:
-        weights, curves = _weights(shared, self.beta), {}
+        weights, curves = self._weights(groups, shared), {}
         for g in groups:
             order, kept = orders[g.name], np.arange(g.n_units + 1) / g.n_units
             kept[0] = 0.5 / g.n_units if self.objective == "gp" else 0.0
@@ -186,7 +202,7 @@ class ITPrunerImportance(StatisticalImportance):
         if self.budget is None:
             return {}
         cost = CostModel.from_groups(groups)
-        allocate = ProgramAllocator(_weights(shared, self.beta), objective=self.objective)
+        allocate = ProgramAllocator(self._weights(groups, shared), objective=self.objective)
         units: Ints = allocate(curves, cost, WidthSpace.of(groups.groups), self.budget.limits(cost.dense))
         return dict(zip(cost.names, units.tolist(), strict=True))
 
@@ -218,6 +234,7 @@ class ITPruner(BudgetPruner):
             procedure is in :mod:`tp_importance.functional.itpruner_official`.
         solver: ``"direct"`` or ``"cvxpy"``.
         pool: see :class:`ITPrunerImportance`.
+        per: see :class:`ITPrunerImportance`.
         allocator: another allocator on the same curves; default: the program.
         **options: see :class:`~tp_importance.pruner.BudgetPruner`.
 
@@ -245,11 +262,18 @@ class ITPruner(BudgetPruner):
         objective: Objective = "gp",
         solver: Solver = "direct",
         pool: bool = False,
+        per: Per = "layer",
         allocator: str | Allocator | None = None,
         **options: Any,
     ) -> None:
         weighted = ITPrunerImportance(
-            importance=importance, beta=beta, estimator=estimator, kernel=kernel, objective=objective, pool=pool
+            importance=importance,
+            beta=beta,
+            estimator=estimator,
+            kernel=kernel,
+            objective=objective,
+            pool=pool,
+            per=per,
         )
         program = weighted.allocator(solver)
         super().__init__(
@@ -269,8 +293,3 @@ class ITPruner(BudgetPruner):
             budgets: budgets, or fractions of the MACs.
         """
         return [self.plan(b if isinstance(b, Budget) else Budget(macs=float(b))) for b in budgets]
-
-
-def _weights(shared: Mapping[str, float], beta: float) -> dict[str, float]:
-    alpha = importance_weights(np.array(list(shared.values())), beta)
-    return dict(zip(shared, alpha.tolist(), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -52,6 +52,9 @@ class Plan:
 
         Returns:
             ``{module: ratio}`` of every producer.
+
+        Raises:
+            ValueError: if the plan is of other groups, or of these at other widths.
         """
         modules = groups.trace.model
         return {
@@ -69,6 +72,9 @@ class Plan:
 
         Returns:
             One entry per layer that loses filters, depthwise convolutions with those they follow.
+
+        Raises:
+            ValueError: as :meth:`pruning_ratio_dict`.
         """
         first = {m.name: g.name for g in reversed(groups.groups) for m in g.members if m.role == "out"}
         entries = []
@@ -81,7 +87,16 @@ class Plan:
         return entries
 
     def _kept(self, groups: PrunableGroups, kind: str) -> list[tuple[Member, int]]:
-        """Members whose output channels go, and how many each keeps; one layer may be part of several groups."""
+        """Members whose output channels go, and how many each keeps; one layer may be part of several groups.
+
+        Raises:
+            ValueError: if the plan is not of these groups; names the first that differs.
+        """
+        for name, left in self.widths.items():
+            now = groups[name].width  # raises for an unknown one
+            then = left + len(self.removed.get(name, ())) * groups[name].unit_size
+            if now != then:
+                raise ValueError(f"the plan was made for {then} channels of group {name}, which has {now} now")
         kept: dict[str, int] = {}
         members: dict[str, Member] = {}
         for group in groups:
@@ -98,5 +113,25 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Rebuild a plan from :meth:`to_dict`."""
-        return cls(**{**data, **{key: Cost(**data[key]) for key in ("cost", "dense")}})
+        """Rebuild a plan from :meth:`to_dict`.
+
+        Raises:
+            TypeError: if ``data`` is not a mapping.
+            ValueError: if a field is missing, unknown or malformed; names it.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"a plan is read from a dict that to_dict() made, not from {type(data).__name__}")
+        known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
+        missing = [name for name, required in known.items() if required and name not in data]
+        unknown = [name for name in data if name not in known]
+        if missing or unknown:
+            raise ValueError(f"this is no plan that to_dict() made: fields missing {missing}, unknown {unknown}")
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            if not isinstance(value, Mapping):
+                raise ValueError(f"plan field {name!r} must be a dict, not {value!r}")
+            try:
+                values[name] = Cost(**value) if name in ("cost", "dense") else dict(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"plan field {name!r} must hold macs and params: {error}") from error
+        return cls(**values)

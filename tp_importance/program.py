@@ -29,14 +29,16 @@ class ProgramAllocator:
     the order inside the groups is the importance's.
 
     Args:
-        weights: α > 0 per group name, or a function that gives them when they are there; default: equal.
+        weights: α > 0 per group name, or a function that gives them when they are there; default: equal. Where layers
+            share widths, ``{g.name: len(g.producers) for g in pruner.groups}`` counts layers, not groups.
         objective: ``"gp"`` or ``"linear"``.
         solver: ``"direct"``, or ``"cvxpy"`` as an independent check (``"gp"`` only).
 
     Attributes:
-        certificate: of the last solve: ``objective`` at the continuous optimum, its lower ``bound`` (``"gp"``), the
-            ``kkt_residual``, the multiplier of every limit in log form (``multiplier_macs``: what the objective gains
-            per relative change of the limit), and ``objective_units`` at the widths that were returned.
+        certificate: of the last solve: ``objective`` at the continuous optimum, its lower ``bound`` (``"gp"`` only,
+            where the optimum is global; no admissible widths are below it), the ``kkt_residual``, the multiplier of
+            every limit in log form (``multiplier_macs``: what the objective gains per relative change of the limit),
+            and ``objective_units`` at the widths that were returned.
 
     Raises:
         ValueError: for an unknown objective or solver.

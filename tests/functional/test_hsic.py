@@ -94,6 +94,22 @@ def test_grams_add_up():
     torch.testing.assert_close(centred_gram((far + 1000).float()), centred_gram(far), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 100])
+def test_gram_is_the_full_product(n):
+    x = torch.randn(n, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    shifted = x - x[:1]
+    torch.testing.assert_close(gram(x), shifted @ shifted.mT)
+
+
+def test_constant_means_constant_up_to_rounding_whatever_the_scale():
+    far = 100 + 1e-5 * torch.randn(N, 50, generator=torch.Generator().manual_seed(0))  # float32: 1e-7 of the energy
+    assert gram(far).abs().max() == 0
+    values = features()
+    small = [values[0] * 1e-8, *values[1:]]
+    np.testing.assert_allclose(nhsic(small), nhsic(values), rtol=1e-9)
+    assert gram(torch.full((3, 2), torch.nan)).isnan().all()
+
+
 @pytest.mark.parametrize(("d", "expected"), [(64, 0.39), (1000, 0.91), (16384, 0.994)])
 @pytest.mark.parametrize("relu", [False, True])
 def test_the_biased_estimator_saturates(d, expected, relu):
