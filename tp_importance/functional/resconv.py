@@ -200,7 +200,7 @@ def cheapest_removal(
     least = np.array([needed[f] for f in rows])
     saved = np.stack(list(rows.values()))
     order = np.argsort(loss, kind="stable")
-    enough = (saved[:, order].cumsum(1) >= least[:, None]).all(0)
+    enough = np.asarray((saved[:, order].cumsum(1) >= least[:, None]).all(0))
     enough[-1] = True  # checked above, but in another order of summation
     upper = float(loss[order][: int(enough.argmax()) + 1].sum())  # of the cheapest layers, as many as needed
     unit = float(loss[loss <= upper].max()) or 1.0

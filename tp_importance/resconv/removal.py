@@ -7,6 +7,7 @@ factor goes into every layer that reads it, and out of every layer that adds to 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -136,9 +137,9 @@ def _factor(model: nn.Module, name: str) -> float:
             f"{name!r} is {found}, not a ResConv2d: only those can be removed, call convert_to_resconv first"
         )
     a = module.a.item()
-    if a < 0:
+    if not 0 <= a < math.inf:
         raise ValueError(
-            f"layer {name} has a={a:g}; a removed layer hands on a times its input, so a must not be negative"
+            f"layer {name} has a={a:g}; a removed layer hands on a times its input, so a must be finite and >= 0"
         )
     if a == 0:
         warnings.warn(f"layer {name} has a=0 (not trained yet?): it becomes the identity", stacklevel=3)
@@ -171,7 +172,7 @@ def _collapse(model: nn.Module, flow: Flow, removed: list[str]) -> dict[str, flo
         if not inside or len(calls[name]) != 1 or any(name.startswith(f"{other}.") for other in collapsed):
             continue
         span = calls[name][0]
-        if len(span.inputs) != 1 or len(span.outputs) != 1 or any(True for _ in span.module.parameters()):
+        if not span.plain or any(True for _ in span.module.parameters()):
             continue
         given, result = span.inputs[0], span.outputs[0]
         if root[given] == root[result]:
