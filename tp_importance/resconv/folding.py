@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..dataflow import Flow, Op, is_batchnorm
 from ..functional.rescaling import Ratios
 from ..functional.resconv import scaled_batchnorm
 from ..tracing import CONV
-from .block import ResConv2d, Scale, replace_module
+from .block import ResConv2d, Scale, replace_module, shared_parameters
 
 __all__ = ["fold_scales"]
 
@@ -63,8 +62,7 @@ class _Scales:
     def __init__(self, model: nn.Module, flow: Flow) -> None:
         self.flow, self.ratios = flow, Ratios()
         self.parts: dict[int, Segments] = {}
-        owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
-        self._tied = {p for p, count in owners.items() if count > 1}
+        self._tied = shared_parameters(model)
         for op in flow.ops:
             self._enter(op)
         for v in flow.outputs:
@@ -129,6 +127,10 @@ class _Scales:
         if len(parts) == 1:
             return [(parts[0][0], made[1] if len(made) > 1 else 1)]
         known = op.kind in ("relu", "same") or "pool" in op.name or op.name in _CHANNELWISE
+        if op.name == "mean":
+            dims = op.argument(1, "dim", None)
+            dims = [dims] if isinstance(dims, int) else dims or [1]
+            known = all(d % len(given) > 1 for d in dims)
         flat = len(made) == 2 and len(given) > 2 and made[1] == math.prod(given[1:])
         if known and len(made) > 1 and given[0] == made[0] and (made[1] == given[1] or flat):
             return [(part, n * (made[1] // given[1])) for part, n in parts]
