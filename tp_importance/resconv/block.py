@@ -59,7 +59,8 @@ class ResConv2d(nn.Module):
             raise ValueError(
                 f"bn={bn} is no batch norm with running statistics, so it could not be fused; leave it out"
             )
-        self.conv, self.bn = conv, nn.Identity() if bn is None else bn
+        self.training = conv.training
+        self.conv, self.bn = conv, nn.Identity().train(conv.training) if bn is None else bn
         self.s = nn.Parameter(conv.weight.detach().new_full((1,), s))
         self.a = nn.Parameter(conv.weight.detach().new_full((1,), a))
 
@@ -227,9 +228,7 @@ def convert_to_resconv(
             bn_name = report.batchnorms.get(name)
             if bn_name:  # first: afterwards the block holds it, too
                 replace_module(model, bn_name, nn.Identity().train(modules[bn_name].training))
-            block = ResConv2d(modules[name], modules[bn_name] if bn_name else None, s=s, a=a)
-            block.training = modules[name].training
-            replace_module(model, name, block)
+            replace_module(model, name, ResConv2d(modules[name], modules[bn_name] if bn_name else None, s=s, a=a))
         flow = record(model, example_inputs, layers={ResConv2d: "layer"}, forward_fn=forward_fn)
         for name, layer in resconv_layers(model).items():
             if len(flow.calls(layer)) != 1:

@@ -174,10 +174,7 @@ class _Scales:
                 _set(module, key, value)
         else:
             weight: Any = module.weight
-            dim = 0 if getattr(module, "transposed", False) else 1
-            by_channel = read[:1] if getattr(module, "groups", 1) > 1 else read
-            shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-            _set(module, "weight", weight.double() * by_channel.to(weight.device).view(shape) / made)
+            _set(module, "weight", weight.double() * _factors_of(module, read).to(weight.device) / made)
             if module.bias is not None:
                 _set(module, "bias", module.bias.double() / made)
 
@@ -186,7 +183,16 @@ def _per_channel(op: Op, flow: Flow) -> bool:
     """Whether a layer can read a different factor in every input channel."""
     if isinstance(op.module, nn.Linear):
         return len(flow.shapes[op.inputs[0]]) == 2
-    return is_batchnorm(op.module) or (isinstance(op.module, CONV) and op.module.groups == 1)
+    return is_batchnorm(op.module) or isinstance(op.module, CONV)
+
+
+def _factors_of(module: Any, read: Tensor) -> Tensor:
+    """What a weight is multiplied by, for factors by input channel (or one for all); of a shape that broadcasts."""
+    rest = [1] * (module.weight.dim() - 2)
+    if len(read) == 1 or getattr(module, "groups", 1) == 1 or module.transposed:
+        return read.view(-1, 1, *rest) if getattr(module, "transposed", False) else read.view(1, -1, *rest)
+    by_group = read.view(module.groups, -1)
+    return by_group.repeat_interleave(module.out_channels // module.groups, 0).view(*module.weight.shape[:2], *rest)
 
 
 def _set(module: nn.Module, key: str, value: Tensor) -> None:
