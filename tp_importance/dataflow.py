@@ -57,6 +57,7 @@ class Op:
         inputs: the tensors it reads, in order.
         outputs: the tensors it makes; in-place results count as new tensors.
         args: positional and keyword arguments; a tensor stands there as its :class:`Value`.
+        written: tensors that it changes in place, among them others in the same memory.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Op:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     fixed: Kind | None = None
+    written: tuple[int, ...] = ()
 
     @property
     def kind(self) -> Kind:
@@ -300,8 +302,11 @@ class _Recorder(TorchFunctionMode):
         aliases = self._aliases(changed)
         if aliases or name == "setitem":
             fixed = "other"
+        if fixed == "same" and (kwargs.get("inplace") or args[3:4] == (True,)):
+            changed = made  # by a dropout in train mode
+        written = tuple(self.value(t) for t in (*changed, *aliases))
         outputs = tuple(self.value(t, new=True) for t in (*made, *aliases))
-        self.ops.append(Op(name, None, inputs, outputs, named[0], named[1], fixed))
+        self.ops.append(Op(name, None, inputs, outputs, named[0], named[1], fixed, written))
         return output
 
     def _aliases(self, changed: list[Tensor]) -> list[Tensor]:

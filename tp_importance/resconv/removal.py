@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import call_model, tensors_in
+from ..batches import call_model, reference_tensor, tensors_in
 from ..dataflow import Flow, Kind, Span, record
 from ..guards import preserved, transaction
 from ..verify import difference
@@ -58,9 +58,9 @@ def remove_layers(
     The factor a goes into all readers of that tensor: weights of convolutions and linear layers, statistics of batch
     norms, slices behind a concatenation, the a of readers that are still :class:`ResConv2d`; through adds also out of
     the layers that feed the same stream. What lies between must be positively homogeneous (ReLU, LeakyReLU, pools,
-    reshapes). Where it is not (ReLU6, SiLU, sigmoid, an output of the network), one explicit :class:`Scale` stays.
-    Activations that are modules and have become idle go, too, and so do blocks that only multiply: with both layers
-    gone, :math:`\phi(a_2 \phi(a_1 x) + x) = (1 + a_1 a_2) x`.
+    reshapes). Where it is not (ReLU6, SiLU, sigmoid, an output of the network), one explicit :class:`Scale` stays; one
+    by 1, a copy, stays where something writes in place. Activations that are modules and have become idle go, too,
+    and so do blocks that only multiply: with both layers gone, :math:`\phi(a_2 \phi(a_1 x) + x) = (1 + a_1 a_2) x`.
 
     A layer with a = 0 would pass on nothing; it becomes the identity, with a warning.
 
@@ -91,19 +91,23 @@ def remove_layers(
     wanted = list(dict.fromkeys(names))
     factors = {name: _factor(model, name) for name in wanted}
     run = forward_fn or call_model
+
+    def again() -> Flow:
+        return record(model, example_inputs, layers=LAYERS, forward_fn=run)
+
     with transaction(model), preserved(model), torch.no_grad():
-        idle = _idle_activations(model, record(model, example_inputs, layers=LAYERS, forward_fn=run))
+        idle = _idle_activations(model, again())
         for name, factor in factors.items():
             layer = model.get_submodule(name)
-            replace_module(model, name, _multiply(factor, layer.a).train(layer.training))  # type: ignore[arg-type]
+            replace_module(model, name, Scale(factor, like=layer.a).train(layer.training))  # type: ignore[arg-type]
         before = outputs_of(model, example_inputs, run)
-        flow = record(model, example_inputs, layers=LAYERS, forward_fn=run)
-        collapsed = _collapse(model, flow, wanted)
-        flow = record(model, example_inputs, layers=LAYERS, forward_fn=run)
+        collapsed = _collapse(model, again(), wanted)
+        flow = again()
+        idle = _idle_activations(model, flow) - idle
         kept = fold_scales(model, flow)
-        flow = record(model, example_inputs, layers=LAYERS, forward_fn=run)
-        for name in _idle_activations(model, flow) - idle:
+        for name in idle:
             replace_module(model, name, nn.Identity().train(model.get_submodule(name).training))
+        _copy_what_is_written_to(model, {op.name for op in flow.ops if isinstance(op.module, Scale)} | idle, again)
         require_same(before, outputs_of(model, example_inputs, run), f"removing {', '.join(wanted)}")
     return RemovalReport(wanted, collapsed, kept)
 
@@ -147,8 +151,27 @@ def _factor(model: nn.Module, name: str) -> float:
     return a or 1.0
 
 
-def _multiply(factor: float, like: Tensor) -> nn.Module:
-    return nn.Identity() if factor == 1.0 else Scale(factor, like=like)
+def _copy_what_is_written_to(model: nn.Module, names: set[str], flow_of: Callable[[], Flow]) -> None:
+    """Put a copy (a Scale by 1) in place of an Identity whose output is changed in place afterwards.
+
+    Convolutions and batch norms give new tensors, so ``relu_`` or ``+=`` may follow; without them the input of the
+    removed layer would change, or what autograd has kept of it.
+    """
+    while True:
+        flow, found = flow_of(), set[str]()
+        for position, op in enumerate(flow.ops):
+            for v in op.written:
+                maker = flow.maker.get(v)
+                new = maker is not None and (maker.module is not None or maker.kind == "add")
+                if not new or len(flow.readers[v]) > 1 or v in flow.outputs:
+                    on_the_way = [s.name for s in flow.spans if s.outputs == (v,) and s.ops.stop <= position]
+                    found.update([name for name in on_the_way if name in names][-1:])
+        if not found:
+            return
+        names = names - found
+        for name in found:
+            old, like = model.get_submodule(name), reference_tensor(model)
+            replace_module(model, name, Scale(like=like).train(old.training))
 
 
 def _idle_activations(model: nn.Module, flow: Flow) -> set[str]:
@@ -180,7 +203,7 @@ def _collapse(model: nn.Module, flow: Flow, removed: list[str]) -> dict[str, flo
             collapsed[name] = factor[result] / factor[given]
             scales = [m.factor for m in span.module.modules() if isinstance(m, Scale)]
             like = scales[0] if scales else torch.ones(())
-            replace_module(model, name, _multiply(collapsed[name], like).train(span.module.training))
+            replace_module(model, name, Scale(collapsed[name], like=like).train(span.module.training))
     return collapsed
 
 
