@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from networks import conv_bn, conv_bn_relu, head, randomise_batchnorm
-from tp_importance.resconv import Scale, convert_to_resconv, fuse, remove_layers, resconv_layers
+from tp_importance import Budget
+from tp_importance.resconv import ResConvPruner, Scale, convert_to_resconv, fuse, remove_layers, resconv_layers
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+X32 = X.float()
 
 
 class Wired(nn.Module):
@@ -259,3 +261,19 @@ def vgg() -> nn.Module:
     layers = [conv_bn_relu(3, 8), cbr(), nn.MaxPool2d(2), conv_bn_relu(8, 12), conv_bn_relu(12, 12), nn.MaxPool2d(2)]
     layers += [conv(12, 12), nn.ReLU(), conv(12, 12), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(48, 8), nn.ReLU()]
     return nn.Sequential(*layers, nn.Dropout(), nn.Linear(8, 4))
+
+
+def fresh(budget: Budget | None = None, build=resnet, **options) -> ResConvPruner:
+    model = ready(build()).float()
+    return ResConvPruner(model, X32, budget=budget or Budget(macs=0.7), **options)
+
+
+def train(model, optimizer, pruner=None, steps=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+        if pruner is not None:
+            pruner.regularize(optimizer)

@@ -172,6 +172,7 @@ def conv_problem(conv: nn.Conv2d) -> str | None:
     return None if fits else f"padding {conv.padding} changes the size"
 
 
+@torch.inference_mode(False)  # what is made there could take no gradient
 def convert_to_resconv(
     model: nn.Module,
     example_inputs: Any,
@@ -304,6 +305,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
                 parent._modules[leaf] = new
 
 
+@torch.inference_mode(False)  # what is made there could take no gradient
 def fuse(model: nn.Module) -> nn.Module:
     """Turn every :class:`ResConv2d` into one ordinary convolution, in place; the function in eval mode stays.
 

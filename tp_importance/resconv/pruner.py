@@ -209,10 +209,11 @@ class ResConvPruner:
             ValueError: if the importance gives a value that is missing, negative or not finite, or for bad data.
         """
         layers = self._require_layers()
-        if not callable(self._importance):
+        if callable(self._importance):
+            found = dict(self._importance(self.model, layers))
+        else:
             measure = LOSSES[self._importance]
-            return measure(self.model, layers, self.loader, self._example_inputs, self._forward_fn)
-        found = dict(self._importance(self.model, layers))
+            found = measure(self.model, layers, self.loader, self._example_inputs, self._forward_fn)
         for name in layers:
             if not (np.isfinite(found.get(name, np.nan)) and found[name] >= 0):
                 raise ValueError(
@@ -245,6 +246,7 @@ class ResConvPruner:
         gone = _cheapest(losses, costs.savings, needed)
         return LayerPlan(gone, losses, costs.without(gone), self.dense, limits)
 
+    @torch.inference_mode(False)  # what is made there could take no gradient
     def step(self, budget: Budget | None = None, *, fuse: bool = True, recalibrate: bool = False) -> LayerReport:
         """Remove layers, fold what they hand on into their neighbours, and fuse the others; in place.
 

@@ -46,6 +46,7 @@ class RemovalReport:
     kept_scales: dict[str, float]
 
 
+@torch.inference_mode(False)  # what is made there could take no gradient
 def remove_layers(
     model: nn.Module,
     example_inputs: Any,
