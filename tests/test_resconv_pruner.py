@@ -131,6 +131,18 @@ def test_modes_flags_and_hooks_stay():
     train(model, optimizer)
 
 
+def test_a_module_in_two_blocks_of_which_one_collapses():
+    model = resnet()
+    model[2].relu = model[1].relu
+    pruner = ResConvPruner(model.train(), X32, budget=Budget(macs=0.9), a=0.5)
+    pruner.layers["1.conv1"].s.data.zero_()
+    pruner.layers["1.conv2"].s.data.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(pruner.step(Budget(macs=0.8)).collapsed) == ["1"]
+    assert all(m.training for m in model.modules())
+
+
 STAGES = ["remove_layers", "recalibrate_batchnorm", "fuse_layers", "count_ops", "LayerCosts.of", "_cheapest"]
 
 

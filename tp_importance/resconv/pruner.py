@@ -273,7 +273,8 @@ class ResConvPruner:
         if recalibrate and self.loader is None:
             raise ValueError("recalibrate=True needs data: pass loader= to the pruner")
         plan, run = self.plan(budget), self._forward_fn
-        rows, modes = self._rows(plan), {n: m.training for n, m in self.model.named_modules()}
+        rows = self._rows(plan)
+        modes = {n: m.training for n, m in self.model.named_modules(remove_duplicate=False)}
         if not plan.removed:
             warnings.warn(f"the network already meets the budget ({plan.cost}); no layer is removed", stacklevel=2)
         done = RemovalReport([], {}, {})
