@@ -353,8 +353,9 @@ def randomise_batchnorm(model: nn.Module, example_inputs: Tensor, seed: int = 0)
     momenta = [bn.momentum for bn in norms]
     for bn in norms:
         signs = torch.where(torch.rand(bn.num_features, generator=generator) < 0.25, -1.0, 1.0)
-        bn.weight.copy_(signs * (0.5 + torch.rand(bn.num_features, generator=generator)))
-        bn.bias.copy_(0.3 * torch.randn(bn.num_features, generator=generator))
+        if bn.affine:
+            bn.weight.copy_(signs * (0.5 + torch.rand(bn.num_features, generator=generator)))
+            bn.bias.copy_(0.3 * torch.randn(bn.num_features, generator=generator))
         bn.momentum = 1.0  # keep this batch only
         bn.train()
     batch = torch.randn(32, *example_inputs.shape[1:], generator=generator)

@@ -134,3 +134,40 @@ def test_cost():
         Cost(1.5, 2)
     with pytest.raises(ValueError, match="params=-1"):
         Cost(1, -1)
+
+
+def test_latency():
+    budget = Budget(latency=0.5, macs=0.25)
+    assert budget.is_measured and budget.fields == ("macs", "latency")
+    assert budget.latency_limit(8.0) == 4.0 and budget.limits(DENSE) == {"macs": DENSE.macs // 4}
+    absolute = Budget(latency_ms=np.float32(2.5))
+    assert absolute.is_measured and absolute.latency_limit(8.0) == 2.5 and absolute.limits(DENSE) == {}
+    assert type(absolute.latency_ms) is float and type(Budget(latency_ms=3).latency_ms) is float
+    assert not Budget(macs=0.5).is_measured and Budget(macs=0.5).latency_limit(8.0) is None
+    for each in (budget, absolute):
+        assert Budget.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"latency": 1}, "latency=1 is an int.*latency_ms="),
+        ({"latency": 1.5}, "did you mean 0.015"),
+        ({"latency": True}, "bool"),
+        ({"latency": 0.5, "latency_ms": 2.0}, "not both"),
+        ({"latency_ms": 0}, "give milliseconds above 0"),
+        ({"latency_ms": -1.0}, "latency_ms=-1.0"),
+        ({"latency_ms": math.inf}, "latency_ms=inf"),
+        ({"latency_ms": math.nan}, "latency_ms=nan"),
+        ({"latency_ms": True}, "latency_ms=True"),
+        ({"latency_ms": "2"}, "latency_ms='2'"),
+        ({"latency_ms": torch.tensor(2.0)}, "latency_ms=tensor"),
+    ],
+)
+def test_refused_latencies(values, why):
+    with pytest.raises((ValueError, TypeError), match=why):
+        Budget(**values)
+
+
+def test_a_latency_is_never_met_unmeasured():
+    assert not Budget(latency=0.5).is_noop(DENSE) and not Budget(latency_ms=1e9, macs=1.0).is_noop(DENSE)

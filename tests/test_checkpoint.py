@@ -9,7 +9,9 @@ from torch import nn
 from torchvision.models import mobilenet_v3_small, resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
+from tp_importance import checkpoint
 from tp_importance.checkpoint import load_pruned, save_pruned
+from tp_importance.resconv import Scale, convert_to_resconv, fuse, remove_layers
 
 resnet = partial(resnet18, num_classes=10)
 mobilenet = partial(mobilenet_v3_small, num_classes=10)
@@ -404,3 +406,68 @@ def test_saving_changes_nothing(path):
     state = {n: t.clone() for n, t in model.state_dict().items()}
     save_pruned(model, path)
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items()) and model.training
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(x + self.bn(self.conv(x)))
+
+
+def residuals():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), Residual(), Residual(), nn.ReLU6(), nn.Conv2d(8, 2, 1))
+
+
+@pytest.mark.parametrize("gone", [[], ["2.conv"], ["2.conv", "3.conv"]], ids=len)
+@pytest.mark.parametrize("fused", [True, False])
+def test_removed_and_fused_layers(path, gone, fused):
+    """Blocks that are gone, factors that stay, convolutions that have gained a bias."""
+    x = torch.randn(2, 3, 8, 8)
+    model = convert_to_resconv(residuals().eval(), x, a=0.5)
+    if gone:
+        remove_layers(model, x, gone)
+    if fused and len(gone) < 2:
+        fuse(model)
+    scales = {n: m.factor.item() for n, m in model.named_modules() if isinstance(m, Scale)}
+    assert bool(scales) == bool(gone)
+    save_pruned(model, path)
+    plain = fused or len(gone) == 2
+    again = load_pruned(residuals if plain else lambda: convert_to_resconv(residuals(), x), path)
+    assert_same(model, again)
+    assert torch.equal(model(x), again(x))
+    assert {n: m.factor.item() for n, m in again.named_modules() if isinstance(m, Scale)} == scales
+    if not plain:
+        with pytest.raises(ValueError, match=r"layer '[23]\.conv' is a .*ResConv2d"):
+            load_pruned(residuals, path)
+    again.train()(x).sum().backward()
+
+
+def test_register_rebuilt(path, monkeypatch):
+    class Gain(nn.Module):
+        """A layer of the user's, with a float in its constructor."""
+
+        def __init__(self, size: int = 1, gain: float = 1.0, mode: str = "mul"):
+            super().__init__()
+            self.size, self.gain, self.mode = size, gain, mode
+            self.weight = nn.Parameter(torch.ones(size))
+
+        def forward(self, x):
+            return x * self.weight * self.gain if self.mode == "mul" else x
+
+    monkeypatch.setattr("tp_importance.checkpoint.REBUILT", dict(checkpoint.REBUILT))
+    model = nn.Sequential(nn.Linear(4, 4), Gain(4, 0.5))
+    save_pruned(model, path)
+    with pytest.raises(ValueError, match=r"layer '1' is a .*Gain"):
+        load_pruned(lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()), path)
+    checkpoint.register_rebuilt(Gain)
+    checkpoint.register_rebuilt(Gain)
+    save_pruned(model, path)
+    again = load_pruned(lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()), path)
+    x = torch.randn(3, 4)
+    assert again[1].gain == 0.5 and torch.equal(again(x), model(x))
+    other = type("Gain", (nn.Module,), {"__module__": Gain.__module__, "__qualname__": Gain.__qualname__})
+    with pytest.raises(ValueError, match="registered already"):
+        checkpoint.register_rebuilt(other)

@@ -141,15 +141,15 @@ class Budget:
         return self.latency_ms if self.latency is None else self.latency * dense_ms
 
     def is_noop(self, dense: Cost) -> bool:
-        """Whether the dense model already meets every limit on what is counted.
+        """Whether the dense model already meets every limit; what is measured is never known to be met.
 
         Args:
             dense: cost of the model before pruning.
 
         Returns:
-            True if all limits are at least the dense cost.
+            True if all limits are at least the dense cost, and no latency is limited.
         """
-        return all(limit >= getattr(dense, name) for name, limit in self.limits(dense).items())
+        return not self.is_measured and all(limit >= getattr(dense, name) for name, limit in self.limits(dense).items())
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields that are set, ready for JSON."""

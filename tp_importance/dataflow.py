@@ -25,6 +25,7 @@ __all__ = ["Flow", "Kind", "Op", "Span", "is_batchnorm", "record"]
 
 Kind = Literal["layer", "relu", "same", "homogeneous", "add", "cat", "other"]
 
+_BATCHNORM = {nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward}
 _RELU = {"relu", "leaky_relu"}
 _SAME = {"clone", "contiguous", "detach", "to", "float", "double", "half", "bfloat16", "type", "alias"}
 _POOLS = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "lp") for n in (1, 2, 3)}
@@ -35,7 +36,8 @@ _HOMOGENEOUS = {
     *("getitem", "chunk", "split", "unbind", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 }
 _ADD = {"add", "radd", "iadd"}
-_SCALED = {"mul", "rmul", "imul", "div", "truediv", "itruediv"}
+_SCALED = {"mul", "rmul", "imul"}
+_DIVIDED = {"div", "truediv", "itruediv"}
 _CAT = {"cat", "concat", "concatenate"}
 _POSITIVE = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
 _QUESTIONS = {
@@ -55,6 +57,7 @@ class Op:
         inputs: the tensors it reads, in order.
         outputs: the tensors it makes; in-place results count as new tensors.
         args: positional and keyword arguments; a tensor stands there as its :class:`Value`.
+        written: tensors that it changes in place, among them others in the same memory.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Op:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     fixed: Kind | None = None
+    written: tuple[int, ...] = ()
 
     @property
     def kind(self) -> Kind:
@@ -81,9 +85,9 @@ class Op:
             return "homogeneous"
         if self.name == "pad" and not self.argument(3, "value", 0):
             return "homogeneous"
-        if self.name in _SCALED and len(self.inputs) == 1 and (self.number or 0) > 0 and "mul" in self.name:
+        if self.name in _SCALED and len(self.inputs) == 1 and (self.number or 0) > 0:
             return "homogeneous"
-        if self.name in ("div", "truediv", "itruediv") and len(self.inputs) == 1 and isinstance(self.args[0], Value):
+        if self.name in _DIVIDED and len(self.inputs) == 1 and isinstance(self.args[0], Value) and not self.kwargs:
             return "homogeneous" if (self.number or 0) > 0 else "other"
         if self.name in _ADD and not self.kwargs:
             return "add" if len(self.inputs) > 1 else "same" if self.number == 0 else "other"
@@ -118,6 +122,7 @@ class Span:
         inputs: tensors it was given.
         outputs: tensors it returned.
         ops: positions of the operations it ran, as a half-open range.
+        plain: whether it was called with one tensor and nothing else, and returned one tensor.
     """
 
     name: str
@@ -125,6 +130,7 @@ class Span:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     ops: range
+    plain: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +169,9 @@ class Flow:
         known = [False] * len(self.shapes)
         for op in self.ops:
             inputs = bool(op.inputs) and all(known[v] for v in op.inputs)
-            positive = op.name in _POSITIVE and op.module is None
-            if op.name in ("hardtanh", "clamp", "clamp_min", "threshold") and op.module is None:
+            free = op.module is None and op.fixed is None
+            positive = op.name in _POSITIVE and free
+            if op.name in ("hardtanh", "clamp", "clamp_min", "threshold") and free:
                 low = op.argument(1, "min", None) if op.name != "hardtanh" else op.argument(1, "min_val", -1.0)
                 positive = op.name != "threshold" and isinstance(low, (int, float)) and low >= 0
             keeps = op.kind in ("relu", "same", "add", "cat", "homogeneous") and op.name != "neg"
@@ -180,8 +187,11 @@ class Flow:
 
 
 def is_batchnorm(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a batch norm with fixed statistics in eval mode; torchvision's frozen one counts."""
-    known = isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module).__name__ == "FrozenBatchNorm2d"
+    """Whether ``module`` is a batch norm with fixed statistics in eval mode; torchvision's frozen one counts.
+
+    A subclass that does more, such as timm's with an activation inside, does not.
+    """
+    known = getattr(type(module), "forward", None) in _BATCHNORM or type(module).__name__ == "FrozenBatchNorm2d"
     return known and getattr(module, "running_mean", None) is not None
 
 
@@ -250,15 +260,21 @@ class _Recorder(TorchFunctionMode):
             self._open.append((tuple(self.value(t) for t in tensors_in((args, kwargs))), len(self.ops)))
             self._depth += kind is not None
 
-        def after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             inputs, first = self._open.pop()
             self._depth -= kind is not None
             if kind is not None:
                 outputs = tuple(self.value(t, new=True) for t in tensors_in(output))
                 self.ops.append(Op(name, module, inputs, outputs, fixed=kind))
-            else:
-                outputs = tuple(self.value(t) for t in tensors_in(output))
-                self.spans.append(Span(name, module, inputs, outputs, range(first, len(self.ops))))
+                return
+            unseen = [t for t in tensors_in(output) if id(t) not in self._value]
+            if unseen and not self._depth:  # made out of sight, by a scripted function say
+                made = tuple(self.value(t) for t in unseen)
+                self.ops.append(Op(f"{name} (not seen)", None, inputs, made, fixed="other"))
+            outputs = tuple(self.value(t) for t in tensors_in(output))
+            plain = len(args) == len(inputs) == 1 and not kwargs and isinstance(args[0], Tensor)
+            plain = plain and isinstance(output, Tensor)
+            self.spans.append(Span(name, module, inputs, outputs, range(first, len(self.ops)), plain))
 
         stack.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
         stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
@@ -274,14 +290,29 @@ class _Recorder(TorchFunctionMode):
         named = tree_map_only(Tensor, lambda t: Value(self.value(t)), (args, kwargs))
         output = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func)).strip("_")
-        views = [t for t in given if t._is_view()]
-        made = tensors_in(output)
+        made = [given[0]] if name == "setitem" else tensors_in(output)
         if not inputs or (not made and name in _QUESTIONS):
             return output
-        # a dropout in eval mode: says so only by what it returns
-        unchanged = "dropout" in name and len(made) == 1 and torch.equal(made[0], given[0])
-        if name not in _SAME and not unchanged and any(t is view for t in made for view in views):
-            name = f"in-place {name} on a view"  # changes another tensor, too
-        outputs = tuple(self.value(t, new=True) for t in made)
-        self.ops.append(Op(name, None, inputs, outputs, named[0], named[1], "same" if unchanged else None))
+        fixed: Kind | None = None
+        if "dropout" in name and len(made) == 1 and torch.equal(made[0], given[0]):
+            fixed = "same"  # in eval mode: says so only by what it returns
+        elif not made or (name in _SAME and not all(t.is_floating_point() for t in made)):
+            fixed = "other"  # a number, float(x) say
+        changed = [t for t in made if name not in _SAME and fixed is None and any(t is x for x in given)]
+        aliases = self._aliases(changed)
+        if aliases or name == "setitem":
+            fixed = "other"
+        if fixed == "same" and (kwargs.get("inplace") or args[3:4] == (True,)):
+            changed = made  # by a dropout in train mode
+        written = tuple(self.value(t) for t in (*changed, *aliases))
+        outputs = tuple(self.value(t, new=True) for t in (*made, *aliases))
+        self.ops.append(Op(name, None, inputs, outputs, named[0], named[1], fixed, written))
         return output
+
+    def _aliases(self, changed: list[Tensor]) -> list[Tensor]:
+        """What else an operation in place has changed: tensors in the same memory."""
+        if not changed:
+            return []
+        places = {t.untyped_storage().data_ptr() for t in changed}
+        known = {id(t): t for t in self.tensors if not any(t is other for other in changed)}
+        return [t for t in known.values() if t.untyped_storage().data_ptr() in places]

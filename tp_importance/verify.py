@@ -27,7 +27,7 @@ from .guards import preserved
 from .surgery import remove_units
 from .tracing import COUNTED, TraceOptions, count_ops, is_depthwise, trace
 
-__all__ = ["gates", "masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
+__all__ = ["difference", "gates", "masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
 
 TOLERANCE = 1e-3
 """Largest difference allowed at any layer input, relative to its largest value there (float32)."""
@@ -112,13 +112,13 @@ def masked_equals_removed(
     if [name for name, _ in masked] != [name for name, _ in left]:
         return "the pruned copy calls its layers in another order"
     for (name, a), (_, b) in zip(masked, left, strict=True):
-        difference = _difference(_select(original.get_submodule(name), a, keep.get(name)), b, tolerance)
-        if difference:
-            return f"input of {name}: {difference}"
+        problem = difference(_select(original.get_submodule(name), a, keep.get(name)), b, tolerance)
+        if problem:
+            return f"input of {name}: {problem}"
     for a, b in zip(tensors_in(masked_out), tensors_in(left_out), strict=True):
-        difference = _difference(a, b, tolerance)
-        if difference:
-            return f"output of the network: {difference}"
+        problem = difference(a, b, tolerance)
+        if problem:
+            return f"output of the network: {problem}"
     sizes = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in groups}
     cost = predicted.cost(sizes)
     if (cost.macs, cost.params) != counted:
@@ -225,7 +225,8 @@ def _select(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x.index_select(x.dim() + channel_dim(module), keep.to(x.device))
 
 
-def _difference(a: Tensor, b: Tensor, tolerance: float) -> str | None:
+def difference(a: Tensor, b: Tensor, tolerance: float) -> str | None:
+    """How ``b`` differs from ``a`` by more than ``tolerance`` times the largest value of ``a``, or ``None``."""
     if a.shape != b.shape:
         return f"shape {tuple(b.shape)} after removal, {tuple(a.shape)} masked"
     if not a.is_floating_point() and not a.is_complex():  # masks, argmax

@@ -6,7 +6,7 @@ A convolution of stride 1 that keeps shape and channels can absorb the shortcut 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,8 +15,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 __all__ = ["cheapest_removal", "fused_kernel", "layer_loss", "scaled_batchnorm", "soft_threshold"]
-
-Floats = NDArray[np.float64]
 
 
 def fused_kernel(
@@ -159,7 +157,7 @@ def layer_loss(s: float, a: float, branch: float, stream: float) -> float:
 
     Source: METHODS §4.
     """
-    if a < 0 or not stream > 0:
+    if not (a >= 0 and stream > 0):  # also NaN
         raise ValueError(f"a={a} must be >= 0 and rms(x)={stream} > 0")
     return abs(s) * branch / ((a or 1.0) * stream)
 
@@ -199,33 +197,28 @@ def cheapest_removal(
             raise ValueError(
                 f"all {len(loss)} layers together save {row.sum():g} {field}, needed are {needed[field]:g}"
             )
-    scale = np.array([needed[f] for f in rows])
-    matrix = np.stack(list(rows.values())) / scale[:, None]
-    unit = float(loss.max(initial=0.0)) or 1.0
-    tie = 1e-9 * matrix.sum(0) / max(float(matrix.sum()), 1e-300)  # of equal losses the set that saves least
-    result = milp(
-        loss / unit + tie,
-        integrality=np.ones(len(loss)),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(matrix, lb=np.ones(len(rows))),
-        options={"mip_rel_gap": 0.0},
-    )
-    chosen = np.flatnonzero(np.round(result.x)) if result.x is not None else np.arange(len(loss))
-    return _enough(chosen, loss, rows, needed)
-
-
-def _enough(
-    chosen: NDArray[np.int64], loss: Floats, rows: Mapping[str, Floats], needed: Mapping[str, float]
-) -> NDArray[np.int64]:
-    """The solver works in floating point: add the least layer while a sum, taken exactly, is short."""
-    picked: list[int] = chosen.tolist()
-
-    def short(ids: Sequence[int]) -> bool:
-        return any(row[list(ids)].sum() < needed[f] for f, row in rows.items())
-
-    for extra in np.argsort(loss, kind="stable").tolist():
-        if not short(picked):
-            break
-        if extra not in picked:
-            picked.append(extra)
-    return np.sort(np.array(picked, np.int64))
+    least = np.array([needed[f] for f in rows])
+    saved = np.stack(list(rows.values()))
+    order = np.argsort(loss, kind="stable")
+    enough = np.asarray((saved[:, order].cumsum(1) >= least[:, None]).all(0))
+    enough[-1] = True  # checked above, but in another order of summation
+    upper = float(loss[order][: int(enough.argmax()) + 1].sum())  # of the cheapest layers, as many as needed
+    unit = float(loss[loss <= upper].max()) or 1.0
+    tie = 1e-3 * saved.sum(0) / saved.sum()  # of equal losses the set that saves least
+    objective = np.where(loss <= upper, 1e6 * loss / unit, 0.0) + tie  # HiGHS takes sums 1e-6 apart for equal
+    constraints = [LinearConstraint(saved / least[:, None], lb=np.ones(len(rows)))]
+    while True:
+        result = milp(
+            objective,
+            integrality=np.ones(len(loss)),
+            bounds=Bounds(0, (loss <= upper).astype(np.float64)),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:  # rounding has the last word: the cheapest layers will do
+            return np.sort(order[: int(enough.argmax()) + 1])
+        chosen = np.round(result.x) > 0
+        if (saved[:, chosen].sum(1) >= least).all():
+            return np.flatnonzero(chosen)
+        # right within the solver's tolerance, short when summed exactly: one of the others is needed
+        constraints.append(LinearConstraint((~chosen)[None].astype(np.float64), lb=np.ones(1)))

@@ -1,10 +1,12 @@
 """Fusible residual convolutions (ResConv, arXiv 2011.14356): put in, train, fuse.
 
-Removing layers is in :mod:`.layer_removal`, doing so to a budget in :mod:`.layer_pruner`.
+Removing layers is in :mod:`.removal`, doing so to a budget in :mod:`.pruner`.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +28,7 @@ class ResConv2d(nn.Module):
 
     Args:
         conv: stride 1, as many inputs as outputs, the same size in and out.
-        bn: the batch norm behind it, or ``None``.
+        bn: the batch norm behind it, with running statistics, or ``None``.
         s: initial layer scaling factor.
         a: initial information control.
 
@@ -35,7 +37,7 @@ class ResConv2d(nn.Module):
         a: parameter, shape (1,), kept ≥ 0 by the pruner.
 
     Raises:
-        ValueError: if the convolution cannot hold a shortcut.
+        ValueError: if the convolution cannot hold a shortcut, or ``bn`` is no batch norm with running statistics.
 
     Example:
         >>> layer, x = ResConv2d(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), torch.randn(2, 4, 8, 8)
@@ -53,14 +55,19 @@ class ResConv2d(nn.Module):
         problem = conv_problem(conv)
         if problem:
             raise ValueError(f"this convolution cannot hold a shortcut: {problem}")
-        self.conv, self.bn = conv, nn.Identity() if bn is None else bn
+        if bn is not None and not is_batchnorm(bn):
+            raise ValueError(
+                f"bn={bn} is no batch norm with running statistics, so it could not be fused; leave it out"
+            )
+        self.training = conv.training
+        self.conv, self.bn = conv, nn.Identity().train(conv.training) if bn is None else bn
         self.s = nn.Parameter(conv.weight.detach().new_full((1,), s))
         self.a = nn.Parameter(conv.weight.detach().new_full((1,), a))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` and the result have shape (N, C, H, W)."""
-        y = self.bn(self.conv(x))
-        return self.s.to(y.dtype) * y + self.a.to(x.dtype) * x  # under autocast: stay in the lower precision
+        s, a = self.s.squeeze(), self.a.squeeze()  # numbers leave the dtype alone that autocast chose
+        return s * self.bn(self.conv(x)) + a * x
 
     def extra_repr(self) -> str:
         """The scalars."""
@@ -70,7 +77,7 @@ class ResConv2d(nn.Module):
         """The one convolution that computes the same; a new module.
 
         Raises:
-            ValueError: if the batch norm is in train mode, or has no running statistics.
+            ValueError: if the batch norm is in train mode.
         """
         conv, bn = self.conv, self.bn
         statistics: dict[str, Any] = {}
@@ -165,6 +172,7 @@ def conv_problem(conv: nn.Conv2d) -> str | None:
     return None if fits else f"padding {conv.padding} changes the size"
 
 
+@torch.inference_mode(False)  # what is made there could take no gradient
 def convert_to_resconv(
     model: nn.Module,
     example_inputs: Any,
@@ -176,11 +184,11 @@ def convert_to_resconv(
 ) -> nn.Module:
     """Give every eligible convolution of ``model`` a shortcut of its own, in place.
 
-    Eligible is an ``nn.Conv2d`` of stride 1 with as many inputs as outputs that keeps the size, is called once, and
-    does not read the network's input. If its output goes to a batch norm and nowhere else, the batch norm becomes
-    part of it, and an ``nn.Identity`` stays in its place. With the default scalars the function stays exactly what it
-    was; for training from scratch take ``a=1`` (METHODS §4). What was left out, and why, is at
-    ``model.resconv_report``.
+    Eligible is an ``nn.Conv2d`` of stride 1 with as many inputs as outputs that keeps the size, is called once, does
+    not read the network's input, shares no weight and has no forward hooks. If its output goes to a batch norm and
+    nowhere else, the batch norm becomes part of it, and an ``nn.Identity`` stays in its place. With the default
+    scalars the function stays exactly what it was; for training from scratch take ``a=1`` (METHODS §4). What was left
+    out, and why, is at ``model.resconv_report``.
 
     Args:
         model: the network; build the optimizer afterwards, see :meth:`ResConvPruner.parameter_groups`.
@@ -194,8 +202,9 @@ def convert_to_resconv(
         The same model.
 
     Raises:
-        ValueError: if nothing is eligible, the model was converted before, or ``a`` is negative; the model is then as
-            before.
+        ValueError: if nothing is eligible, the model was converted before, ``s`` or ``a`` is not finite, ``a`` is
+            negative, or the model does not call what was put in (it keeps its layers in a plain list, say); the model
+            is then as before.
 
     Example:
         >>> conv, bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
@@ -208,8 +217,8 @@ def convert_to_resconv(
             f"the model was converted before ({next(iter(resconv_layers(model)))} is a ResConv2d); convert it once, or "
             "call fuse(model) first"
         )
-    if not a >= 0:
-        raise ValueError(f"a={a} must be >= 0: a removed layer hands on a times its input")
+    if not (math.isfinite(s) and math.isfinite(a) and a >= 0):
+        raise ValueError(f"s={s} and a={a} must be finite and a >= 0: a removed layer hands on a times its input")
     flow = record(model, example_inputs, forward_fn=forward_fn)
     report = _examine(model, flow, ignored_modules(model, ignored_layers))
     if not report.converted:
@@ -220,9 +229,14 @@ def convert_to_resconv(
             bn_name = report.batchnorms.get(name)
             if bn_name:  # first: afterwards the block holds it, too
                 replace_module(model, bn_name, nn.Identity().train(modules[bn_name].training))
-            block = ResConv2d(modules[name], modules[bn_name] if bn_name else None, s=s, a=a)
-            block.training = modules[name].training
-            replace_module(model, name, block)
+            replace_module(model, name, ResConv2d(modules[name], modules[bn_name] if bn_name else None, s=s, a=a))
+        flow = record(model, example_inputs, layers={ResConv2d: "layer"}, forward_fn=forward_fn)
+        for name, layer in resconv_layers(model).items():
+            if len(flow.calls(layer)) != 1:
+                raise ValueError(
+                    f"{type(model).__name__} still calls the old layer {name} after it was replaced; keep layers in "
+                    "attributes or an nn.ModuleList, not in a list, or pass it in ignored_layers"
+                )
     model.resconv_report = report  # type: ignore[assignment]
     return model
 
@@ -231,11 +245,12 @@ def _examine(model: nn.Module, flow: Flow, ignored: set[nn.Module]) -> Conversio
     converted, batchnorms, left_out = [], {}, {}
     names = {module: name for name, module in model.named_modules()}
     given = {v for v in range(len(flow.shapes)) if v not in flow.maker}
+    shared = shared_parameters(model)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue
         calls = flow.calls(module)
-        reason = _reason(module, calls, given, module in ignored)
+        reason = "is in ignored_layers" if module in ignored else _reason(module, calls, given, shared)
         if reason:
             left_out[name] = reason
             continue
@@ -244,25 +259,36 @@ def _examine(model: nn.Module, flow: Flow, ignored: set[nn.Module]) -> Conversio
         if len(readers) == 1 and is_batchnorm(readers[0].module) and calls[0].outputs[0] not in flow.outputs:
             bn = readers[0].module
             assert bn is not None
-            if len(flow.calls(bn)) == 1 and bn not in ignored:
+            if len(flow.calls(bn)) == 1 and bn not in ignored and not _entangled(bn, shared):
                 batchnorms[name] = names[bn]
     return ConversionReport(converted, batchnorms, left_out)
 
 
-def _reason(conv: nn.Conv2d, calls: list[Any], given: set[int], ignored: bool) -> str | None:
-    if ignored:
-        return "is in ignored_layers"
-    if (
-        type(conv).forward is not nn.Conv2d.forward
-        or hasattr(conv, "parametrizations")
-        or "weight" not in vars(conv).get("_parameters", {})
-    ):
+def _reason(conv: nn.Conv2d, calls: list[Any], given: set[int], shared: set[nn.Parameter]) -> str | None:
+    plain = all(getattr(type(conv), key) is getattr(nn.Conv2d, key) for key in ("forward", "_conv_forward"))
+    if not plain or "forward" in vars(conv) or hasattr(conv, "parametrizations") or "weight" not in conv._parameters:
         return f"its weight or forward pass is not that of a plain nn.Conv2d ({type(conv).__name__})"
+    problem = _entangled(conv, shared)
+    if problem:
+        return problem
     if len(calls) != 1:
         return "is not called by the example inputs" if not calls else f"is called {len(calls)} times"
     if given.intersection(calls[0].inputs):
         return "reads the network's input"
     return conv_problem(conv)
+
+
+def _entangled(layer: nn.Module, shared: set[nn.Parameter]) -> str | None:
+    """What of a layer would be lost if fusing replaced it."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "has forward hooks, which fusing would lose"
+    return "shares its weights with another layer" if shared.intersection(layer.parameters()) else None
+
+
+def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that several modules of ``model`` hold."""
+    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {p for p, count in owners.items() if count > 1}
 
 
 def resconv_layers(model: nn.Module) -> dict[str, ResConv2d]:
@@ -279,6 +305,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
                 parent._modules[leaf] = new
 
 
+@torch.inference_mode(False)  # what is made there could take no gradient
 def fuse(model: nn.Module) -> nn.Module:
     """Turn every :class:`ResConv2d` into one ordinary convolution, in place; the function in eval mode stays.
 

@@ -17,7 +17,7 @@ from ..budget import Cost
 from ..dataflow import record
 from ..latency import measure_latency
 from ..tracing import batch_size, count_ops
-from .block import ResConv2d, fuse, resconv_layers
+from .block import ResConv2d, fuse, replace_module, resconv_layers
 from .removal import LAYERS, remove_layers
 
 __all__ = ["LayerClock", "LayerCosts"]
@@ -83,8 +83,7 @@ class LayerClock:
         """The network as it was before its conversion."""
         twin = copy.deepcopy(self._model)
         for name, layer in resconv_layers(twin).items():  # the same function does not matter here
-            parent, _, leaf = name.rpartition(".")
-            setattr(twin.get_submodule(parent), leaf, nn.Sequential(layer.conv, layer.bn))
+            replace_module(twin, name, nn.Sequential(layer.conv, layer.bn))
         return self._measure(twin)
 
     def without_ms(self, removed: list[str]) -> float:
@@ -113,5 +112,8 @@ class LayerClock:
         return times
 
     def _measure(self, model: nn.Module) -> float:
-        found = measure_latency(model, self._inputs, forward_fn=self._run, min_run_time=self._seconds)
-        return found.median_ms
+        """The least of three medians: other work on the machine only makes a network slower."""
+        found = [
+            measure_latency(model, self._inputs, forward_fn=self._run, min_run_time=self._seconds / 3) for _ in range(3)
+        ]
+        return min(latency.median_ms for latency in found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..dataflow import Flow, Op, is_batchnorm
 from ..functional.rescaling import Ratios
 from ..functional.resconv import scaled_batchnorm
 from ..tracing import CONV
-from .block import ResConv2d, Scale, replace_module
+from .block import ResConv2d, Scale, replace_module, shared_parameters
 
 __all__ = ["fold_scales"]
 
@@ -63,8 +62,7 @@ class _Scales:
     def __init__(self, model: nn.Module, flow: Flow) -> None:
         self.flow, self.ratios = flow, Ratios()
         self.parts: dict[int, Segments] = {}
-        owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
-        self._tied = {p for p, count in owners.items() if count > 1}
+        self._tied = shared_parameters(model)
         for op in flow.ops:
             self._enter(op)
         for v in flow.outputs:
@@ -129,6 +127,10 @@ class _Scales:
         if len(parts) == 1:
             return [(parts[0][0], made[1] if len(made) > 1 else 1)]
         known = op.kind in ("relu", "same") or "pool" in op.name or op.name in _CHANNELWISE
+        if op.name == "mean":
+            dims = op.argument(1, "dim", None)
+            dims = [dims] if isinstance(dims, int) else dims or [1]
+            known = all(d % len(given) > 1 for d in dims)
         flat = len(made) == 2 and len(given) > 2 and made[1] == math.prod(given[1:])
         if known and len(made) > 1 and given[0] == made[0] and (made[1] == given[1] or flat):
             return [(part, n * (made[1] // given[1])) for part, n in parts]
@@ -172,10 +174,7 @@ class _Scales:
                 _set(module, key, value)
         else:
             weight: Any = module.weight
-            dim = 0 if getattr(module, "transposed", False) else 1
-            by_channel = read[:1] if getattr(module, "groups", 1) > 1 else read
-            shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-            _set(module, "weight", weight.double() * by_channel.to(weight.device).view(shape) / made)
+            _set(module, "weight", weight.double() * _factors_of(module, read).to(weight.device) / made)
             if module.bias is not None:
                 _set(module, "bias", module.bias.double() / made)
 
@@ -184,7 +183,16 @@ def _per_channel(op: Op, flow: Flow) -> bool:
     """Whether a layer can read a different factor in every input channel."""
     if isinstance(op.module, nn.Linear):
         return len(flow.shapes[op.inputs[0]]) == 2
-    return is_batchnorm(op.module) or (isinstance(op.module, CONV) and op.module.groups == 1)
+    return is_batchnorm(op.module) or isinstance(op.module, CONV)
+
+
+def _factors_of(module: Any, read: Tensor) -> Tensor:
+    """What a weight is multiplied by, for factors by input channel (or one for all); of a shape that broadcasts."""
+    rest = [1] * (module.weight.dim() - 2)
+    if len(read) == 1 or getattr(module, "groups", 1) == 1 or module.transposed:
+        return read.view(-1, 1, *rest) if getattr(module, "transposed", False) else read.view(1, -1, *rest)
+    by_group = read.view(module.groups, -1)
+    return by_group.repeat_interleave(module.out_channels // module.groups, 0).view(*module.weight.shape[:2], *rest)
 
 
 def _set(module: nn.Module, key: str, value: Tensor) -> None:

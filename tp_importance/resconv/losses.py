@@ -45,6 +45,9 @@ def scale_losses(
         example_inputs: as for the pruner.
         forward_fn: ``forward_fn(model, batch)``, also called with the example inputs.
 
+    Raises:
+        ValueError: if the input of a layer is not finite, or its a negative.
+
     Source: METHODS §4.
     """
     squares: dict[str, Tensor] = {}
@@ -67,10 +70,13 @@ def scale_losses(
     batches, run, labels = _batches(loader, example_inputs, forward_fn)
     observe(model, batches, watches, need_labels=False, forward_fn=run, label_fn=labels)
     rms = {key: float(total / counts[key]) ** 0.5 for key, total in squares.items()}
-    return {
-        name: layer_loss(layer.s.item(), layer.a.item(), _branch(name, layer, rms), max(rms[name], 1e-12))
-        for name, layer in layers.items()
-    }
+    found = {}
+    for name, layer in layers.items():
+        try:
+            found[name] = layer_loss(layer.s.item(), layer.a.item(), _branch(name, layer, rms), max(rms[name], 1e-12))
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}; look for NaN in the weights and the batches") from error
+    return found
 
 
 def _branch(name: str, layer: ResConv2d, rms: Mapping[str, float]) -> float:

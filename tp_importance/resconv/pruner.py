@@ -27,6 +27,8 @@ from .report import LayerReport, LayerRow
 
 __all__ = ["LayerPlan", "ResConvPruner"]
 
+ATTEMPTS = 12
+"""Measurements towards a latency budget; the last one removes all layers, so what is called unreachable was tried."""
 LOSSES = {"scale": scale_losses, "output": output_losses}
 
 
@@ -138,7 +140,8 @@ class ResConvPruner:
         self._importance = importance
         if not resconv_layers(model):
             convert_to_resconv(model, example_inputs, s=s, a=a, ignored_layers=ignored_layers, forward_fn=forward_fn)
-        self.conversion: ConversionReport = model.resconv_report  # type: ignore[assignment]
+        by_hand = ConversionReport(list(self.layers), {}, {})
+        self.conversion: ConversionReport = getattr(model, "resconv_report", by_hand)
         self.dense: Cost = LayerCosts.of(model, example_inputs, forward_fn).dense
         self._dense_ms: float | None = None
         self.history: list[LayerReport] = []
@@ -209,10 +212,11 @@ class ResConvPruner:
             ValueError: if the importance gives a value that is missing, negative or not finite, or for bad data.
         """
         layers = self._require_layers()
-        if not callable(self._importance):
+        if callable(self._importance):
+            found = dict(self._importance(self.model, layers))
+        else:
             measure = LOSSES[self._importance]
-            return measure(self.model, layers, self.loader, self._example_inputs, self._forward_fn)
-        found = dict(self._importance(self.model, layers))
+            found = measure(self.model, layers, self.loader, self._example_inputs, self._forward_fn)
         for name in layers:
             if not (np.isfinite(found.get(name, np.nan)) and found[name] >= 0):
                 raise ValueError(
@@ -245,6 +249,7 @@ class ResConvPruner:
         gone = _cheapest(losses, costs.savings, needed)
         return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, self._controls(gone))
 
+    @torch.inference_mode(False)  # what is made there could take no gradient
     def step(self, budget: Budget | None = None, *, fuse: bool = True, recalibrate: bool = False) -> LayerReport:
         """Remove layers, fold what they hand on into their neighbours, and fuse the others; in place.
 
@@ -272,7 +277,8 @@ class ResConvPruner:
         if recalibrate and self.loader is None:
             raise ValueError("recalibrate=True needs data: pass loader= to the pruner")
         plan, run = self.plan(budget), self._forward_fn
-        rows, modes = self._rows(plan), {m: m.training for m in self.model.modules()}
+        rows = self._rows(plan)
+        modes = {n: m.training for n, m in self.model.named_modules(remove_duplicate=False)}
         if not plan.removed:
             warnings.warn(f"the network already meets the budget ({plan.cost}); no layer is removed", stacklevel=2)
         done = RemovalReport([], {}, {})
@@ -280,14 +286,15 @@ class ResConvPruner:
             if plan.removed:
                 done = remove_layers(self.model, self._example_inputs, plan.controls or plan.removed, forward_fn=run)
             if recalibrate and self.loader is not None:
+                _renew_buffers(self.model)  # statistics are written in place: keep the old ones for a way back
                 recalibrate_batchnorm(self.model, self.loader, forward_fn=run)
             if fuse and self.layers:
                 fuse_layers(self.model.eval())
             cost = Cost(*count_ops(self.model, self._example_inputs, forward_fn=run))
             if cost.macs != plan.cost.macs or (fuse and cost != plan.cost):
                 raise RuntimeError(f"the network costs {cost} without the layers, planned were {plan.cost}")
-        for module in self.model.modules():
-            module.training = modes.get(module, modes[self.model])
+        for name, module in self.model.named_modules():
+            module.training = modes[name]
         self.history.append(
             LayerReport(
                 rows=rows,
@@ -371,12 +378,13 @@ class ResConvPruner:
         limit = budget.latency_limit(self._dense_ms)
         assert limit is not None
         now, each = clock.without_ms([]), clock.layers_ms()
-        short, gone = now - limit, list[str]()
-        for _ in range(8):
-            asked = {**needed, "latency_ms": min(short, sum(each.values()))}
+        short, gone, measured = now - limit, list[str](), now
+        for attempt in range(ATTEMPTS):
+            whole = sum(each.values()) * (1 - 1e-9)  # whatever the order of summation
+            asked = {**needed, "latency_ms": whole if attempt == ATTEMPTS - 1 else min(short, whole)}
             gone = _cheapest(losses, {**costs.savings, "latency_ms": each}, asked)
             predicted = now - sum(each[name] for name in gone)
-            measured = clock.without_ms(gone)
+            measured = clock.without_ms(gone) if gone else now
             if measured <= limit:
                 found = {"dense": self._dense_ms, "limit": limit, "predicted": predicted, "measured": measured}
                 controls = self._controls(gone)
@@ -397,6 +405,13 @@ def _cheapest(
     names = list(losses)
     rows = {f: [saving[n] for n in names] for f, saving in savings.items()}
     return [names[i] for i in cheapest_removal(list(losses.values()), rows, needed)]
+
+
+def _renew_buffers(model: nn.Module) -> None:
+    new = {buffer: buffer.clone() for buffer in model.buffers()}
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else new[buffer]
 
 
 def _checked(budget: Any) -> Budget:

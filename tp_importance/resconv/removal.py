@@ -7,6 +7,7 @@ factor goes into every layer that reads it, and out of every layer that adds to 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import call_model, tensors_in
+from ..batches import call_model, reference_tensor, tensors_in
 from ..dataflow import Flow, Kind, Span, record
 from ..guards import preserved, transaction
+from ..verify import difference
 from .block import ResConv2d, Scale, replace_module
 from .folding import fold_scales
 
@@ -25,7 +27,7 @@ __all__ = ["RemovalReport", "outputs_of", "remove_layers", "require_same"]
 
 LAYERS: dict[type[nn.Module], Kind] = {ResConv2d: "layer", Scale: "homogeneous"}
 TOLERANCE = 1e-3
-"""Largest difference of outputs allowed after folding, relative to the largest output; more in half precision."""
+"""Largest difference of outputs allowed after folding, relative to the largest output; 10 ε in half precision."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class RemovalReport:
     kept_scales: dict[str, float]
 
 
+@torch.inference_mode(False)  # what is made there could take no gradient
 def remove_layers(
     model: nn.Module,
     example_inputs: Any,
@@ -56,9 +59,9 @@ def remove_layers(
     The factor a goes into all readers of that tensor: weights of convolutions and linear layers, statistics of batch
     norms, slices behind a concatenation, the a of readers that are still :class:`ResConv2d`; through adds also out of
     the layers that feed the same stream. What lies between must be positively homogeneous (ReLU, LeakyReLU, pools,
-    reshapes). Where it is not (ReLU6, SiLU, sigmoid, an output of the network), one explicit :class:`Scale` stays.
-    Activations that are modules and have become idle go, too, and so do blocks that only multiply: with both layers
-    gone, :math:`\phi(a_2 \phi(a_1 x) + x) = (1 + a_1 a_2) x`.
+    reshapes). Where it is not (ReLU6, SiLU, sigmoid, an output of the network), one explicit :class:`Scale` stays; one
+    by 1, a copy, stays where something writes in place. Activations that are modules and have become idle go, too,
+    and so do blocks that only multiply: with both layers gone, :math:`\phi(a_2 \phi(a_1 x) + x) = (1 + a_1 a_2) x`.
 
     A layer with a = 0 would pass on nothing; it becomes the identity, with a warning, unless another factor is given.
 
@@ -90,19 +93,23 @@ def remove_layers(
     given = names if isinstance(names, Mapping) else {}
     factors = {name: _factor(model, name, given.get(name)) for name in wanted}
     run = forward_fn or call_model
+
+    def again() -> Flow:
+        return record(model, example_inputs, layers=LAYERS, forward_fn=run)
+
     with transaction(model), preserved(model), torch.no_grad():
-        idle = _idle_activations(model, record(model, example_inputs, layers=LAYERS, forward_fn=run))
+        idle = _idle_activations(model, again())
         for name, factor in factors.items():
             layer = model.get_submodule(name)
-            replace_module(model, name, _multiply(factor, layer.a).train(layer.training))  # type: ignore[arg-type]
+            replace_module(model, name, Scale(factor, like=layer.a).train(layer.training))  # type: ignore[arg-type]
         before = outputs_of(model, example_inputs, run)
-        flow = record(model, example_inputs, layers=LAYERS, forward_fn=run)
-        collapsed = _collapse(model, flow, wanted)
-        flow = record(model, example_inputs, layers=LAYERS, forward_fn=run)
+        collapsed = _collapse(model, again(), wanted)
+        flow = again()
+        idle = _idle_activations(model, flow) - idle
         kept = fold_scales(model, flow)
-        flow = record(model, example_inputs, layers=LAYERS, forward_fn=run)
-        for name in _idle_activations(model, flow) - idle:
+        for name in idle:
             replace_module(model, name, nn.Identity().train(model.get_submodule(name).training))
+        _copy_what_is_written_to(model, {op.name for op in flow.ops if isinstance(op.module, Scale)} | idle, again)
         require_same(before, outputs_of(model, example_inputs, run), f"removing {', '.join(wanted)}")
     return RemovalReport(wanted, collapsed, kept)
 
@@ -123,11 +130,10 @@ def require_same(before: list[Tensor], after: list[Tensor], what: str) -> None:
         RuntimeError: naming ``what`` and the difference.
     """
     for a, b in zip(before, after, strict=True):
-        scale = float(a.abs().max()) if a.numel() else 0.0
-        error = float((a - b).abs().max()) if a.numel() else 0.0
-        tolerance = max(TOLERANCE, 10 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0)  # bfloat16: 0.08
-        if not error <= tolerance * max(scale, 1e-30):
-            raise RuntimeError(f"{what} changes the output by {error:.2g} on a scale of {scale:.2g}")
+        rounding = 10 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+        problem = difference(a, b, max(TOLERANCE, rounding))
+        if problem:
+            raise RuntimeError(f"{what} changes the output: it {problem}")
 
 
 def _factor(model: nn.Module, name: str, given: float | None) -> float:
@@ -142,17 +148,36 @@ def _factor(model: nn.Module, name: str, given: float | None) -> float:
             raise ValueError(f"layer {name} cannot hand on {given} times its input: the factor must be positive")
         return float(given)
     a = module.a.item()
-    if a < 0:
+    if not 0 <= a < math.inf:
         raise ValueError(
-            f"layer {name} has a={a:g}; a removed layer hands on a times its input, so a must not be negative"
+            f"layer {name} has a={a:g}; a removed layer hands on a times its input, so a must be finite and >= 0"
         )
     if a == 0:
         warnings.warn(f"layer {name} has a=0 (not trained yet?): it becomes the identity", stacklevel=3)
     return a or 1.0
 
 
-def _multiply(factor: float, like: Tensor) -> nn.Module:
-    return nn.Identity() if factor == 1.0 else Scale(factor, like=like)
+def _copy_what_is_written_to(model: nn.Module, names: set[str], flow_of: Callable[[], Flow]) -> None:
+    """Put a copy (a Scale by 1) in place of an Identity whose output is changed in place afterwards.
+
+    Convolutions and batch norms give new tensors, so ``relu_`` or ``+=`` may follow; without them the input of the
+    removed layer would change, or what autograd has kept of it.
+    """
+    while True:
+        flow, found = flow_of(), set[str]()
+        for position, op in enumerate(flow.ops):
+            for v in op.written:
+                maker = flow.maker.get(v)
+                new = maker is not None and (maker.module is not None or maker.kind == "add")
+                if not new or len(flow.readers[v]) > 1 or v in flow.outputs:
+                    on_the_way = [s.name for s in flow.spans if s.outputs == (v,) and s.ops.stop <= position]
+                    found.update([name for name in on_the_way if name in names][-1:])
+        if not found:
+            return
+        names = names - found
+        for name in found:
+            old, like = model.get_submodule(name), reference_tensor(model)
+            replace_module(model, name, Scale(like=like).train(old.training))
 
 
 def _idle_activations(model: nn.Module, flow: Flow) -> set[str]:
@@ -177,14 +202,14 @@ def _collapse(model: nn.Module, flow: Flow, removed: list[str]) -> dict[str, flo
         if not inside or len(calls[name]) != 1 or any(name.startswith(f"{other}.") for other in collapsed):
             continue
         span = calls[name][0]
-        if len(span.inputs) != 1 or len(span.outputs) != 1 or any(True for _ in span.module.parameters()):
+        if not span.plain or any(True for _ in span.module.parameters()):
             continue
         given, result = span.inputs[0], span.outputs[0]
         if root[given] == root[result]:
             collapsed[name] = factor[result] / factor[given]
             scales = [m.factor for m in span.module.modules() if isinstance(m, Scale)]
             like = scales[0] if scales else torch.ones(())
-            replace_module(model, name, _multiply(collapsed[name], like).train(span.module.training))
+            replace_module(model, name, Scale(collapsed[name], like=like).train(span.module.training))
     return collapsed
 
 
