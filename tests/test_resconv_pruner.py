@@ -14,7 +14,7 @@ from contract import Snapshot, same_values
 from networks import class_loader, conv_bn_relu
 from resconv_cases import X32, conv, fresh, resnet, train, vgg
 from tp_importance import Budget, BudgetError, Cost, count_ops
-from tp_importance.resconv import ResConv2d, ResConvPruner, fuse
+from tp_importance.resconv import ResConv2d, ResConvPruner, fuse, removal_controls
 from tp_importance.resconv import pruner as pruner_module
 
 LOADER = class_loader(n=16, shape=(3, 8, 8), batch_size=8)
@@ -250,20 +250,55 @@ def test_inputs_of_all_forms(kind, importance):
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def test_output_losses_are_the_naive_ones():
+def error_without(model, controls):
+    """Relative change of the output with the layers of ``controls`` removed, computed on a copy."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, a in controls.items():
+            twin.get_submodule(name).s.zero_()
+            twin.get_submodule(name).a.fill_(a)
+        dense, found = (torch.cat([net(x) for x, _ in LOADER]) for net in (model, twin))
+    return ((found - dense).square().sum() / dense.square().sum()).item()
+
+
+def test_output_losses_follow_a_greedy_elimination():
     pruner = fresh(importance="output", loader=LOADER)
     pruner.layers["1.conv2"].a.data.zero_()
+    before = {n: v.clone() for n, v in pruner.model.state_dict().items()}
     model, found = pruner.model, pruner.losses()
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    controls = removal_controls(model, pruner.layers, LOADER, X32)
+    alone = {n: error_without(model, {n: controls[n]}) for n in found}
+    first = min(alone, key=alone.get)
+    assert found[first] == pytest.approx(alone[first], rel=1e-4) and found[first] == min(found.values())
+    order = sorted(found, key=found.get)
+    errors = np.array([error_without(model, {n: controls[n] for n in order[: i + 1]}) for i in range(len(order))])
+    worst = np.maximum.accumulate(errors)
+    good = worst <= 1.0  # beyond, the old answers stand
+    assert good[0] and np.allclose([found[n] for n in np.array(order)[good]], worst[good], rtol=1e-4)
+
+
+def test_a_layer_of_a_dead_branch_costs_nothing_more():
+    pruner = fresh(importance="output", loader=LOADER)
     with torch.no_grad():
-        batches = [x for x, _ in LOADER]
-        dense = torch.cat([model(x) for x in batches])
-        for name in found:
-            twin = copy.deepcopy(model)
-            layer = twin.get_submodule(name)
-            layer.s.zero_()
-            layer.a.fill_(layer.a.item() or 1.0)
-            changed = (torch.cat([twin(x) for x in batches]) - dense).square().sum() / dense.square().sum()
-            assert found[name] == pytest.approx(changed.item(), rel=1e-4)
+        pruner.layers["1.conv2"].s.fill_(1e-6)
+        pruner.layers["1.conv2"].a.fill_(1e-6)
+    found = pruner.losses()
+    assert found["1.conv1"] < 1e-6 and found["1.conv2"] < 1e-6 < min(v for n, v in found.items() if n[:2] != "1.")
+
+
+def test_what_untrained_layers_hand_on():
+    pruner = fresh(loader=LOADER)
+    trained = pruner.layers["1.conv1"].a.item()
+    added = pruner.layers["1.conv2"]
+    added.a.data.zero_()
+    seen = []
+    added.register_forward_hook(lambda _m, args, out: seen.append((args[0].double(), out.double())))
+    found = removal_controls(pruner.model, pruner.layers, LOADER, X32)
+    assert found["1.conv1"] == trained
+    xy, xx = (sum(float((x * y).sum()) for x, y in pairs) for pairs in (seen[1:], [(x, x) for x, _ in seen[1:]]))
+    assert found["1.conv2"] == pytest.approx(max(xy / xx, 1e-3), rel=1e-4)
+    assert removal_controls(pruner.model, pruner.layers, None, X32)["1.conv2"] == 1.0
 
 
 def test_scale_losses_are_the_naive_ones():

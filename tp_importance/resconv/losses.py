@@ -23,6 +23,8 @@ __all__ = ["LayerImportance", "output_losses", "removal_controls", "scale_losses
 
 LEAST_CONTROL = 1e-3
 """Smallest factor a removed layer hands on."""
+MOST = 1e6
+"""Largest loss; the network is no good long before."""
 
 LayerImportance = Callable[[nn.Module, dict[str, ResConv2d]], Mapping[str, float]]
 """``importance(model, layers)``: what is lost with each layer, ≥ 0 and on one scale."""
@@ -127,9 +129,14 @@ def output_losses(
             outputs = (tensors_in(run_batch(model, batch, run))[0].double() for batch in iterate(batches))
             error = sum(float((out - y).square().sum()) for out, y in zip(outputs, dense, strict=True)) / total
             _set(layers[name], s, a)
-            return error if math.isfinite(error) else math.inf
+            return error
 
         known = {name: error_without(name) for name in layers}
+        for name, error in known.items():
+            if not math.isfinite(error):
+                raise ValueError(
+                    f"the output changes by {error} without layer {name}; look for NaN in the weights and the batches"
+                )
         worst = 0.0
         while known:
             chosen = min(known, key=known.__getitem__)
@@ -139,7 +146,8 @@ def output_losses(
                     known[chosen] = error_without(chosen)
                     fresh.add(chosen)
                     chosen = min(known, key=known.__getitem__)
-            worst = max(worst, min(known.pop(chosen), 1e6))
+            error = known.pop(chosen)
+            worst = max(worst, error if error < MOST else MOST)  # NaN: the network has overflown
             found[chosen] = worst
             _set(layers[chosen], 0.0, controls[chosen])
             if worst <= 1.0:
