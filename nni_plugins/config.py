@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from tp_importance import Budget, ResConv2d
 from tp_importance.resconv import resconv_layers
+from tp_importance.resconv.block import conv_problem
 
 from ._compat import import_nni
 
@@ -22,6 +23,7 @@ __all__ = [
     "checked_configs",
     "chosen_convolutions",
     "require_chosen",
+    "require_convertible",
     "require_free",
     "require_unwrapped",
 ]
@@ -187,6 +189,20 @@ def require_chosen(layers: list[str], chosen: set[str]) -> None:
         )
 
 
+_WRAPPED = (
+    "layer {} is wrapped by the other compressor, and this pruner would rebuild it: call "
+    "convert_to_resconv(model, example_inputs) first, then make the other compressor and share its wrappers"
+)
+
+
+def require_convertible(names: Iterable[str], model: nn.Module, wrappers: Mapping[str, Any]) -> None:
+    """Refuse another compressor's wrappers on convolutions that are still to be converted."""
+    for name in names:
+        module = model.get_submodule(name)
+        if name in wrappers and isinstance(module, nn.Conv2d) and conv_problem(module) is None:
+            raise ValueError(_WRAPPED.format(name))
+
+
 def require_free(names: list[str], model: nn.Module, wrappers: dict[str, Any]) -> None:
     """Refuse another compressor's wrappers on layers that were converted just now, or with masks."""
     pruned = [name for name, wrapper in wrappers.items() if wrapper.pruning_target_spaces]
@@ -197,7 +213,4 @@ def require_free(names: list[str], model: nn.Module, wrappers: dict[str, Any]) -
         )
     moved = [n for n in names if n in wrappers and wrappers[n].module is not model.get_submodule(n)]
     if moved:
-        raise ValueError(
-            f"layer {moved[0]} is wrapped by the other compressor, and this pruner would rebuild it: call "
-            "convert_to_resconv(model, example_inputs) first, then make the other compressor and share its wrappers"
-        )
+        raise ValueError(_WRAPPED.format(moved[0]))

@@ -21,6 +21,7 @@ from .config import (
     SharedWrappers,
     chosen_convolutions,
     require_chosen,
+    require_convertible,
     require_free,
     require_unwrapped,
 )
@@ -117,6 +118,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
     ) -> None:
         require_unwrapped(model)
         chosen, named = chosen_convolutions(model, config_list, budget)
+        require_convertible(chosen, model, existed_wrappers or {})
         ignored = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n not in chosen]
         before = dict(model.named_parameters())
         with transaction(model), evaluator_kept(evaluator):

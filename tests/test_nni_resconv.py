@@ -508,7 +508,7 @@ def test_failing_in_the_middle_leaves_the_model_as_it_was(fault):
         evaluator_of(model, step=broken),
         budget=HALF,
         example_inputs=x,
-        loader=Loader() if fault == "loader" else LOADER,
+        loader={"loader": Loader(), "warning": None}.get(fault, LOADER),
         reg=0.0,
     )
     model.get_submodule("1.0").eval()
