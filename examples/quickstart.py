@@ -3,7 +3,8 @@
     python examples/quickstart.py            # a table, and outputs/quickstart.png
 
 Two games are shown. One shot: prune, re-estimate the batch norm statistics, test. Fine-tuned: two epochs more, the
-same for everybody. Every number is measured here; nothing is stored.
+same for everybody; PSAP prunes while it takes them. ResConv removes layers, the others channels. Every number is
+measured here; nothing is stored.
 """
 
 from __future__ import annotations
@@ -82,11 +83,15 @@ def digits(seed: int) -> tuple[Batches, Batches, Batches]:
     return batches(x_train, y_train), calibration, batches(x_test, y_test, 512)
 
 
-def train(model: nn.Module, loader: Batches, epochs: int, lr: float, seed: int) -> None:
-    """SGD with momentum and a cosine schedule, batches in a seeded order."""
+def train(
+    model: nn.Module, loader: Batches, epochs: int, lr: float, seed: int, pruner: tp_importance.PSAPPruner | None = None
+) -> None:
+    """SGD with momentum and a cosine schedule, batches in a seeded order; a pruner may work along."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    if pruner is not None:
+        pruner.start(optimizer, total_steps=epochs * len(loader))
     model.train()
     for _ in range(epochs):
         for i in torch.randperm(len(loader), generator=generator).tolist():
@@ -94,7 +99,11 @@ def train(model: nn.Module, loader: Batches, epochs: int, lr: float, seed: int) 
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
+            if pruner is not None:
+                pruner.step()
             schedule.step()
+    if pruner is not None:
+        pruner.finish()
     model.eval()
 
 
@@ -136,6 +145,9 @@ def torch_pruning_entries(budget: tp_importance.Budget, x: Tensor, loader: Batch
     def itpruner(model: nn.Module) -> None:
         tp_importance.ITPruner(model, x, loader, budget=budget).step()
 
+    def resconv(model: nn.Module) -> None:
+        tp_importance.ResConvPruner(model, x, loader, budget=budget, importance="output").step(fuse=False)
+
     def host(importance: Any, needs_gradients: bool = False) -> Callable[[nn.Module], None]:
         def prune(model: nn.Module) -> None:
             if needs_gradients:
@@ -150,6 +162,7 @@ def torch_pruning_entries(budget: tp_importance.Budget, x: Tensor, loader: Batch
         "Torch-Pruning CATRO": catro,
         "Torch-Pruning CATRO (literal)": catro_literal,
         "Torch-Pruning ITPruner": itpruner,
+        "Torch-Pruning ResConv": resconv,
     }
 
 
@@ -209,7 +222,51 @@ def nni_entries(budget: tp_importance.Budget, x: Tensor, loader: Batches) -> dic
         ratio = uniform_ratio(model)
         speed_up(model, pruning.TaylorPruner(model, coupled(model, ratio), evaluator, training_steps=len(loader)))
 
-    return {"NNI L1": l1, "NNI Taylor": taylor, "NNI CATRO": catro, "NNI ITPruner": itpruner}
+    def resconv(model: nn.Module) -> None:
+        options: dict[str, Any] = {"loader": loader, "example_inputs": x, "importance": "output"}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="nothing was trained")  # here layers go at once
+            pruner = nni_plugins.ResConvPruner(model, config_list[:1], budget=budget, **options)
+            speed_up(model, pruner)
+
+    return {"NNI L1": l1, "NNI Taylor": taylor, "NNI CATRO": catro, "NNI ITPruner": itpruner, "NNI ResConv": resconv}
+
+
+def training_entries(
+    budget: tp_importance.Budget, x: Tensor, loader: Batches, seed: int
+) -> dict[str, Callable[..., None]]:
+    """Pruners that work while the network trains: two epochs, as long as the others fine-tune."""
+    nni = import_nni()
+    epochs, lr = 2, 0.02
+
+    def psap(model: nn.Module) -> None:
+        train(model, loader, epochs, lr, seed, tp_importance.PSAPPruner(model, x, budget=budget))
+
+    def nni_psap(model: nn.Module) -> None:
+        def loss(batch: Any, model: nn.Module) -> Tensor:
+            return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+        def run(model: nn.Module, optimizer: Any, step: Any, *_: Any, **__: Any) -> None:
+            generator = torch.Generator().manual_seed(seed)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+            model.train()
+            for _ in range(epochs):
+                for i in torch.randperm(len(loader), generator=generator).tolist():
+                    optimizer.zero_grad()
+                    step(loader[i], model).backward()
+                    optimizer.step()
+                    schedule.step()
+
+        sgd = nni.trace(torch.optim.SGD)(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        evaluator = import_nni("nni.compression.utils").TorchEvaluator(run, sgd, loss)
+        pruner = nni_plugins.PSAPPruner(
+            model, [{"op_types": ["Conv2d"]}], evaluator, budget=budget, example_inputs=x, loader=loader
+        )
+        _, masks = pruner.compress(max_epochs=epochs)
+        pruner.unwrap_model()
+        nni_plugins.speedup(model, x, masks)
+
+    return {"Torch-Pruning PSAP": psap, "NNI PSAP": nni_psap}
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
@@ -258,14 +315,20 @@ def main() -> None:
         tp_importance.recalibrate_batchnorm(model, calibration)
         one_shot = accuracy(model, test)
         train(model, training, 2, 0.02, args.seed)
+        if any(isinstance(module, tp_importance.ResConv2d) for module in model.modules()):
+            tp_importance.fuse(model)
         models[name] = model
         rows[name] = [*tp_importance.count_ops(model, x), one_shot, accuracy(model, test)]
+    for name, prune in tqdm(training_entries(budget, x, training, args.seed).items(), desc="pruning while training"):
+        models[name] = copy.deepcopy(dense)
+        prune(models[name])
+        rows[name] = [*tp_importance.count_ops(models[name], x), float("nan"), accuracy(models[name], test)]
 
     images = test[0][0]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["MACs", "params", "one shot %", "fine-tuned %"])
     table[f"ms / {len(images)} images"] = latencies_ms(list(models.values()), images)
     counts = {column: "{:,.0f}".format for column in ("MACs", "params")}
-    print(table.to_string(formatters=counts, float_format="{:.1f}".format))
+    print(table.to_string(formatters=counts, float_format="{:.1f}".format, na_rep="-"))
     report = tp_importance.CATROPruner(copy.deepcopy(dense), x, calibration, budget=budget).step()
     print(f"\nWhat Torch-Pruning CATRO did:\n{report}")
     plot(table, args.plot)

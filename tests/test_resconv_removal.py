@@ -291,3 +291,17 @@ def test_a_fold_that_goes_wrong_is_undone(monkeypatch):
     with pytest.raises(RuntimeError, match=r"removing 1\.conv1 changes the output"):
         remove_layers(model, X, ["1.conv1"])
     snapshot.check()
+
+
+def test_the_stream_keeps_its_scale():
+    """A factor on the way into an add goes into the branch: most tensors, the stream, stay as they are."""
+    model = convert_to_resconv(resnet().double().eval(), X)
+    with torch.no_grad():
+        model.get_submodule("4.conv2").s.zero_()
+        model.get_submodule("4.conv2").a.fill_(0.01)
+    shortcut, inner = (model.get_submodule(n).weight.clone() for n in ("4.shortcut.1", "4.bn1"))
+    y = model(X)
+    remove_layers(model, X, ["4.conv2"])
+    assert torch.allclose(model.get_submodule("4.shortcut.1").weight, shortcut)
+    assert torch.allclose(model.get_submodule("4.bn1").weight, 0.01 * inner)
+    assert torch.allclose(model(X), y)

@@ -22,7 +22,7 @@ def test_chains_of_equations_in_any_order():
                 assert not ratios.bind(int(i), int(j), 1.5 * true[i] / true[j])
             assert ratios.value(int(i)) / ratios.value(int(j)) == pytest.approx(true[i] / true[j])
         assert not ratios.is_known(3)
-        assert ratios.value(0) == 1.0  # relative to the oldest
+        assert sorted(map(ratios.value, range(40)))[19] == pytest.approx(1.0)  # most stay near what they are
         assert ratios.pin(7) and ratios.pin(7) and ratios.is_known(3)
         assert ratios.value(7) == 1.0 and ratios.value(3) == pytest.approx(true[3] / true[7])
 

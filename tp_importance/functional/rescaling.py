@@ -25,13 +25,13 @@ class Ratios:
         self._parent: list[int] = []
         self._log: list[float] = []  # log of the factor over that of the parent
         self._known: dict[int, float] = {}  # log of the factor of a root, where it is known
-        self._first: list[int] = []  # smallest member of a root
+        self._members: list[list[int]] = []  # of a root
 
     def new(self) -> int:
         """A new factor; returns its number."""
         self._parent.append(len(self._parent))
         self._log.append(0.0)
-        self._first.append(len(self._first))
+        self._members.append([len(self._members)])
         return len(self._parent) - 1
 
     def bind(self, i: int, j: int, ratio: float = 1.0) -> bool:
@@ -45,7 +45,7 @@ class Ratios:
         if a in self._known:
             self._known[b] = self._known.pop(a) - shift
         self._parent[a], self._log[a] = b, shift
-        self._first[b] = min(self._first[a], self._first[b])
+        self._members[b] += self._members[a]
         return True
 
     def pin(self, i: int) -> bool:
@@ -58,15 +58,21 @@ class Ratios:
         return self._find(i)[0] in self._known
 
     def value(self, i: int) -> float:
-        """ρ_i; where nothing pins it, relative to the oldest factor that it is bound to."""
+        """ρ_i; where nothing pins it, the median of all that it is bound to is 1, so that most of them are."""
         root, log = self._find(i)
         if root in self._known:
             return math.exp(self._known[root] + log)
-        return math.exp(log - self._find(self._first[root])[1])
+        logs = sorted(self._find(member)[1] for member in self._members[root])
+        return math.exp(log - logs[(len(logs) - 1) // 2])
 
     def _find(self, i: int) -> tuple[int, float]:
-        log = 0.0
+        """Root of i, and the log of ρ_i over its factor."""
+        path = []
         while self._parent[i] != i:
-            log += self._log[i]
+            path.append(i)
             i = self._parent[i]
+        log = 0.0
+        for member in reversed(path):  # shorten the way for the next time
+            log += self._log[member]
+            self._parent[member], self._log[member] = i, log
         return i, log
