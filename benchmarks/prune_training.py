@@ -39,6 +39,7 @@ class Training:
         total: optimizer steps in all.
         lr: first learning rate.
         ignored: layers whose outputs are kept.
+        bfloat16: run forward passes under autocast.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Training:
     total: int
     lr: float
     ignored: list[str] = field(default_factory=list)
+    bfloat16: bool = False
     iteration: int = 0
     optimizer: Any = None
 
@@ -67,7 +69,9 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * 0.5 * float(1 + torch.cos(torch.tensor(torch.pi * self.iteration / self.total)))
             self.optimizer.zero_grad()
-            F.cross_entropy(self.model(x), y).backward()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+                loss = F.cross_entropy(self.model(x), y)
+            loss.backward()
             if before is not None:
                 before()
             self.optimizer.step()

@@ -56,7 +56,7 @@ def run(net: Network, arm: str, kept: float, seed: int, args: Any, data: Cifar10
     batches = Batches(data, seed, args)
     model = net.fresh().to(memory_format=torch.channels_last)
     dense = count_ops(model, net.inputs)[0]
-    job = Training(model, net.inputs, batches, len(batches), args.lr, net.ignored)
+    job = Training(model, net.inputs, batches, len(batches), args.lr, net.ignored, args.bfloat16)
     began = time.perf_counter()
     found = prune(arm, job, kept)
     seconds = time.perf_counter() - began
@@ -98,11 +98,12 @@ def main() -> None:
     p.add_argument("--n-test", type=int, default=10_000, help="test images")
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--lr", type=float, default=0.02)
+    p.add_argument("--bfloat16", action="store_true", help="train under autocast: 1.7 times faster on some CPUs")
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     if not args.table:
-        settings = {k: getattr(args, k) for k in ("epochs", "images", "n_test", "batch_size", "lr")}
+        settings = {k: getattr(args, k) for k in ("epochs", "images", "n_test", "batch_size", "lr", "bfloat16")}
         cells = Cells(args.out, settings, environment(args.device, args.date))
         data = Cifar10.load(args.data_root, args.npz)
         for name in args.networks:
