@@ -31,7 +31,7 @@ from resconv_cases import (
     vgg,
 )
 from tp_importance import count_ops
-from tp_importance.resconv import ResConv2d, Scale, remove_layers, resconv_layers
+from tp_importance.resconv import ResConv2d, Scale, convert_to_resconv, remove_layers, resconv_layers
 from tp_importance.resconv.costs import LayerCosts
 
 
