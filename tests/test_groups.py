@@ -9,7 +9,7 @@ from torch import nn
 
 from contract import removal, topology, zoo
 from networks import MISTRACED, TOPOLOGIES, ZOO, conv_bn_relu, head, make_network
-from tp_importance import TracingError, count_ops, prunable_groups
+from tp_importance import TracingError, count_ops, prunable_groups, verify
 from tp_importance.groups import PrunableGroups
 from tp_importance.surgery import remove_units
 from tp_importance.verify import masked_equals_removed, sample_units
@@ -581,3 +581,13 @@ def test_layers_called_by_keyword_and_a_boolean_output():
     from tp_importance import CATROImportance
 
     assert set(CATROImportance().collect(model, x, loader, groups=groups).curves()) == {"a", "b"}
+
+
+def test_verification_runs_in_full_precision(monkeypatch):
+    """TensorFloat-32, on by default on GPUs, once made deep groups look unsafe."""
+    seen = []
+    monkeypatch.setattr(verify, "remove_units", lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model, x = make_network("plain")
+    verify.verify_groups(prunable_groups(model, x, verify=False), x)
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["preserved", "transaction"]
+__all__ = ["full_precision", "preserved", "transaction"]
 
 HOOKS = (
     "_forward_hooks",
@@ -100,6 +101,27 @@ def transaction(model: nn.Module) -> Iterator[nn.Module]:
             vars(module).clear()
             vars(module).update(attributes)
         raise
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch TensorFloat-32 off inside the block: GPUs use it by default, with errors of 1e-3.
+
+    Example:
+        >>> import torch
+        >>> with full_precision():
+        ...     torch.backends.cudnn.allow_tf32
+        False
+    """
+    owners: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [owner.allow_tf32 for owner in owners]
+    try:
+        for owner in owners:
+            owner.allow_tf32 = False
+        yield
+    finally:
+        for owner, allowed in zip(owners, before, strict=True):
+            owner.allow_tf32 = allowed
 
 
 def _hook_ids(module: nn.Module) -> dict[str, set[Any]]:

@@ -23,7 +23,7 @@ from .batches import call_model, layer_input, tensors_in, to_model
 from .cost import CostModel
 from .gates import channel_dim, with_input
 from .groups import Index, PrunableGroups
-from .guards import preserved
+from .guards import full_precision, preserved
 from .surgery import remove_units
 from .tracing import COUNTED, TraceOptions, count_ops, is_depthwise, trace
 
@@ -70,6 +70,7 @@ def gates(model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[i
 
 
 @torch.inference_mode(False)  # the copies are traced
+@full_precision()  # rounding must not look like a difference
 def masked_equals_removed(
     groups: PrunableGroups,
     example_inputs: Any,
