@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .report import _optional
+from .report import optional_import
 
 __all__ = ["GroupStep", "PSAPHistory", "PruneStep"]
 
@@ -107,7 +107,7 @@ class PSAPHistory(Sequence[PruneStep]):
                 limits = {f"limit_{f}": v for f, v in step.limits.items()}
                 head = {"step": step.step, "iteration": step.iteration, "kappa": step.kappa}
                 rows.append({**head, **asdict(r), **counts, **totals, **limits})
-        return _optional("pandas").DataFrame(rows)
+        return optional_import("pandas").DataFrame(rows)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Ratios of all groups and the cost of the network over the iterations.
@@ -124,7 +124,7 @@ class PSAPHistory(Sequence[PruneStep]):
         """
         if not self.steps:
             raise ValueError("there is nothing to plot before the first prune step")
-        figure = _optional("matplotlib.figure").Figure(figsize=(7, 6), layout="tight")
+        figure = optional_import("matplotlib.figure").Figure(figsize=(7, 6), layout="tight")
         above, below = figure.subplots(2, sharex=True)
         iterations = [s.iteration for s in self.steps]
         for g, row in enumerate(self.steps[0].rows):
