@@ -59,7 +59,9 @@ def search_space(
     parameters = [Parameter("method", Choice(tuple(methods)))]
     for method in found:
         if (per_group is not None or allocators is not None) and method.make is None:
-            raise SearchSpaceError(f"method {method.name!r} takes no widths per group; leave it out, or search over budget=")
+            raise SearchSpaceError(
+                f"method {method.name!r} takes no widths per group; leave it out, or search over budget="
+            )
         for option, domain in (method.options if options else {}).items():
             parameters.append(Parameter(f"{method.name}.{option}", domain, method.name))
     if allocators is not None:

@@ -33,7 +33,17 @@ from ..resconv import ResConvPruner, fuse
 from .space import Choice, Domain, Float, Int, check_names
 from .statistics import CurveStore, Valuation
 
-__all__ = ["METHODS", "Job", "Method", "Train", "channel_method", "find_method", "own_allocator", "register_method", "value_network"]
+__all__ = [
+    "METHODS",
+    "Job",
+    "Method",
+    "Train",
+    "channel_method",
+    "find_method",
+    "own_allocator",
+    "register_method",
+    "value_network",
+]
 
 
 class Train(Protocol):
@@ -239,7 +249,9 @@ def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation
             importance = make(**job.options)
         except TypeError as error:
             known = sorted(method.options)
-            raise SearchSpaceError(f"{method.name} does not take {job.options}: {error}; its options: {known}") from error
+            raise SearchSpaceError(
+                f"{method.name} does not take {job.options}: {error}; its options: {known}"
+            ) from error
         if job.loader is None and (method.needs_gradients or isinstance(importance, StatisticalImportance)):
             raise ValueError(f"method {method.name!r} looks at data: pass loader=")
         if isinstance(importance, StatisticalImportance):
@@ -333,7 +345,9 @@ register_method(
     )
 )
 register_method(Method("resconv", _prune_layers, {"importance": Choice(("output", "scale"))}))
-register_method(channel_method("magnitude", tp.importance.MagnitudeImportance, {"p": Choice((1, 2))}, allocator=_UNIFORM))
+register_method(
+    channel_method("magnitude", tp.importance.MagnitudeImportance, {"p": Choice((1, 2))}, allocator=_UNIFORM)
+)
 register_method(channel_method("fpgm", tp.importance.FPGMImportance, allocator=_UNIFORM))
 register_method(channel_method("taylor", tp.importance.TaylorImportance, gradients=True))
 register_method(channel_method("random", RandomImportance, allocator=_UNIFORM))

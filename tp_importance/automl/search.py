@@ -71,7 +71,9 @@ class BudgetSearch:
     ) -> None:
         if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
             raise ValueError(f"sigma={sigma!r} must be a number above 0, e.g. 0.5")
-        if population is not None and (isinstance(population, bool) or not isinstance(population, int) or population < 2):
+        if population is not None and (
+            isinstance(population, bool) or not isinstance(population, int) or population < 2
+        ):
             raise ValueError(f"population={population!r} must be an integer of at least 2, or None")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed={seed!r} must be an integer >= 0")

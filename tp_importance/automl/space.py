@@ -55,7 +55,9 @@ class Choice:
         object.__setattr__(self, "values", tuple(self.values))
         plain = all(v is None or isinstance(v, (str, int, float, bool)) for v in self.values)
         if not self.values or not plain or len(set(map(repr, self.values))) < len(self.values):
-            raise SearchSpaceError(f"Choice({self.values!r}) must be distinct text, numbers, bools or None, at least one")
+            raise SearchSpaceError(
+                f"Choice({self.values!r}) must be distinct text, numbers, bools or None, at least one"
+            )
 
     def __contains__(self, value: object) -> bool:
         return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in self.values)
@@ -127,7 +129,9 @@ class SearchSpace:
         for p in self.parameters:
             if p.name == name:
                 return p
-        raise SearchSpaceError(f"the search space has no parameter {name!r}; it has {[p.name for p in self.parameters]}")
+        raise SearchSpaceError(
+            f"the search space has no parameter {name!r}; it has {[p.name for p in self.parameters]}"
+        )
 
     def active(self, method: str | None) -> list[Parameter]:
         """Parameters that count in a trial of ``method``."""

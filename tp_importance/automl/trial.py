@@ -216,7 +216,9 @@ def _run(
     cost = Cost(*count_ops(job.model, x, forward_fn=run))
     for name, limit in (job.budget.limits(dense) if job.budget is not None else {}).items():
         if getattr(cost, name) > limit:
-            raise BudgetError(f"method {params.method!r} left {getattr(cost, name)} {name}, more than the limit {limit}")
+            raise BudgetError(
+                f"method {params.method!r} left {getattr(cost, name)} {name}, more than the limit {limit}"
+            )
     job.model.eval()
     found = {"default": _metric(evaluate(job.model)), "macs": float(cost.macs), "params": float(cost.params)}
     if latency_seconds is not None:
@@ -256,4 +258,3 @@ def _metric(value: Any) -> float:
     if not np.isfinite(number):
         raise ValueError(f"evaluate(model) gives {number}; it must be a finite number, larger is better")
     return number
-
