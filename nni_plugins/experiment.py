@@ -128,8 +128,9 @@ def trial_table(experiment: Any) -> list[dict[str, Any]]:
     rows = []
     for job in experiment.list_trial_jobs():
         given = job.hyperParameters[0].parameters if job.hyperParameters else {}
-        final = load(str(job.finalMetricData[0].data)) if job.finalMetricData else {}
-        final = load(final) if isinstance(final, str) else final
+        final = job.finalMetricData[0].data if job.finalMetricData else {}
+        while isinstance(final, str):  # JSON, wrapped once or twice
+            final = load(final)
         taken = (job.endTime - job.startTime) / 1000 if job.endTime and job.startTime else None
         rows.append(
             {
