@@ -49,7 +49,7 @@ def network(build=residual):
 
 
 def weight_sum(model):
-    return float(sum(p.abs().sum() for p in model.parameters()))
+    return float(sum(p.detach().abs().sum() for p in model.parameters()))
 
 
 def train(model, *, start=None, step=None):
@@ -359,7 +359,7 @@ def test_optuna_reports_failures_and_goes_on():
     failed = [t for t in study.trials if t.state.name == "FAIL"]
     assert len(study.trials) == 12 and failed
     assert all(t.params == {"n": 3} and t.user_attrs["error"] == "RuntimeError: no luck" for t in failed)
-    assert {t.params["n"] for t in study.best_trials} == {1, 2, 4}
+    assert {t.params["n"] for t in study.best_trials} == {t.params["n"] for t in study.trials} - {3}
     with pytest.raises(ValueError, match="latency"):
         optuna_objective(SPACE, failing, ("latency",))(optuna.trial.FixedTrial({"n": 1}))
 
