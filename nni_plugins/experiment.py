@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ._compat import import_nni
+from ._compat import import_nni, patient_launcher
 
 __all__ = ["experiment_running", "nni_trial", "run_experiment", "trial_table"]
 
-LOOPBACK = Path(__file__).with_name("loopback.js")
+PRELOAD = Path(__file__).with_name("preload.js")
+"""Repairs of NNI's server: 127.0.0.1 only, and patience with the tuner."""
 
 
 def nni_trial(run: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> dict[str, float]:
@@ -62,7 +63,7 @@ def experiment_running(
     """
     process: Any = None
     try:
-        with _preloaded(loopback):
+        with _preloaded(loopback), patient_launcher():
             chosen = _free_port() if port is None else port
             if resume:
                 experiment.resume(chosen, wait_completion=False)
@@ -148,15 +149,17 @@ def trial_table(experiment: Any) -> list[dict[str, Any]]:
 @contextmanager
 def _preloaded(loopback: bool) -> Iterator[None]:
     """Processes started inside, if they are node, load the script first."""
-    before = os.environ.get("NODE_OPTIONS")
-    if loopback:
-        os.environ["NODE_OPTIONS"] = f'{before or ""} --require "{LOOPBACK}"'.strip()
+    ours = {"NODE_OPTIONS": f'{os.environ.get("NODE_OPTIONS", "")} --require "{PRELOAD}"'.strip()}
+    ours["NNI_PLUGINS_LOOPBACK"] = "1" if loopback else ""
+    before = {key: os.environ.get(key) for key in ours}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        os.environ.pop("NODE_OPTIONS", None)
-        if before is not None:
-            os.environ["NODE_OPTIONS"] = before
+        for key, value in before.items():
+            os.environ.pop(key)
+            if value is not None:
+                os.environ[key] = value
 
 
 def _free_port() -> int:

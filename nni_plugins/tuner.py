@@ -64,8 +64,8 @@ class BudgetTuner(_Tuner):
         odd = {key: (given.get(key), ours.get(key)) for key in keys if given.get(key) != ours.get(key)}
         key, (found, wanted) = next(iter(odd.items()))
         raise SearchSpaceError(
-            f"the search space is not that of the tuner's problem: {key} is {found}, not {wanted} ({len(odd)} differences "
-            "in all); set config.search_space = problem.search_space().to_nni()"
+            f"the search space is not that of the tuner's problem: {key} is {found}, not {wanted} "
+            f"({len(odd)} differences in all); set config.search_space = problem.search_space().to_nni()"
         )
 
     def generate_parameters(self, parameter_id: int, **kwargs: Any) -> dict[str, Any]:

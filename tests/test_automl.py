@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
-from networks import NUM_CLASSES, plain, residual
 
+from networks import NUM_CLASSES, plain, residual
 from tp_importance import Budget, BudgetError, count_ops, prunable_groups
 from tp_importance.automl import (
     METHODS,

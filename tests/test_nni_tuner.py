@@ -9,11 +9,11 @@ from pathlib import Path
 import nni
 import pytest
 import torch
-from networks import residual
 from nni.tools.package_utils import create_builtin_class_instance, get_algo_meta
 from nni.tools.package_utils.tuner_factory import create_validator_instance
 
 import nni_plugins
+from networks import residual
 from nni_plugins import BudgetTuner, BudgetTunerValidator, register_tuner, registered_tuner, unregister_tuner
 from tp_importance import Budget
 from tp_importance.automl import BudgetProblem

@@ -47,8 +47,11 @@ __all__ = [
 
 
 class Train(Protocol):
-    """Fine-tuning; with ``start`` and ``step`` it calls ``start(optimizer, total_steps=n)`` once, before the first
-    step, and ``step()`` after every ``optimizer.step()``. Only methods that prune while training give them."""
+    """Fine-tuning of a network in place.
+
+    With ``start`` and ``step`` it calls ``start(optimizer, total_steps=n)`` once, before the first step, and ``step()``
+    after every ``optimizer.step()``; only methods that prune while training give them.
+    """
 
     def __call__(self, model: nn.Module, *, start: Any = None, step: Any = None) -> None:
         """Train ``model`` in place."""

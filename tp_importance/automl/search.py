@@ -57,7 +57,8 @@ class BudgetSearch:
         >>> def conv():
         ...     return nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), conv(), conv(), nn.Conv2d(8, 2, 3))
-        >>> problem = BudgetProblem.prepare(net, torch.randn(1, 3, 12, 12), budget=Budget(macs=0.5), methods=["magnitude"])
+        >>> x, budget = torch.randn(1, 3, 12, 12), Budget(macs=0.5)
+        >>> problem = BudgetProblem.prepare(net, x, budget=budget, methods=["magnitude"])
         >>> search = BudgetSearch(problem)
         >>> for _ in range(10):
         ...     proposal = search.ask()

@@ -118,7 +118,7 @@ class TrialParameters:
                 weights = {n: 1.0 if w is None else w for n, w in zip(cost.names, given, strict=True)}
                 return ProgramAllocator(weights)(curves, cost, space, limits)
             if self.family == "ratio":
-                kept = np.array([1.0 if r is None else 1.0 - r for r in given]) * space.full
+                kept = np.array([1.0 if r is None else 1.0 - r for r in given]) * space.full.astype(np.float64)
                 return proportional(curves, cost, space, limits, kept) if limited else round_down(space, kept)
             return _exact(self.per_group, cost, space, limits)
 
@@ -171,7 +171,9 @@ def prune_trial(
     Raises:
         BudgetError: if the budget cannot be reached, or the widths exceed it.
         SearchSpaceError: if the parameters are not understood.
-        ValueError: for bad data, or a metric that is not a finite number. Every exception has a note with the parameters.
+        ValueError: for bad data, or a metric that is not a finite number.
+
+    Every exception has a note with the parameters.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
