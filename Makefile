@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-resconv demo-plain host-tests clean
+.PHONY: help venv demo test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-resconv demo-plain demo-nni bench-automl host-tests clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ bench-resconv: $(STAMP) ## fewer layers against fewer channels on CIFAR (ARGS=..
 
 demo-plain: $(STAMP) ## train a deep plain network with and without ResConv (ARGS=...)
 	$(PY) examples/resconv_plain.py $(ARGS)
+
+demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a time (ARGS=...)
+	$(PY) examples/nni_experiment.py $(ARGS)
+
+bench-automl: $(STAMP) ## compare searches for widths on digits (ARGS=...)
+	$(PY) benchmarks/automl_digits.py $(ARGS)
 
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
 	$(PY) benchmarks/host_tests.py $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)

@@ -124,11 +124,17 @@ def run_experiment(
 
 
 def trial_table(experiment: Any) -> list[dict[str, Any]]:
-    """The trials of a running experiment: ``sequence``, ``id``, ``status``, ``seconds``, ``params``, ``metrics``."""
-    load = import_nni().load
-    rows = []
-    for job in experiment.list_trial_jobs():
+    """The trials of a running experiment: ``sequence``, ``id``, ``status``, ``seconds``, ``params``, ``metrics``.
+
+    NNI hands out parameters in the order in which trials ask for them: if one dies before that, the next gets its
+    parameters, and NNI's web page shows others. Here they are those the result was reported for.
+    """
+    load, jobs, rows = import_nni().load, experiment.list_trial_jobs(), []
+    known = {str(p.parameter_id): p.parameters for job in jobs for p in job.hyperParameters or ()}
+    for job in jobs:
         given = job.hyperParameters[0].parameters if job.hyperParameters else {}
+        if job.finalMetricData:
+            given = known.get(str(job.finalMetricData[0].parameterId), given)
         final = job.finalMetricData[0].data if job.finalMetricData else {}
         while isinstance(final, str):  # JSON, wrapped once or twice
             final = load(final)
