@@ -5,8 +5,8 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-plain test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-psap bench-psap-cifar \
-	bench-psap-overhead bench-resconv host-tests clean
+.PHONY: help venv demo demo-nni demo-plain test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-psap \
+	bench-psap-cifar bench-psap-overhead bench-resconv bench-automl host-tests clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,12 @@ bench-resconv: $(STAMP) ## fewer layers against fewer channels on CIFAR (ARGS=..
 
 demo-plain: $(STAMP) ## train a deep plain network with and without ResConv (ARGS=...)
 	$(PY) examples/resconv_plain.py $(ARGS)
+
+demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a time (ARGS=...)
+	$(PY) examples/nni_experiment.py $(ARGS)
+
+bench-automl: $(STAMP) ## compare searches for widths on digits (ARGS=...)
+	$(PY) benchmarks/automl_digits.py $(ARGS)
 
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
 	$(PY) benchmarks/host_tests.py $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)

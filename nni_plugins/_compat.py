@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SUPPORTED_NNI", "NNIUnavailableError", "import_nni", "legacy_tracer_shim"]
+__all__ = ["SUPPORTED_NNI", "NNIUnavailableError", "import_nni", "legacy_tracer_shim", "patient_launcher"]
 
 SUPPORTED_NNI = "3.0"
 INSTALL_HINT = 'pip install "tp-importance[nni]"'
@@ -146,3 +146,22 @@ def legacy_tracer_shim() -> Iterator[None]:
         finally:
             for owner, name, value in saved:
                 setattr(owner, name, value)
+
+
+@contextmanager
+def patient_launcher(seconds: int = 60) -> Iterator[None]:
+    """Let NNI wait longer for its server than three tries, inside the ``with`` block only: a busy machine needs it.
+
+    Args:
+        seconds: about how long.
+
+    Yields:
+        Nothing.
+    """
+    launcher: Any = import_nni("nni.experiment.launcher")
+    check = launcher._check_rest_server
+    launcher._check_rest_server = lambda port, url_prefix=None: check(port, retry=seconds, url_prefix=url_prefix)
+    try:
+        yield
+    finally:
+        launcher._check_rest_server = check

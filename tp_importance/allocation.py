@@ -21,7 +21,9 @@ __all__ = [
     "find_allocator",
     "greedy",
     "greedy_path",
+    "proportional",
     "require_reachable",
+    "round_down",
     "uniform",
 ]
 
@@ -232,12 +234,42 @@ def uniform(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) 
 
     Args and returns as :func:`greedy`.
     """
+    return proportional(curves, cost, space, limits, space.full)
+
+
+def proportional(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits, shape: ArrayLike) -> Ints:
+    """Widths in given proportions: the largest multiple of ``shape`` that fits, then filled by gain per cost.
+
+    Args:
+        curves: curve per group name.
+        cost: the cost model.
+        space: admissible widths; floors and ceilings hold whatever the shape.
+        limits: upper limit per cost field.
+        shape: units, only their proportions count, shape (G,); all 0 is as all equal.
+
+    Returns:
+        units per group, shape (G,): within every limit, and no further step fits.
+
+    Raises:
+        BudgetError: if the floor exceeds a limit; names the least reachable cost.
+        ValueError: if ``shape`` has another length, or a value is negative or not finite.
+    """
     require_reachable(cost, space, limits)
-    low, high = 0.0, 1.0
+    goal, full = np.asarray(shape, np.float64), space.full.astype(np.float64)
+    if goal.shape != full.shape or not np.isfinite(goal).all() or (goal < 0).any():
+        raise ValueError(f"shape {goal.tolist()} must be {len(full)} finite numbers >= 0")
+    goal = goal if goal.any() else full
+    most = float((full[goal > 0] / goal[goal > 0]).max())
+
+    def scaled(factor: float) -> Floats:
+        return np.minimum(factor * goal, full)
+
+    low, high = 0.0, most
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(cost, _scaled(space, middle), limits) else (low, middle)
-    return fill_up(curves, cost, space, limits, space.full * (1.0 if _within(cost, space.full, limits) else low))
+        low, high = (middle, high) if _within(cost, round_down(space, scaled(middle)), limits) else (low, middle)
+    factor = most if _within(cost, round_down(space, scaled(most)), limits) else low
+    return fill_up(curves, cost, space, limits, scaled(factor))
 
 
 def fill_up(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits, target: ArrayLike) -> Ints:
@@ -258,7 +290,7 @@ def fill_up(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits, 
     """
     require_reachable(cost, space, limits)
     goal, shrink = np.asarray(target, np.float64), 1e-9
-    while not _within(cost, units := _rounded(space, goal), limits):  # it costs a rounding error too much
+    while not _within(cost, units := round_down(space, goal), limits):  # it costs a rounding error too much
         goal, shrink = goal * (1 - shrink), 2 * shrink
     walk = _Walk(curves, cost, space, tuple(limits))
     walk.jump(units)
@@ -282,12 +314,8 @@ def require_reachable(cost: CostModel, space: WidthSpace, limits: Limits) -> Non
             )
 
 
-def _scaled(space: WidthSpace, fraction: float) -> Ints:
-    return _rounded(space, fraction * space.full.astype(np.float64))
-
-
-def _rounded(space: WidthSpace, units: Floats) -> Ints:
-    """Admissible units at or below ``units``, or the floor."""
+def round_down(space: WidthSpace, units: Floats) -> Ints:
+    """Admissible units at or below ``units``, or the floor; shape (G,)."""
     pairs = zip(space.levels, units, strict=True)
     return np.array([lv[max(int(np.searchsorted(lv, u + 1e-9, "right")) - 1, 0)] for lv, u in pairs], np.int64)
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["BudgetError", "NotCollectedError", "StaleStatisticsError", "TracingError"]
+__all__ = [
+    "BudgetError",
+    "MissingPackageError",
+    "NotCollectedError",
+    "SearchSpaceError",
+    "StaleStatisticsError",
+    "TracingError",
+]
 
 
 class TracingError(RuntimeError):
@@ -11,6 +18,14 @@ class TracingError(RuntimeError):
 
 class BudgetError(ValueError):
     """The budget cannot be met; the message names the least reachable cost."""
+
+
+class MissingPackageError(ImportError, RuntimeError):
+    """An optional package cannot be imported; the message names it and the extra that installs it."""
+
+
+class SearchSpaceError(ValueError):
+    """A search space, or the parameters of a trial, are not what pruning understands."""
 
 
 class NotCollectedError(RuntimeError):

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .allocation import Curves, Ints, Limits, WidthSpace, fill_up, require_reachable
 from .cost import COST_FIELDS, CostModel
 from .curves import Floats
 from .functional.geometric import Posynomial, Solution, condense, solve, solve_cvxpy
 
-__all__ = ["Objective", "ProgramAllocator", "Solver", "checked_objective", "posynomials"]
+__all__ = ["Objective", "ProgramAllocator", "Solver", "checked_objective", "implied_weights", "posynomials"]
 
 Objective = Literal["gp", "linear"]
 Solver = Literal["direct", "cvxpy"]
@@ -116,6 +117,37 @@ def posynomials(cost: CostModel, limits: Limits) -> list[Posynomial]:
         quadratic = (cost.quadratic[f] + cost.quadratic[f].T) / 2 * np.outer(size, size) / limit
         result.append(Posynomial(float(cost.constant[f] / limit), cost.linear[f] * size / limit, quadratic, 1.0))
     return result
+
+
+def implied_weights(cost: CostModel, limits: Limits, units: ArrayLike) -> Floats:
+    r"""Weights for which the geometric program ends at given units: the inverse of :class:`ProgramAllocator`.
+
+    At the optimum of :math:`\min \sum \alpha_g / x_g` on the surface :math:`F(x) = B` the slopes in log x agree:
+
+    .. math:: \alpha_g / x_g = \lambda\, \partial \log F / \partial \log x_g
+
+    so weights, up to a common factor, are coordinates of the budget surface. With several limits F is the cost that
+    is nearest to its limit.
+
+    Args:
+        cost: the cost model.
+        limits: upper limit per cost field.
+        units: units per group > 0, shape (G,).
+
+    Returns:
+        α > 0 with geometric mean 1, shape (G,); groups that cost nothing get the least weight of the others.
+
+    Raises:
+        ValueError: if a group has no units.
+    """
+    x = np.asarray(units, np.float64) / cost.full
+    if (x <= 0).any():
+        raise ValueError(f"units {np.asarray(units).tolist()} must be above 0 in every group")
+    binding = max(posynomials(cost, limits), key=lambda c: c.value(x))
+    alpha = x * binding.log_derivatives(x)[1]
+    positive = alpha[alpha > 0]
+    alpha = np.maximum(alpha, positive.min() if len(positive) else 1.0)
+    return alpha / float(np.exp(np.log(alpha).mean()))
 
 
 def checked_objective(objective: Objective) -> Objective:
