@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -45,7 +47,7 @@ def nni_trial(run: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> dict[s
 def experiment_running(
     experiment: Any, *, port: int | None = None, loopback: bool = True, resume: bool = False
 ) -> Iterator[Any]:
-    """Start an experiment, and stop it whatever happens: at the end, on an exception, on Ctrl-C.
+    """Start an experiment, and stop it whatever happens: at the end, on an exception, on Ctrl-C, on SIGTERM.
 
     NNI's own ``Experiment.run`` leaves its server running when Python is killed or an exception passes by.
 
@@ -62,6 +64,8 @@ def experiment_running(
         RuntimeError: if the server is still alive after it was stopped and killed.
     """
     process: Any = None
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _exit) if main else None
     try:
         with _preloaded(loopback), patient_launcher():
             chosen = _free_port() if port is None else port
@@ -77,6 +81,8 @@ def experiment_running(
             experiment.stop()
         finally:
             _end(process)
+            if main:
+                signal.signal(signal.SIGTERM, before)
 
 
 def run_experiment(
@@ -166,6 +172,11 @@ def _preloaded(loopback: bool) -> Iterator[None]:
             os.environ.pop(key)
             if value is not None:
                 os.environ[key] = value
+
+
+def _exit(number: int, frame: Any) -> None:
+    """SIGTERM as an exception, so that what is running is stopped on the way out."""
+    raise SystemExit(128 + number)
 
 
 def _free_port() -> int:
