@@ -281,7 +281,7 @@ def test_search_keeps_the_budget_never_repeats_and_improves(problem):
     goal = problem.project(np.linspace(0.2, 5, len(problem.cost.names)), "catro")
 
     def value(params):
-        return -float(np.abs(problem.units(params) - goal).sum()) + (params["method"] == "catro")
+        return -float(np.abs(problem.units(params) - goal).sum()) + 1000 * (params["method"] == "catro")
 
     search, seen = BudgetSearch(problem, seed=1), set()
     waiting = []
