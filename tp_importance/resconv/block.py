@@ -331,8 +331,8 @@ def fuse(model: nn.Module) -> nn.Module:
     layers = resconv_layers(model)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no ResConv2d to fuse: it was fused, all were removed, or it was never converted; "
-            "call convert_to_resconv first, or leave fuse out"
+            f"{type(model).__name__} has no ResConv2d to fuse: it was fused, all were removed, or it was never "
+            "converted; call convert_to_resconv first, or leave fuse out"
         )
     with transaction(model), torch.no_grad():
         for name, layer in layers.items():
