@@ -162,6 +162,16 @@ class PrunableGroups:
         """Width of every group, in channels."""
         return {g.name: g.width for g in self.groups}
 
+    def require_some(self) -> None:
+        """Refuse a network without a prunable group.
+
+        Raises:
+            ValueError: naming what was left out, and why.
+        """
+        if not self.groups:
+            reasons = "; ".join(f"{e.name}: {e.reason}" for e in self.excluded)
+            raise ValueError(f"{type(self.trace.model).__name__} has no group that can be pruned ({reasons})")
+
     def exclude(self, reasons: Mapping[str, str]) -> PrunableGroups:
         """A copy in which the groups named in ``reasons`` are left out."""
         keep = [g for g in self.groups if g.name not in reasons]

@@ -86,9 +86,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         """
         if groups is None:
             groups = prunable_groups(model, example_inputs, ignored_layers, forward_fn=forward_fn)
-        if not len(groups):
-            reasons = "; ".join(f"{e.name}: {e.reason}" for e in groups.excluded)
-            raise ValueError(f"{type(model).__name__} has no group that can be pruned ({reasons})")
+        groups.require_some()
         observed = observe(
             model,
             loader,

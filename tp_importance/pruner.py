@@ -286,9 +286,7 @@ class BudgetPruner:
             raise
 
     def _value(self) -> dict[str, Curve]:
-        if not len(self.groups):
-            reasons = "; ".join(f"{e.name}: {e.reason}" for e in self.groups.excluded)
-            raise ValueError(f"{type(self.model).__name__} has no group that can be pruned ({reasons})")
+        self.groups.require_some()
         if not isinstance(self.importance, StatisticalImportance):
             return value_curves(self.importance, self.groups)  # weights and gradients may have changed: never kept
         if self._curves is None:

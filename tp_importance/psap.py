@@ -123,9 +123,7 @@ class PSAPPruner:
             output_transform=output_transform,
             verify=verify,
         )
-        if not len(self.groups):
-            reasons = "; ".join(f"{e.name}: {e.reason}" for e in self.groups.excluded)
-            raise ValueError(f"{type(model).__name__} has no group that can be pruned ({reasons})")
+        self.groups.require_some()
         self.dense: Cost = self._planner.dense
         self._soft = SoftPruning(
             self.groups,
