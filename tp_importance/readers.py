@@ -60,6 +60,19 @@ class ReaderStatistics:
             for module in [self._model.get_submodule(name)]
         ]
 
+    def moments(self, name: str) -> Moments:
+        """What reader ``name`` has received so far.
+
+        Raises:
+            ValueError: if the reader did not run, or received values that are not finite.
+        """
+        moments = self._moments[name]
+        if moments.second is None or not moments.rows:
+            raise ValueError(f"layer {name} did not run on the data, so there are no statistics of it")
+        if not torch.isfinite(moments.second.sum()):
+            raise ValueError(f"the input of layer {name} is not finite; check the data and the model")
+        return moments
+
     def samples(self, moments: Moments) -> float:
         """Independent samples behind ``moments`` (its rows over the positions per sample)."""
         return moments.rows / self._rows_per_sample[id(moments)]
@@ -83,13 +96,7 @@ class ReaderStatistics:
         """
         total: Tensor | None = None
         for member in group.readers:
-            moments, module = self._moments[member.name], self._model.get_submodule(member.name)
-            if moments.second is None or not moments.rows:
-                raise ValueError(
-                    f"layer {member.name} did not run on the data, so group {group.name} has no statistics"
-                )
-            if not torch.isfinite(moments.second.sum()):
-                raise ValueError(f"the input of layer {member.name} is not finite; check the data and the model")
+            moments, module = self.moments(member.name), self._model.get_submodule(member.name)
             unit_of = torch.full((member.width,), -1)
             unit_of[torch.from_numpy(member.channels)] = torch.from_numpy(member.units)
             p = matrix(moments)
