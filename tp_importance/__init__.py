@@ -16,6 +16,7 @@ from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .importance import StatisticalImportance
 from .itpruner import ITPruner, ITPrunerImportance
 from .latency import Latency, measure_latency
+from .obs import OBSImportance, OBSPruner
 from .observe import Observed, Watch, observe
 from .plan import Plan
 from .program import ProgramAllocator
@@ -57,6 +58,8 @@ __all__ = [
     "LayerPlan",
     "LayerReport",
     "NotCollectedError",
+    "OBSImportance",
+    "OBSPruner",
     "Observed",
     "PSAPHistory",
     "PSAPImportance",
