@@ -9,6 +9,7 @@ from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
 from .catro import CATROImportance, CATROPruner
 from .checkpoint import load_pruned, save_pruned
+from .compensation import Compensation, compensate
 from .cost import CostModel
 from .curves import Curve, curve_from_scores, value_curves
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
@@ -25,7 +26,7 @@ from .psap import PSAPPruner
 from .psap_history import PSAPHistory
 from .psap_importance import PSAPImportance
 from .psap_schedule import PSAPSchedule
-from .report import PruningReport
+from .report import CompensationReport, PruningReport
 from .resconv import (
     LayerPlan,
     LayerReport,
@@ -48,6 +49,8 @@ __all__ = [
     "CATROImportance",
     "CATROPruner",
     "ChannelGroup",
+    "Compensation",
+    "CompensationReport",
     "Cost",
     "CostModel",
     "Curve",
@@ -77,6 +80,7 @@ __all__ = [
     "TracingError",
     "Watch",
     "WidthSpace",
+    "compensate",
     "convert_to_resconv",
     "count_ops",
     "curve_from_scores",

@@ -89,6 +89,11 @@ class CATROImportance(StatisticalImportance):
         self._readers: ReaderStatistics | None = None
         self._scatter: dict[str, ClassScatter] = {}
 
+    @property
+    def reader_statistics(self) -> ReaderStatistics | None:
+        """What the readers received when the statistics were collected; spares compensation its own pass."""
+        return self._readers
+
     def _watches(self, groups: PrunableGroups) -> list[Watch]:
         if self.space == "reader":
             self._readers = ReaderStatistics(groups, positions=self.positions, seed=self.seed)

@@ -52,6 +52,12 @@ class ReaderStatistics:
         self._moments = {name: Moments() for name in self._names}
         self._rows_per_sample: dict[int, float] = {}
 
+    def covers(self, groups: PrunableGroups, positions: int | None) -> bool:
+        """Whether these are statistics of all readers of ``groups``, at no fewer ``positions`` than asked for."""
+        enough = self._positions is None or (positions is not None and self._positions >= positions)
+        same = self._model is groups.trace.model
+        return enough and same and {r.name for g in groups for r in g.readers} <= self._moments.keys()
+
     def watches(self) -> list[Watch]:
         """What :func:`~tp_importance.observe.observe` is to watch."""
         return [
