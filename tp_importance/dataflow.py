@@ -6,7 +6,7 @@ the next, one must also know what lies between: adds, pools, activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +21,18 @@ from .batches import call_model, tensors_in
 from .guards import preserved
 from .tracing import CONV
 
-__all__ = ["Flow", "Kind", "Op", "Span", "is_batchnorm", "record"]
+__all__ = [
+    "Flow",
+    "Kind",
+    "Op",
+    "Span",
+    "function_name",
+    "is_batchnorm",
+    "is_question",
+    "made_tensors",
+    "record",
+    "watched_modules",
+]
 
 Kind = Literal["layer", "relu", "same", "homogeneous", "add", "cat", "other"]
 
@@ -221,21 +232,45 @@ def record(
         >>> [(op.name, op.kind) for op in record(net, torch.zeros(1, 3, 8, 8)).ops]
         [('0', 'layer'), ('relu', 'relu'), ('flatten', 'homogeneous')]
     """
-    known: dict[type[nn.Module], Kind] = {**dict.fromkeys((*CONV, nn.Linear), "layer"), **(layers or {})}
     recorder = _Recorder()
     with preserved(model), torch.no_grad(), ExitStack() as stack:
         model.eval()
-        for name, module in model.named_modules():
-            if name and not any(name.startswith(f"{layer}.") for layer in recorder.layers):
-                kind = next((k for cls, k in known.items() if isinstance(module, cls)), None)
-                kind = "layer" if kind is None and is_batchnorm(module) else kind
-                if kind is not None:
-                    recorder.layers.add(name)
-                recorder.watch(stack, name, module, kind)
+        for name, module, kind in watched_modules(model, layers or {}):
+            recorder.watch(stack, name, module, kind)
         stack.enter_context(recorder)
         output = (forward_fn or call_model)(model, example_inputs)
     outputs = tuple(recorder.value(t) for t in tensors_in(output))
     return Flow(recorder.ops, recorder.spans, [tuple(t.shape) for t in recorder.tensors], outputs)
+
+
+def watched_modules(
+    model: nn.Module, layers: Mapping[type[nn.Module], Kind]
+) -> Iterator[tuple[str, nn.Module, Kind | None]]:
+    """Modules to watch; those with a kind are one operation, whatever is inside."""
+    known: dict[type[nn.Module], Kind] = {**dict.fromkeys((*CONV, nn.Linear), "layer"), **layers}
+    whole: list[str] = []
+    for name, module in model.named_modules():
+        if name and not any(name.startswith(f"{layer}.") for layer in whole):
+            kind = next((k for cls, k in known.items() if isinstance(module, cls)), None)
+            kind = "layer" if kind is None and is_batchnorm(module) else kind
+            if kind is not None:
+                whole.append(name)
+            yield name, module, kind
+
+
+def function_name(func: Any) -> str:
+    """Name of a function of torch, without underscores."""
+    return getattr(func, "__name__", str(func)).strip("_")
+
+
+def made_tensors(name: str, given: list[Tensor], output: Any) -> list[Tensor]:
+    """Tensors that a function has made or filled."""
+    return [given[0]] if name == "setitem" else tensors_in(output)
+
+
+def is_question(name: str, given: list[Tensor], made: list[Tensor]) -> bool:
+    """Whether nothing was computed from tensors."""
+    return not given or (not made and name in _QUESTIONS)
 
 
 class _Recorder(TorchFunctionMode):
@@ -244,7 +279,6 @@ class _Recorder(TorchFunctionMode):
         self.ops: list[Op] = []
         self.spans: list[Span] = []
         self.tensors: list[Tensor] = []  # kept alive: their ids must stay theirs
-        self.layers: set[str] = set()
         self._value: dict[int, int] = {}
         self._open: list[tuple[tuple[int, ...], int]] = []
         self._depth = 0
@@ -289,9 +323,9 @@ class _Recorder(TorchFunctionMode):
         inputs = tuple(self.value(t) for t in given)
         named = tree_map_only(Tensor, lambda t: Value(self.value(t)), (args, kwargs))
         output = func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func)).strip("_")
-        made = [given[0]] if name == "setitem" else tensors_in(output)
-        if not inputs or (not made and name in _QUESTIONS):
+        name = function_name(func)
+        made = made_tensors(name, given, output)
+        if is_question(name, given, made):
             return output
         fixed: Kind | None = None
         if "dropout" in name and len(made) == 1 and torch.equal(made[0], given[0]):

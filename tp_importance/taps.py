@@ -1,0 +1,150 @@
+"""Look at tensors of a forward pass that are no module's output, and at what a layer is added to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .batches import tensors_in
+from .dataflow import Flow, Op, function_name, is_batchnorm, is_question, made_tensors, watched_modules
+
+__all__ = ["added_to", "tap"]
+
+
+def added_to(flow: Flow, name: str) -> int | None:
+    r"""The tensor s in ``s + bn(layer(x))``, if it is there before the layer runs.
+
+    Args:
+        flow: recording of the network.
+        name: qualified name of the layer.
+
+    Returns:
+        The tensor's number in ``flow``; ``None`` if the layer runs more than once, its output (behind a batch norm,
+        if any) goes anywhere else, or s is made later, broadcast, or an input of the network.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         x = self.first(x)
+        ...         return x + self.second(x)
+        >>> import torch
+        >>> from tp_importance.dataflow import record
+        >>> flow = record(Block(), torch.zeros(1, 2))
+        >>> added_to(flow, "second") == flow.ops[0].outputs[0], added_to(flow, "first")
+        (True, None)
+    """
+    calls = [i for i, op in enumerate(flow.ops) if op.module is not None and op.name == name]
+    if len(calls) != 1:
+        return None
+    value, op = _only_reader(flow, flow.ops[calls[0]].outputs[0])
+    if op is not None and is_batchnorm(op.module):
+        value, op = _only_reader(flow, op.outputs[0])
+    if op is None or op.kind != "add" or len(op.inputs) != 2 or len(set(op.inputs)) != 2:
+        return None
+    other = next(v for v in op.inputs if v != value)
+    before = any(other in earlier.outputs for earlier in flow.ops[: calls[0]])
+    return other if before and flow.shapes[other] == flow.shapes[value] else None
+
+
+def _only_reader(flow: Flow, value: int) -> tuple[int, Op | None]:
+    """The one operation that reads a tensor, past those that hand it on unchanged."""
+    readers = flow.readers.get(value, [])
+    if len(readers) != 1 or value in flow.outputs:
+        return value, None
+    return _only_reader(flow, readers[0].outputs[0]) if readers[0].kind == "same" else (value, readers[0])
+
+
+@contextmanager
+def tap(model: nn.Module, flow: Flow, taps: Mapping[int, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Show tensors of a recorded call of the model while it is called again, on other inputs; none is kept.
+
+    The calls must run the same operations as the recorded one. Nothing is seen inside of layers.
+
+    Args:
+        model: the network that was recorded, in eval mode.
+        flow: its recording, with the default ``layers`` and without ``forward_fn``.
+        taps: what to call, per tensor of ``flow``, as soon as it is made.
+
+    Raises:
+        ValueError: if a tensor is not made by an operation of ``flow``.
+        RuntimeError: in a call that runs other operations.
+
+    Example:
+        >>> import torch
+        >>> from tp_importance.dataflow import record
+        >>> net, seen = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), []
+        >>> flow = record(net, torch.zeros(1, 2))
+        >>> with tap(net, flow, {flow.outputs[0]: lambda x: seen.append(x.shape)}):
+        ...     _ = net(torch.zeros(5, 2))
+        >>> seen
+        [torch.Size([5, 3])]
+    """
+    wanted: dict[int, list[tuple[int, Callable[[Tensor], None]]]] = {}
+    for value, fn in taps.items():
+        made = [(i, op.outputs.index(value)) for i, op in enumerate(flow.ops) if value in op.outputs]
+        if len(made) != 1:
+            raise ValueError(f"tensor {value} is made by no operation of the recording")
+        wanted.setdefault(made[0][0], []).append((made[0][1], fn))
+    counter = _Counter(flow, wanted)
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(counter.start, prepend=True).remove)
+        stack.callback(model.register_forward_hook(counter.stop).remove)
+        for name, module, kind in watched_modules(model, {}):
+            if kind is not None:
+                counter.watch(stack, name, module)
+        stack.enter_context(counter)
+        yield
+
+
+class _Counter(TorchFunctionMode):
+    """Counts operations as the recorder does, without keeping their tensors."""
+
+    def __init__(self, flow: Flow, wanted: Mapping[int, list[tuple[int, Callable[[Tensor], None]]]]) -> None:
+        super().__init__()
+        self._flow, self._wanted = flow, wanted
+        self._next = self._depth = 0
+        self._running = False
+
+    def start(self, *_: Any) -> None:
+        self._next, self._depth, self._running = 0, 0, True
+
+    def stop(self, *_: Any) -> None:
+        self._running = False
+
+    def watch(self, stack: ExitStack, name: str, module: nn.Module) -> None:
+        def before(_module: nn.Module, _args: Any) -> None:
+            self._depth += 1
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._depth -= 1
+            self._count(name, tensors_in(output))
+
+        stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+        stack.callback(module.register_forward_hook(after).remove)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if self._depth or not self._running:
+            return output
+        given, name = tensors_in((args, kwargs or {})), function_name(func)
+        made = made_tensors(name, given, output)
+        if not is_question(name, given, made):
+            self._count(name, made)
+        return output
+
+    def _count(self, name: str, made: list[Tensor]) -> None:
+        index, self._next = self._next, self._next + 1
+        if index >= len(self._flow.ops) or self._flow.ops[index].name != name:
+            there = self._flow.ops[index].name if index < len(self._flow.ops) else "the end"
+            raise RuntimeError(f"operation {index} of the network was {there} when it was recorded and is {name} now")
+        for position, fn in self._wanted.get(index, ()):
+            fn(made[position])
