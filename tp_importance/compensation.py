@@ -58,7 +58,8 @@ def compensate(
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
-        recalibrate: in sequential mode, re-estimate every batch norm as soon as what is in front of it is refitted.
+        recalibrate: in sequential mode, re-estimate every batch norm as soon as its input is final, but for those
+            behind a refitted layer: least squares has set their means, and rescaling would enlarge its errors.
         progress: show a progress bar.
 
     Returns:
@@ -82,7 +83,7 @@ def compensate(
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     if groups is None:
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
-    refits, rows = refittable(groups, removed)
+    refits, rows = refittable(groups, removed, everything=settings.mode == "sequential" and settings.everything)
     passes = 0
     if refits and settings.mode == "sequential":
         sequence = SequentialRefit(
@@ -90,6 +91,7 @@ def compensate(
             removed,
             refits,
             settings,
+            example_inputs,
             recalibrate=recalibrate,
             classes=classes,
             forward_fn=forward_fn,
@@ -100,7 +102,7 @@ def compensate(
         passes = sequence.passes
     elif refits:
         if statistics is None:
-            statistics = ReaderStatistics(touched(groups, removed), positions=settings.positions, seed=settings.seed)
+            statistics = ReaderStatistics(touched(groups, removed), positions=settings.sampled, seed=settings.seed)
             observe(
                 model,
                 loader,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .tracing import CONV
 
-__all__ = ["bn_gain", "feature_channels", "reader_weight", "set_reader_weight", "unfolded_input"]
+__all__ = ["bn_gain", "feature_channels", "reader_weight", "sampled_output", "set_reader_weight", "unfolded_input"]
 
 
 def unfolded_input(
@@ -55,6 +55,15 @@ def unfolded_input(
     patches = x.flatten(2).gather(2, index.flatten(1).unsqueeze(1).expand(-1, c, -1)).view(n, c, q, taps)
     patches = patches * inside.unsqueeze(1).to(patches.dtype)
     return patches.permute(0, 2, 1, 3).reshape(n, q, module.groups, c // module.groups * taps)
+
+
+def sampled_output(module: nn.Module, out: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
+    """An output of ``module``, or a tensor of its shape, at the positions :func:`unfolded_input` draws; (N, Q, O)."""
+    rows = out.unsqueeze(1) if out.dim() == 2 else out.flatten(1, -2)
+    if not isinstance(module, nn.Linear):
+        rows = out.flatten(2).mT
+    chosen = _positions(len(out), rows.shape[1], positions, generator, out.device)
+    return rows.gather(1, chosen.unsqueeze(2).expand(-1, -1, rows.shape[2]))
 
 
 def _positions(n: int, total: int, wanted: int | None, generator: torch.Generator, device: torch.device) -> Tensor:

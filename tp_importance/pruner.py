@@ -208,7 +208,8 @@ class BudgetPruner:
             budget: default: the pruner's. Repeated steps with falling budgets prune iteratively.
             compensate: refit the layers that read removed channels, on the pruner's loader, see
                 :func:`~tp_importance.compensation.compensate`: settings, a mode, or ``True``.
-            recalibrate: re-estimate the batch norm statistics on the pruner's loader afterwards.
+            recalibrate: re-estimate the batch norm statistics on the pruner's loader afterwards; in a sequential
+                compensation as it goes, where that is of use.
 
         Returns:
             The :class:`~tp_importance.report.PruningReport`.
@@ -254,7 +255,7 @@ class BudgetPruner:
             counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
             if Cost(*counted) != plan.cost:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
-            if recalibrate and self.loader is not None:
+            if recalibrate and self.loader is not None and (settings is None or settings.mode == "parallel"):
                 recalibrate_batchnorm(self.model, self.loader, forward_fn=self.groups.options.forward_fn)
             history = list(self.groups.trace.graph.pruning_history())
             groups = self._retrace()
@@ -305,7 +306,7 @@ class BudgetPruner:
     def _compensate(self, plan: Plan, settings: Compensation, recalibrate: bool) -> CompensationReport:
         assert self.loader is not None
         known = getattr(self.importance, "reader_statistics", None)
-        reusable = known is not None and known.covers(self.groups, settings.positions) and self._curves is not None
+        reusable = known is not None and known.covers(self.groups, settings.sampled) and self._curves is not None
         return compensate_readers(
             self.model,
             self.example_inputs,

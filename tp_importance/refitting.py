@@ -16,9 +16,12 @@ from .patches import feature_channels, reader_weight, set_reader_weight
 from .readers import MAX_FEATURES
 from .report import RefitRow
 from .surgery import checked_units
-from .tracing import Trace, is_depthwise
+from .tracing import CONV, Trace, is_depthwise
 
 __all__ = ["Compensation", "Refit", "refittable", "touched"]
+
+
+_POSITIONS = {"parallel": 8, "sequential": 32}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,12 @@ class Compensation:
             ``"sequential"``: one reader after the other, to its inputs in the network pruned so far, with the dense
             network's outputs as targets.
         ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features.
-        positions: output positions per sample, ``None`` for all.
+        positions: output positions per sample, ``None`` for all; ``"auto"`` is 8 in parallel mode, as for the
+            importances that share their pass, and 32 in sequential mode.
+        everything: in sequential mode, refit all layers behind the first removed channel, the classifier and depthwise
+            convolutions among them, as their inputs have changed; else only those that lose inputs.
+        residual: in sequential mode, where the output of a layer is added to a tensor that is there already, let it
+            make up for the error of that tensor, too.
         seed: of the positions.
         memory_limit: bytes that the activations of all samples may take (an estimate): up to it, ``"sequential"``
             sends them through the network at once, which refits everything in two passes; beyond, every reader takes
@@ -46,7 +54,9 @@ class Compensation:
 
     mode: Literal["parallel", "sequential"] = "parallel"
     ridge: float = 1e-3
-    positions: int | None = 8
+    positions: int | Literal["auto"] | None = "auto"
+    everything: bool = True
+    residual: bool = True
     seed: int = 0
     memory_limit: int = 4 << 30
 
@@ -56,8 +66,13 @@ class Compensation:
         if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < 1e6:
             raise ValueError(f"ridge={self.ridge!r} must be a fraction, at least 0, e.g. ridge=1e-3")
         n = self.positions
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ValueError(f"positions={n!r} must be a positive integer, or None for all")
+        if n is not None and n != "auto" and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise ValueError(f"positions={n!r} must be a positive integer, None for all, or 'auto'")
+
+    @property
+    def sampled(self) -> int | None:
+        """``positions`` with ``"auto"`` resolved."""
+        return _POSITIONS[self.mode] if self.positions == "auto" else self.positions
 
     @classmethod
     def of(cls, value: Compensation | str | bool | None) -> Compensation | None:
@@ -80,7 +95,7 @@ class Compensation:
 
 @dataclass(frozen=True, eq=False)
 class Refit:
-    """One reader that loses features.
+    """One layer to be refitted: a reader that loses features, or one whose inputs change.
 
     Attributes:
         name: qualified name.
@@ -181,10 +196,17 @@ def touched(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> Pru
     return PrunableGroups([g for g in groups if g.name in names], [], groups.trace, groups.options)
 
 
-def refittable(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> tuple[list[Refit], list[RefitRow]]:
+def refittable(
+    groups: PrunableGroups, removed: Mapping[str, Sequence[int]], *, everything: bool = False
+) -> tuple[list[Refit], list[RefitRow]]:
     """Readers that lose features and can be refitted, in execution order, and those that cannot, with the reason.
 
     Depthwise convolutions are no readers: what they pass on is made up for by the next dense reader.
+
+    Args:
+        groups: the groups.
+        removed: units that are to go, per group name.
+        everything: also all layers behind the first of these that can be refitted; they lose nothing.
 
     Raises:
         ValueError: for an unknown group or unit, or if too few units would be left.
@@ -198,20 +220,29 @@ def refittable(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> 
                 lost[m.name].append(m.positions(units))
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     order = groups.trace.first_call()
+    names = set(gone)
+    if everything:
+        first = min((order.get(n, len(order)) for n in gone), default=len(order))
+        layers = (n for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear)))
+        names |= {n for n in layers if order.get(n, -1) > first}
     refits, skipped = [], []
-    for name in sorted(gone, key=lambda n: order.get(n, len(order))):
+    for name in sorted(names, key=lambda n: order.get(n, len(order))):
         module = model.get_submodule(name)
         weight, channels = reader_weight(module), feature_channels(module)
-        kept = ~torch.isin(channels, torch.from_numpy(np.concatenate(gone[name])))
+        kept = torch.ones(channels.shape, dtype=torch.bool)
+        if name in gone:
+            kept = ~torch.isin(channels, torch.from_numpy(np.concatenate(gone[name])))
         outputs = torch.ones(weight.shape[0] * weight.shape[1], dtype=torch.bool)
         if name in lost:
             outputs[torch.from_numpy(np.concatenate(lost[name]))] = False
         refit = Refit(name, module, kept, outputs.view(weight.shape[:2]), _own_batch_norm(groups.trace, name))
         reason = _obstacle(refit, owners)
-        if reason:
-            skipped.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
-        elif not bool(kept.all()):
+        if name in gone and is_depthwise(module):
+            reason = "depthwise: its outputs depend on one channel each"
+        if not reason and (everything or not bool(kept.all())):
             refits.append(refit)
+        elif reason and name in gone:
+            skipped.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
     return refits, skipped
 
 
@@ -224,8 +255,6 @@ def _own_batch_norm(trace: Trace, name: str) -> nn.Module | None:
 
 def _obstacle(refit: Refit, owners: Counter[int]) -> str:
     module = refit.module
-    if is_depthwise(module):
-        return "depthwise: its outputs depend on one channel each"
     if "weight" not in module._parameters:
         return "its weight is no plain parameter (parametrisation, or a host's wrapper)"
     if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,20 +20,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .batches import ForwardFn, iterate, layer_input, run_batch
+from .batches import ForwardFn, call_model, iterate, layer_input, run_batch
 from .calibrate import Moments as NormMoments
 from .calibrate import write_statistics
+from .dataflow import Flow, record
+from .errors import TracingError
 from .functional.reader import Moments
 from .functional.refit import refit, residual_energy
 from .groups import PrunableGroups
 from .guards import preserved
 from .observe import LabelFn, at_least_float, batch_labels, labels_per_row, wanted_classes
-from .patches import unfolded_input
+from .patches import bn_gain, sampled_output, unfolded_input
 from .refitting import Compensation, Refit
 from .report import RefitRow
+from .taps import added_to, tap
 from .verify import gates
 
 __all__ = ["SequentialRefit"]
+
+NEGLIGIBLE_GAIN = 1e-3
+"""Batch norm gains below this fraction of the largest: what stands behind them cannot make up for anything."""
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -63,7 +69,8 @@ class SequentialRefit:
         groups: groups of the model, which is changed in place.
         removed: units that are to go, per group name.
         refits: readers to be refitted, in execution order.
-        settings: ridge, positions, seed and memory limit.
+        settings: of the refit.
+        example_inputs: what the groups were traced with.
         recalibrate: re-estimate every batch norm on its input before the layers behind it are refitted.
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
@@ -74,11 +81,14 @@ class SequentialRefit:
     removed: Mapping[str, Sequence[int]]
     refits: Sequence[Refit]
     settings: Compensation
+    example_inputs: Any
     recalibrate: bool = False
     classes: Sequence[int] | None = None
     forward_fn: ForwardFn | None = None
     label_fn: LabelFn | None = None
     passes: int = field(default=0, init=False)
+    _flow: Flow | None = field(default=None, init=False)
+    _sums: dict[int, int] = field(default_factory=dict, init=False)
 
     def run(self, loader: Iterable[Any]) -> list[RefitRow]:
         """Refit all readers; ``passes`` then says how many (cut-off) passes over the data it took.
@@ -88,6 +98,7 @@ class SequentialRefit:
         """
         model = self.groups.trace.model
         wanted_classes(self.classes)
+        self._find_sums(model)
         batch = None if self._repeated() else _joined(loader, self._bytes_per_sample(), self.settings.memory_limit)
         with preserved(model), torch.no_grad():
             model.eval()
@@ -101,6 +112,7 @@ class SequentialRefit:
     def _sweep(self, model: nn.Module, batch: Any) -> list[RefitRow]:
         labels, rows = self._labels(batch), dict[str, RefitRow]()
         targets: dict[int, _Seen] = {}
+        dense, pruned = dict[int, Tensor](), dict[int, Tensor]()
 
         def look(i: int, x: Tensor, out: Tensor) -> None:
             targets[i] = self._target(i, x, out, self._generator(i))
@@ -112,8 +124,10 @@ class SequentialRefit:
                     f"layer {r.name} runs more often on the data than on the example inputs; give example inputs "
                     "like the data, or use mode='parallel'"
                 )
-            moments = Moments()
-            self._add(moments, i, x, targets.pop(i), labels, self._generator(i))
+            moments, seen = Moments(), targets.pop(i)
+            if i in self._sums:
+                seen = self._corrected(i, seen, dense.pop(i), pruned.pop(i))
+            self._add(moments, i, x, seen, labels, self._generator(i))
             rows[r.name] = self._solve(r, moments)
 
         def calibrate(name: str, norm: nn.Module, x: Tensor) -> None:
@@ -122,12 +136,14 @@ class SequentialRefit:
         with ExitStack() as stack:
             for i, r in enumerate(self.refits):
                 stack.callback(_after(r.module, partial(look, i)))
+            stack.enter_context(self._taps(model, {i: (dense, self._generator(i)) for i in self._sums}))
             self._forward(model, batch)
         with gates(model, self.groups, _lists(self.removed)), ExitStack() as stack:
             for i, r in enumerate(self.refits):
                 stack.callback(_before(r.module, partial(act, i)))
             for name, norm in self._norms():
                 stack.callback(_before(norm, partial(calibrate, name, norm)))
+            stack.enter_context(self._taps(model, {i: (pruned, self._generator(i)) for i in self._sums}))
             self._forward(model, batch)
         missing = [r.name for r in self.refits if r.name not in rows]
         if missing:
@@ -152,19 +168,26 @@ class SequentialRefit:
     def _refit_alone(self, model: nn.Module, dense: nn.Module, i: int, loader: Iterable[Any]) -> RefitRow:
         r, moments = self.refits[i], Moments()
         twin, cut = dense.get_submodule(r.name), r.name not in self._repeated()
-        ours, theirs = self._generator(i), self._generator(i)
+        ours, theirs, at_sum = self._generator(i), self._generator(i), (self._generator(i), self._generator(i))
         calls: list[tuple[Tensor, Tensor]] = []
         inputs: list[Tensor] = []
+        added = [i] if i in self._sums else []
         for batch in iterate(loader):
+            other: tuple[dict[int, Tensor], dict[int, Tensor]] = {}, {}
             with ExitStack() as stack:
                 stack.callback(_after(twin, lambda x, out: calls.append((x.clone(), out)), cut))
+                stack.enter_context(self._taps(dense, {j: (other[0], at_sum[0]) for j in added}))
                 self._forward(dense, batch)
             with ExitStack() as stack:
                 stack.callback(_before(r.module, lambda x: inputs.append(x.clone()), cut))
+                stack.enter_context(self._taps(model, {j: (other[1], at_sum[1]) for j in added}))
                 self._forward(model, batch)
             labels = self._labels(batch)
             for x, call in zip(inputs, calls, strict=True):
-                self._add(moments, i, x, self._target(i, *call, theirs), labels, ours)
+                seen = self._target(i, *call, theirs)
+                if added:
+                    seen = self._corrected(i, seen, other[0][i], other[1][i])
+                self._add(moments, i, x, seen, labels, ours)
             calls.clear()
             inputs.clear()
         return self._solve(r, moments)
@@ -184,12 +207,66 @@ class SequentialRefit:
         if pooled:
             write_statistics(norm, name, pooled[0], batches)
 
+    # -- sums
+
+    def _find_sums(self, model: nn.Module) -> None:
+        """Readers whose output, behind a batch norm of their own if any, is added to something already there."""
+        if not self.settings.residual:
+            return
+        calls: list[tuple[Any, Any]] = []
+        handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+        with preserved(model), torch.no_grad():
+            model.eval()
+            try:
+                (self.forward_fn or call_model)(model, self.example_inputs)
+            finally:
+                handle.remove()
+        if len(calls) != 1:  # its operations could not be told apart
+            return
+        args, kwargs = calls[0]
+        self._flow = record(model, None, forward_fn=lambda m, _: m(*args, **kwargs))
+        for i, r in enumerate(self.refits):
+            other = added_to(self._flow, r.name)
+            if other is not None and (r.batch_norm is not None or not self.groups.trace.batch_norm_behind(r.name)):
+                self._sums[i] = other
+
+    @contextmanager
+    def _taps(self, model: nn.Module, into: Mapping[int, tuple[dict[int, Tensor], torch.Generator]]) -> Iterator[None]:
+        """While ``model`` runs, store what is added to the readers ``into``, at their sampled positions."""
+        readers: dict[int, list[int]] = {}
+        for i in into:
+            readers.setdefault(self._sums[i], []).append(i)
+
+        def keep(value: int, tensor: Tensor) -> None:
+            for i in readers[value]:
+                store, generator = into[i]
+                store[i] = sampled_output(self.refits[i].module, tensor, self.settings.sampled, generator)
+
+        if self._flow is None or not into:
+            yield
+            return
+        try:
+            with tap(model, self._flow, {value: partial(keep, value) for value in readers}):
+                yield
+        except TracingError as error:
+            raise ValueError(
+                f"{error}: its control flow depends on the data; pass Compensation(residual=False)"
+            ) from error
+
+    def _corrected(self, i: int, seen: _Seen, dense: Tensor, pruned: Tensor) -> _Seen:
+        """Target with which the sum is that of the dense network; outputs of negligible gain keep their own."""
+        r = self.refits[i]
+        gain = bn_gain(r.batch_norm, dense.shape[2]).to(dense)
+        usable = gain.abs() > NEGLIGIBLE_GAIN * gain.abs().max()
+        wanted = torch.where(usable, (dense - pruned) / torch.where(usable, gain, 1.0), 0.0)
+        return replace(seen, y=seen.y + wanted.view(seen.y.shape).to(seen.y))
+
     # -- parts
 
     def _target(self, i: int, x: Tensor, out: Tensor, generator: torch.Generator) -> _Seen:
         """What the reader, whose weight is still the dense one, gives at the sampled positions."""
         r = self.refits[i]
-        u = unfolded_input(r.module, x, out, self.settings.positions, generator)
+        u = unfolded_input(r.module, x, out, self.settings.sampled, generator)
         return _Seen(torch.einsum("nqgd,god->nqgo", u, r.weight.to(u)), tuple(out.shape))
 
     def _add(
@@ -198,7 +275,7 @@ class SequentialRefit:
         """Add joint rows (ũ, y) of one call; the positions are those of the dense network."""
         r = self.refits[i]
         frame = torch.empty(seen.shape, device="meta")  # only its shape is looked at
-        u = unfolded_input(r.module, x, frame, self.settings.positions, generator)
+        u = unfolded_input(r.module, x, frame, self.settings.sampled, generator)
         rows, chosen = torch.cat([u, seen.y.to(u)], 3), labels_per_row(r.name, x, labels) >= 0
         rows = (rows if bool(chosen.all()) else rows[chosen]).flatten(0, 1)
         moments.update(rows, torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
@@ -231,7 +308,8 @@ class SequentialRefit:
         return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + i)
 
     def _norms(self) -> list[tuple[str, nn.Module]]:
-        """Batch norms behind the first refit: the others see what they saw before."""
+        """Batch norms behind the first refit, for the others see what they saw before, but not right behind a refit."""
+        own = {r.batch_norm for r in self.refits}
         order = self.groups.trace.first_call()
         first = min(order.get(r.name, 0) for r in self.refits)
         return [
@@ -241,6 +319,7 @@ class SequentialRefit:
             and isinstance(m, BatchNorm)
             and m.running_mean is not None
             and order.get(name, -1) > first
+            and m not in own
         ]
 
     def _repeated(self) -> set[str]:
@@ -257,8 +336,8 @@ class SequentialRefit:
         for r in self.refits:
             groups, outputs, d = r.weight.shape
             total = math.prod(calls[r.name].out_shape) // (n * groups * outputs)
-            q = total if self.settings.positions is None else min(self.settings.positions, total)
-            targets += q * groups * outputs
+            q = total if self.settings.sampled is None else min(self.settings.sampled, total)
+            targets += q * groups * outputs * (3 if self.settings.residual else 1)
             rows = max(rows, q * groups * (d + outputs))
         return int(item * (2 * largest + targets + 3 * rows))
 

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from .batches import tensors_in
 from .dataflow import Flow, Op, function_name, is_batchnorm, is_question, made_tensors, watched_modules
+from .errors import TracingError
 
 __all__ = ["added_to", "tap"]
 
@@ -74,7 +75,7 @@ def tap(model: nn.Module, flow: Flow, taps: Mapping[int, Callable[[Tensor], None
 
     Raises:
         ValueError: if a tensor is not made by an operation of ``flow``.
-        RuntimeError: in a call that runs other operations.
+        TracingError: in a call that runs other operations.
 
     Example:
         >>> import torch
@@ -145,6 +146,8 @@ class _Counter(TorchFunctionMode):
         index, self._next = self._next, self._next + 1
         if index >= len(self._flow.ops) or self._flow.ops[index].name != name:
             there = self._flow.ops[index].name if index < len(self._flow.ops) else "the end"
-            raise RuntimeError(f"operation {index} of the network was {there} when it was recorded and is {name} now")
+            raise TracingError(f"operation {index} of the network was {there} when it was recorded and is {name} now")
+        self._running = False  # what the callbacks compute is none of the network's operations
         for position, fn in self._wanted.get(index, ()):
             fn(made[position])
+        self._running = True
