@@ -181,10 +181,17 @@ def touched(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> Pru
     return PrunableGroups([g for g in groups if g.name in names], [], groups.trace, groups.options)
 
 
-def refittable(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> tuple[list[Refit], list[RefitRow]]:
+def refittable(
+    groups: PrunableGroups, removed: Mapping[str, Sequence[int]], leave: Mapping[str, str] | None = None
+) -> tuple[list[Refit], list[RefitRow]]:
     """Readers that lose features and can be refitted, in execution order, and those that cannot, with the reason.
 
     Depthwise convolutions are no readers: what they pass on is made up for by the next dense reader.
+
+    Args:
+        groups: the groups of the network.
+        removed: units to be removed, per group name.
+        leave: readers that are not to be refitted, and why.
 
     Raises:
         ValueError: for an unknown group or unit, or if too few units would be left.
@@ -207,7 +214,7 @@ def refittable(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> 
         if name in lost:
             outputs[torch.from_numpy(np.concatenate(lost[name]))] = False
         refit = Refit(name, module, kept, outputs.view(weight.shape[:2]), _own_batch_norm(groups.trace, name))
-        reason = _obstacle(refit, owners)
+        reason = (leave or {}).get(name) or _obstacle(refit, owners)
         if reason:
             skipped.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
         elif not bool(kept.all()):
