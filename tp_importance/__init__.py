@@ -9,6 +9,7 @@ from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
 from .catro import CATROImportance, CATROPruner
 from .checkpoint import load_pruned, save_pruned
+from .compensated_step import compensated_step
 from .compensation import Compensation, compensate
 from .cost import CostModel
 from .curves import Curve, curve_from_scores, value_curves
@@ -81,6 +82,7 @@ __all__ = [
     "Watch",
     "WidthSpace",
     "compensate",
+    "compensated_step",
     "convert_to_resconv",
     "count_ops",
     "curve_from_scores",

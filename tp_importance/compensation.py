@@ -30,6 +30,7 @@ def compensate(
     *,
     groups: PrunableGroups | None = None,
     statistics: ReaderStatistics | None = None,
+    leave: Mapping[str, str] | None = None,
     classes: Sequence[int] | None = None,
     forward_fn: ForwardFn | None = None,
     label_fn: LabelFn | None = None,
@@ -55,6 +56,7 @@ def compensate(
         how: settings, or a mode.
         groups: groups of the model, if they are at hand.
         statistics: what the readers of these groups receive, if it was collected already; spares the pass.
+        leave: readers that are not to be refitted, and why.
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
@@ -83,7 +85,8 @@ def compensate(
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     if groups is None:
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
-    refits, rows = refittable(groups, removed, everything=settings.mode == "sequential" and settings.everything)
+    everything = settings.mode == "sequential" and settings.everything
+    refits, rows = refittable(groups, removed, leave, everything=everything)
     passes = 0
     if refits and settings.mode == "sequential":
         sequence = SequentialRefit(

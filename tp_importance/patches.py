@@ -96,12 +96,18 @@ def _taps(
     return index, inside
 
 
-def reader_weight(module: nn.Module) -> Tensor:
-    """Weight per conv group, shape (G, O/G, d), features in the layout of :func:`unfolded_input`."""
+def reader_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """Weight per conv group, shape (G, O/G, d), features in the layout of :func:`unfolded_input`.
+
+    Args:
+        module: convolution or linear layer.
+        weight: another tensor in the shape of its weight, to be seen in this layout.
+    """
+    assert isinstance(module, (*CONV, nn.Linear))
+    weight = module.weight.detach() if weight is None else weight
     if isinstance(module, nn.Linear):
-        return module.weight.detach().unsqueeze(0)
-    assert isinstance(module, CONV)
-    w = module.weight.detach().flatten(2)
+        return weight.unsqueeze(0)
+    w = weight.flatten(2)
     if not module.transposed:
         return w.reshape(module.groups, module.out_channels // module.groups, -1)
     w = w.reshape(module.groups, module.in_channels // module.groups, module.out_channels // module.groups, -1)

@@ -197,16 +197,21 @@ def touched(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> Pru
 
 
 def refittable(
-    groups: PrunableGroups, removed: Mapping[str, Sequence[int]], *, everything: bool = False
+    groups: PrunableGroups,
+    removed: Mapping[str, Sequence[int]],
+    leave: Mapping[str, str] | None = None,
+    *,
+    everything: bool = False,
 ) -> tuple[list[Refit], list[RefitRow]]:
     """Readers that lose features and can be refitted, in execution order, and those that cannot, with the reason.
 
     Depthwise convolutions are no readers: what they pass on is made up for by the next dense reader.
 
     Args:
-        groups: the groups.
-        removed: units that are to go, per group name.
-        everything: also all layers behind the first of these that can be refitted; they lose nothing.
+        groups: the groups of the network.
+        removed: units to be removed, per group name.
+        leave: layers that are not to be refitted, and why.
+        everything: also all layers behind the first reader of these; they lose nothing.
 
     Raises:
         ValueError: for an unknown group or unit, or if too few units would be left.
@@ -236,7 +241,7 @@ def refittable(
         if name in lost:
             outputs[torch.from_numpy(np.concatenate(lost[name]))] = False
         refit = Refit(name, module, kept, outputs.view(weight.shape[:2]), _own_batch_norm(groups.trace, name))
-        reason = _obstacle(refit, owners)
+        reason = (leave or {}).get(name) or _obstacle(refit, owners)
         if name in gone and is_depthwise(module):
             reason = "depthwise: its outputs depend on one channel each"
         if not reason and (everything or not bool(kept.all())):

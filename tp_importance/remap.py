@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from .checkpoint import _plain
 from .groups import PrunableGroups
 from .surgery import remove_units
+from .tracing import TraceOptions, trace
 from .verify import same_groups
 
 __all__ = ["Survivors", "check_optimizer", "named_tensors"]
@@ -50,13 +51,38 @@ class Survivors:
         """
         coded = copy.deepcopy(groups.trace.model)
         rebuilt = same_groups(coded, example_inputs, groups)
-        for tensor in named_tensors(coded).values():
-            tensor.grad = None
-            # exact up to 2^53 entries
-            tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
+        _code(coded)
         remove_units(rebuilt, removed)
+        return cls._read(groups.trace.model, coded)
+
+    @classmethod
+    def replay(
+        cls, model: nn.Module, example_inputs: Any, history: Sequence[Any], options: TraceOptions = TraceOptions()
+    ) -> Survivors:
+        """Find out by repeating Torch-Pruning's history of any pruner on such a copy.
+
+        Args:
+            model: the network before the surgery; it is not changed.
+            example_inputs: to trace the copy with.
+            history: entries ``[module name, is_out, indices]`` of the surgery.
+            options: how the network is traced.
+        """
+        coded = copy.deepcopy(model)
+        graph = trace(coded, example_inputs, options.on_copy(model, coded)).graph
+        _code(coded)
+        graph.load_pruning_history([list(entry) for entry in history])
+        return cls._read(model, coded)
+
+    @classmethod
+    def _read(cls, model: nn.Module, coded: nn.Module) -> Survivors:
         index = {name: t.detach().long() for name, t in named_tensors(coded).items()}
-        return cls(index, {name: t.shape for name, t in named_tensors(groups.trace.model).items()})
+        return cls(index, {name: t.shape for name, t in named_tensors(model).items()})
+
+    def alive(self, name: str) -> Tensor:
+        """Which entries of parameter or buffer ``name`` are left, bool, in its old shape."""
+        alive = torch.zeros(self.shapes[name].numel(), dtype=torch.bool)
+        alive[self.index[name].flatten().cpu()] = True
+        return alive.view(self.shapes[name])
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
         """What is left of a tensor that is shaped like parameter or buffer ``name`` was; its memory format is kept."""
@@ -156,6 +182,13 @@ class Survivors:
 def _inner(twin: nn.Module) -> nn.Module:
     """The network inside an ``AveragedModel``."""
     return twin.module if isinstance(twin, AveragedModel) else twin
+
+
+def _code(model: nn.Module) -> None:
+    for tensor in named_tensors(model).values():
+        tensor.grad = None
+        # exact up to 2^53 entries
+        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:

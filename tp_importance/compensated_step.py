@@ -1,0 +1,212 @@
+"""Compensation for Torch-Pruning's own pruners: whatever they remove, the readers are refitted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import ForwardFn
+from .calibrate import recalibrate_batchnorm
+from .compensation import compensate
+from .groups import ChannelGroup, PrunableGroups, prunable_groups
+from .guards import preserved, transaction
+from .observe import LabelFn
+from .patches import feature_channels, reader_weight
+from .refitting import Compensation
+from .remap import Survivors, named_tensors
+from .report import CompensationReport, RefitRow
+from .tracing import CONV, TraceOptions, is_depthwise
+
+__all__ = ["Removal", "compensated_step", "removal"]
+
+
+class Removal:
+    """What a host removes, in terms of our groups.
+
+    Attributes:
+        units: units that go, per group name.
+        leave: readers that lose anything else, and why they cannot be refitted.
+        rows: the same readers as rows of a report.
+    """
+
+    def __init__(self) -> None:
+        self.units: dict[str, list[int]] = {}
+        self.leave: dict[str, str] = {}
+        self.rows: list[RefitRow] = []
+
+
+def compensated_step(
+    pruner: Any,
+    example_inputs: Any,
+    loader: Iterable[Any],
+    how: Compensation | str = "parallel",
+    *,
+    recalibrate: bool = False,
+    forward_fn: ForwardFn | None = None,
+    output_transform: Callable[[Any], Any] | None = None,
+    label_fn: LabelFn | None = None,
+    progress: bool = False,
+) -> CompensationReport:
+    """``pruner.step()``, and the layers that read removed channels are refitted to those that stay.
+
+    What the pruner removed is found by repeating its history on a copy whose entries are their own positions; the
+    refit is done on a copy of the network before the step and what survives of it is put into the pruned one. Channels
+    of groups for which removal is not masking, and parts of units, are reported and not compensated.
+
+    Args:
+        pruner: a pruner of Torch-Pruning with any importance (``BasePruner``, ``MetaPruner``, ``BNScalePruner``, ...).
+        example_inputs: those the pruner was built with.
+        loader: re-iterable of batches.
+        how: settings, or a mode, see :func:`~tp_importance.compensation.compensate`.
+        recalibrate: re-estimate the batch norm statistics on the loader afterwards.
+        forward_fn: ``forward_fn(model, batch)``; as given to the pruner.
+        output_transform: as given to the pruner.
+        label_fn: ``label_fn(batch)``.
+        progress: show a progress bar.
+
+    Returns:
+        The :class:`~tp_importance.report.CompensationReport`.
+
+    Raises:
+        RuntimeError: if the pruner's history does not explain what it removed.
+        ValueError: for bad data. After any exception the model is as before the step; build the pruner anew.
+
+    Example:
+        >>> import torch_pruning as tp
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> x = torch.randn(16, 3, 12, 12)
+        >>> pruner = tp.pruner.BasePruner(net, x[:2], tp.importance.MagnitudeImportance(), pruning_ratio=0.5,
+        ...                               ignored_layers=[net[4]])
+        >>> report = compensated_step(pruner, x[:2], [x])
+        >>> net[2].in_channels, [(r.name, r.after < r.before) for r in report.rows]
+        (4, [('2', True), ('4', True)])
+    """
+    settings = Compensation.of(how)
+    if settings is None:
+        raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
+    model, graph = pruner.model, pruner.DG
+    options = TraceOptions(
+        forward_fn,
+        output_transform,
+        list(graph.unwrapped_parameters) or None,
+        dict(graph.CUSTOMIZED_PRUNERS) or None,
+        list(pruner.ignored_params),
+    )
+    dense = copy.deepcopy(model)
+    names = {m: name for name, m in model.named_modules()}
+    heads = {dense.get_submodule(names[m]): n for m, n in pruner.num_heads.items() if m in names}
+    options = options.on_copy(model, dense)
+    known = len(graph.pruning_history())
+    with torch.inference_mode(False), transaction(model):
+        with preserved(model):
+            pruner.step()
+        history = graph.pruning_history()[known:]
+        survivors = Survivors.replay(dense, example_inputs, history, options)
+        survivors.settle(named_tensors(dense), model)
+        groups = prunable_groups(
+            dense,
+            example_inputs,
+            num_heads=heads,
+            unwrapped_parameters=options.unwrapped_parameters,
+            customized_pruners=options.customized_pruners,
+            forward_fn=forward_fn,
+            output_transform=output_transform,
+        )
+        what = removal(groups, lambda name: survivors.alive(f"{name}.weight"))
+        report = compensate(
+            dense,
+            example_inputs,
+            loader,
+            what.units,
+            settings,
+            groups=groups,
+            leave=what.leave,
+            forward_fn=forward_fn,
+            label_fn=label_fn,
+            recalibrate=recalibrate,
+            progress=progress,
+        )
+        with torch.no_grad():
+            for name, tensor in named_tensors(dense).items():
+                named_tensors(model)[name].copy_(survivors.take(name, tensor))
+        if recalibrate:
+            recalibrate_batchnorm(model, loader, forward_fn=forward_fn)
+    listed = {row.name for row in report.rows}
+    return CompensationReport(
+        report.mode, report.passes, [*report.rows, *(r for r in what.rows if r.name not in listed)]
+    )
+
+
+def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
+    """Whole units of verified groups that go, and the readers that lose anything else.
+
+    Args:
+        groups: groups of the network before surgery.
+        alive: which entries of the weight of a layer are left, bool, in the shape of the weight.
+
+    Returns:
+        The :class:`Removal`.
+    """
+    result, model = Removal(), groups.trace.model
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear)) and not is_depthwise(m)}
+    left = {n: reader_weight(m, alive(n)) for n, m in layers.items() if "weight" in m._parameters}
+    inputs = {n: _channels(layers[n], table) for n, table in left.items()}
+    outputs = {n: table.any(2).flatten() for n, table in left.items()}
+    explained: dict[str, Tensor] = {n: torch.zeros_like(a) for n, a in inputs.items()}
+    broken: dict[str, str] = {}
+    for group in groups:
+        units, problem = _whole_units(group, inputs, outputs)
+        if problem:
+            broken[group.name] = problem
+        elif units:
+            result.units[group.name] = units
+            for m in group.readers:
+                explained[m.name][torch.from_numpy(m.positions(units))] = True
+    refused = [f"{e.name}: {e.reason}" for e in groups.excluded if _loses(outputs.get(e.name.split("/")[0]))]
+    for name, gone in explained.items():
+        if not bool((~inputs[name] & ~gone).any()):
+            continue
+        mine = [broken[g.name] for g in groups if g.name in broken and any(m.name == name for m in g.readers)]
+        reason = "it loses channels that cannot be accounted for (" + "; ".join(mine or refused) + ")"
+        result.leave[name] = reason
+        kept = inputs[name][feature_channels(layers[name])]
+        result.rows.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
+    return result
+
+
+def _channels(module: nn.Module, left: Tensor) -> Tensor:
+    """Input channels of which a weight is left, bool, shape (C,); ``left`` as :func:`reader_weight` lays it out."""
+    channels = feature_channels(module)
+    alive = torch.zeros(int(channels.max()) + 1, dtype=torch.bool)
+    alive[channels[left.any(1)]] = True
+    return alive
+
+
+def _loses(alive: Tensor | None) -> bool:
+    return alive is not None and not bool(alive.all())
+
+
+def _whole_units(
+    group: ChannelGroup, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+) -> tuple[list[int], str]:
+    """Units of which nothing is left in any producer or reader; a reason if a unit is left in part."""
+    lost: set[int] | None = None
+    for m in (*group.producers, *group.readers):
+        alive = (outputs if m.kind == "producer" else inputs).get(m.name)
+        if alive is None:
+            return [], f"the weight of {m.name} is no plain parameter"
+        here = alive[torch.from_numpy(m.channels)].numpy()
+        some = set(np.unique(m.units[here]).tolist())
+        gone = set(np.unique(m.units[~here]).tolist())
+        if some & gone or (lost is not None and gone != lost):
+            return [], f"only parts of units of {group.name} go, seen at {m.name}"
+        lost = gone
+    units = sorted(lost or ())
+    if group.n_units - len(units) < group.min_units:
+        return [], f"group {group.name} loses all of its channels"
+    return units, ""
