@@ -84,6 +84,8 @@ def compensate(
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     if groups is None:
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
+    elif groups.trace.model is not model:
+        raise ValueError(f"the groups are of another {type(groups.trace.model).__name__} than the model")
     refits, rows = refittable(groups, removed, leave)
     passes = 0
     if refits and settings.mode == "sequential":
