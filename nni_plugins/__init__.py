@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .base import ImportancePruner
 from .catro import CATROPruner
+from .compensation import compensate_masks
 from .experiment import experiment_running, nni_trial, run_experiment, trial_table
 from .itpruner import ITPruner
 from .psap import PSAPPruner
@@ -26,6 +27,7 @@ __all__ = [
     "ImportancePruner",
     "PSAPPruner",
     "ResConvPruner",
+    "compensate_masks",
     "experiment_running",
     "nni_trial",
     "register_tuner",

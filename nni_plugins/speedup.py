@@ -28,7 +28,7 @@ from tp_importance.resconv import resconv_layers
 from ._compat import import_nni, legacy_tracer_shim
 from .layers import remove_masked_layers
 
-__all__ = ["speedup"]
+__all__ = ["checked_masks", "speedup"]
 
 Masks = Mapping[str, Mapping[str, Tensor | None]]
 
@@ -101,7 +101,7 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
         raise RuntimeError(f"the model is still wrapped by NNI, at {wrapped!r}; call pruner.unwrap_model() first")
     if resconv_layers(model):
         return remove_masked_layers(model, example_inputs, _as_masks(masks))
-    full_masks = _checked_masks(model, masks)
+    full_masks = checked_masks(model, masks)
     with torch.inference_mode(False), torch.enable_grad(), _isolated(model):
         inputs = _bind(model, example_inputs)
         trial = _trial_copy(model)
@@ -130,8 +130,8 @@ def _as_masks(masks: Any) -> Masks:
     return masks
 
 
-def _checked_masks(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
-    """Own copies of the masks, expanded to full shape, without the empty ones."""
+def checked_masks(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
+    """Own copies of the masks, expanded to full shape, without the empty ones; errors as :func:`speedup`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     checked: dict[str, dict[str, Tensor]] = {}
     for name, targets in _as_masks(masks).items():

@@ -517,6 +517,8 @@ def test_bad_arguments():
         compensate(model, x, class_loader(), {"x": [1]})
     with pytest.raises(ValueError, match="cannot be removed"):
         compensate(model, x, class_loader(), {pruner.groups.names[0]: [99]})
+    with pytest.raises(ValueError, match="groups are of another"):
+        compensate(make_network("plain")[0], x, class_loader(), {}, groups=pruner.groups)
     with pytest.raises(TypeError, match="compensates nothing"):
         compensate(model, x, class_loader(), {}, None)
     assert isinstance(pruner.groups, PrunableGroups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from .tracing import CONV, TraceOptions, is_depthwise
 __all__ = ["Removal", "compensated_step", "removal"]
 
 
+@dataclass
 class Removal:
     """What a host removes, in terms of our groups.
 
@@ -34,10 +36,20 @@ class Removal:
         rows: the same readers as rows of a report.
     """
 
-    def __init__(self) -> None:
-        self.units: dict[str, list[int]] = {}
-        self.leave: dict[str, str] = {}
-        self.rows: list[RefitRow] = []
+    units: dict[str, list[int]] = field(default_factory=dict)
+    leave: dict[str, str] = field(default_factory=dict)
+    rows: list[RefitRow] = field(default_factory=list)
+
+    def cannot_refit(self, refused: str, module: nn.Module, name: str, alive: Tensor) -> None:
+        """Note a reader of which the input channels ``alive``, bool, shape (C,), stay."""
+        kept = alive[feature_channels(module)]
+        self.leave[name] = refused
+        self.rows.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=refused))
+
+    def added_to(self, report: CompensationReport) -> CompensationReport:
+        """The report with the readers that it does not know of."""
+        listed = {row.name for row in report.rows}
+        return replace(report, rows=[*report.rows, *(row for row in self.rows if row.name not in listed)])
 
 
 def compensated_step(
@@ -136,10 +148,7 @@ def compensated_step(
                 named_tensors(model)[name].copy_(survivors.take(name, tensor))
         if recalibrate:
             recalibrate_batchnorm(model, loader, forward_fn=forward_fn)
-    listed = {row.name for row in report.rows}
-    return CompensationReport(
-        report.mode, report.passes, [*report.rows, *(r for r in what.rows if r.name not in listed)]
-    )
+    return what.added_to(report)
 
 
 def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
@@ -173,9 +182,7 @@ def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
             continue
         mine = [broken[g.name] for g in groups if g.name in broken and any(m.name == name for m in g.readers)]
         reason = "it loses channels that cannot be accounted for (" + "; ".join(mine or refused) + ")"
-        result.leave[name] = reason
-        kept = inputs[name][feature_channels(layers[name])]
-        result.rows.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
+        result.cannot_refit(reason, layers[name], name, inputs[name])
     return result
 
 

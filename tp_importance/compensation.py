@@ -85,6 +85,8 @@ def compensate(
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     if groups is None:
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
+    elif groups.trace.model is not model:
+        raise ValueError(f"the groups are of another {type(groups.trace.model).__name__} than the model")
     everything = settings.mode == "sequential" and settings.everything
     refits, rows = refittable(groups, removed, leave, everything=everything)
     passes = 0

@@ -1,0 +1,130 @@
+"""Compensation for NNI's masks: refit the layers that read masked channels, before ``ModelSpeedup`` removes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tp_importance import Compensation, CompensationReport, PrunableGroups, compensate, prunable_groups
+from tp_importance.batches import ForwardFn
+from tp_importance.compensated_step import Removal
+from tp_importance.groups import ChannelGroup, build_groups
+from tp_importance.observe import LabelFn
+
+from .config import require_unwrapped
+from .speedup import checked_masks
+
+__all__ = ["compensate_masks"]
+
+
+def compensate_masks(
+    model: nn.Module,
+    masks: Mapping[str, Mapping[str, Tensor | None]],
+    loader: Iterable[Any],
+    example_inputs: Any,
+    how: Compensation | str = "parallel",
+    *,
+    groups: PrunableGroups | None = None,
+    recalibrate: bool = False,
+    forward_fn: ForwardFn | None = None,
+    label_fn: LabelFn | None = None,
+    progress: bool = False,
+) -> CompensationReport:
+    """Refit the readers of masked channels, in place; then call :func:`nni_plugins.speedup` with the same masks.
+
+    For masks of any NNI pruner. A unit counts as removed if its rows are masked in *all* layers that make it, for then
+    ``ModelSpeedup`` takes it out. After the refit no layer weighs a removed channel any more, so that masked and
+    smaller network agree even where the masks of the batch norms were not aligned. Masked channels that stay, or of
+    groups for which removal is not masking, are reported and not compensated.
+
+    Args:
+        model: the network, after ``pruner.unwrap_model()``: its weights are the targets of the refit.
+        masks: as returned by ``compress()`` of an NNI pruner.
+        loader: re-iterable of batches.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        how: settings, or a mode, see :func:`tp_importance.compensate`.
+        groups: groups of the model, if they are at hand.
+        recalibrate: in sequential mode, re-estimate every batch norm as soon as what is in front of it is refitted.
+        forward_fn: ``forward_fn(model, batch)``.
+        label_fn: ``label_fn(batch)``.
+        progress: show a progress bar.
+
+    Returns:
+        The :class:`tp_importance.CompensationReport`.
+
+    Raises:
+        RuntimeError: if the model is still wrapped.
+        TypeError: if the masks are not a dict of dicts of tensors.
+        ValueError: for masks that :func:`nni_plugins.speedup` refuses, or bad data; the model is then as before.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> x, rows = torch.randn(16, 3, 12, 12), torch.ones(8, 1, 1, 1)
+        >>> rows[[1, 5]] = 0
+        >>> report = compensate_masks(net, {"0": {"weight": rows, "bias": rows.flatten()}}, [x], x[:2])
+        >>> [(r.name, r.removed, r.after < r.before) for r in report.rows]
+        [('2', 18, True)]
+    """
+    require_unwrapped(model)
+    full = checked_masks(model, masks)
+    if groups is None:
+        groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
+    what = _removal(groups, full)
+    report = compensate(
+        model,
+        example_inputs,
+        loader,
+        what.units,
+        how,
+        groups=groups,
+        leave=what.leave,
+        forward_fn=forward_fn,
+        label_fn=label_fn,
+        recalibrate=recalibrate,
+        progress=progress,
+    )
+    return what.added_to(report)
+
+
+def _removal(groups: PrunableGroups, masks: Mapping[str, Mapping[str, Tensor]]) -> Removal:
+    result, model = Removal(), groups.trace.model
+    refused = {e.name: e.reason for e in groups.excluded}
+    for group in build_groups(groups.trace, options=groups.options):  # those that were refused have readers, too
+        some, everywhere = _masked(group, model, masks)
+        if not some:
+            continue
+        reason = ""
+        if group.name not in groups.names:
+            reason = f"it reads masked channels of {group.name}: {refused.get(group.name, 'not a group to prune')}"
+        elif some != everywhere:
+            reason = f"not all layers that make the channels of {group.name} are masked, so they stay"
+        if not reason:
+            result.units[group.name] = sorted(everywhere)
+        for m in group.readers if reason else ():
+            alive = np.ones(m.width, bool)
+            alive[m.positions(some)] = False
+            result.cannot_refit(reason, model.get_submodule(m.name), m.name, torch.from_numpy(alive))
+    return result
+
+
+def _masked(
+    group: ChannelGroup, model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[set[int], set[int]]:
+    """Units of which a layer that makes them masks something, and those that all these layers mask whole."""
+    some: set[int] = set()
+    everywhere = set(range(group.n_units))
+    for m in group.producers:
+        mask = masks.get(m.name, {}).get("weight")
+        kept = np.ones(m.width, bool)
+        if mask is not None:
+            dim = 1 if getattr(model.get_submodule(m.name), "transposed", False) else 0
+            rows = mask.transpose(0, dim).flatten(1).any(1).cpu().numpy()
+            kept = rows if len(rows) == m.width else kept
+        here = kept[m.channels]
+        some |= set(m.units[~here].tolist())
+        everywhere -= set(m.units[here].tolist())
+    return some, everywhere
