@@ -15,6 +15,7 @@ from .errors import BudgetError, NotCollectedError, StaleStatisticsError, Tracin
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .importance import StatisticalImportance
 from .itpruner import ITPruner, ITPrunerImportance
+from .lagrange import LagrangeAllocator, lagrange
 from .latency import Latency, measure_latency
 from .obs import OBSImportance, OBSPruner
 from .observe import Observed, Watch, observe
@@ -54,6 +55,7 @@ __all__ = [
     "Excluded",
     "ITPruner",
     "ITPrunerImportance",
+    "LagrangeAllocator",
     "Latency",
     "LayerPlan",
     "LayerReport",
@@ -83,6 +85,7 @@ __all__ = [
     "fuse",
     "greedy",
     "greedy_path",
+    "lagrange",
     "load_pruned",
     "measure_latency",
     "observe",
