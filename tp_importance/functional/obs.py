@@ -177,10 +177,13 @@ class _Block:
     def _begin(self, matrices: list[_Pending], units: NDArray[np.int64]) -> None:
         self.matrices, self.units, self.pending = matrices, units, 0
         self.alive = np.ones(len(units), bool)
+        self._prices: NDArray[np.float64] | None = None
         self.where = {int(u): i for i, u in enumerate(units)}
 
     def prices(self) -> NDArray[np.float64]:
         """Loss of every unit that is left; shape (len(units),)."""
+        if self._prices is not None:  # nothing went here since
+            return self._prices
         b, q, *weighted = (x.diagonal for x in self.matrices)
         factor = torch.linalg.cholesky_ex(b)[0]
         solved = torch.cholesky_solve(q, factor)
@@ -188,7 +191,8 @@ class _Block:
             n, z = (torch.cholesky_solve(x, factor) for x in weighted)
             solved = n @ solved + 2 * z
         price = solved.diagonal(dim1=-2, dim2=-1).sum((0, 2))
-        return price.cpu().numpy() * self.factor
+        self._prices = price.cpu().numpy() * self.factor
+        return self._prices
 
     def remove(self, unit: int) -> None:
         """Refit without ``unit``, if it is read here."""
@@ -213,7 +217,7 @@ class _Block:
             z.subtract(-h_q / 2, h_n)
             cross = h_q @ h_n[:, rows].mT + h_n @ h_q[:, rows].mT
             z.subtract(turned(h_z + _right(cross, factor) / 2), f)
-        self.alive[i] = False
+        self.alive[i], self._prices = False, None
         gone = torch.from_numpy(~self.alive)
         for x in self.matrices:
             x.forget(gone.to(f.device), float(x is b))
@@ -230,10 +234,8 @@ def _right(columns: Tensor, factor: Tensor) -> Tensor:
 
 def _block(reader: ReadUnits, alive: NDArray[np.bool_], ridge: float) -> _Block | None:
     """B and Q over the features of the units, those of one unit side by side; None if it reads nothing of them."""
-    p, w, metric = (
-        x if x is None or x.dim() == 3 else x.unsqueeze(0) for x in (reader.covariance, reader.weight, reader.metric)
-    )
-    assert p is not None and w is not None
+    p, w = _batched(reader.covariance), _batched(reader.weight)
+    metric = None if reader.metric is None else _batched(reader.metric)
     units = reader.units.cpu().numpy()
     rest = np.flatnonzero(units < 0)
     mine = np.flatnonzero((units >= 0) & alive[units])
@@ -264,6 +266,11 @@ def _block(reader: ReadUnits, alive: NDArray[np.bool_], ridge: float) -> _Block 
         at = torch.from_numpy(slot).to(gram.device)
         matrices = [_spread(x, at, len(owners) * most, float(i == 0)) for i, x in enumerate(matrices)]
     return _Block(matrices, owners, reader.factor)
+
+
+def _batched(matrix: Tensor) -> Tensor:
+    matrix = matrix.cpu() if matrix.device.type == "mps" else matrix  # MPS has no float64
+    return matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
 
 
 def _spread(matrix: Tensor, at: Tensor, size: int, diagonal: float) -> Tensor:
