@@ -141,6 +141,16 @@ def test_subtask_and_statistics_are_those_of_its_samples():
     )
 
 
+def test_a_failed_pass_leaves_the_old_statistics():
+    model, x = make_network("plain")
+    importance = OBSImportance()
+    assert importance.reader_statistics is None
+    before = importance.collect(model, x, class_loader()).reader_statistics
+    with pytest.raises(ValueError, match="finite"):
+        importance.collect(model, x, [(a * float("nan"), y) for a, y in class_loader()])
+    assert importance.reader_statistics is before
+
+
 @pytest.mark.parametrize(
     "options",
     [{"ridge": 0.0}, {"ridge": float("nan")}, {"class_weight": 1.1}, {"positions": 0}, {"positions": True}],

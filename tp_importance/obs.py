@@ -79,14 +79,18 @@ class OBSImportance(StatisticalImportance):
             raise ValueError(f"ridge={ridge!r} must be above 0, e.g. {RIDGE}")
         self.class_weight, self.positions, self.ridge, self.seed = class_weight, positions, ridge, seed
         self.reader_statistics: ReaderStatistics | None = None
+        self._collecting: ReaderStatistics | None = None
 
     def _watches(self, groups: PrunableGroups) -> list[Watch]:
-        self.reader_statistics = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
-        return self.reader_statistics.watches()
+        self._collecting = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
+        return self._collecting.watches()
 
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
-        assert self.reader_statistics is not None
-        return {g.name: self._curve(self.reader_statistics, groups, g) for g in groups}
+        statistics = self._collecting
+        assert statistics is not None
+        curves = {g.name: self._curve(statistics, groups, g) for g in groups}
+        self.reader_statistics = statistics  # not before: a failed pass leaves the old ones
+        return curves
 
     def _curve(self, statistics: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
         norms = filter_norms(groups, group)
