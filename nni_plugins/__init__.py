@@ -10,6 +10,7 @@ from .catro import CATROPruner
 from .compensation import compensate_masks
 from .experiment import experiment_running, nni_trial, run_experiment, trial_table
 from .itpruner import ITPruner
+from .obs import OBSPruner
 from .psap import PSAPPruner
 from .resconv import ResConvPruner
 from .speedup import speedup
@@ -25,6 +26,7 @@ __all__ = [
     "CATROPruner",
     "ITPruner",
     "ImportancePruner",
+    "OBSPruner",
     "PSAPPruner",
     "ResConvPruner",
     "compensate_masks",
