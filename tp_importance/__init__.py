@@ -11,6 +11,7 @@ from .catro import CATROImportance, CATROPruner
 from .checkpoint import load_pruned, save_pruned
 from .cost import CostModel
 from .curves import Curve, curve_from_scores, value_curves
+from .distillation import Distiller, distillation_loss
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .importance import StatisticalImportance
@@ -50,6 +51,7 @@ __all__ = [
     "Cost",
     "CostModel",
     "Curve",
+    "Distiller",
     "Excluded",
     "ITPruner",
     "ITPrunerImportance",
@@ -77,6 +79,7 @@ __all__ = [
     "convert_to_resconv",
     "count_ops",
     "curve_from_scores",
+    "distillation_loss",
     "fuse",
     "greedy",
     "greedy_path",
