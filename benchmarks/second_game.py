@@ -1,0 +1,177 @@
+"""The second game: how few training images does a pruned ResNet-20 need to recover, and how far does it come.
+
+Every arm prunes the same pretrained network to the same MACs, looking at its draw of the training images, and has its
+batch norms recalibrated on them. Then one and the same recipe for everybody: a run of its own per level, ``images``
+images long, with the learning rate falling to zero. Top-1 on the first test images. One cell per run: stop and start
+again at will; other recipes go into the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from cifar import BLOCKS, Cifar10
+from cifar_oneshot import CRITERIA, Network
+from cifar_training import train
+from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from torch import nn
+
+from tp_importance import Budget, BudgetPruner
+from tp_importance.distillation import Distiller
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is pruned by: a criterion of the one-shot table and how it spends the budget."""
+
+    criterion: str
+    allocator: str
+    ours: bool = False
+
+
+ARMS = {
+    "random": Arm("random", "uniform"),
+    "L1": Arm("L1", "uniform"),
+    "L2": Arm("L2", "uniform"),
+    "Taylor": Arm("Taylor", "greedy"),
+    "CATRO": Arm("CATRO reader", "greedy"),
+}
+LEVELS = (0, 2_000, 5_000, 10_000, 25_000, 50_000, 100_000)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; ``weight`` 0 is training without a teacher.
+
+    Attributes:
+        lr: largest learning rate.
+        batch_size: images per step.
+        temperature: of the distillation.
+        weight: the teacher's share of the loss.
+        warmup: fraction of the steps in which the learning rate rises.
+        freeze_bn: batch norms stay in eval mode.
+    """
+
+    lr: float = 0.02
+    batch_size: int = 128
+    temperature: float = 4.0
+    weight: float = 0.9
+    warmup: float = 0.0
+    freeze_bn: bool = False
+
+    def __str__(self) -> str:
+        """Everything that is not the default, after learning rate and loss."""
+        loss = f"T {self.temperature:g}, w {self.weight:g}" if self.weight else "labels"
+        rest = [f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if f.name not in ("temperature", "weight")]
+        plain = [f"{f.name} {f.default:g}" for f in fields(self)]
+        return ", ".join([loss, *(text for text in rest if text not in plain or text.startswith("lr"))])
+
+
+def pruned(net: Network, arm: Arm, seed: int, args: Any, data: Cifar10) -> tuple[nn.Module, dict[str, Any]]:
+    """The network before any training, and what it costs."""
+    model, batches = net.fresh(), data.draw(seed, args.draw_images)
+    torch.manual_seed(seed)  # RandomImportance
+    pruner = BudgetPruner(
+        model,
+        net.inputs,
+        batches,
+        importance=CRITERIA[arm.criterion].make(model, batches, net.layers),
+        budget=Budget(macs=args.macs),
+        allocator=arm.allocator,
+        ignored_layers=[model.get_submodule(n) for n in net.ignored],
+        verify=False,  # done once in Network
+    )
+    report = pruner.step(recalibrate=True)
+    model.zero_grad()
+    return model, {"macs": report.cost.macs, "widths": [row.after for row in report.rows]}
+
+
+def run(net: Network, arm: Arm, recipe: Recipe, images: int, seed: int, args: Any, data: Cifar10) -> dict[str, Any]:
+    """One cell: accuracy after training on ``images`` images."""
+    model, found = pruned(net, arm, seed, args, data)
+    start = time.perf_counter()
+    if images:
+        options = asdict(recipe)
+        temperature, weight = options.pop("temperature"), options.pop("weight")
+        if weight:
+            options["loss"] = Distiller(net.model, temperature=temperature, weight=weight)
+        train(model, data, images, seed=seed, device=args.device, bfloat16=args.bfloat16, **options)
+    seconds = time.perf_counter() - start
+    return {"top1": round(data.accuracy(model, args.n_test, args.device), 3), "seconds": round(seconds, 1), **found}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Mean ± standard deviation over seeds, per recipe; and our lead over the best rival with twice the images."""
+    cells = [flat(c) for c in results["cells"]]
+    start = {(c["arm"], c["seed"]): c for c in cells if not c["images"]}
+    parts = []
+    for recipe in dict.fromkeys(c["recipe"] for c in cells if c["images"]):
+        mine = [c for c in cells if c["recipe"] == recipe]
+        mine += [start[k] for k in dict.fromkeys((c["arm"], c["seed"]) for c in mine) if k in start]
+        top1 = {
+            (arm, n): [c["top1"] for c in mine if (c["arm"], c["images"]) == (arm, n)] for arm in ARMS for n in LEVELS
+        }
+        levels = [n for n in LEVELS if any(top1[arm, n] for arm in ARMS)]
+        rows = [[arm, *(_spread(top1[arm, n]) for n in levels)] for arm in ARMS if any(top1[arm, n] for n in levels)]
+        parts.append(f"**{recipe}**\n\n" + markdown(["arm", *(f"{n // 1000}k" for n in levels)], rows))
+    return "\n\n".join(parts)
+
+
+def _spread(top1: list[float]) -> str:
+    if len(top1) < 2:
+        return "".join(f"{t:.2f}" for t in top1)
+    return f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}"
+
+
+def fill(cells: Cells, net: Network, args: Any, data: Cifar10) -> None:
+    """The cells of one recipe, cheap levels first."""
+    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+    for images in args.levels:
+        for seed in args.seeds:
+            for arm in args.arms:
+                key = {"arm": arm, "recipe": str(recipe) if images else "", "images": images, "seed": seed}
+                cells.fill(key, partial(run, net, ARMS[arm], recipe, images, seed, args, data))
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = parser(__doc__, "second_game.json")
+    add_data_arguments(p)
+    p.set_defaults(threads=1)
+    p.add_argument("--network", choices=BLOCKS, default="resnet20")
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    p.add_argument("--levels", type=int, nargs="+", choices=LEVELS, default=list(LEVELS), help="training images")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the draws and of the training")
+    for f in fields(Recipe):
+        kind: dict[str, Any] = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+        p.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind)
+    p.add_argument("--macs", type=float, default=0.5, help="fraction of the MACs that is kept at most")
+    p.add_argument("--draw-images", type=int, default=500, help="images that the criteria see")
+    p.add_argument("--n-test", type=int, default=5_000, help="test images")
+    p.add_argument("--bfloat16", action="store_true", help="train under autocast: 1.7 times faster on some CPUs")
+    p.add_argument("--device", default="cpu")
+    return p
+
+
+def opened(args: Any) -> Cells:
+    """The results file for these arguments."""
+    settings = {k: getattr(args, k) for k in ("network", "macs", "draw_images", "n_test", "bfloat16")}
+    return Cells(args.out, settings, environment(args.device, args.date))
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    torch.set_num_threads(args.threads)
+    if not args.table:
+        net = Network(args.data_root, args.network, args.device)
+        fill(opened(args), net, args, Cifar10.load(args.data_root, args.npz))
+    print(table(read_results(args.out)))
+
+
+if __name__ == "__main__":
+    main()
