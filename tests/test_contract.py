@@ -3,7 +3,7 @@ from typing import Any
 import torch_pruning as tp
 
 from contract import ImportanceContract, PrunerContract
-from tp_importance import BudgetPruner, CATROImportance, CATROPruner, PSAPImportance
+from tp_importance import BudgetPruner, CATROImportance, CATROPruner, OBSImportance, OBSPruner, PSAPImportance
 
 
 class TestReaderImportance(ImportanceContract):
@@ -14,6 +14,16 @@ class TestReaderImportance(ImportanceContract):
 class TestChannelImportance(ImportanceContract):
     def make_importance(self):
         return CATROImportance(space="channel")
+
+
+class TestOBSImportance(ImportanceContract):
+    def make_importance(self):
+        return OBSImportance()
+
+
+class TestOBSPruner(PrunerContract):
+    def make_pruner(self, model, x, loader, budget, **options: Any):
+        return OBSPruner(model, x, loader, budget=budget, **options)
 
 
 class TestPSAPImportance(ImportanceContract):

@@ -9,6 +9,7 @@ from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
 from .catro import CATROImportance, CATROPruner
 from .checkpoint import load_pruned, save_pruned
+from .compensation import Compensation, compensate
 from .cost import CostModel
 from .curves import Curve, curve_from_scores, value_curves
 from .distillation import Distiller, distillation_loss
@@ -17,6 +18,7 @@ from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .importance import StatisticalImportance
 from .itpruner import ITPruner, ITPrunerImportance
 from .latency import Latency, measure_latency
+from .obs import OBSImportance, OBSPruner
 from .observe import Observed, Watch, observe
 from .plan import Plan
 from .program import ProgramAllocator
@@ -25,7 +27,7 @@ from .psap import PSAPPruner
 from .psap_history import PSAPHistory
 from .psap_importance import PSAPImportance
 from .psap_schedule import PSAPSchedule
-from .report import PruningReport
+from .report import CompensationReport, PruningReport
 from .resconv import (
     LayerPlan,
     LayerReport,
@@ -48,6 +50,8 @@ __all__ = [
     "CATROImportance",
     "CATROPruner",
     "ChannelGroup",
+    "Compensation",
+    "CompensationReport",
     "Cost",
     "CostModel",
     "Curve",
@@ -59,6 +63,8 @@ __all__ = [
     "LayerPlan",
     "LayerReport",
     "NotCollectedError",
+    "OBSImportance",
+    "OBSPruner",
     "Observed",
     "PSAPHistory",
     "PSAPImportance",
@@ -76,6 +82,7 @@ __all__ = [
     "TracingError",
     "Watch",
     "WidthSpace",
+    "compensate",
     "convert_to_resconv",
     "count_ops",
     "curve_from_scores",

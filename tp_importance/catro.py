@@ -13,6 +13,7 @@ from .budget import Budget
 from .curves import Curve, Floats, Ints
 from .functional.reader import Moments, eliminate
 from .functional.trace_ratio import NEGLIGIBLE, ClassScatter, select, top_d_values
+from .group_weights import filter_norms
 from .groups import ChannelGroup, PrunableGroups
 from .importance import StatisticalImportance
 from .observe import Watch, WatchFn
@@ -88,6 +89,11 @@ class CATROImportance(StatisticalImportance):
         self._readers: ReaderStatistics | None = None
         self._scatter: dict[str, ClassScatter] = {}
 
+    @property
+    def reader_statistics(self) -> ReaderStatistics | None:
+        """What the readers received when the statistics were collected; spares compensation its own pass."""
+        return self._readers
+
     def _watches(self, groups: PrunableGroups) -> list[Watch]:
         if self.space == "reader":
             self._readers = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
@@ -116,7 +122,7 @@ class CATROImportance(StatisticalImportance):
         energy = total.diagonal().cpu().numpy()
         constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
         scatter = total if theta == 0.5 else readers.scatter(group, blend)
-        elimination = eliminate(scatter, _weight_norms(groups, group))
+        elimination = eliminate(scatter, filter_norms(groups, group))
         return Curve(elimination.loss, elimination.order, constant=constant)
 
 
@@ -182,7 +188,7 @@ def _channel_curve(
     total = b + w
     constant = np.flatnonzero(total <= NEGLIGIBLE * max(total.max(initial=0.0), 1e-300))
     alive = np.setdiff1d(np.arange(len(b)), constant)
-    norms = _weight_norms(groups, group)
+    norms = filter_norms(groups, group)
     if not len(alive):  # the whole group is constant: it loses nothing at any width
         return Curve(np.zeros(len(b) + 1), np.argsort(norms, kind="stable"), constant=constant)
     ratios = b[alive] / np.maximum(w[alive], 1e-300)
@@ -220,19 +226,6 @@ def _per_unit(group: ChannelGroup, values: Floats) -> Floats:
     """Sum of the channels of every unit at the group's first reader."""
     member = group.readers[0]
     return np.bincount(member.units, values[member.channels], group.n_units).astype(np.float64)
-
-
-def _weight_norms(groups: PrunableGroups, group: ChannelGroup) -> Floats:
-    """L1 norm of the filters of every unit over all producers: breaks ties."""
-    norms = np.zeros(group.n_units)
-    for member in group.producers:
-        module: Any = groups.trace.model.get_submodule(member.name)
-        weight = module.weight.detach().double()
-        weight = weight.transpose(0, 1) if getattr(module, "transposed", False) else weight
-        per_channel = weight.abs().flatten(1).sum(1).cpu().numpy()
-        if len(per_channel) == member.width:
-            norms += np.bincount(member.units, per_channel[member.channels], group.n_units)
-    return norms
 
 
 def _channel_watches(groups: PrunableGroups, store: dict[str, ClassScatter], pool: bool) -> list[Watch]:

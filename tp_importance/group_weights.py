@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +18,7 @@ from .groups import ChannelGroup, Member, PrunableGroups
 from .remap import check_optimizer
 from .tracing import CONV
 
-__all__ = ["GroupWeights", "ParametersOf", "own_parameters"]
+__all__ = ["GroupWeights", "ParametersOf", "filter_norms", "own_parameters"]
 
 ParametersOf = Callable[[nn.Module], Mapping[str, Any]]
 """Parameters of a module by leaf name; NNI, say, keeps them elsewhere."""
@@ -103,6 +104,14 @@ class GroupWeights:
                         f"the model was changed: layer {member.name} had {member.width} channels ({member.role}) and "
                         f"has {state}; build a new pruner for the new model"
                     )
+
+
+def filter_norms(groups: PrunableGroups, group: ChannelGroup) -> NDArray[np.float64]:
+    """L1 norm of the filters of every unit over all producers: breaks ties; shape (U,)."""
+    norms = np.zeros(group.n_units)
+    for rows, units in GroupWeights(groups).filters(group):
+        norms += np.bincount(units.numpy(), rows.double().abs().sum(1).cpu().numpy(), group.n_units)
+    return norms
 
 
 def _rows(module: Any, weight: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["full_precision", "preserved", "transaction"]
+__all__ = ["full_precision", "preserved", "transaction", "written"]
 
 HOOKS = (
     "_forward_hooks",
@@ -100,6 +100,32 @@ def transaction(model: nn.Module) -> Iterator[nn.Module]:
         for module, attributes in before:
             vars(module).clear()
             vars(module).update(attributes)
+        raise
+
+
+@contextmanager
+def written(tensors: Iterable[Tensor | None]) -> Iterator[None]:
+    """Put the values of ``tensors`` back if the block, which writes into them, raises.
+
+    Args:
+        tensors: parameters and buffers; ``None`` is skipped. Their copies are held until the block is left.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> try:
+        ...     with written([x]):
+        ...         raise RuntimeError(x.fill_(1.0))
+        ... except RuntimeError:
+        ...     x.tolist()
+        [0.0, 0.0]
+    """
+    before = [(t, t.detach().clone()) for t in {id(t): t for t in tensors if t is not None}.values()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, values in before:
+                tensor.copy_(values)
         raise
 
 

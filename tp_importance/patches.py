@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .tracing import CONV
 
-__all__ = ["bn_gain", "feature_channels", "reader_weight", "unfolded_input"]
+__all__ = ["bn_gain", "feature_channels", "reader_weight", "set_reader_weight", "unfolded_input"]
 
 
 def unfolded_input(
@@ -97,6 +97,17 @@ def reader_weight(module: nn.Module) -> Tensor:
         return w.reshape(module.groups, module.out_channels // module.groups, -1)
     w = w.reshape(module.groups, module.in_channels // module.groups, module.out_channels // module.groups, -1)
     return w.transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def set_reader_weight(module: nn.Module, weight: Tensor) -> None:
+    """Write a weight in the layout of :func:`reader_weight`, shape (G, O/G, d), into the layer, in its precision."""
+    if isinstance(module, CONV) and module.transposed:
+        groups, outputs = weight.shape[:2]
+        weight = weight.view(groups, outputs, module.in_channels // groups, -1).transpose(1, 2)
+    target = module.weight
+    assert isinstance(target, Tensor)
+    target.copy_(weight.reshape(target.shape))
 
 
 def feature_channels(module: nn.Module) -> Tensor:

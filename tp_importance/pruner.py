@@ -14,14 +14,16 @@ from torch import nn
 from .allocation import Allocator, WidthSpace, find_allocator
 from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
+from .compensation import Compensation
+from .compensation import compensate as compensate_readers
 from .cost import CostModel
 from .curves import Curve, value_curves
 from .groups import PrunableGroups, build_groups, prunable_groups
-from .guards import preserved, transaction
+from .guards import preserved, transaction, written
 from .importance import StatisticalImportance
 from .observe import LabelFn
 from .plan import Plan
-from .report import GroupRow, PruningReport
+from .report import CompensationReport, GroupRow, PruningReport
 from .surgery import remove_units
 from .tracing import count_ops, trace
 
@@ -193,11 +195,19 @@ class BudgetPruner:
         gone = {n: list(units) for n, units in removed.items()}
         return Plan(widths, self.cost_model.cost(widths), self.dense, dict(limits or {}), gone, constant)
 
-    def step(self, budget: Budget | None = None, *, recalibrate: bool = False) -> PruningReport:
+    def step(
+        self,
+        budget: Budget | None = None,
+        *,
+        compensate: Compensation | str | bool | None = None,
+        recalibrate: bool = False,
+    ) -> PruningReport:
         """Prune the model in place.
 
         Args:
             budget: default: the pruner's. Repeated steps with falling budgets prune iteratively.
+            compensate: refit the layers that read removed channels, on the pruner's loader, see
+                :func:`~tp_importance.compensation.compensate`: settings, a mode, or ``True``.
             recalibrate: re-estimate the batch norm statistics on the pruner's loader afterwards.
 
         Returns:
@@ -206,17 +216,19 @@ class BudgetPruner:
         Raises:
             BudgetError: if the budget cannot be reached.
             RuntimeError: if the pruned network does not cost what was planned; the model is then as before.
-            ValueError: as :meth:`plan`, or if recalibration has no loader.
+            ValueError: as :meth:`plan`, or if compensation or recalibration has no loader.
         """
-        if recalibrate and self.loader is None:
-            raise ValueError("recalibrate=True needs data: pass loader= to the pruner")
-        return self.apply(self.plan(budget), recalibrate=recalibrate)
+        self._require_loader(Compensation.of(compensate) is not None, recalibrate)
+        return self.apply(self.plan(budget), compensate=compensate, recalibrate=recalibrate)
 
-    def apply(self, plan: Plan, *, recalibrate: bool = False) -> PruningReport:
+    def apply(
+        self, plan: Plan, *, compensate: Compensation | str | bool | None = None, recalibrate: bool = False
+    ) -> PruningReport:
         """Prune the model in place by a plan of this pruner, made for the model as it is now.
 
         Args:
             plan: what to remove.
+            compensate: as for :meth:`step`.
             recalibrate: as for :meth:`step`.
 
         Returns:
@@ -224,15 +236,20 @@ class BudgetPruner:
 
         Raises:
             RuntimeError: if the pruned network does not cost what was planned; the model is then as before.
-            ValueError: if the plan is of another network.
+            ValueError: if the plan is of another network, or compensation or recalibration has no loader.
         """
+        settings = Compensation.of(compensate)
+        self._require_loader(settings is not None, recalibrate)
         report = self._report(plan)
         if plan.is_noop:
             warnings.warn(f"the network already meets the budget ({plan.cost}); nothing is pruned", stacklevel=2)
             if recalibrate and self.loader is not None:
                 recalibrate_batchnorm(self.model, self.loader, forward_fn=self.groups.options.forward_fn)
             return report
-        with self._surgery():
+        values = () if settings is None else (*self.model.parameters(), *self.model.buffers())
+        with written(values), self._surgery():
+            if settings is not None:
+                report = replace(report, compensation=self._compensate(plan, settings))
             remove_units(self.groups, plan.removed)
             counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
             if Cost(*counted) != plan.cost:
@@ -284,6 +301,29 @@ class BudgetPruner:
             options = self.groups.options
             self.groups = replace(self.groups, trace=trace(self.model, self.example_inputs, options))
             raise
+
+    def _compensate(self, plan: Plan, settings: Compensation) -> CompensationReport:
+        assert self.loader is not None
+        known = getattr(self.importance, "reader_statistics", None)
+        reusable = known is not None and known.covers(self.groups, settings.positions) and self._curves is not None
+        return compensate_readers(
+            self.model,
+            self.example_inputs,
+            self.loader,
+            plan.removed,
+            settings,
+            groups=self.groups,
+            statistics=known if reusable else None,
+            classes=getattr(self.importance, "classes", None),
+            forward_fn=self.groups.options.forward_fn,
+            label_fn=self._label_fn,
+            progress=self._progress,
+        )
+
+    def _require_loader(self, compensate: bool, recalibrate: bool) -> None:
+        if self.loader is None and (compensate or recalibrate):
+            asked = "compensate" if compensate else "recalibrate=True"
+            raise ValueError(f"{asked} needs data: pass loader= to the pruner")
 
     def _value(self) -> dict[str, Curve]:
         self.groups.require_some()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,6 +52,12 @@ class ReaderStatistics:
         self._moments = {name: Moments() for name in self._names}
         self._rows_per_sample: dict[int, float] = {}
 
+    def covers(self, groups: PrunableGroups, positions: int | None) -> bool:
+        """Whether these are statistics of all readers of ``groups``, at no fewer ``positions`` than asked for."""
+        enough = self._positions is None or (positions is not None and self._positions >= positions)
+        same = self._model is groups.trace.model
+        return enough and same and {r.name for g in groups for r in g.readers} <= self._moments.keys()
+
     def watches(self) -> list[Watch]:
         """What :func:`~tp_importance.observe.observe` is to watch."""
         return [
@@ -95,6 +101,31 @@ class ReaderStatistics:
             ValueError: if a reader received values that are not finite, or was never run.
         """
         total: Tensor | None = None
+        for p, weight, gain, units in self.reads(group, matrix):
+            s = reader_scatter(p, weight, gain, units, group.n_units)
+            energy = s.sum().abs()
+            s = s / energy**ENERGY_EXPONENT if energy > 0 else s
+            total = s if total is None else total + s.to(total.device)
+        assert total is not None
+        return total
+
+    def reads(
+        self, group: ChannelGroup, matrix: Callable[[Moments], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """How every reader reads the units of ``group``, in order of ``group.readers``.
+
+        Args:
+            group: one of the groups.
+            matrix: as for :meth:`scatter`.
+
+        Yields:
+            ``matrix`` of its moments, (G, d, d); its weight, (G, O/G, d); the gain behind it, (G, O/G); the unit of
+            every feature or -1, (G, d). A wide reader has a block per output of the sketch, a feature per channel and
+            weights of 1.
+
+        Raises:
+            ValueError: as :meth:`moments`.
+        """
         for member in group.readers:
             moments, module = self.moments(member.name), self._model.get_submodule(member.name)
             unit_of = torch.full((member.width,), -1)
@@ -105,13 +136,7 @@ class ReaderStatistics:
                 weight, gain = p.new_ones(p.shape[0], 1, p.shape[1]), p.new_ones(p.shape[0], 1)
             else:
                 channels, weight, gain = feature_channels(module), reader_weight(module), self._gains[member.name]
-            units = unit_of[channels].to(p.device)
-            s = reader_scatter(p, weight, gain, units, group.n_units)
-            energy = s.sum().abs()
-            s = s / energy**ENERGY_EXPONENT if energy > 0 else s
-            total = s if total is None else total + s.to(total.device)
-        assert total is not None
-        return total
+            yield p, weight, gain, unit_of[channels].to(p.device)
 
     def _collector(self, name: str, module: nn.Module, index: int) -> Callable[[Tensor, Tensor, Tensor], None]:
         moments = self._moments[name]

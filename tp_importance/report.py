@@ -11,7 +11,7 @@ from typing import Any
 from .budget import Cost
 from .groups import Excluded
 
-__all__ = ["CostReport", "GroupRow", "PruningReport", "optional_import"]
+__all__ = ["CompensationReport", "CostReport", "GroupRow", "PruningReport", "RefitRow", "optional_import"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,54 @@ class GroupRow:
     def pruning_ratio(self) -> float:
         """Fraction of the initial channels that is gone."""
         return 1.0 - self.after / self.initial
+
+
+@dataclass(frozen=True)
+class RefitRow:
+    """One reader in a :class:`CompensationReport`.
+
+    Attributes:
+        name: the layer.
+        kept: input features (channels × taps) that stay.
+        removed: input features that go.
+        before: mean squared error of its outputs without them, as a fraction of the outputs' own energy.
+        after: the same after the refit.
+        skipped: why it was not refitted; empty if it was.
+    """
+
+    name: str
+    kept: int
+    removed: int
+    before: float | None = None
+    after: float | None = None
+    skipped: str = ""
+
+    def __str__(self) -> str:
+        if self.before is None or self.after is None:
+            return f"not refitted: {self.name}: {self.skipped}"
+        left = f"{self.kept} of {self.kept + self.removed} features"
+        return f"refitted: {self.name} ({left}): output error {self.before:.4f} → {self.after:.4f}"
+
+
+@dataclass(frozen=True)
+class CompensationReport:
+    """What a refit of the readers did.
+
+    Attributes:
+        mode: ``"parallel"`` or ``"sequential"``.
+        rows: one per reader that loses features, in execution order.
+    """
+
+    mode: str
+    rows: list[RefitRow]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.rows))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CompensationReport:
+        """Rebuild a report from plain data."""
+        return cls(data["mode"], [RefitRow(**row) for row in data["rows"]])
 
 
 class CostReport:
@@ -88,6 +136,7 @@ class PruningReport(CostReport):
         excluded: groups that were left alone, with the reason.
         constant: number of units that did not vary on the data, per group that has any.
         criterion: name of the importance.
+        compensation: what the refit of the readers did, if there was one.
     """
 
     rows: list[GroupRow]
@@ -99,6 +148,7 @@ class PruningReport(CostReport):
     excluded: list[Excluded]
     constant: dict[str, int] = field(default_factory=dict)
     criterion: str = ""
+    compensation: CompensationReport | None = None
 
     def __str__(self) -> str:
         width = max([5, *(len(r.name) for r in self.rows)])
@@ -112,6 +162,8 @@ class PruningReport(CostReport):
             lines.append(f"constant on the data: {count} in {name}")
         for e in self.excluded:
             lines.append(f"left alone: {e.name} ({e.width}): {e.reason}")
+        if self.compensation is not None:
+            lines.append(str(self.compensation))
         return "\n".join(lines)
 
     @classmethod
@@ -120,7 +172,9 @@ class PruningReport(CostReport):
         costs = {key: Cost(**data[key]) for key in ("dense", "before", "cost")}
         rows = [GroupRow(**row) for row in data["rows"]]
         excluded = [Excluded(**row) for row in data["excluded"]]
-        return cls(**{**data, **costs, "rows": rows, "excluded": excluded})
+        refitted = data.get("compensation")
+        compensation = None if refitted is None else CompensationReport.from_dict(refitted)
+        return cls(**{**data, **costs, "rows": rows, "excluded": excluded, "compensation": compensation})
 
     def to_frame(self) -> Any:
         """The rows as ``pandas.DataFrame``.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from .groups import PrunableGroups
+from .groups import ChannelGroup, PrunableGroups
 from .guards import preserved
 
-__all__ = ["remove_units"]
+__all__ = ["checked_units", "remove_units"]
 
 
 def remove_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> None:
@@ -25,6 +25,21 @@ def remove_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -
         ValueError: if a name or unit is unknown, or too few units would be left.
         RuntimeError: if Torch-Pruning did not remove exactly what was asked for.
     """
+    # groups that a split made of one dimension share a root, and its indices shift with the first removal
+    by_root: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for group, units in checked_units(groups, removed):
+        by_root[group.root] += group.removed_channels(units)
+    with preserved(groups.trace.model):
+        for (name, role), channels in by_root.items():
+            _remove(groups, name, role, sorted(channels))
+
+
+def checked_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> list[tuple[ChannelGroup, list[int]]]:
+    """The groups that lose units, and these, ascending.
+
+    Raises:
+        ValueError: if a name or unit is unknown, or too few units would be left.
+    """
     plan = [(groups[name], sorted(set(map(int, units)))) for name, units in removed.items() if len(units)]
     for group, units in plan:
         if units[0] < 0 or units[-1] >= group.n_units:
@@ -34,13 +49,7 @@ def remove_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -
                 f"group {group.name} keeps at least {group.min_units} of its {group.n_units} units; "
                 f"{len(units)} were to go"
             )
-    # groups that a split made of one dimension share a root, and its indices shift with the first removal
-    by_root: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for group, units in plan:
-        by_root[group.root] += group.removed_channels(units)
-    with preserved(groups.trace.model):
-        for (name, role), channels in by_root.items():
-            _remove(groups, name, role, sorted(channels))
+    return plan
 
 
 def _remove(groups: PrunableGroups, name: str, role: str, channels: list[int]) -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Elimination", "Moments", "eliminate", "elimination_loss", "reader_scatter"]
+__all__ = ["Elimination", "Moments", "eliminate", "elimination_loss", "first_of_least", "reader_scatter"]
 
 
 @dataclass
@@ -203,15 +203,28 @@ def eliminate(scatter: Tensor | NDArray[np.float64], tie_break: NDArray[np.float
     order, loss, total = np.empty(n, np.int64), np.zeros(n + 1), 0.0
     alive = np.ones(n, bool)
     for step in range(n):
-        candidates = np.where(alive, price, np.inf)
-        least = candidates.min()
-        tied = np.flatnonzero(candidates <= least + tolerance)
-        unit = int(tied[preference[tied].argmin()]) if len(tied) > 1 else int(tied[0])
+        unit = first_of_least(price, alive, preference, tolerance)
         total += price[unit]
         order[step], loss[n - step - 1] = unit, total
         alive[unit] = False
         price += 2.0 * s[unit]
     return Elimination(order, loss)
+
+
+def first_of_least(
+    price: NDArray[np.float64], alive: NDArray[np.bool_], preference: NDArray[np.int64], tolerance: float
+) -> int:
+    """The preferred unit among those alive whose price is the least up to ``tolerance``.
+
+    Args:
+        price: shape (U,).
+        alive: units that are left, shape (U,).
+        preference: distinct, the least wins, shape (U,).
+        tolerance: prices this close are the same.
+    """
+    candidates = np.where(alive, price, np.inf)
+    tied = np.flatnonzero(candidates <= candidates.min() + tolerance)
+    return int(tied[preference[tied].argmin()]) if len(tied) > 1 else int(tied[0])
 
 
 def elimination_loss(scatter: Tensor, removed: Tensor) -> Tensor:

@@ -1,0 +1,180 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from tp_importance.functional import obs
+from tp_importance.functional.obs import ReadUnits, eliminate_with_refit
+
+F64 = torch.float64
+RIDGE = 1e-4
+
+
+def reader(units, outputs=5, seed=0, rows=200, factor=1.0, blocks=None):
+    """A reader of correlated features, and the rows it saw."""
+    generator = torch.Generator().manual_seed(seed)
+    d = len(units)
+    shape = () if blocks is None else (blocks,)
+    x = torch.randn(*shape, rows, d, generator=generator, dtype=F64)
+    x = x @ torch.randn(*shape, d, d, generator=generator, dtype=F64)
+    x = x - x.mean(-2, keepdim=True)
+    w = torch.randn(*shape, outputs, d, generator=generator, dtype=F64)
+    return ReadUnits(x.mT @ x / rows, w, torch.as_tensor(units), factor), x
+
+
+def direct(read, removed, ridge=RIDGE):
+    """Loss of removing units: the refit as one least-squares problem, ridge included."""
+    if read.covariance.dim() == 3:
+        parts = zip(read.covariance, read.weight, strict=True)
+        return sum(direct(ReadUnits(p, w, read.units, read.factor), removed, ridge) for p, w in parts)
+    gone = torch.isin(read.units, torch.as_tensor(list(removed), dtype=torch.int64))
+    p = read.covariance + ridge * read.covariance.diagonal().mean() * torch.eye(len(gone), dtype=F64)
+    root = torch.linalg.cholesky(p).mT  # ||root dW||^2 = tr(dW' P dW)
+    left, wanted = root[:, ~gone], root @ read.weight.mT
+    new = torch.linalg.lstsq(left, wanted).solution if left.shape[1] else left.new_zeros(0, wanted.shape[1])
+    return read.factor * float((wanted - left @ new).square().sum())
+
+
+def assert_exact(reads, n_units, found, ridge=RIDGE, rtol=1e-8):
+    """Every loss is that of a direct refit, and every step was the best one."""
+    for step in range(n_units + 1):
+        wanted = sum(direct(r, found.order[:step], ridge) for r in reads)
+        np.testing.assert_allclose(found.loss[n_units - step], wanted, rtol=rtol, atol=1e-10)
+    for step in range(n_units - 1):
+        others = [sum(direct(r, [*found.order[:step], u], ridge) for r in reads) for u in found.order[step:]]
+        assert found.loss[n_units - step - 1] <= min(others) * (1 + rtol) + 1e-10
+
+
+def taps(n, k):
+    return np.repeat(np.arange(n), k)
+
+
+CASES = {
+    "1x1": [taps(7, 1)],
+    "taps": [taps(5, 4)],
+    "others stay": [np.array([0, 0, -1, 1, 1, -1, -1, 2, 2, 3, 3])],
+    "scattered": [np.array([2, 0, 1, 2, 1, 0, 3, 3])],
+    "uneven": [np.array([0, 0, 0, 1, 2, 2, -1, 3])],
+    "two readers": [taps(5, 1), taps(5, 4)],
+    "readers of some": [np.array([0, 0, 1, 1, 2, 2]), np.array([3, 4, 5, -1]), taps(6, 1)],
+}
+
+
+@pytest.mark.parametrize("panel", [1, 6, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_those_of_a_direct_refit(case, panel, monkeypatch):
+    monkeypatch.setattr(obs, "PANEL", panel)
+    reads = [reader(u, outputs=3 + 4 * i, seed=i, factor=0.5 + i)[0] for i, u in enumerate(CASES[case])]
+    n = 1 + max(int(r.units.max()) for r in reads)
+    assert_exact(reads, n, eliminate_with_refit(reads, n, ridge=RIDGE))
+
+
+def test_problems_with_the_same_units():
+    read, _ = reader(taps(4, 2), blocks=3)
+    assert_exact([read], 4, eliminate_with_refit([read], 4, ridge=RIDGE))
+
+
+def test_loss_is_what_the_refit_leaves_on_the_rows():
+    """Without (next to) a ridge: the residual of least squares on stored activations."""
+    read, x = reader(taps(5, 2), outputs=4)
+    found = eliminate_with_refit([read], 5, ridge=1e-12)
+    y = x @ read.weight.mT
+    for step in range(6):
+        left = x[:, ~np.isin(read.units, found.order[:step])]
+        rest = y - left @ torch.linalg.lstsq(left, y).solution if step < 5 else y
+        assert found.loss[5 - step] == pytest.approx(float(rest.square().sum() / len(x)), rel=1e-6, abs=1e-9)
+
+
+def test_greedy_is_near_the_best_set():
+    """No guarantee, but the first step is the best one and the others are not far off."""
+    for seed in range(5):
+        read, _ = reader(taps(8, 1), seed=seed)
+        found = eliminate_with_refit([read], 8, ridge=RIDGE)
+        best = [min(direct(read, r) for r in combinations(range(8), step)) for step in range(9)]
+        assert found.loss[7] == pytest.approx(best[1]) and found.loss[0] == pytest.approx(best[8])
+        assert all(best[s] * (1 - 1e-9) <= found.loss[8 - s] <= 2 * best[s] for s in range(1, 9))
+
+
+def test_duplicates_and_combinations_cost_nothing():
+    read, x = reader(taps(5, 2))
+    for copy in (x[:, 2:4], x[:, 2:4] - 3 * x[:, 6:8]):
+        x = x.clone()
+        x[:, 0:2] = copy
+        twin = ReadUnits(x.mT @ x / len(x), read.weight, read.units)
+        found = eliminate_with_refit([twin], 5, ridge=1e-10)
+        assert found.loss[4] < 1e-6 * found.loss[0] and found.order[0] in (0, 1, 3)
+        assert found.loss[3] > 1e-3 * found.loss[0]
+
+
+def test_units_that_nobody_reads_cost_nothing():
+    read, _ = reader(taps(4, 3))
+    weight = read.weight.clone()
+    weight[:, 3:6] = 0.0
+    found = eliminate_with_refit([ReadUnits(read.covariance, weight, read.units)], 4, ridge=RIDGE)
+    assert found.order[0] == 1 and found.loss[3] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_equivariant_to_the_order_of_units_and_features():
+    reads = [reader(u, seed=i)[0] for i, u in enumerate(CASES["two readers"])]
+    found = eliminate_with_refit(reads, 5, ridge=RIDGE)
+    renamed = torch.tensor([3, 0, 4, 1, 2])
+    moved = []
+    for i, r in enumerate(reads):
+        at = torch.randperm(len(r.units), generator=torch.Generator().manual_seed(i))
+        moved.append(ReadUnits(r.covariance[at][:, at], r.weight[:, at], renamed[r.units[at]]))
+    other = eliminate_with_refit(moved, 5, ridge=RIDGE)
+    assert other.order.tolist() == renamed[found.order].tolist()
+    np.testing.assert_allclose(other.loss, found.loss, rtol=1e-9, atol=1e-12)
+
+
+def test_scales():
+    """Larger weights or inputs: the same order, losses by the square; a factor between inputs and weights: nothing."""
+    read, _ = reader(taps(5, 3))
+    found = eliminate_with_refit([read], 5, ridge=RIDGE)
+    for p, w, factor in ((9.0, 1.0, 9.0), (1.0, 3.0, 9.0), (4.0, 0.5, 1.0)):
+        other = eliminate_with_refit([ReadUnits(p * read.covariance, w * read.weight, read.units)], 5, ridge=RIDGE)
+        assert other.order.tolist() == found.order.tolist()
+        np.testing.assert_allclose(other.loss, factor * found.loss, rtol=1e-9)
+
+
+def test_rotated_outputs_change_nothing():
+    read, _ = reader(taps(5, 2), outputs=4)
+    turn = torch.linalg.qr(torch.randn(9, 4, dtype=F64, generator=torch.Generator().manual_seed(1)))[0]
+    a, b = (
+        eliminate_with_refit([ReadUnits(read.covariance, w, read.units)], 5) for w in (read.weight, turn @ read.weight)
+    )
+    assert a.order.tolist() == b.order.tolist()
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-9)
+
+
+def test_first_and_ties():
+    read, _ = reader(taps(5, 2))
+    p = read.covariance.clone()
+    p[[0, 1, 8, 9]], p[:, [0, 1, 8, 9]] = 0.0, 0.0  # units 0 and 4 do not vary
+    found = eliminate_with_refit([ReadUnits(p, read.weight, read.units)], 5, ridge=RIDGE, first=[4, 0])
+    assert found.order[:2].tolist() == [4, 0] and not found.loss[3:].any() and found.loss[2] > 0
+    everything = eliminate_with_refit([ReadUnits(p, read.weight, read.units)], 5, first=[3, 1, 0, 2, 4])
+    assert everything.order.tolist() == [3, 1, 0, 2, 4] and not everything.loss.any()
+    same = ReadUnits(torch.eye(4, dtype=F64), torch.eye(4, dtype=F64), torch.arange(4))
+    norms = np.array([2.0, 4.0, 1.0, 3.0])
+    assert eliminate_with_refit([same], 4, tie_break=norms).order.tolist() == [2, 0, 3, 1]
+    assert eliminate_with_refit([same], 4).order.tolist() == [0, 1, 2, 3]
+    assert eliminate_with_refit([], 3, tie_break=-np.arange(3.0)).order.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize("rows", [40, 2000])
+def test_no_drift_over_a_long_elimination(rows):
+    """60 units of 9 taps; fewer rows than features leave the ridge to hold everything."""
+    read, _ = reader(taps(60, 9), outputs=30, rows=rows)
+    found = eliminate_with_refit([read], 60, ridge=1e-3)
+    for step in (1, 7, 20, 45, 59, 60):
+        assert found.loss[60 - step] == pytest.approx(direct(read, found.order[:step], 1e-3), rel=1e-8)
+
+
+def test_refuses():
+    read, _ = reader(taps(3, 1))
+    with pytest.raises(ValueError, match="ridge=0"):
+        eliminate_with_refit([read], 3, ridge=0.0)
+    with pytest.raises(ValueError, match="positive semi-definite"):
+        eliminate_with_refit([ReadUnits(read.covariance - 5 * torch.eye(3), read.weight, read.units)], 3)

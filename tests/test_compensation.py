@@ -1,0 +1,333 @@
+import copy
+import json
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from networks import class_loader, make_network
+from tp_importance import (
+    Budget,
+    BudgetError,
+    BudgetPruner,
+    CATROImportance,
+    Compensation,
+    PruningReport,
+    compensate,
+    prunable_groups,
+)
+from tp_importance.compensation import Compensation as Settings
+from tp_importance.groups import PrunableGroups
+from tp_importance.patches import reader_weight, unfolded_input
+from tp_importance.refitting import refittable
+from tp_importance.surgery import remove_units
+from tp_importance.verify import sample_units
+
+L1 = tp.importance.MagnitudeImportance(p=1, normalizer=None)
+EXACT = Compensation(ridge=0.0, positions=None)
+MODES = ["parallel"]
+
+
+def images(n=48, size=10, seed=0, dtype=torch.float32):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs_of(model, name, x):
+    """What a layer receives, unfolded at all positions, and what it gives."""
+    module, seen = model.get_submodule(name), []
+    handle = module.register_forward_hook(lambda m, args, out: seen.append((args[0].detach(), out.detach())))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    rows = [unfolded_input(module, a, b, None, torch.Generator()).flatten(0, 1) for a, b in seen]
+    return torch.cat(rows)
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same_state(model, before):
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def compensated(name, how=EXACT, dtype=torch.float64):
+    """A topology before and after, its groups, what was removed, data and the report."""
+    model, x = make_network(name)
+    model, x = model.to(dtype), x.to(dtype)
+    groups = prunable_groups(model, x)
+    removed = sample_units(groups)
+    shape = x.shape[1:]
+    data = torch.randn(40, *shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    dense = copy.deepcopy(model)
+    report = compensate(model, x, data.split(16), removed, how, groups=groups)
+    return dense, model, groups, removed, data, report
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "concat", "dense", "depthwise", "grouped", "flatten", "se",
+                                  "shared_input", "transposed", "no_bn", "preact", "split"])  # fmt: skip
+def test_the_refit_is_least_squares_on_the_stored_activations(name):
+    dense, _model, groups, removed, data, report = compensated(name)
+    refits, skipped = refittable(groups, removed)
+    assert refits and not skipped
+    for r in refits:
+        u = inputs_of(dense, r.name, data)
+        old, new = reader_weight(dense.get_submodule(r.name)), r.weight
+        free = r.module.bias is not None or r.batch_norm is not None
+        for g in range(len(old)):
+            y = u[:, g] @ old[g].T
+            left = u[:, g, r.kept[g]]
+            if free:
+                left, y = left - left.mean(0), y - y.mean(0)
+            got = left @ new[g][:, r.kept[g]].T  # outputs, not weights: the inputs may be collinear
+            assert not new[g][:, ~r.kept[g]].any()
+            direct = left @ torch.linalg.lstsq(left, y, driver="gelsd").solution
+            torch.testing.assert_close(got, direct, rtol=1e-6, atol=1e-6 * float(y.abs().max()))
+    for row in report.rows:
+        assert 0 <= row.after < row.before and row.removed > 0
+
+
+@pytest.mark.parametrize("name", ["plain", "flatten", "no_bn", "transposed", "concat"])
+def test_the_mean_output_of_every_reader_is_kept(name):
+    dense, model, groups, removed, data, _ = compensated(name, Compensation(positions=None))
+    for r in refittable(groups, removed)[0]:
+        u = inputs_of(dense, r.name, data).mean(0)
+        old, new = dense.get_submodule(r.name), r.module
+        shift = ((r.weight - reader_weight(old)) @ u.unsqueeze(2)).flatten()
+        if new.bias is not None:
+            torch.testing.assert_close(new.bias - old.bias, -shift)
+        elif r.batch_norm is not None:
+            names = {m: n for n, m in model.named_modules()}
+            mean = dense.get_submodule(names[r.batch_norm]).running_mean
+            torch.testing.assert_close(r.batch_norm.running_mean - mean, shift)
+
+
+def test_neither_bias_nor_batch_norm_takes_the_uncentred_moments():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3, bias=False), nn.ReLU(), nn.Conv2d(5, 2, 3))
+    net, x = net.double().eval(), images(dtype=torch.float64)
+    dense = copy.deepcopy(net)
+    compensate(net, x[:2], [x], {"0": [0, 3, 5]}, EXACT)
+    u = inputs_of(dense, "2", x)[:, 0]
+    kept = ~torch.isin(torch.arange(72) // 9, torch.tensor([0, 3, 5]))
+    direct = torch.linalg.lstsq(u[:, kept], u @ dense[2].weight.flatten(1).T).solution
+    torch.testing.assert_close(net[2].weight.flatten(1)[:, kept], direct.T)
+
+
+def duplicated(name):
+    """A network of which one group's second half of channels is twice its first half; and that group."""
+    model, x = make_network(name)
+    model, x = model.double(), x.double()
+    groups = prunable_groups(model, x)
+    group = next(g for g in groups if len(g.producers) == 1 and g.unit_size == 1)
+    half = group.n_units // 2
+    with torch.no_grad():
+        for m in group.members:
+            if m.role != "out" and m.kind != "carrier":
+                continue
+            module = model.get_submodule(m.name)
+            if m.kind == "reader":
+                continue
+            for tensor in [*module.parameters(), *module.buffers()]:
+                if tensor.dim():
+                    tensor[half : 2 * half] = tensor[:half]
+    return model, x, groups, group.name, list(range(half, 2 * half))
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "concat", "depthwise", "flatten", "no_bn"])
+@pytest.mark.parametrize("mode", MODES)
+def test_duplicate_channels_go_without_a_trace(name, mode):
+    model, x, groups, group, units = duplicated(name)
+    data = torch.randn(40, *x.shape[1:], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    wanted = model(data)
+    compensate(model, x, [data], {group: units}, Compensation(mode, 0.0, None), groups=groups)
+    remove_units(groups, {group: units})
+    torch.testing.assert_close(model(data), wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_removed_nothing_changed(mode):
+    model, x = make_network("residual")
+    before = state(model)
+    report = compensate(model, x, [images(size=16)], {}, mode)
+    assert not report.rows and same_state(model, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype, mode):
+    _dense, model, _groups, _removed, _data, report = compensated("plain", Compensation(mode), dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert all(r.after <= r.before for r in report.rows) and any(r.after < r.before for r in report.rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_seed_decides(mode):
+    def weights(seed):
+        model = compensated("plain", Compensation(mode, positions=2, seed=seed))[1]
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
+
+
+class Broken(list):
+    def __iter__(self):
+        yield from super().__iter__()
+        raise OSError("disk")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_model_is_unchanged_after_an_exception(mode):
+    model, x = make_network("residual")
+    model.train()
+    pruner = BudgetPruner(model, x, Broken(class_loader()), importance=L1, budget=Budget(macs=0.6))
+    before, modes = state(model), [m.training for m in model.modules()]
+    with pytest.raises(OSError, match="disk"):
+        pruner.step(compensate=mode)
+    pruner.loader = class_loader()
+    with pytest.raises(BudgetError):
+        pruner.step(Budget(macs=1), compensate=mode)
+    pruner.loader = [(x * float("nan"), y[:2]) for x, y in [(x, torch.arange(2))]]
+    with pytest.raises(ValueError, match="not finite"):
+        pruner.step(compensate=mode)
+    assert same_state(model, before) and modes == [m.training for m in model.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    pruner.loader = class_loader()
+    assert pruner.step(compensate=mode).compensation.rows  # and still works
+
+
+def test_a_failed_surgery_takes_the_refit_back(monkeypatch):
+    model, x = make_network("plain")
+    before = state(model)
+    pruner = BudgetPruner(model, x, class_loader(), importance=L1, budget=Budget(macs=0.6))
+    monkeypatch.setattr("tp_importance.pruner.count_ops", lambda *a, **k: (1, 1))
+    with pytest.raises(RuntimeError, match="planned were"):
+        pruner.step(compensate=True)
+    assert same_state(model, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_budget_pruner_prunes_what_was_refitted(mode):
+    model, x = make_network("concat")
+    twin = copy.deepcopy(model)
+    pruner = BudgetPruner(model, x, class_loader(), importance=L1, budget=Budget(macs=0.6))
+    plan = pruner.plan()
+    report = pruner.step(compensate=mode)
+    by_hand = compensate(twin, x, class_loader(), plan.removed, mode)
+    groups = prunable_groups(twin, x)
+    masked = twin(x)
+    remove_units(groups, plan.removed)
+    assert same_state(model, state(twin)) and report.compensation == by_hand
+    assert report.cost == plan.cost
+    torch.testing.assert_close(twin(x), masked)  # a channel nobody weighs is gone
+    again = PruningReport.from_dict(json.loads(report.to_json()))
+    assert again == report and "output error" in str(report)
+
+
+class Counting(list):
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_statistics_of_the_importance_are_used_again():
+    models, passes = [], []
+    for positions in (8, None):
+        model, x = make_network("plain")
+        loader = Counting(class_loader())
+        pruner = BudgetPruner(model, x, loader, importance=CATROImportance(), budget=Budget(macs=0.5))
+        pruner.step(compensate=Compensation(positions=positions))
+        models.append(state(model))
+        passes.append(loader.passes)
+    assert passes == [1, 2]  # all positions are more than were collected
+    assert not all(torch.equal(a, b) for a, b in zip(*(m.values() for m in models), strict=True))
+
+
+def test_only_the_chosen_classes_count():
+    loader = class_loader()
+    some = [(x[y < 2], y[y < 2]) for x, y in loader]
+    states = []
+    for data, classes in ((loader, [0, 1]), (some, None)):
+        model, x = make_network("flatten")  # the linear layers have one position each
+        groups = prunable_groups(model, x)
+        compensate(model, x, data, sample_units(groups), Settings(positions=None), groups=groups, classes=classes)
+        states.append(state(model))
+    for a, b in zip(*(s.values() for s in states), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_cannot_be_refitted_is_reported(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 4)).eval()
+    monkeypatch.setattr("tp_importance.refitting.MAX_FEATURES", 500)
+    before = state(net)
+    report = compensate(net, images()[:2], [images()], {"0": [1]})
+    assert "512 features are too many" in report.rows[0].skipped and "not refitted: 3" in str(report)
+    assert report.rows[0].removed == 64 and same_state(net, before)
+
+
+def test_weights_that_are_shared_or_computed_are_left_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(4)), nn.Conv2d(8, 2, 3)).eval()
+    net[2].weight = net[1].weight
+    nn.utils.parametrizations.weight_norm(net[4])
+    groups = prunable_groups(net, images()[:2], verify=False)
+    removed = {g.name: [0] for g in groups}
+    _, skipped = refittable(groups, removed)
+    reasons = {r.name: r.skipped for r in skipped}
+    assert "shares its parameters" in reasons["1"] and "no plain parameter" in reasons["4"]
+
+
+def test_a_batch_norm_of_two_layers_keeps_its_mean():
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.a, self.b = nn.Conv2d(8, 4, 3, bias=False), nn.Conv2d(8, 4, 3, bias=False)
+            self.bn, self.head = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            return self.head(self.bn(self.a(x)) + self.bn(self.b(x)))
+
+    torch.manual_seed(0)
+    net = Twins().eval()
+    groups = prunable_groups(net, images()[:2])
+    refits, _ = refittable(groups, {"stem": [0, 1]})
+    assert [r.name for r in refits] == ["a", "b"] and not any(r.centred for r in refits)
+    mean = net.bn.running_mean.clone()
+    compensate(net, images()[:2], [images()], {"stem": [0, 1]}, groups=groups)
+    assert torch.equal(net.bn.running_mean, mean)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (dict(mode="serial"), ValueError, "mode='serial'"),
+        (dict(ridge=-1), ValueError, "ridge=-1"),
+        (dict(ridge="much"), ValueError, "ridge='much'"),
+        (dict(positions=0), ValueError, "positions=0"),
+    ],
+)
+def test_bad_settings(value, error, message):
+    with pytest.raises(error, match=message):
+        Compensation(**value)
+
+
+def test_bad_arguments():
+    model, x = make_network("plain")
+    pruner = BudgetPruner(model, x, importance=L1, budget=Budget(macs=0.5))
+    with pytest.raises(ValueError, match="compensate needs data"):
+        pruner.step(compensate=True)
+    with pytest.raises(TypeError, match="compensate=3"):
+        pruner.step(compensate=3)
+    with pytest.raises(ValueError, match="no prunable group is called 'x'"):
+        compensate(model, x, class_loader(), {"x": [1]})
+    with pytest.raises(ValueError, match="cannot be removed"):
+        compensate(model, x, class_loader(), {pruner.groups.names[0]: [99]})
+    with pytest.raises(TypeError, match="compensates nothing"):
+        compensate(model, x, class_loader(), {}, None)
+    assert isinstance(pruner.groups, PrunableGroups)

@@ -1,0 +1,178 @@
+"""Compensated surgery: refit the readers to what stays, before any host removes the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .batches import ForwardFn
+from .functional.reader import Moments
+from .functional.refit import output_energy, refit
+from .groups import PrunableGroups, prunable_groups
+from .guards import written
+from .observe import LabelFn, observe
+from .readers import ReaderStatistics
+from .refitting import Refit, refittable, touched
+from .report import CompensationReport, RefitRow
+
+__all__ = ["Compensation", "compensate"]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How readers are refitted.
+
+    Args:
+        mode: ``"parallel"``: every reader by itself, to the inputs it has in the dense network; one pass.
+            ``"sequential"``: one reader after the other, to its inputs in the network pruned so far, with the dense
+            network's outputs as targets.
+        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features.
+        positions: output positions per sample, ``None`` for all.
+        seed: of the positions.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Example:
+        >>> Compensation.of("parallel") == Compensation.of(True) == Compensation()
+        True
+    """
+
+    mode: Literal["parallel", "sequential"] = "parallel"
+    ridge: float = 1e-3
+    positions: int | None = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("parallel", "sequential"):
+            raise ValueError(f"mode={self.mode!r} is unknown; choose 'parallel' or 'sequential'")
+        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < 1e6:
+            raise ValueError(f"ridge={self.ridge!r} must be a fraction, at least 0, e.g. ridge=1e-3")
+        n = self.positions
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise ValueError(f"positions={n!r} must be a positive integer, or None for all")
+
+    @classmethod
+    def of(cls, value: Compensation | str | bool | None) -> Compensation | None:
+        """Read what ``compensate=`` arguments take: settings, a mode, ``True`` for the defaults; ``None`` if off.
+
+        Raises:
+            TypeError: for anything else.
+            ValueError: for an unknown mode.
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, str):
+            return cls(mode=value)  # type: ignore[arg-type]
+        if isinstance(value, cls):
+            return value
+        raise TypeError(f"compensate={value!r} must be a Compensation, 'parallel', 'sequential', True or None")
+
+
+def compensate(
+    model: nn.Module,
+    example_inputs: Any,
+    loader: Iterable[Any],
+    removed: Mapping[str, Sequence[int]],
+    how: Compensation | str = "parallel",
+    *,
+    groups: PrunableGroups | None = None,
+    statistics: ReaderStatistics | None = None,
+    classes: Sequence[int] | None = None,
+    forward_fn: ForwardFn | None = None,
+    label_fn: LabelFn | None = None,
+    progress: bool = False,
+) -> CompensationReport:
+    r"""Refit all readers to the removal of units that is about to take place; the shapes stay.
+
+    With :math:`P` the covariance of a reader's unfolded inputs, k the features that stay and r those that go
+    (of all groups it reads),
+
+    .. math:: W'_k = W_k + (P_{kk} + \epsilon I)^{-1} P_{kr} W_r, \qquad W'_r = 0,
+
+    and what the mean output has changed goes into the bias (b' = b + Wᵀm − W'ᵀm) or, without one, into the running
+    mean of the batch norm behind. Without either, P is the uncentred second moment. The groups are such that removing
+    is masking, and a channel that no reader weighs is as good as masked; so any host may remove the units afterwards.
+
+    Args:
+        model: the network, of the shape before surgery; weights and running means are changed in place.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        loader: re-iterable of batches; labels are needed only with ``classes``.
+        removed: units to be removed, per group name.
+        how: settings, or a mode.
+        groups: groups of the model, if they are at hand.
+        statistics: what the readers of these groups receive, if it was collected already; spares the pass.
+        classes: only samples of these labels count.
+        forward_fn: ``forward_fn(model, batch)``.
+        label_fn: ``label_fn(batch)``.
+        progress: show a progress bar.
+
+    Returns:
+        The :class:`~tp_importance.report.CompensationReport`.
+
+    Raises:
+        ValueError: for unknown groups or units, bad data, or weights that are not finite; the model is then as before.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> x = torch.randn(16, 3, 12, 12)
+        >>> report = compensate(net, x[:2], [x], {"0": [1, 5]})
+        >>> [(r.name, r.kept, r.removed, r.after < r.before) for r in report.rows]
+        [('2', 54, 18, True)]
+        >>> int((net[2].weight == 0).flatten(2).all(2).all(0).sum())  # ready for the surgery
+        2
+    """
+    settings = Compensation.of(how)
+    if settings is None:
+        raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
+    if groups is None:
+        groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
+    refits, rows = refittable(groups, removed)
+    if refits:
+        if statistics is None:
+            statistics = ReaderStatistics(touched(groups, removed), positions=settings.positions, seed=settings.seed)
+            observe(
+                model,
+                loader,
+                statistics.watches(),
+                classes=classes,
+                forward_fn=forward_fn,
+                label_fn=label_fn,
+                need_labels=classes is not None,
+                progress=progress,
+            )
+        rows += _in_parallel(refits, statistics, settings.ridge)
+    order = groups.trace.first_call()
+    return CompensationReport(settings.mode, sorted(rows, key=lambda r: order.get(r.name, len(order))))
+
+
+def _in_parallel(refits: Sequence[Refit], statistics: ReaderStatistics, ridge: float) -> list[RefitRow]:
+    rows = []
+    with written(t for r in refits for t in r.tensors()):
+        for r in refits:
+            rows.append(_refit_one(r, statistics.moments(r.name), ridge))
+    return rows
+
+
+def _refit_one(reader: Refit, moments: Moments, ridge: float) -> RefitRow:
+    old, mean, second = reader.weight, moments.mean(), moments.total()
+    if not reader.centred:
+        second += mean.unsqueeze(2) * mean.unsqueeze(1)
+    new = reader.rounded(refit(second, old, reader.kept, ridge))
+    before, after = (_error(second, old, w) for w in (reader.plain, new))
+    worse = after > before  # only rounding to a low precision does that
+    new = torch.where(worse.to(new.device).unsqueeze(2), reader.plain, new)
+    row = reader.row(before, torch.where(worse, before, after), output_energy(second, old))
+    reader.write(new, mean, (old.to(mean) @ mean.unsqueeze(2)).squeeze(2))
+    return row
+
+
+def _error(second: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    return output_energy(second, new.to(second) - old.to(second))

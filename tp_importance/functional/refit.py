@@ -1,0 +1,137 @@
+r"""Least-squares refit of a reader when some of its input features go ("compensated surgery").
+
+A reader with weight W turns the unfolded input u into Wᵀu. Without the features r it is left with :math:`W_k^\top u_k`;
+what the kept features know of the removed ones is made up for by new weights W'. Only second moments are needed, so
+one matrix per reader serves every choice of r. Layout as in :mod:`.reader`: G conv groups, d features, O outputs each.
+
+Source: least-squares reconstruction (He et al. 2017, arXiv 1707.06168; ThiNet, arXiv 1707.06342); the form in which
+the ridge pulls towards the old weights, from moments, for any criterion: ours (METHODS.md §5).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["output_energy", "refit", "residual_energy"]
+
+SINGULAR = 1e-12
+"""Without a ridge, eigenvalues below this fraction of the largest count as zero."""
+
+
+def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, cross: Tensor | None = None) -> Tensor:
+    r"""Weights of the kept features that best restore the outputs.
+
+    .. math:: W'_k = W_k + (P_{kk} + \epsilon I)^{-1} (C_k - P_{kk} W_k), \qquad
+              \epsilon = \mathrm{ridge} \cdot \mathrm{mean}\,\mathrm{diag}\,P_{kk}
+
+    minimises :math:`\overline{|y - W'^\top u_k|^2} + \epsilon |W'_k - W_k|^2`, with C the covariance of inputs and
+    targets y. By default the targets are the reader's own outputs, C = P W, and the bracket is
+    :math:`P_{kr} W_r`: its error on the data is then never larger than that of :math:`W_k`.
+
+    Args:
+        second: P, second moments of the inputs (centred if a bias follows the means), shape (G, d, d).
+        weight: W per conv group, shape (G, O, d).
+        kept: features that stay, bool, shape (G, d).
+        ridge: fraction ≥ 0; 0 solves by the pseudoinverse.
+        cross: C, shape (G, d, O); default: own outputs.
+
+    Returns:
+        shape (G, O, d), 0 at removed features; float64, but ``weight`` itself if own outputs lose no feature.
+
+    Raises:
+        ValueError: for a negative ridge or shapes that do not fit.
+
+    Example:
+        >>> u = torch.randn(50, 2, dtype=torch.float64)
+        >>> u = torch.cat([u, u.sum(1, keepdim=True)], 1)  # the third feature is the sum of the others
+        >>> kept = torch.tensor([[True, True, False]])
+        >>> refit((u.T @ u / 50)[None], torch.tensor([[[1.0, 2.0, 3.0]]]), kept, 0.0).round(decimals=6)
+        tensor([[[4., 5., 0.]]], dtype=torch.float64)
+    """
+    g, o, d = weight.shape
+    if second.shape != (g, d, d) or kept.shape != (g, d) or (cross is not None and cross.shape != (g, d, o)):
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} needs moments of shape {(g, d, d)} and kept of shape {(g, d)}, "
+            f"not {tuple(second.shape)} and {tuple(kept.shape)}"
+        )
+    if not ridge >= 0:
+        raise ValueError(f"ridge={ridge!r} must be a fraction, at least 0")
+    if cross is None and bool(kept.all()):
+        return weight
+    p_all, w_all = _double(second), _double(weight)
+    kept = kept.to(p_all.device)
+    w_all = w_all.to(p_all.device)
+    result = torch.zeros_like(w_all)
+    for i, (p, w, k) in enumerate(zip(p_all, w_all, kept, strict=True)):
+        gram = p[k][:, k]
+        if cross is None:
+            missing = p[k][:, ~k] @ w[:, ~k].T
+        else:
+            missing = _double(cross[i])[k] - gram @ w[:, k].T
+        result[i, :, k] = w[:, k] + _solve(gram, missing, ridge).T
+    return result
+
+
+def output_energy(second: Tensor, weight: Tensor) -> Tensor:
+    r"""Mean square :math:`\overline{(w_o^\top u)^2}` of every output.
+
+    Args:
+        second: P, shape (G, d, d).
+        weight: W, or the difference of two, shape (G, O, d).
+
+    Returns:
+        shape (G, O), float64, not negative.
+
+    Example:
+        >>> output_energy(torch.eye(2)[None], torch.tensor([[[3.0, 4.0]]])).tolist()
+        [[25.0]]
+    """
+    p = _double(second)
+    w = _double(weight).to(p.device)
+    return ((w @ p) * w).sum(2).clamp(min=0)
+
+
+def residual_energy(second: Tensor, weight: Tensor, cross: Tensor, target: Tensor) -> Tensor:
+    r"""Mean square :math:`\overline{(y_o - w_o^\top u)^2}` of what every output misses of its target.
+
+    Args:
+        second: P, shape (G, d, d).
+        weight: W, shape (G, O, d).
+        cross: C, moments of inputs and targets, shape (G, d, O).
+        target: :math:`\overline{y_o^2}`, shape (G, O).
+
+    Returns:
+        shape (G, O), float64, not negative.
+
+    Example:
+        >>> one = torch.ones(1, 1, 1)
+        >>> residual_energy(one, 0.5 * one, one, torch.ones(1, 1)).tolist()  # y = u, of unit energy
+        [[0.25]]
+    """
+    p = _double(second)
+    w, c, y = (_double(t).to(p.device) for t in (weight, cross, target))
+    return (y - 2 * (w * c.mT).sum(2) + ((w @ p) * w).sum(2)).clamp(min=0)
+
+
+def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """(gram + εI)⁻¹ right for a positive semidefinite matrix that rounding may have made slightly indefinite."""
+    if not gram.numel() or not bool(gram.diagonal().any()):
+        return torch.zeros_like(right)  # the features do not vary: nothing to be learnt from them
+    epsilon = ridge * gram.diagonal().mean()
+    if ridge > 0:
+        shifted = gram.clone()
+        shifted.diagonal().add_(epsilon)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp(min=0)
+    inverse = (values + epsilon).reciprocal()
+    if ridge == 0:
+        inverse = torch.where(values > SINGULAR * values[-1], inverse, 0.0)
+    return vectors @ (inverse.unsqueeze(1) * (vectors.mT @ right))
+
+
+def _double(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64

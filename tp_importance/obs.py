@@ -1,0 +1,158 @@
+"""Structured optimal brain surgeon: channels ordered by the loss that is left after the readers are refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from .budget import Budget
+from .curves import Curve, Floats
+from .functional.obs import RIDGE, ReadUnits, eliminate_with_refit
+from .functional.reader import Moments
+from .functional.trace_ratio import NEGLIGIBLE
+from .group_weights import filter_norms
+from .groups import ChannelGroup, PrunableGroups
+from .importance import StatisticalImportance
+from .observe import Watch
+from .pruner import BudgetPruner
+from .readers import ReaderStatistics
+
+__all__ = ["OBSImportance", "OBSPruner"]
+
+ENERGY_EXPONENT = 0.75
+"""How far losses are taken relative to the energy a group sends to a reader; chosen by measurement."""
+
+
+class OBSImportance(StatisticalImportance):
+    r"""Loss of removing channels *together with* the refit of whoever reads them.
+
+    A removed set R of channels costs what least squares on the kept channels cannot make up,
+
+    .. math:: L(R) = \sum_r E_r^{-3/4} \operatorname{tr}\bigl(G_r W_R [(\hat P_r^{-1})_{RR}]^{-1} W_R^\top\bigr)
+
+    over the readers r, with :math:`\hat P_r` the covariance of a reader's unfolded input plus a ridge, :math:`G_r` the
+    squared gains of the batch norm behind it and :math:`E_r` the energy the whole group sends there. Channels go
+    one at a time, least loss first (:mod:`tp_importance.functional.obs`). It pays if the readers are refitted
+    afterwards. METHODS §5; optimal brain surgeon (Hassibi and Stork 1993), structured in ZipLM (arXiv 2302.04089).
+
+    Args:
+        classes: labels of a classification subtask; samples of other classes are not counted.
+        positions: output positions per sample at which readers are watched, ``None`` for all.
+        ridge: relative to the mean variance of a reader's features, > 0.
+        seed: of the sampled positions.
+
+    Attributes:
+        reader_statistics: the moments of all readers, ``None`` before :meth:`collect`; whoever refits may use them.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> loader = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 2)]
+        >>> importance = OBSImportance().collect(net.eval(), torch.randn(1, 3, 8, 8), loader)
+        >>> sorted(importance.curves()["0"].order.tolist())
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: Sequence[int] | None = None,
+        positions: int | None = 8,
+        ridge: float = RIDGE,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(classes=classes)
+        if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
+            raise ValueError(f"positions={positions!r} must be a positive integer, or None for all")
+        if not ridge > 0:
+            raise ValueError(f"ridge={ridge!r} must be above 0, e.g. {RIDGE}")
+        self.positions, self.ridge, self.seed = positions, ridge, seed
+        self.reader_statistics: ReaderStatistics | None = None
+
+    def _watches(self, groups: PrunableGroups) -> list[Watch]:
+        self.reader_statistics = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
+        return self.reader_statistics.watches()
+
+    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
+        assert self.reader_statistics is not None
+        return {g.name: self._curve(self.reader_statistics, groups, g) for g in groups}
+
+    def _curve(self, statistics: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
+        norms = filter_norms(groups, group)
+        reads, energy = [], np.zeros(group.n_units)
+        for p, weight, gain, units in statistics.reads(group, Moments.total):
+            scaled = weight.to(p) * gain.to(p).unsqueeze(2)
+            energy += _unit_energy(p, scaled, units, group.n_units)
+            total = _energy(p, scaled, units)
+            if total <= 0:  # nothing of the group arrives there
+                continue
+            factor = total**-ENERGY_EXPONENT
+            if bool((units == units[0]).all()):
+                reads.append(ReadUnits(p, scaled, units[0], factor))
+            else:
+                reads += [ReadUnits(*block, factor) for block in zip(p, scaled, units, strict=True)]
+        constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
+        first = constant[np.argsort(norms[constant], kind="stable")].tolist()
+        found = eliminate_with_refit(reads, group.n_units, ridge=self.ridge, first=first, tie_break=norms)
+        return Curve(found.loss, found.order, constant=constant)
+
+
+class OBSPruner(BudgetPruner):
+    """Prune a network to a budget by :class:`OBSImportance`: collect, allocate, remove.
+
+    Works in place; see :class:`~tp_importance.pruner.BudgetPruner` for ``plan``, ``step`` and what all pruners share.
+
+    Args:
+        model: the network, changed by :meth:`step` only.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        loader: re-iterable of labelled batches; a few hundred samples suffice.
+        budget: what the network may cost.
+        classes: see :class:`OBSImportance`.
+        positions: see :class:`OBSImportance`.
+        ridge: see :class:`OBSImportance`.
+        seed: see :class:`OBSImportance`.
+        **options: see :class:`~tp_importance.pruner.BudgetPruner`.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> loader = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 2)]
+        >>> report = OBSPruner(net, torch.randn(1, 3, 8, 8), loader, budget=Budget(macs=0.5)).step()
+        >>> net[0].out_channels, report.cost.macs <= 0.5 * report.dense.macs
+        (4, True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        *,
+        budget: Budget,
+        classes: Sequence[int] | None = None,
+        positions: int | None = 8,
+        ridge: float = RIDGE,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        importance = OBSImportance(classes=classes, positions=positions, ridge=ridge, seed=seed)
+        super().__init__(model, example_inputs, loader, budget=budget, importance=importance, **options)
+
+
+def _energy(p: Tensor, weight: Tensor, units: Tensor) -> float:
+    """Variance of what the whole group sends through the weight, summed over outputs."""
+    mine = weight * (units >= 0).unsqueeze(1)
+    return float(((mine @ p) * mine).sum())
+
+
+def _unit_energy(p: Tensor, weight: Tensor, units: Tensor, n_units: int) -> Floats:
+    """Variances of the features of every unit, weighted by who reads them: zero only if the unit cannot matter."""
+    values = (p.diagonal(dim1=1, dim2=2).clamp_min(0.0) * weight.square().sum(1)).cpu().numpy().ravel()
+    owner = units.cpu().numpy().ravel()
+    return np.bincount(owner[owner >= 0], values[owner >= 0], n_units).astype(np.float64)

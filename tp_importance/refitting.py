@@ -1,0 +1,159 @@
+"""Readers that lose input channels: which of them can be refitted, and how new weights are put into them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .groups import Index, PrunableGroups
+from .patches import feature_channels, reader_weight, set_reader_weight
+from .readers import MAX_FEATURES
+from .report import RefitRow
+from .surgery import checked_units
+from .tracing import Trace, is_depthwise
+
+__all__ = ["Refit", "refittable", "touched"]
+
+
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """One reader that loses features.
+
+    Attributes:
+        name: qualified name.
+        module: the layer, of the shape before surgery.
+        kept: features that stay, bool, shape (G, d).
+        outputs: outputs that stay, bool, shape (G, O).
+        batch_norm: the batch norm that alone follows it and follows it alone, if any.
+    """
+
+    name: str
+    module: nn.Module
+    kept: Tensor
+    outputs: Tensor
+    batch_norm: nn.Module | None
+
+    @property
+    def centred(self) -> bool:
+        """Whether a constant is free: there is a bias, or a batch norm's mean that takes one over."""
+        return self.module.bias is not None or self.batch_norm is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight as it is now, shape (G, O, d)."""
+        return reader_weight(self.module)
+
+    @property
+    def plain(self) -> Tensor:
+        """Weight without the features that go: what surgery alone leaves."""
+        return self.weight * self.kept.to(self.weight).unsqueeze(1)
+
+    def row(self, before: Tensor, after: Tensor, energy: Tensor) -> RefitRow:
+        """Report of errors per output, all of shape (G, O), over the outputs that stay."""
+        stay = self.outputs.to(energy.device)
+        scale = float(energy[stay].sum()) or 1.0
+        error, left = (float(e[stay].sum()) / scale for e in (before, after))
+        return RefitRow(self.name, int(self.kept.sum()), int((~self.kept).sum()), error, left)
+
+    @torch.no_grad()
+    def write(self, weight: Tensor, mean: Tensor, target: Tensor) -> None:
+        """Put a new weight into the layer, and the constant into its bias or the batch norm behind.
+
+        Args:
+            weight: shape (G, O, d), as rounded by :meth:`rounded`.
+            mean: mean input, shape (G, d).
+            target: mean output without bias that is wanted, shape (G, O).
+
+        Raises:
+            ValueError: if the weight is not finite.
+        """
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"layer {self.name}: the refitted weight is not finite in {weight.dtype}; use a larger ridge, or "
+                "float32 weights"
+            )
+        shift = target - (weight.to(mean) @ mean.unsqueeze(2)).squeeze(2)
+        set_reader_weight(self.module, weight)
+        bias, norm = self.module.bias, self.batch_norm
+        if isinstance(bias, Tensor):
+            bias.add_(shift.flatten().to(bias))
+        elif norm is not None and isinstance(norm.running_mean, Tensor):
+            norm.running_mean.sub_(shift.flatten().to(norm.running_mean))
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """A weight in the precision of the layer."""
+        return weight.to(self.weight)
+
+    def tensors(self) -> list[Tensor | None]:
+        """Everything that :meth:`write` writes into."""
+        norm = self.batch_norm
+        return [self.module.weight, self.module.bias, None if norm is None else norm.running_mean]  # type: ignore[list-item]
+
+
+def touched(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> PrunableGroups:
+    """Only the groups that lose units.
+
+    Raises:
+        ValueError: for an unknown group or unit, or if too few units would be left.
+    """
+    names = {group.name for group, _ in checked_units(groups, removed)}
+    return PrunableGroups([g for g in groups if g.name in names], [], groups.trace, groups.options)
+
+
+def refittable(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> tuple[list[Refit], list[RefitRow]]:
+    """Readers that lose features and can be refitted, in execution order, and those that cannot, with the reason.
+
+    Depthwise convolutions are no readers: what they pass on is made up for by the next dense reader.
+
+    Raises:
+        ValueError: for an unknown group or unit, or if too few units would be left.
+    """
+    model, gone, lost = groups.trace.model, defaultdict[str, list[Index]](list), defaultdict[str, list[Index]](list)
+    for group, units in checked_units(groups, removed):
+        for m in group.members:
+            if m.kind == "reader":
+                gone[m.name].append(m.positions(units))
+            elif m.kind == "producer":
+                lost[m.name].append(m.positions(units))
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    order = groups.trace.first_call()
+    refits, skipped = [], []
+    for name in sorted(gone, key=lambda n: order.get(n, len(order))):
+        module = model.get_submodule(name)
+        weight, channels = reader_weight(module), feature_channels(module)
+        kept = ~torch.isin(channels, torch.from_numpy(np.concatenate(gone[name])))
+        outputs = torch.ones(weight.shape[0] * weight.shape[1], dtype=torch.bool)
+        if name in lost:
+            outputs[torch.from_numpy(np.concatenate(lost[name]))] = False
+        refit = Refit(name, module, kept, outputs.view(weight.shape[:2]), _own_batch_norm(groups.trace, name))
+        reason = _obstacle(refit, owners)
+        if reason:
+            skipped.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
+        elif not bool(kept.all()):
+            refits.append(refit)
+    return refits, skipped
+
+
+def _own_batch_norm(trace: Trace, name: str) -> nn.Module | None:
+    """The batch norm behind a reader if no other layer feeds it: then its mean is free to change."""
+    norm = trace.batch_norm_behind(name)
+    node = None if norm is None else trace.graph.module2node[norm]
+    return norm if node is not None and len({id(n) for n in node.inputs}) == 1 else None
+
+
+def _obstacle(refit: Refit, owners: Counter[int]) -> str:
+    module = refit.module
+    if is_depthwise(module):
+        return "depthwise: its outputs depend on one channel each"
+    if "weight" not in module._parameters:
+        return "its weight is no plain parameter (parametrisation, or a host's wrapper)"
+    if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
+        return "it shares its parameters with another layer"
+    if refit.kept.shape[1] > MAX_FEATURES:
+        return f"{refit.kept.shape[1]} features are too many for a moment matrix (at most {MAX_FEATURES})"
+    return ""
