@@ -17,31 +17,41 @@ from typing import Any
 import numpy as np
 import torch
 from cifar import BLOCKS, Cifar10
-from cifar_oneshot import CRITERIA, Network
+from cifar_oneshot import CRITERIA, Make, Network
 from cifar_training import train
 from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from torch import nn
 
-from tp_importance import Budget, BudgetPruner
-from tp_importance.distillation import Distiller
+from tp_importance import Budget, BudgetPruner, Distiller, OBSImportance
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is pruned by: a criterion of the one-shot table and how it spends the budget."""
+    """What is pruned by: a criterion, how it spends the budget, and whether the readers are refitted."""
 
-    criterion: str
+    make: Make
     allocator: str
-    ours: bool = False
+    compensate: str | None = None
 
 
-ARMS = {
-    "random": Arm("random", "uniform"),
-    "L1": Arm("L1", "uniform"),
-    "L2": Arm("L2", "uniform"),
-    "Taylor": Arm("Taylor", "greedy"),
-    "CATRO": Arm("CATRO reader", "greedy"),
+def _obs(*_: Any) -> OBSImportance:
+    return OBSImportance()
+
+
+RIVALS = {
+    "random": Arm(CRITERIA["random"].make, "uniform"),
+    "L1": Arm(CRITERIA["L1"].make, "uniform"),
+    "L2": Arm(CRITERIA["L2"].make, "uniform"),
+    "Taylor": Arm(CRITERIA["Taylor"].make, "greedy"),
+    "CATRO": Arm(CRITERIA["CATRO reader"].make, "greedy"),
 }
+OURS = {
+    "L1 + refit": Arm(CRITERIA["L1"].make, "uniform", "parallel"),
+    "CATRO + refit": Arm(CRITERIA["CATRO reader"].make, "greedy", "parallel"),
+    "OBS + refit": Arm(_obs, "greedy", "parallel"),
+    "OBS uniform + refit": Arm(_obs, "uniform", "parallel"),
+}
+ARMS = {**RIVALS, **OURS}
 LEVELS = (0, 2_000, 5_000, 10_000, 25_000, 50_000, 100_000)
 
 
@@ -81,13 +91,13 @@ def pruned(net: Network, arm: Arm, seed: int, args: Any, data: Cifar10) -> tuple
         model,
         net.inputs,
         batches,
-        importance=CRITERIA[arm.criterion].make(model, batches, net.layers),
+        importance=arm.make(model, batches, net.layers),
         budget=Budget(macs=args.macs),
         allocator=arm.allocator,
         ignored_layers=[model.get_submodule(n) for n in net.ignored],
         verify=False,  # done once in Network
     )
-    report = pruner.step(recalibrate=True)
+    report = pruner.step(compensate=arm.compensate, recalibrate=True)
     model.zero_grad()
     return model, {"macs": report.cost.macs, "widths": [row.after for row in report.rows]}
 
