@@ -9,10 +9,11 @@ again at will; other recipes go into the same file.
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from dataclasses import asdict, dataclass, fields
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from cifar import BLOCKS, Cifar10
 from cifar_oneshot import CRITERIA, Make, Network
 from cifar_training import train
 from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
-from torch import nn
+from torch import Tensor, nn
 
 from tp_importance import Budget, BudgetPruner, Distiller, OBSImportance
 
@@ -83,7 +84,7 @@ class Recipe:
         return ", ".join([loss, *(text for text in rest if text not in plain or text.startswith("lr"))])
 
 
-def pruned(net: Network, arm: Arm, seed: int, args: Any, data: Cifar10) -> tuple[nn.Module, dict[str, Any]]:
+def pruned(net: Network, arm: Arm, seed: int, *, args: Any, data: Cifar10) -> tuple[nn.Module, dict[str, Any]]:
     """The network before any training, and what it costs."""
     model, batches = net.fresh(), data.draw(seed, args.draw_images)
     torch.manual_seed(seed)  # RandomImportance
@@ -102,18 +103,39 @@ def pruned(net: Network, arm: Arm, seed: int, args: Any, data: Cifar10) -> tuple
     return model, {"macs": report.cost.macs, "widths": [row.after for row in report.rows]}
 
 
-def run(net: Network, arm: Arm, recipe: Recipe, images: int, seed: int, args: Any, data: Cifar10) -> dict[str, Any]:
-    """One cell: accuracy after training on ``images`` images."""
-    model, found = pruned(net, arm, seed, args, data)
-    start = time.perf_counter()
-    if images:
-        options = asdict(recipe)
-        temperature, weight = options.pop("temperature"), options.pop("weight")
-        if weight:
-            options["loss"] = Distiller(net.model, temperature=temperature, weight=weight)
-        train(model, data, images, seed=seed, device=args.device, bfloat16=args.bfloat16, **options)
-    seconds = time.perf_counter() - start
-    return {"top1": round(data.accuracy(model, args.n_test, args.device), 3), "seconds": round(seconds, 1), **found}
+class Remembering(Distiller):
+    """A teacher that is asked the same batch only once: a seed's batches are the same for every arm."""
+
+    known: ClassVar[dict[int, Tensor]] = {}
+
+    def logits(self, inputs: Any, device: torch.device | str | None = None) -> Tensor:
+        key = hash(inputs.cpu().numpy().tobytes())
+        if key not in self.known:
+            self.known[key] = super().logits(inputs, device)
+        return self.known[key]
+
+
+class Runs:
+    """Makes the cells of one network; what several need is done once."""
+
+    def __init__(self, net: Network, args: Any, data: Cifar10) -> None:
+        self.net, self.args, self.data = net, args, data
+        self.start = cache(partial(pruned, net, args=args, data=data))
+
+    def cell(self, arm: str, recipe: Recipe, images: int, seed: int) -> dict[str, Any]:
+        """Accuracy after training on ``images`` images."""
+        model, found = copy.deepcopy(self.start(ARMS[arm], seed))
+        began = time.process_time()
+        if images:
+            options = asdict(recipe)
+            temperature, weight = options.pop("temperature"), options.pop("weight")
+            if weight:
+                options["loss"] = Remembering(self.net.model, temperature=temperature, weight=weight)
+            kind = {"device": self.args.device, "bfloat16": self.args.bfloat16}
+            train(model, self.data, images, seed=seed, **kind, **options)
+        seconds = time.process_time() - began
+        top1 = self.data.accuracy(model, self.args.n_test, self.args.device)
+        return {"top1": round(top1, 3), "cpu_s": round(seconds, 1), **found}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -139,14 +161,14 @@ def _spread(top1: list[float]) -> str:
     return f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}"
 
 
-def fill(cells: Cells, net: Network, args: Any, data: Cifar10) -> None:
+def fill(cells: Cells, runs: Runs, args: Any) -> None:
     """The cells of one recipe, cheap levels first."""
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     for images in args.levels:
         for seed in args.seeds:
             for arm in args.arms:
                 key = {"arm": arm, "recipe": str(recipe) if images else "", "images": images, "seed": seed}
-                cells.fill(key, partial(run, net, ARMS[arm], recipe, images, seed, args, data))
+                cells.fill(key, partial(runs.cell, arm, recipe, images, seed))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -179,7 +201,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if not args.table:
         net = Network(args.data_root, args.network, args.device)
-        fill(opened(args), net, args, Cifar10.load(args.data_root, args.npz))
+        fill(opened(args), Runs(net, args, Cifar10.load(args.data_root, args.npz)), args)
     print(table(read_results(args.out)))
 
 
