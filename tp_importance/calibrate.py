@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .batches import ForwardFn, iterate, run_batch
 from .guards import preserved
 
-__all__ = ["Moments", "recalibrate_batchnorm"]
+__all__ = ["Moments", "recalibrate_batchnorm", "write_statistics"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm  # 1d, 2d, 3d and Sync
 
@@ -143,7 +143,7 @@ def recalibrate_batchnorm(
         if not count:
             raise ValueError("loader is empty (or a generator that was used up before): pass at least one batch")
         for layer, moments in pooled.items():
-            _write(layer, layers[layer], moments, count)
+            write_statistics(layer, layers[layer], moments, count)
         done = True
     finally:
         for layer, buffers in old.items():
@@ -172,7 +172,8 @@ def _collector(pooled: dict[Any, Moments], name: str) -> Callable[[nn.Module, An
     return collect
 
 
-def _write(layer: Any, name: str, moments: Moments, batches: int) -> None:
+def write_statistics(layer: Any, name: str, moments: Moments, batches: int) -> None:
+    """Give a batch norm the statistics of its input; ``ValueError`` if they are not finite in its precision."""
     for key, value in (("running_mean", moments.mean), ("running_var", moments.variance)):
         buffer = getattr(layer, key)
         buffer.copy_(value)

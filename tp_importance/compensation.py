@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .batches import ForwardFn
@@ -16,63 +14,11 @@ from .groups import PrunableGroups, prunable_groups
 from .guards import written
 from .observe import LabelFn, observe
 from .readers import ReaderStatistics
-from .refitting import Refit, refittable, touched
+from .refitting import Compensation, Refit, refittable, touched
 from .report import CompensationReport, RefitRow
+from .sequential import SequentialRefit
 
 __all__ = ["Compensation", "compensate"]
-
-
-@dataclass(frozen=True)
-class Compensation:
-    """How readers are refitted.
-
-    Args:
-        mode: ``"parallel"``: every reader by itself, to the inputs it has in the dense network; one pass.
-            ``"sequential"``: one reader after the other, to its inputs in the network pruned so far, with the dense
-            network's outputs as targets.
-        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features.
-        positions: output positions per sample, ``None`` for all.
-        seed: of the positions.
-
-    Raises:
-        ValueError: for an argument out of its range.
-
-    Example:
-        >>> Compensation.of("parallel") == Compensation.of(True) == Compensation()
-        True
-    """
-
-    mode: Literal["parallel", "sequential"] = "parallel"
-    ridge: float = 1e-3
-    positions: int | None = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("parallel", "sequential"):
-            raise ValueError(f"mode={self.mode!r} is unknown; choose 'parallel' or 'sequential'")
-        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < 1e6:
-            raise ValueError(f"ridge={self.ridge!r} must be a fraction, at least 0, e.g. ridge=1e-3")
-        n = self.positions
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ValueError(f"positions={n!r} must be a positive integer, or None for all")
-
-    @classmethod
-    def of(cls, value: Compensation | str | bool | None) -> Compensation | None:
-        """Read what ``compensate=`` arguments take: settings, a mode, ``True`` for the defaults; ``None`` if off.
-
-        Raises:
-            TypeError: for anything else.
-            ValueError: for an unknown mode.
-        """
-        if value is None or value is False:
-            return None
-        if value is True:
-            return cls()
-        if isinstance(value, str):
-            return cls(mode=value)  # type: ignore[arg-type]
-        if isinstance(value, cls):
-            return value
-        raise TypeError(f"compensate={value!r} must be a Compensation, 'parallel', 'sequential', True or None")
 
 
 def compensate(
@@ -87,6 +33,7 @@ def compensate(
     classes: Sequence[int] | None = None,
     forward_fn: ForwardFn | None = None,
     label_fn: LabelFn | None = None,
+    recalibrate: bool = False,
     progress: bool = False,
 ) -> CompensationReport:
     r"""Refit all readers to the removal of units that is about to take place; the shapes stay.
@@ -111,6 +58,7 @@ def compensate(
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
+        recalibrate: in sequential mode, re-estimate every batch norm as soon as what is in front of it is refitted.
         progress: show a progress bar.
 
     Returns:
@@ -135,7 +83,22 @@ def compensate(
     if groups is None:
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
     refits, rows = refittable(groups, removed)
-    if refits:
+    passes = 0
+    if refits and settings.mode == "sequential":
+        sequence = SequentialRefit(
+            groups,
+            removed,
+            refits,
+            settings,
+            recalibrate=recalibrate,
+            classes=classes,
+            forward_fn=forward_fn,
+            label_fn=label_fn,
+        )
+        with written((*model.parameters(), *model.buffers())):
+            rows += sequence.run(loader)
+        passes = sequence.passes
+    elif refits:
         if statistics is None:
             statistics = ReaderStatistics(touched(groups, removed), positions=settings.positions, seed=settings.seed)
             observe(
@@ -148,9 +111,10 @@ def compensate(
                 need_labels=classes is not None,
                 progress=progress,
             )
+            passes = 1
         rows += _in_parallel(refits, statistics, settings.ridge)
     order = groups.trace.first_call()
-    return CompensationReport(settings.mode, sorted(rows, key=lambda r: order.get(r.name, len(order))))
+    return CompensationReport(settings.mode, passes, sorted(rows, key=lambda r: order.get(r.name, len(order))))
 
 
 def _in_parallel(refits: Sequence[Refit], statistics: ReaderStatistics, ridge: float) -> list[RefitRow]:
@@ -167,11 +131,8 @@ def _refit_one(reader: Refit, moments: Moments, ridge: float) -> RefitRow:
         second += mean.unsqueeze(2) * mean.unsqueeze(1)
     new = reader.rounded(refit(second, old, reader.kept, ridge))
     before, after = (_error(second, old, w) for w in (reader.plain, new))
-    worse = after > before  # only rounding to a low precision does that
-    new = torch.where(worse.to(new.device).unsqueeze(2), reader.plain, new)
-    row = reader.row(before, torch.where(worse, before, after), output_energy(second, old))
-    reader.write(new, mean, (old.to(mean) @ mean.unsqueeze(2)).squeeze(2))
-    return row
+    target = (old.to(mean) @ mean.unsqueeze(2)).squeeze(2)
+    return reader.adopt(new, before, after, output_energy(second, old), mean, target)
 
 
 def _error(second: Tensor, old: Tensor, new: Tensor) -> Tensor:

@@ -15,7 +15,18 @@ from tqdm import tqdm
 from .batches import ForwardFn, iterate, layer_input, reference_tensor, run_batch, split_batch, trainable_inputs
 from .guards import preserved
 
-__all__ = ["LabelFn", "Observed", "Watch", "WatchFn", "check_range", "observe"]
+__all__ = [
+    "LabelFn",
+    "Observed",
+    "Watch",
+    "WatchFn",
+    "at_least_float",
+    "batch_labels",
+    "check_range",
+    "labels_per_row",
+    "observe",
+    "wanted_classes",
+]
 
 LabelFn = Callable[[Any], Tensor]
 """``label_fn(batch)``: the labels of a batch as the loader gave it, 1-D integers."""
@@ -96,7 +107,7 @@ def observe(
         >>> observe(net, loader, [Watch("", net, lambda x, out, y: sizes.append(len(x)))]).samples, sizes
         (4, [4])
     """
-    wanted = _wanted(classes)
+    wanted = wanted_classes(classes)
     current: list[Tensor] = []
     counts = torch.zeros(0, dtype=torch.int64)
     batches = 0
@@ -109,7 +120,7 @@ def observe(
         total = length_hint(loader) or None
         bar = tqdm(iterate(loader), total=total, disable=not progress, desc="collecting", unit="batch", leave=False)
         for batch in map(trainable_inputs, bar) if gradients else bar:
-            labels = _labels(batch, label_fn, forward_fn, need_labels)
+            labels = batch_labels(batch, label_fn, forward_fn, need_labels)
             if wanted is not None:
                 labels = torch.where(torch.isin(labels, wanted), labels, -1)
             current[:] = [labels.to(device)]
@@ -132,7 +143,8 @@ def observe(
     return Observed(int(counts.sum()), batches, counts)
 
 
-def _wanted(classes: Sequence[int] | None) -> Tensor | None:
+def wanted_classes(classes: Sequence[int] | None) -> Tensor | None:
+    """The chosen labels, checked; ``None`` for all."""
     if classes is None:
         return None
     values = list(classes)
@@ -143,7 +155,8 @@ def _wanted(classes: Sequence[int] | None) -> Tensor | None:
     return torch.tensor(values)
 
 
-def _labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | None, needed: bool) -> Tensor:
+def batch_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | None, needed: bool) -> Tensor:
+    """Labels of a batch as :func:`observe` reads them, zeros where none are given or needed; int64, shape (N,)."""
     if label_fn is not None:
         labels: Any = label_fn(batch)
     else:
@@ -191,16 +204,20 @@ def check_range(labels: Tensor, output: Any) -> None:
 def _hook(watch: Watch, current: list[Tensor]) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x, labels = layer_input(args, kwargs), current[0]
-        if len(x) != len(labels):  # windows or tokens folded into the batch
-            if len(x) % max(len(labels), 1):
-                raise ValueError(
-                    f"layer {watch.name}: batch of {len(x)} for {len(labels)} labels; batch must come first"
-                )
-            labels = labels.repeat_interleave(len(x) // len(labels))
-        watch.fn(_at_least_float(x), _at_least_float(output), labels)
+        watch.fn(at_least_float(x), at_least_float(output), labels_per_row(watch.name, x, labels))
 
     return hook
 
 
-def _at_least_float(x: Tensor) -> Tensor:
+def labels_per_row(name: str, x: Tensor, labels: Tensor) -> Tensor:
+    """Labels of the rows of a layer's input: windows or tokens may be folded into its batch."""
+    if len(x) == len(labels):
+        return labels
+    if len(x) % max(len(labels), 1):
+        raise ValueError(f"layer {name}: batch of {len(x)} for {len(labels)} labels; batch must come first")
+    return labels.repeat_interleave(len(x) // len(labels))
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """Half precision as float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -249,7 +249,7 @@ class BudgetPruner:
         values = () if settings is None else (*self.model.parameters(), *self.model.buffers())
         with written(values), self._surgery():
             if settings is not None:
-                report = replace(report, compensation=self._compensate(plan, settings))
+                report = replace(report, compensation=self._compensate(plan, settings, recalibrate))
             remove_units(self.groups, plan.removed)
             counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
             if Cost(*counted) != plan.cost:
@@ -302,7 +302,7 @@ class BudgetPruner:
             self.groups = replace(self.groups, trace=trace(self.model, self.example_inputs, options))
             raise
 
-    def _compensate(self, plan: Plan, settings: Compensation) -> CompensationReport:
+    def _compensate(self, plan: Plan, settings: Compensation, recalibrate: bool) -> CompensationReport:
         assert self.loader is not None
         known = getattr(self.importance, "reader_statistics", None)
         reusable = known is not None and known.covers(self.groups, settings.positions) and self._curves is not None
@@ -317,6 +317,7 @@ class BudgetPruner:
             classes=getattr(self.importance, "classes", None),
             forward_fn=self.groups.options.forward_fn,
             label_fn=self._label_fn,
+            recalibrate=recalibrate,
             progress=self._progress,
         )
 

@@ -1,10 +1,11 @@
-"""Readers that lose input channels: which of them can be refitted, and how new weights are put into them."""
+"""Readers that lose input channels: settings, which can be refitted, and how new weights are put into them."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,64 @@ from .report import RefitRow
 from .surgery import checked_units
 from .tracing import Trace, is_depthwise
 
-__all__ = ["Refit", "refittable", "touched"]
+__all__ = ["Compensation", "Refit", "refittable", "touched"]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How readers are refitted.
+
+    Args:
+        mode: ``"parallel"``: every reader by itself, to the inputs it has in the dense network; one pass.
+            ``"sequential"``: one reader after the other, to its inputs in the network pruned so far, with the dense
+            network's outputs as targets.
+        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features.
+        positions: output positions per sample, ``None`` for all.
+        seed: of the positions.
+        memory_limit: bytes that the activations of all samples may take (an estimate): up to it, ``"sequential"``
+            sends them through the network at once, which refits everything in two passes; beyond, every reader takes
+            two passes of its own and memory does not depend on the number of samples.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Example:
+        >>> Compensation.of("parallel") == Compensation.of(True) == Compensation()
+        True
+    """
+
+    mode: Literal["parallel", "sequential"] = "parallel"
+    ridge: float = 1e-3
+    positions: int | None = 8
+    seed: int = 0
+    memory_limit: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("parallel", "sequential"):
+            raise ValueError(f"mode={self.mode!r} is unknown; choose 'parallel' or 'sequential'")
+        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < 1e6:
+            raise ValueError(f"ridge={self.ridge!r} must be a fraction, at least 0, e.g. ridge=1e-3")
+        n = self.positions
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise ValueError(f"positions={n!r} must be a positive integer, or None for all")
+
+    @classmethod
+    def of(cls, value: Compensation | str | bool | None) -> Compensation | None:
+        """Read what ``compensate=`` arguments take: settings, a mode, ``True`` for the defaults; ``None`` if off.
+
+        Raises:
+            TypeError: for anything else.
+            ValueError: for an unknown mode.
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, str):
+            return cls(mode=value)  # type: ignore[arg-type]
+        if isinstance(value, cls):
+            return value
+        raise TypeError(f"compensate={value!r} must be a Compensation, 'parallel', 'sequential', True or None")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +111,25 @@ class Refit:
         """Weight without the features that go: what surgery alone leaves."""
         return self.weight * self.kept.to(self.weight).unsqueeze(1)
 
-    def row(self, before: Tensor, after: Tensor, energy: Tensor) -> RefitRow:
+    def adopt(
+        self, new: Tensor, before: Tensor, after: Tensor, energy: Tensor, mean: Tensor, target: Tensor
+    ) -> RefitRow:
+        """Take over a new weight, output by output where it errs less than the plain one, and report.
+
+        Args:
+            new: refitted weight as rounded by :meth:`rounded`, shape (G, O, d).
+            before: squared errors of the plain weight, shape (G, O).
+            after: those of the new one; only rounding to a low precision can make them larger.
+            energy: mean squares of the targets, shape (G, O).
+            mean: mean input, shape (G, d).
+            target: mean output without bias that is wanted, shape (G, O).
+        """
+        worse = after > before
+        new = torch.where(worse.to(new.device).unsqueeze(2), self.plain, new)
+        self._write(new, mean, target)
+        return self._row(before, torch.where(worse, before, after), energy)
+
+    def _row(self, before: Tensor, after: Tensor, energy: Tensor) -> RefitRow:
         """Report of errors per output, all of shape (G, O), over the outputs that stay."""
         stay = self.outputs.to(energy.device)
         scale = float(energy[stay].sum()) or 1.0
@@ -61,7 +137,7 @@ class Refit:
         return RefitRow(self.name, int(self.kept.sum()), int((~self.kept).sum()), error, left)
 
     @torch.no_grad()
-    def write(self, weight: Tensor, mean: Tensor, target: Tensor) -> None:
+    def _write(self, weight: Tensor, mean: Tensor, target: Tensor) -> None:
         """Put a new weight into the layer, and the constant into its bias or the batch norm behind.
 
         Args:
@@ -90,7 +166,7 @@ class Refit:
         return weight.to(self.weight)
 
     def tensors(self) -> list[Tensor | None]:
-        """Everything that :meth:`write` writes into."""
+        """Everything that :meth:`adopt` writes into."""
         norm = self.batch_norm
         return [self.module.weight, self.module.bias, None if norm is None else norm.running_mean]  # type: ignore[list-item]
 

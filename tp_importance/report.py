@@ -71,10 +71,12 @@ class CompensationReport:
 
     Attributes:
         mode: ``"parallel"`` or ``"sequential"``.
+        passes: forward passes over the data, cut-off ones included.
         rows: one per reader that loses features, in execution order.
     """
 
     mode: str
+    passes: int
     rows: list[RefitRow]
 
     def __str__(self) -> str:
@@ -83,7 +85,7 @@ class CompensationReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompensationReport:
         """Rebuild a report from plain data."""
-        return cls(data["mode"], [RefitRow(**row) for row in data["rows"]])
+        return cls(data["mode"], data["passes"], [RefitRow(**row) for row in data["rows"]])
 
 
 class CostReport:

@@ -1,0 +1,314 @@
+"""Refit one reader after the other, each to its inputs in the network pruned so far.
+
+Where memory allows, all samples go through the network as one batch: every reader is refitted at the moment it is
+about to run, so one forward pass refits them all. Otherwise each takes a pass of its own, cut off at the reader, next
+to a dense copy that gives the targets.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .batches import ForwardFn, iterate, layer_input, run_batch
+from .calibrate import Moments as NormMoments
+from .calibrate import write_statistics
+from .functional.reader import Moments
+from .functional.refit import refit, residual_energy
+from .groups import PrunableGroups
+from .guards import preserved
+from .observe import LabelFn, at_least_float, batch_labels, labels_per_row, wanted_classes
+from .patches import unfolded_input
+from .refitting import Compensation, Refit
+from .report import RefitRow
+from .verify import gates
+
+__all__ = ["SequentialRefit"]
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One call of a reader in the dense network: outputs without bias at the sampled positions, and their frame.
+
+    Attributes:
+        y: shape (N, Q, G, O).
+        shape: shape of the whole output.
+    """
+
+    y: Tensor
+    shape: tuple[int, ...]
+
+
+class _Enough(BaseException):
+    """Cuts a forward pass off; no ``Exception``, lest a forward function swallow it."""
+
+
+@dataclass
+class SequentialRefit:
+    """Settings and data of a sequential refit; :meth:`run` does it.
+
+    Attributes:
+        groups: groups of the model, which is changed in place.
+        removed: units that are to go, per group name.
+        refits: readers to be refitted, in execution order.
+        settings: ridge, positions, seed and memory limit.
+        recalibrate: re-estimate every batch norm on its input before the layers behind it are refitted.
+        classes: only samples of these labels count.
+        forward_fn: ``forward_fn(model, batch)``.
+        label_fn: ``label_fn(batch)``.
+    """
+
+    groups: PrunableGroups
+    removed: Mapping[str, Sequence[int]]
+    refits: Sequence[Refit]
+    settings: Compensation
+    recalibrate: bool = False
+    classes: Sequence[int] | None = None
+    forward_fn: ForwardFn | None = None
+    label_fn: LabelFn | None = None
+    passes: int = field(default=0, init=False)
+
+    def run(self, loader: Iterable[Any]) -> list[RefitRow]:
+        """Refit all readers; ``passes`` then says how many (cut-off) passes over the data it took.
+
+        Raises:
+            ValueError: for bad data, a reader that did not run, or weights that are not finite.
+        """
+        model = self.groups.trace.model
+        wanted_classes(self.classes)
+        batch = None if self._repeated() else _joined(loader, self._bytes_per_sample(), self.settings.memory_limit)
+        with preserved(model), torch.no_grad():
+            model.eval()
+            if batch is not None:
+                self.passes = 2
+                return self._sweep(model, batch)
+            return self._one_by_one(model, loader)
+
+    # -- one pass
+
+    def _sweep(self, model: nn.Module, batch: Any) -> list[RefitRow]:
+        labels, rows = self._labels(batch), dict[str, RefitRow]()
+        targets: dict[int, _Seen] = {}
+
+        def look(i: int, x: Tensor, out: Tensor) -> None:
+            targets[i] = self._target(i, x, out, self._generator(i))
+
+        def act(i: int, x: Tensor) -> None:
+            r = self.refits[i]
+            if i not in targets:
+                raise ValueError(
+                    f"layer {r.name} runs more often on the data than on the example inputs; give example inputs "
+                    "like the data, or use mode='parallel'"
+                )
+            moments = Moments()
+            self._add(moments, i, x, targets.pop(i), labels, self._generator(i))
+            rows[r.name] = self._solve(r, moments)
+
+        def calibrate(name: str, norm: nn.Module, x: Tensor) -> None:
+            write_statistics(norm, name, NormMoments.of(x), 1)
+
+        with ExitStack() as stack:
+            for i, r in enumerate(self.refits):
+                stack.callback(_after(r.module, partial(look, i)))
+            self._forward(model, batch)
+        with gates(model, self.groups, _lists(self.removed)), ExitStack() as stack:
+            for i, r in enumerate(self.refits):
+                stack.callback(_before(r.module, partial(act, i)))
+            for name, norm in self._norms():
+                stack.callback(_before(norm, partial(calibrate, name, norm)))
+            self._forward(model, batch)
+        missing = [r.name for r in self.refits if r.name not in rows]
+        if missing:
+            raise ValueError(_idle(missing[0]))
+        return [rows[r.name] for r in self.refits]
+
+    # -- one pass per reader
+
+    def _one_by_one(self, model: nn.Module, loader: Iterable[Any]) -> list[RefitRow]:
+        dense, rows, order = copy.deepcopy(model), [], self.groups.trace.first_call()
+        index = {r.name: i for i, r in enumerate(self.refits)}
+        stops = [*index, *(name for name, _ in self._norms())]
+        with gates(model, self.groups, _lists(self.removed)):
+            for name in sorted(stops, key=lambda n: order.get(n, 0)):
+                self.passes += 2 if name in index else 1
+                if name in index:
+                    rows.append(self._refit_alone(model, dense, index[name], loader))
+                else:
+                    self._recalibrate(model, name, loader)
+        return rows
+
+    def _refit_alone(self, model: nn.Module, dense: nn.Module, i: int, loader: Iterable[Any]) -> RefitRow:
+        r, moments = self.refits[i], Moments()
+        twin, cut = dense.get_submodule(r.name), r.name not in self._repeated()
+        ours, theirs = self._generator(i), self._generator(i)
+        calls: list[tuple[Tensor, Tensor]] = []
+        inputs: list[Tensor] = []
+        for batch in iterate(loader):
+            with ExitStack() as stack:
+                stack.callback(_after(twin, lambda x, out: calls.append((x.clone(), out)), cut))
+                self._forward(dense, batch)
+            with ExitStack() as stack:
+                stack.callback(_before(r.module, lambda x: inputs.append(x.clone()), cut))
+                self._forward(model, batch)
+            labels = self._labels(batch)
+            for x, call in zip(inputs, calls, strict=True):
+                self._add(moments, i, x, self._target(i, *call, theirs), labels, ours)
+            calls.clear()
+            inputs.clear()
+        return self._solve(r, moments)
+
+    def _recalibrate(self, model: nn.Module, name: str, loader: Iterable[Any]) -> None:
+        norm, pooled, batches = model.get_submodule(name), list[NormMoments](), 0
+
+        def look(x: Tensor) -> None:
+            new = NormMoments.of(x)
+            pooled[:] = [pooled[0].merged(new) if pooled else new]
+
+        with ExitStack() as stack:
+            stack.callback(_before(norm, look, name not in self._repeated()))
+            for batch in iterate(loader):
+                self._forward(model, batch)
+                batches += 1
+        if pooled:
+            write_statistics(norm, name, pooled[0], batches)
+
+    # -- parts
+
+    def _target(self, i: int, x: Tensor, out: Tensor, generator: torch.Generator) -> _Seen:
+        """What the reader, whose weight is still the dense one, gives at the sampled positions."""
+        r = self.refits[i]
+        u = unfolded_input(r.module, x, out, self.settings.positions, generator)
+        return _Seen(torch.einsum("nqgd,god->nqgo", u, r.weight.to(u)), tuple(out.shape))
+
+    def _add(
+        self, moments: Moments, i: int, x: Tensor, seen: _Seen, labels: Tensor, generator: torch.Generator
+    ) -> None:
+        """Add joint rows (ũ, y) of one call; the positions are those of the dense network."""
+        r = self.refits[i]
+        frame = torch.empty(seen.shape, device="meta")  # only its shape is looked at
+        u = unfolded_input(r.module, x, frame, self.settings.positions, generator)
+        rows, chosen = torch.cat([u, seen.y.to(u)], 3), labels_per_row(r.name, x, labels) >= 0
+        rows = (rows if bool(chosen.all()) else rows[chosen]).flatten(0, 1)
+        moments.update(rows, torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
+
+    def _solve(self, r: Refit, moments: Moments) -> RefitRow:
+        if moments.second is None:
+            raise ValueError(_idle(r.name))
+        if not torch.isfinite(moments.second.sum()):
+            raise ValueError(f"the input of layer {r.name} is not finite; check the data and the model")
+        d, joint, mean = r.kept.shape[1], moments.total(), moments.mean()
+        if not r.centred:
+            joint += mean.unsqueeze(2) * mean.unsqueeze(1)
+        second, cross, energy = joint[:, :d, :d], joint[:, :d, d:], joint[:, d:, d:].diagonal(dim1=1, dim2=2)
+        new = r.rounded(refit(second, r.weight, r.kept, self.settings.ridge, cross))
+        before, after = (residual_energy(second, w, cross, energy) for w in (r.plain, new))
+        return r.adopt(new, before, after, energy, mean[:, :d], mean[:, d:])
+
+    def _forward(self, model: nn.Module, batch: Any) -> None:
+        try:
+            run_batch(model, batch, self.forward_fn)
+        except _Enough:
+            pass
+
+    def _labels(self, batch: Any) -> Tensor:
+        wanted = wanted_classes(self.classes)
+        labels = batch_labels(batch, self.label_fn, self.forward_fn, wanted is not None)
+        return labels if wanted is None else torch.where(torch.isin(labels, wanted), labels, -1)
+
+    def _generator(self, i: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + i)
+
+    def _norms(self) -> list[tuple[str, nn.Module]]:
+        """Batch norms behind the first refit: the others see what they saw before."""
+        order = self.groups.trace.first_call()
+        first = min(order.get(r.name, 0) for r in self.refits)
+        return [
+            (name, m)
+            for name, m in self.groups.trace.model.named_modules()
+            if self.recalibrate
+            and isinstance(m, BatchNorm)
+            and m.running_mean is not None
+            and order.get(name, -1) > first
+        ]
+
+    def _repeated(self) -> set[str]:
+        """Layers of interest that run more than once per forward pass: all their calls must be pooled."""
+        counts = Counter(call.name for call in self.groups.trace.calls)
+        return {n for n in [*(r.name for r in self.refits), *(n for n, _ in self._norms())] if counts[n] > 1}
+
+    def _bytes_per_sample(self) -> int:
+        """Estimate: twice the largest input and output of a layer (what else is alive), targets, one reader's rows."""
+        trace, item = self.groups.trace, 4
+        n, calls = trace.batch_size, {call.name: call for call in trace.calls}
+        largest = max(math.prod(c.in_shape) + math.prod(c.out_shape) for c in trace.calls) / n
+        targets, rows = 0, 0
+        for r in self.refits:
+            groups, outputs, d = r.weight.shape
+            total = math.prod(calls[r.name].out_shape) // (n * groups * outputs)
+            q = total if self.settings.positions is None else min(self.settings.positions, total)
+            targets += q * groups * outputs
+            rows = max(rows, q * groups * (d + outputs))
+        return int(item * (2 * largest + targets + 3 * rows))
+
+
+def _joined(loader: Iterable[Any], bytes_per_sample: int, limit: int) -> Any | None:
+    """All batches of a loader as one, or ``None`` if that takes too much memory or they do not fit together."""
+    batches, samples, spec = [], 0, None
+    for batch in iterate(loader):
+        leaves, this = tree_flatten(batch)
+        sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves}
+        if len(sizes) != 1 or None in sizes or (spec is not None and this != spec):
+            return None
+        samples += sizes.pop() or 0
+        if samples * bytes_per_sample > limit:
+            return None
+        batches.append(leaves)
+        spec = this
+    if not batches or spec is None:
+        raise ValueError("the loader gave no batch; a re-iterable of batches is needed (a generator runs only once)")
+    columns = list(zip(*batches, strict=True))
+    if any(len({(leaf.shape[1:], leaf.dtype, leaf.device) for leaf in column}) > 1 for column in columns):
+        return None
+    return tree_unflatten([torch.cat(column) if len(column) > 1 else column[0] for column in columns], spec)
+
+
+def _before(module: nn.Module, fn: Callable[[Tensor], None], cut: bool = False) -> Callable[[], None]:
+    """Call ``fn(input)`` before the module runs, and end the pass there if ``cut``; returns what takes it off."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fn(at_least_float(layer_input(args, kwargs)))
+        if cut:
+            raise _Enough
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def _after(module: nn.Module, fn: Callable[[Tensor, Tensor], None], cut: bool = False) -> Callable[[], None]:
+    """Call ``fn(input, output)`` after the module ran, and end the pass there if ``cut``."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        fn(at_least_float(layer_input(args, kwargs)), output)
+        if cut:
+            raise _Enough
+
+    return module.register_forward_hook(hook, with_kwargs=True).remove
+
+
+def _idle(name: str) -> str:
+    return f"layer {name} did not run on the data, so there are no statistics of it"
+
+
+def _lists(removed: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    return {name: list(units) for name, units in removed.items() if len(units)}
