@@ -9,6 +9,7 @@ from .base import ImportancePruner
 from .catro import CATROPruner
 from .experiment import experiment_running, nni_trial, run_experiment, trial_table
 from .itpruner import ITPruner
+from .obs import OBSPruner
 from .psap import PSAPPruner
 from .resconv import ResConvPruner
 from .speedup import speedup
@@ -24,6 +25,7 @@ __all__ = [
     "CATROPruner",
     "ITPruner",
     "ImportancePruner",
+    "OBSPruner",
     "PSAPPruner",
     "ResConvPruner",
     "experiment_running",

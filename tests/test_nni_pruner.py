@@ -30,7 +30,7 @@ from nni_contract import (  # noqa: E402
     threads,
     wrappers,
 )
-from nni_plugins import CATROPruner, ImportancePruner, speedup  # noqa: E402
+from nni_plugins import CATROPruner, ImportancePruner, OBSPruner, speedup  # noqa: E402
 from tp_importance import Budget, BudgetError, CATROImportance, Cost, count_ops  # noqa: E402
 
 CONVS = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
@@ -44,6 +44,10 @@ def one_thread():
 
 class TestCATROPruner(NNIPrunerContract):
     pruner_class = CATROPruner
+
+
+class TestOBSPruner(NNIPrunerContract):
+    pruner_class = OBSPruner
 
 
 class TestChannelSpace(NNIPrunerContract):

@@ -17,6 +17,7 @@ from .errors import BudgetError, NotCollectedError, StaleStatisticsError, Tracin
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .importance import StatisticalImportance
 from .itpruner import ITPruner, ITPrunerImportance
+from .lagrange import LagrangeAllocator, lagrange
 from .latency import Latency, measure_latency
 from .obs import OBSImportance, OBSPruner
 from .observe import Observed, Watch, observe
@@ -59,6 +60,7 @@ __all__ = [
     "Excluded",
     "ITPruner",
     "ITPrunerImportance",
+    "LagrangeAllocator",
     "Latency",
     "LayerPlan",
     "LayerReport",
@@ -90,6 +92,7 @@ __all__ = [
     "fuse",
     "greedy",
     "greedy_path",
+    "lagrange",
     "load_pruned",
     "measure_latency",
     "observe",

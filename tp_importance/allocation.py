@@ -100,7 +100,7 @@ class WidthSpace:
         return np.array([lv[-1] for lv in self.levels], np.int64)
 
 
-class _Walk:
+class Walk:
     """Widths on their way up from the floor, with gains and prices of the next step of every group."""
 
     def __init__(self, curves: Curves, cost: CostModel, space: WidthSpace, fields: Sequence[str]):
@@ -164,11 +164,18 @@ class _Walk:
         cost = [marginal[COST_FIELDS.index(f)] for f in limits]
         return self.open() & np.all([c <= r for c, r in zip(cost, room, strict=True)], axis=0)
 
-    def fill(self, limits: Limits) -> Ints:
-        """Take steps that fit, best first, until none fits (one that does not fit never will: costs only grow)."""
-        while (allowed := self.fits(marginal := self.marginal, limits)).any():
+    def fill(self, limits: Limits, frozen: int | None = None) -> Ints:
+        """Take steps that fit, best first, until none fits (one that does not fit never will: costs only grow).
+
+        Group ``frozen`` takes none.
+        """
+        while True:
+            allowed = self.fits(marginal := self.marginal, limits)
+            if frozen is not None:
+                allowed[frozen] = False
+            if not allowed.any():
+                return self.units.copy()
             self.advance(self.best(marginal, allowed), marginal)
-        return self.units
 
 
 def greedy_path(
@@ -192,7 +199,7 @@ def greedy_path(
     Yields:
         ``(group index, units after the step)``.
     """
-    walk = _Walk(curves, cost, space, fields)
+    walk = Walk(curves, cost, space, fields)
     while walk.open().any():
         marginal = walk.marginal
         g = walk.best(marginal, walk.open())
@@ -219,7 +226,7 @@ def greedy(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -
         BudgetError: if the floor exceeds a limit; names the least reachable cost.
     """
     require_reachable(cost, space, limits)
-    walk = _Walk(curves, cost, space, tuple(limits))
+    walk = Walk(curves, cost, space, tuple(limits))
     while walk.open().any():
         marginal = walk.marginal
         g = walk.best(marginal, walk.open())
@@ -292,7 +299,7 @@ def fill_up(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits, 
     goal, shrink = np.asarray(target, np.float64), 1e-9
     while not _within(cost, units := round_down(space, goal), limits):  # it costs a rounding error too much
         goal, shrink = goal * (1 - shrink), 2 * shrink
-    walk = _Walk(curves, cost, space, tuple(limits))
+    walk = Walk(curves, cost, space, tuple(limits))
     walk.jump(units)
     return walk.fill(limits)
 

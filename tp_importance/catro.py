@@ -108,20 +108,10 @@ class CATROImportance(StatisticalImportance):
         return {g.name: _channel_curve(groups, g, self._scatter[g.readers[0].name], self.ratio) for g in groups}
 
     def _reader_curve(self, readers: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
-        theta = self.class_weight
-
-        def blend(moments: Moments) -> Tensor:
-            total, between = moments.total(), moments.between()
-            # means of finite classes scatter by chance: S_b contains (K-1)/(n-K) of S_w
-            k = int((moments.class_rows > 0).sum())
-            samples = readers.samples(moments)
-            between = between - (k - 1) / max(samples - k, 1.0) * (total - between)
-            return 2 * (theta * between + (1 - theta) * (total - between))
-
         total = readers.scatter(group, Moments.total)
         energy = total.diagonal().cpu().numpy()
         constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
-        scatter = total if theta == 0.5 else readers.scatter(group, blend)
+        scatter = total if self.class_weight == 0.5 else readers.scatter(group, readers.blend(self.class_weight))
         elimination = eliminate(scatter, filter_norms(groups, group))
         return Curve(elimination.loss, elimination.order, constant=constant)
 

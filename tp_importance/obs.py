@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ class OBSImportance(StatisticalImportance):
 
     Args:
         classes: labels of a classification subtask; samples of other classes are not counted.
+        class_weight: θ in [0, 1]: what the refit leaves is measured in :math:`2(\theta S_b + (1 - \theta) S_w)` of the
+            reader's input instead of its covariance, which is θ = ½; the refit itself is the same. Ours.
         positions: output positions per sample at which readers are watched, ``None`` for all.
         ridge: relative to the mean variance of a reader's features, > 0.
         seed: of the sampled positions.
@@ -63,6 +65,7 @@ class OBSImportance(StatisticalImportance):
         self,
         *,
         classes: Sequence[int] | None = None,
+        class_weight: float = 0.5,
         positions: int | None = 8,
         ridge: float = RIDGE,
         seed: int = 0,
@@ -70,9 +73,11 @@ class OBSImportance(StatisticalImportance):
         super().__init__(classes=classes)
         if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
             raise ValueError(f"positions={positions!r} must be a positive integer, or None for all")
+        if not 0.0 <= class_weight <= 1.0:
+            raise ValueError(f"class_weight={class_weight!r} must be a fraction in [0, 1]")
         if not ridge > 0:
             raise ValueError(f"ridge={ridge!r} must be above 0, e.g. {RIDGE}")
-        self.positions, self.ridge, self.seed = positions, ridge, seed
+        self.class_weight, self.positions, self.ridge, self.seed = class_weight, positions, ridge, seed
         self.reader_statistics: ReaderStatistics | None = None
 
     def _watches(self, groups: PrunableGroups) -> list[Watch]:
@@ -86,21 +91,38 @@ class OBSImportance(StatisticalImportance):
     def _curve(self, statistics: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
         norms = filter_norms(groups, group)
         reads, energy = [], np.zeros(group.n_units)
-        for p, weight, gain, units in statistics.reads(group, Moments.total):
+        for p, metric, weight, gain, units in self._reads(statistics, group):
             scaled = weight.to(p) * gain.to(p).unsqueeze(2)
             energy += _unit_energy(p, scaled, units, group.n_units)
-            total = _energy(p, scaled, units)
-            if total <= 0:  # nothing of the group arrives there
+            total = abs(_energy(p if metric is None else metric, scaled, units))
+            if total == 0:  # nothing of the group arrives there
                 continue
             factor = total**-ENERGY_EXPONENT
             if bool((units == units[0]).all()):
-                reads.append(ReadUnits(p, scaled, units[0], factor))
-            else:
-                reads += [ReadUnits(*block, factor) for block in zip(p, scaled, units, strict=True)]
+                reads.append(ReadUnits(p, scaled, units[0], factor, metric))
+                continue
+            for i, block in enumerate(zip(p, scaled, units, strict=True)):  # conv groups with units of their own
+                reads.append(ReadUnits(*block, factor, None if metric is None else metric[i]))
         constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
         first = constant[np.argsort(norms[constant], kind="stable")].tolist()
-        found = eliminate_with_refit(reads, group.n_units, ridge=self.ridge, first=first, tie_break=norms)
+        try:
+            found = eliminate_with_refit(reads, group.n_units, ridge=self.ridge, first=first, tie_break=norms)
+        except ValueError as error:
+            raise ValueError(f"group {group.name}: {error}") from error
         return Curve(found.loss, found.order, constant=constant)
+
+    def _reads(
+        self, statistics: ReaderStatistics, group: ChannelGroup
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]]:
+        """Covariance, metric if it is another, weight, gain and units of every reader."""
+        totals = statistics.reads(group, Moments.total)
+        if self.class_weight == 0.5:
+            for p, weight, gain, units in totals:
+                yield p, None, weight, gain, units
+            return
+        blends = statistics.reads(group, statistics.blend(self.class_weight))
+        for (p, weight, gain, units), (metric, *_) in zip(totals, blends, strict=True):
+            yield p, metric, weight, gain, units
 
 
 class OBSPruner(BudgetPruner):
@@ -114,6 +136,7 @@ class OBSPruner(BudgetPruner):
         loader: re-iterable of labelled batches; a few hundred samples suffice.
         budget: what the network may cost.
         classes: see :class:`OBSImportance`.
+        class_weight: see :class:`OBSImportance`.
         positions: see :class:`OBSImportance`.
         ridge: see :class:`OBSImportance`.
         seed: see :class:`OBSImportance`.
@@ -136,12 +159,15 @@ class OBSPruner(BudgetPruner):
         *,
         budget: Budget,
         classes: Sequence[int] | None = None,
+        class_weight: float = 0.5,
         positions: int | None = 8,
         ridge: float = RIDGE,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        importance = OBSImportance(classes=classes, positions=positions, ridge=ridge, seed=seed)
+        importance = OBSImportance(
+            classes=classes, class_weight=class_weight, positions=positions, ridge=ridge, seed=seed
+        )
         super().__init__(model, example_inputs, loader, budget=budget, importance=importance, **options)
 
 

@@ -43,7 +43,7 @@ class BudgetPruner:
             :meth:`plan` or :meth:`step` and again after every step.
         importance: a :class:`~tp_importance.importance.StatisticalImportance` or any ``tp.importance.Importance``.
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
-        allocator: ``"greedy"``, ``"uniform"`` or a function, see :mod:`tp_importance.allocation`.
+        allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"`` or a function, see :mod:`tp_importance.allocation`.
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.
         max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.

@@ -83,6 +83,24 @@ class ReaderStatistics:
         """Independent samples behind ``moments`` (its rows over the positions per sample)."""
         return moments.rows / self._rows_per_sample[id(moments)]
 
+    def blend(self, class_weight: float) -> Callable[[Moments], Tensor]:
+        r"""What to take from moments for a class weight θ: :math:`2(\theta S_b + (1-\theta) S_w)`.
+
+        Means of finite classes scatter by chance, so :math:`\frac{K-1}{n-K} S_w` is taken off :math:`S_b`. With θ = ½
+        it is the total.
+        """
+
+        def matrix(moments: Moments) -> Tensor:
+            total = moments.total()
+            if class_weight == 0.5:
+                return total
+            between = moments.between()
+            k = int((moments.class_rows > 0).sum())
+            between = between - (k - 1) / max(self.samples(moments) - k, 1.0) * (total - between)
+            return 2 * (class_weight * between + (1 - class_weight) * (total - between))
+
+        return matrix
+
     def scatter(self, group: ChannelGroup, matrix: Callable[[Moments], Tensor]) -> Tensor:
         r"""Scatter of the units of ``group``, :math:`\sum_r S_r / E_r^{3/4}` over its readers r.
 

@@ -163,6 +163,47 @@ def test_first_and_ties():
     assert eliminate_with_refit([], 3, tie_break=-np.arange(3.0)).order.tolist() == [2, 1, 0]
 
 
+@pytest.mark.parametrize("panel", [1, 6, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_another_metric_measures_the_same_refit(case, panel, monkeypatch):
+    monkeypatch.setattr(obs, "PANEL", panel)
+    reads = []
+    for i, u in enumerate(CASES[case]):
+        read, other = (reader(u, outputs=3 + i, seed=i + s)[0] for s in (0, 50))
+        reads.append(ReadUnits(read.covariance, read.weight, read.units, 0.5 + i, other.covariance))
+    n = 1 + max(int(r.units.max()) for r in reads)
+
+    def loss(removed):
+        return sum(weighted(r, removed) for r in reads)
+
+    found = eliminate_with_refit(reads, n, ridge=RIDGE)
+    for step in range(n + 1):
+        assert found.loss[n - step] == pytest.approx(loss(found.order[:step]), rel=1e-8, abs=1e-10)
+    for step in range(n - 1):
+        others = [loss([*found.order[:step], u]) for u in found.order[step:]]
+        assert found.loss[n - step - 1] <= min(others) * (1 + 1e-8)
+
+
+def weighted(read, removed, ridge=RIDGE):
+    """Change of the weights by the refit, measured by the metric."""
+    gone = torch.isin(read.units, torch.as_tensor(list(removed), dtype=torch.int64))
+    p = read.covariance + ridge * read.covariance.diagonal().mean() * torch.eye(len(gone), dtype=F64)
+    change = -read.weight.clone()
+    change[:, ~gone] = 0.0
+    if (~gone).any():
+        change[:, ~gone] = torch.linalg.solve(p[~gone][:, ~gone], p[~gone][:, gone] @ read.weight[:, gone].mT).mT
+    return read.factor * float((change @ read.metric * change).sum())
+
+
+def test_the_own_covariance_as_metric_leaves_out_the_ridge():
+    read, _ = reader(taps(6, 3))
+    plain = eliminate_with_refit([read], 6, ridge=1e-7)
+    same = ReadUnits(read.covariance, read.weight, read.units, metric=read.covariance)
+    found = eliminate_with_refit([same], 6, ridge=1e-7)
+    assert found.order.tolist() == plain.order.tolist()
+    np.testing.assert_allclose(found.loss, plain.loss, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [40, 2000])
 def test_no_drift_over_a_long_elimination(rows):
     """60 units of 9 taps; fewer rows than features leave the ridge to hold everything."""

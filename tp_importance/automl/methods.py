@@ -24,6 +24,7 @@ from ..groups import PrunableGroups
 from ..guards import preserved
 from ..importance import StatisticalImportance
 from ..itpruner import ITPrunerImportance
+from ..obs import OBSImportance
 from ..program import ProgramAllocator
 from ..pruner import BudgetPruner
 from ..psap import PSAPPruner
@@ -337,6 +338,7 @@ def _needed(job: Job, name: str) -> Budget:
 _UNIFORM = "uniform"
 
 register_method(channel_method("catro", CATROImportance, {"class_weight": Float(0.0, 1.0)}))
+register_method(channel_method("obs", OBSImportance, {"class_weight": Float(0.0, 1.0)}))
 register_method(channel_method("itpruner", ITPrunerImportance, {"beta": Float(-10.0, 10.0)}))
 register_method(channel_method("psap", PSAPImportance, {"ratio": Float(0.2, 0.8)}, allocator=_UNIFORM))
 register_method(

@@ -11,6 +11,10 @@ costs :math:`\operatorname{tr}(Q_{ii} B_{ii}^{-1})`, and removing it maps
 .. math:: B \leftarrow B - F F^\top, \quad Q \leftarrow Q - K F^\top - F K^\top, \quad
           F = B_{:i} L^{-\top},\; K = Q_{:i} L^{-\top} - \tfrac12 F L^{-1} Q_{ii} L^{-\top},\; B_{ii} = L L^\top
 
+With a metric M of its own the loss is :math:`\operatorname{tr}(\Delta W M \Delta W^\top)`; then N = BMB and
+:math:`Z = \operatorname{sym}(W^\top \Delta W M B)` follow in the same way and unit i costs
+:math:`\operatorname{tr}(B_{ii}^{-1} N_{ii} B_{ii}^{-1} Q_{ii} + 2 B_{ii}^{-1} Z_{ii})`.
+
 This is a Cholesky factorisation of B with the units as pivots, so it is backward stable, and the outputs enter by Q
 alone. Updates are kept back and applied in panels. Sources: optimal brain surgeon (Hassibi and Stork 1993), its
 structured form in ZipLM (arXiv 2302.04089); the Gram form and the sum over readers are ours.
@@ -46,12 +50,14 @@ class ReadUnits:
         weight: W, scaled by the gain, shape (O, d) or (Z, O, d).
         units: unit of every feature, shape (d,), int64; -1 for features that stay and help to compensate.
         factor: what its losses are multiplied with.
+        metric: M, as P: the refit stays that of P, but what it leaves is measured by M. Default: :math:`\\hat P`.
     """
 
     covariance: Tensor
     weight: Tensor
     units: Tensor
     factor: float = 1.0
+    metric: Tensor | None = None
 
 
 def eliminate_with_refit(
@@ -104,7 +110,7 @@ def eliminate_with_refit(
             price[block.units] += block.prices()
         tolerance = max(tolerance, 1e-10 * float(price[alive].max()))
         unit = first_of_least(price, alive, preference, tolerance)
-        total += max(price[unit], 0.0)
+        total += price[unit]
         order[step], loss[n_units - step - 1] = unit, total
         alive[unit] = False
         for block in blocks:
@@ -112,77 +118,122 @@ def eliminate_with_refit(
     return Elimination(order, loss)
 
 
+class _Pending:
+    r"""A symmetric matrix :math:`X - UV^\top - VU^\top` of blocks per unit, of which X is stored and U, V kept back.
+
+    Without V: :math:`X - UU^\top`. The diagonal blocks, shape (Z, U, k, k), are always those of the whole.
+    """
+
+    def __init__(self, matrix: Tensor, taps: int) -> None:
+        self.matrix, self.taps = matrix, taps
+        self.u: list[Tensor] = []
+        self.v: list[Tensor] = []
+        z, n = len(matrix), matrix.shape[-1] // taps
+        self.diagonal = matrix.view(z, n, taps, n, taps).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).clone()
+
+    def columns(self, rows: slice) -> Tensor:
+        """Columns of the whole, shape (Z, m, k)."""
+        found = self.matrix[:, :, rows].clone()
+        for u, v in zip(self.u, self.v, strict=True):
+            found.baddbmm_(u, v[:, rows].mT, alpha=-1)
+            if v is not u:
+                found.baddbmm_(v, u[:, rows].mT, alpha=-1)
+        return found
+
+    def subtract(self, u: Tensor, v: Tensor | None = None) -> None:
+        """Subtract U Uᵀ or U Vᵀ + V Uᵀ, shapes (Z, m, k)."""
+        self.u.append(u)
+        self.v.append(u if v is None else v)
+        left, right = (x[-1].reshape(len(u), -1, self.taps, u.shape[-1]) for x in (self.u, self.v))
+        change = left @ right.mT
+        self.diagonal -= change if v is None else change + change.mT
+
+    def forget(self, gone: Tensor, value: float) -> None:
+        """Diagonal blocks of units that are gone become ``value`` times the identity: they price at nothing."""
+        self.diagonal[:, gone] = torch.eye(self.taps, dtype=self.matrix.dtype, device=gone.device).mul_(value)
+
+    def applied(self, keep: Tensor) -> _Pending:
+        """The rows and columns ``keep`` of the whole."""
+        matrix = self.matrix[:, keep][:, :, keep]
+        own = [u[:, keep] for u, v in zip(self.u, self.v, strict=True) if v is u]
+        pairs = [(u[:, keep], v[:, keep]) for u, v in zip(self.u, self.v, strict=True) if v is not u]
+        if own:
+            u = torch.cat(own, 2)
+            matrix.baddbmm_(u, u.mT, alpha=-1)
+        if pairs:
+            u, v = (torch.cat(x, 2) for x in zip(*pairs, strict=True))
+            matrix.baddbmm_(u, v.mT, alpha=-1).baddbmm_(v, u.mT, alpha=-1)
+        return _Pending(matrix, self.taps)
+
+
 class _Block:
-    """B and Q of one reader, the updates that are still to be applied, and the diagonal blocks as they are now."""
+    """B, Q, and with a metric N and Z, of one reader, over the units that are left or went lately."""
 
-    def __init__(self, inverse: Tensor, gram: Tensor, units: NDArray[np.int64], factor: float) -> None:
-        self.units, self.factor = units, factor
-        self.taps = inverse.shape[-1] // len(units)
-        self.inverse, self.gram = inverse, gram
-        self._begin()
+    def __init__(self, matrices: Sequence[Tensor], units: NDArray[np.int64], factor: float) -> None:
+        self.factor = factor
+        self.taps = matrices[0].shape[-1] // len(units)
+        self._begin([_Pending(x, self.taps) for x in matrices], units)
 
-    def _begin(self) -> None:
-        """Nothing is pending."""
-        z, m, k = len(self.inverse), self.inverse.shape[-1], self.taps
-        self.alive = np.ones(len(self.units), bool)
-        self.where = {int(u): i for i, u in enumerate(self.units)}
-        columns = min(max(PANEL // k, 1) * k, m)
-        self.f, self.k = self.inverse.new_zeros(2, z, m, columns)
-        self.pending = 0
-        self.b_diagonal, self.q_diagonal = (
-            x.view(z, len(self.units), k, len(self.units), k).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).clone()
-            for x in (self.inverse, self.gram)
-        )
+    def _begin(self, matrices: list[_Pending], units: NDArray[np.int64]) -> None:
+        self.matrices, self.units, self.pending = matrices, units, 0
+        self.alive = np.ones(len(units), bool)
+        self.where = {int(u): i for i, u in enumerate(units)}
 
     def prices(self) -> NDArray[np.float64]:
         """Loss of every unit that is left; shape (len(units),)."""
-        if self.taps == 1:
-            price = (self.q_diagonal / self.b_diagonal).flatten(1)
-        else:
-            factor = torch.linalg.cholesky_ex(self.b_diagonal)[0]
-            price = torch.cholesky_solve(self.q_diagonal, factor).diagonal(dim1=-2, dim2=-1).sum(-1)
-        return price.sum(0).cpu().numpy() * self.factor
+        b, q, *weighted = (x.diagonal for x in self.matrices)
+        factor = torch.linalg.cholesky_ex(b)[0]
+        solved = torch.cholesky_solve(q, factor)
+        if weighted:
+            n, z = (torch.cholesky_solve(x, factor) for x in weighted)
+            solved = n @ solved + 2 * z
+        price = solved.diagonal(dim1=-2, dim2=-1).sum((0, 2))
+        return price.cpu().numpy() * self.factor
 
     def remove(self, unit: int) -> None:
         """Refit without ``unit``, if it is read here."""
         i = self.where.get(unit)
         if i is None:
             return
-        z, k, n = len(self.inverse), self.taps, self.pending
-        rows = slice(i * k, (i + 1) * k)
-        f, g = self.f[:, :, :n], self.k[:, :, :n]
-        b = self.inverse[:, :, rows] - f @ f[:, rows].mT
-        q = self.gram[:, :, rows] - g @ f[:, rows].mT - f @ g[:, rows].mT
-        factor = torch.linalg.cholesky(b[:, rows])
-        new_f = torch.linalg.solve_triangular(factor, b.mT, upper=False).mT
-        h = torch.linalg.solve_triangular(factor, q.mT, upper=False).mT
-        new_k = h - new_f @ torch.linalg.solve_triangular(factor, h[:, rows], upper=False) / 2
-        self.alive[i] = False
-        blocks_f, blocks_k = (x.reshape(z, len(self.units), k, k) for x in (new_f, new_k))
-        self.b_diagonal -= blocks_f @ blocks_f.mT
-        cross = blocks_k @ blocks_f.mT
-        self.q_diagonal -= cross + cross.mT
-        gone = torch.from_numpy(~self.alive)
-        self.b_diagonal[:, gone], self.q_diagonal[:, gone] = torch.eye(k).to(b), 0.0
-        self.f[:, :, n : n + k], self.k[:, :, n : n + k] = new_f, new_k
-        self.pending += k
-        if self.pending == self.f.shape[-1]:
-            self._apply()
+        rows = slice(i * self.taps, (i + 1) * self.taps)
+        columns = [x.columns(rows) for x in self.matrices]
+        factor = torch.linalg.cholesky(columns[0][:, rows])
+        f, *halves = (_right(c, factor) for c in columns)
 
-    def _apply(self) -> None:
-        """Apply what is pending and drop the units that are gone."""
-        keep = torch.from_numpy(self.alive.repeat(self.taps).nonzero()[0]).to(self.inverse.device)
-        self.units = self.units[self.alive]
-        f, g = self.f[:, keep], self.k[:, keep]
-        self.inverse = self.inverse[:, keep][:, :, keep].baddbmm_(f, f.mT, alpha=-1)
-        self.gram = self.gram[:, keep][:, :, keep].baddbmm_(f, g.mT, alpha=-1).baddbmm_(g, f.mT, alpha=-1)
-        self._begin()
+        def turned(h: Tensor) -> Tensor:
+            return h - f @ torch.linalg.solve_triangular(factor, h[:, rows], upper=False) / 2
+
+        b, q, *weighted = self.matrices
+        b.subtract(f)
+        q.subtract(turned(halves[0]), f)
+        if weighted:
+            n, z = weighted
+            h_q, h_n, h_z = halves
+            n.subtract(turned(h_n), f)
+            z.subtract(-h_q / 2, h_n)
+            cross = h_q @ h_n[:, rows].mT + h_n @ h_q[:, rows].mT
+            z.subtract(turned(h_z + _right(cross, factor) / 2), f)
+        self.alive[i] = False
+        gone = torch.from_numpy(~self.alive)
+        for x in self.matrices:
+            x.forget(gone.to(f.device), float(x is b))
+        self.pending += self.taps
+        if self.pending >= PANEL and self.alive.any():
+            keep = torch.from_numpy(self.alive.repeat(self.taps).nonzero()[0]).to(f.device)
+            self._begin([x.applied(keep) for x in self.matrices], self.units[self.alive])
+
+
+def _right(columns: Tensor, factor: Tensor) -> Tensor:
+    """``columns`` times the inverse transpose of the lower triangular ``factor``."""
+    return torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
 
 
 def _block(reader: ReadUnits, alive: NDArray[np.bool_], ridge: float) -> _Block | None:
     """B and Q over the features of the units, those of one unit side by side; None if it reads nothing of them."""
-    p, w = reader.covariance, reader.weight
-    p, w = (p, w) if p.dim() == 3 else (p.unsqueeze(0), w.unsqueeze(0))
+    p, w, metric = (
+        x if x is None or x.dim() == 3 else x.unsqueeze(0) for x in (reader.covariance, reader.weight, reader.metric)
+    )
+    assert p is not None and w is not None
     units = reader.units.cpu().numpy()
     rest = np.flatnonzero(units < 0)
     mine = np.flatnonzero((units >= 0) & alive[units])
@@ -191,23 +242,28 @@ def _block(reader: ReadUnits, alive: NDArray[np.bool_], ridge: float) -> _Block 
     mine = mine[np.argsort(units[mine], kind="stable")]
     owners, counts = np.unique(units[mine], return_counts=True)
     index = torch.from_numpy(np.concatenate([rest, mine])).to(p.device)
-    p = (p[:, index][:, :, index]).double()
+    p = p[:, index][:, :, index].double()
     size = p.diagonal(dim1=1, dim2=2).mean(1)
     p.diagonal(dim1=1, dim2=2).add_((ridge * size).clamp_min(1e-300).unsqueeze(1))
     factor, failed = torch.linalg.cholesky_ex(p)
     if failed.any():
         raise ValueError(f"a covariance of {p.shape[-1]} features is not positive semi-definite; raise ridge={ridge}")
     del p
-    inverse = torch.cholesky_inverse(factor[:, len(rest) :, len(rest) :])
-    w = w[:, :, torch.from_numpy(mine).to(w.device)].to(inverse)
+    own = slice(len(rest), None)
+    w = w[:, :, torch.from_numpy(mine).to(w.device)].to(factor)
     gram = w.mT @ w
+    if metric is None:
+        matrices = [torch.cholesky_inverse(factor[:, own, own]), gram]
+    else:
+        inverse = torch.cholesky_inverse(factor)[:, :, own]
+        weighted = inverse.mT @ metric[:, index][:, :, index].to(inverse) @ inverse
+        matrices = [inverse[:, own].contiguous(), gram, weighted, torch.zeros_like(gram)]
     most = int(counts.max())
     if (counts < most).any():  # fill up with features that are nobody's: of variance 1, not read
         slot = np.concatenate([i * most + np.arange(c) for i, c in enumerate(counts)])
         at = torch.from_numpy(slot).to(gram.device)
-        inverse = _spread(inverse, at, len(owners) * most, 1.0)
-        gram = _spread(gram, at, len(owners) * most, 0.0)
-    return _Block(inverse, gram, owners, reader.factor)
+        matrices = [_spread(x, at, len(owners) * most, float(i == 0)) for i, x in enumerate(matrices)]
+    return _Block(matrices, owners, reader.factor)
 
 
 def _spread(matrix: Tensor, at: Tensor, size: int, diagonal: float) -> Tensor:
