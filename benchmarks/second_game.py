@@ -50,7 +50,8 @@ OURS = {
     "L1 + refit": Arm(CRITERIA["L1"].make, "uniform", "parallel"),
     "CATRO + refit": Arm(CRITERIA["CATRO reader"].make, "greedy", "parallel"),
     "OBS + refit": Arm(_obs, "greedy", "parallel"),
-    "OBS uniform + refit": Arm(_obs, "uniform", "parallel"),
+    "OBS + sequential refit": Arm(_obs, "greedy", "sequential"),
+    "OBS uniform + sequential refit": Arm(_obs, "uniform", "sequential"),
 }
 ARMS = {**RIVALS, **OURS}
 LEVELS = (0, 2_000, 5_000, 10_000, 25_000, 50_000, 100_000)
