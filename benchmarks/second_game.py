@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from typing import Any, ClassVar
@@ -140,20 +141,40 @@ class Runs:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Mean ± standard deviation over seeds, per recipe; and our lead over the best rival with twice the images."""
+    """Per recipe the mean ± standard deviation over seeds, and how far our best is ahead at each level.
+
+    The last two rows compare means: with the best rival at the same level, and at the next level that has at least
+    twice the images.
+    """
     cells = [flat(c) for c in results["cells"]]
-    start = {(c["arm"], c["seed"]): c for c in cells if not c["images"]}
     parts = []
     for recipe in dict.fromkeys(c["recipe"] for c in cells if c["images"]):
         mine = [c for c in cells if c["recipe"] == recipe]
-        mine += [start[k] for k in dict.fromkeys((c["arm"], c["seed"]) for c in mine) if k in start]
+        trained = {(c["arm"], c["seed"]) for c in mine}
+        mine += [c for c in cells if not c["images"] and (c["arm"], c["seed"]) in trained]
+        levels = [n for n in LEVELS if any(c["images"] == n for c in mine)]
         top1 = {
-            (arm, n): [c["top1"] for c in mine if (c["arm"], c["images"]) == (arm, n)] for arm in ARMS for n in LEVELS
+            arm: [[c["top1"] for c in mine if (c["arm"], c["images"]) == (arm, n)] for n in levels]
+            for arm in ARMS
+            if any(c["arm"] == arm for c in mine)
         }
-        levels = [n for n in LEVELS if any(top1[arm, n] for arm in ARMS)]
-        rows = [[arm, *(_spread(top1[arm, n]) for n in levels)] for arm in ARMS if any(top1[arm, n] for n in levels)]
+        rows = [[arm, *map(_spread, values)] for arm, values in top1.items()]
+        ours, rivals = ([_best(top1, arms, i) for i in range(len(levels))] for arms in (OURS, RIVALS))
+        later = [next((r for m, r in zip(levels, rivals, strict=True) if m and m >= 2 * n), None) for n in levels]
+        rows += [
+            ["ours − best rival", *map(_lead, ours, rivals)],
+            ["with at most half the images", *map(_lead, ours, later)],
+        ]
         parts.append(f"**{recipe}**\n\n" + markdown(["arm", *(f"{n // 1000}k" for n in levels)], rows))
     return "\n\n".join(parts)
+
+
+def _best(top1: dict[str, list[list[float]]], arms: Iterable[str], level: int) -> float | None:
+    return max((float(np.mean(top1[a][level])) for a in arms if a in top1 and top1[a][level]), default=None)
+
+
+def _lead(ours: float | None, rival: float | None) -> str:
+    return "" if ours is None or rival is None else f"{ours - rival:+.2f}"
 
 
 def _spread(top1: list[float]) -> str:
