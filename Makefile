@@ -75,6 +75,13 @@ bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...
 bench-resconv: $(STAMP) ## fewer layers against fewer channels on CIFAR (ARGS=...)
 	$(PY) benchmarks/resconv_cifar.py $(ARGS)
 
+.PHONY: bench-second-game demo-finetune
+bench-second-game: $(STAMP) ## how few images a pruned network needs to recover, on CIFAR (ARGS=...)
+	$(PY) benchmarks/second_game.py $(ARGS)
+
+demo-finetune: $(STAMP) ## prune a CIFAR ResNet and fine-tune it with its dense self as teacher (ARGS=...)
+	$(PY) examples/finetune.py $(ARGS)
+
 demo-plain: $(STAMP) ## train a deep plain network with and without ResConv (ARGS=...)
 	$(PY) examples/resconv_plain.py $(ARGS)
 

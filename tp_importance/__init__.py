@@ -13,6 +13,7 @@ from .compensated_step import compensated_step
 from .compensation import Compensation, compensate
 from .cost import CostModel
 from .curves import Curve, curve_from_scores, value_curves
+from .distillation import Distiller, distillation_loss
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .importance import StatisticalImportance
@@ -56,6 +57,7 @@ __all__ = [
     "Cost",
     "CostModel",
     "Curve",
+    "Distiller",
     "Excluded",
     "ITPruner",
     "ITPrunerImportance",
@@ -88,6 +90,7 @@ __all__ = [
     "convert_to_resconv",
     "count_ops",
     "curve_from_scores",
+    "distillation_loss",
     "fuse",
     "greedy",
     "greedy_path",

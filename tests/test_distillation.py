@@ -1,0 +1,153 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import nn
+
+from tp_importance import Budget, BudgetPruner, Distiller, distillation_loss, slice_classifier
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def prune(model):
+    l1 = tp.importance.MagnitudeImportance(p=1)
+    BudgetPruner(model, X, importance=l1, budget=Budget(macs=0.5), allocator="uniform").step()
+    return model
+
+
+def test_loss_is_that_of_the_dense_network():
+    model = network()
+    distiller = Distiller(model, temperature=2.0, weight=0.7)
+    dense = copy.deepcopy(model).eval()
+    student = prune(model).eval()
+    expected = distillation_loss(student(X), dense(X), Y, temperature=2.0, weight=0.7)
+    torch.testing.assert_close(distiller(student(X), X, Y), expected)
+    assert distiller(student(X), X) == distillation_loss(student(X), dense(X), temperature=2.0)
+
+
+def test_training_moves_the_student_and_nothing_of_the_teacher():
+    student = network()
+    distiller = Distiller(student.train())
+    before = {k: v.clone() for k, v in distiller.teacher.state_dict().items()}
+    prune(student).train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        torch.manual_seed(0)  # dropout
+        losses.append(distiller(student(X), X))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert not any(m.training for m in distiller.teacher.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in distiller.teacher.parameters())
+    for name, value in distiller.teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_original_is_left_alone_and_holds_nothing_of_the_teacher():
+    model = network().train()
+    names = list(model.state_dict())
+    distiller = Distiller(model)
+    distiller(model(X), X, Y)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert list(model.state_dict()) == names
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in distiller.teacher.parameters()}
+
+
+def test_student_of_some_classes():
+    model = network()
+    distiller, dense = Distiller(model, classes=[4, 1]), copy.deepcopy(model).eval()
+    student = slice_classifier(prune(model), [4, 1]).eval()
+    labels = torch.tensor([0, 1, 1, 0, 0, 1])
+    expected = distillation_loss(student(X), dense(X)[:, [4, 1]], labels)
+    torch.testing.assert_close(distiller(student(X), X, labels), expected)
+
+
+def test_under_autocast():
+    student = network()
+    distiller = Distiller(student)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = student(X)
+        loss = distiller(output, X, Y)
+        assert distiller.logits(X).dtype == torch.bfloat16
+    assert output.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.dtype == torch.float32 for p in student.parameters())
+    assert {p.dtype for p in distiller.teacher.parameters()} == {torch.float32}
+
+
+def test_layout_of_the_weights_follows_the_images():
+    distiller = Distiller(network())
+    weight, expected = distiller.teacher[0].weight, distiller.logits(X)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        logits = distiller.logits(X.contiguous(memory_format=layout))
+        torch.testing.assert_close(logits, expected)
+        assert weight.is_contiguous(memory_format=layout)
+
+
+def test_teacher_keeps_its_own_precision():
+    distiller, student = Distiller(network()), network().double()
+    loss = distiller(student(X.double()), X.double(), Y)
+    assert loss.dtype == torch.float64
+    assert {p.dtype for p in distiller.teacher.parameters()} == {torch.float32}
+
+
+def test_follows_the_student_to_its_device():
+    student = network()
+    distiller = Distiller(student)
+    output = student.to("meta")(X.to("meta"))  # a device every machine has
+    assert distiller(output, X.to("meta")).device.type == "meta"
+    assert {p.device.type for p in distiller.teacher.parameters()} == {"meta"}
+
+
+class Two(nn.Module):
+    """Two inputs, and an output as language models have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 4)
+
+    def forward(self, a, b):
+        return {"logits": self.a(a) + self.b(b)}
+
+
+def test_inputs_and_outputs_of_other_forms():
+    torch.manual_seed(0)
+    model, inputs = Two(), {"a": torch.randn(5, 3), "b": torch.randn(5, 2)}
+    distiller = Distiller(model, forward_fn=lambda teacher, batch: teacher(**batch)["logits"])
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        student.a.weight.zero_()
+    expected = distillation_loss(student(**inputs)["logits"], model(**inputs)["logits"])
+    assert distiller(student(**inputs)["logits"], inputs) == expected
+    with pytest.raises(TypeError, match=r"teacher's output is of type dict.*forward_fn"):
+        Distiller(model)(torch.zeros(5, 4), inputs)
+    with pytest.raises(TypeError, match=r"student_output is of type dict"):
+        distiller(student(**inputs), inputs)
+
+
+def test_bad_options_are_refused_at_once():
+    with pytest.raises(TypeError, match="teacher is of type list"):
+        Distiller([network()])
+    with pytest.raises(ValueError, match="temperature=-1"):
+        Distiller(network(), temperature=-1)
+    with pytest.raises(ValueError, match="weight=2"):
+        Distiller(network(), weight=2)
+    with pytest.raises(ValueError, match=r"\(6, 5\), student_logits \(6, 2\)"):
+        Distiller(network())(torch.zeros(6, 2), X)
+
+
+def test_weight_zero_trains_as_without_a_teacher():
+    student = network().eval()
+    output = student(X)
+    torch.testing.assert_close(Distiller(student, weight=0.0)(output, X, Y), F.cross_entropy(output, Y))

@@ -1,0 +1,128 @@
+"""Distillation from the dense network: the loss to fine-tune a pruned one with, in the user's own loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import ForwardFn, call_model, tensors_in, to_model
+from .functional.distillation import check_distillation, distillation_loss
+
+__all__ = ["Distiller", "distillation_loss"]
+
+
+class Distiller:
+    """Loss of a student against a frozen copy of its teacher; made before the network is pruned.
+
+    The copy is in eval mode and without gradients, whatever happens to the original. It is no part of the student: its
+    weights are not in the student's ``state_dict`` and not in its optimizer. It follows the student's outputs to their
+    device and the inputs to their memory format, keeps its own dtype and runs under the autocast that the loss is
+    computed in.
+
+    Args:
+        teacher: the dense network; copied.
+        temperature: softens both distributions, see
+            :func:`~tp_importance.functional.distillation.distillation_loss`.
+        weight: the teacher's share of the loss where there are labels.
+        classes: classes that the student kept, if not all.
+        forward_fn: ``forward_fn(teacher, inputs)`` gives the logits; default: the inputs (tensor, tuple of positional
+            or dict of keyword arguments) are moved to the teacher, which is called on them.
+
+    Attributes:
+        teacher: the copy.
+
+    Raises:
+        TypeError: if the teacher is no module, or its output no tensor.
+        ValueError: for options out of range and for logits that do not fit.
+
+    Example:
+        >>> import torch_pruning as tp
+        >>> from tp_importance import Budget, BudgetPruner
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5))
+        >>> x, y = torch.randn(4, 3, 3, 3), torch.tensor([0, 1, 2, 3])
+        >>> distiller = Distiller(net)  # before pruning
+        >>> _ = BudgetPruner(net, x, importance=tp.importance.MagnitudeImportance(), budget=Budget(macs=0.5)).step()
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        >>> loss = distiller(net(x), x, y)  # instead of cross_entropy(net(x), y); leave y out where there is none
+        >>> loss.backward(); optimizer.step()
+
+    References:
+        Hinton, Vinyals, Dean 2015 (arXiv 1503.02531); the dense network as the teacher of its pruned self is ours only
+        in this combination.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        temperature: float = 4.0,
+        weight: float = 0.9,
+        classes: Sequence[int] | None = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher is of type {type(teacher).__name__}; pass the dense network, a torch.nn.Module")
+        check_distillation(temperature, weight)
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.temperature, self.weight, self.forward_fn = temperature, weight, forward_fn
+        self.classes = None if classes is None else list(classes)
+
+    def __call__(self, student_output: Tensor, inputs: Any, labels: Tensor | None = None) -> Tensor:
+        """Loss of a batch, to be called ``backward()`` on.
+
+        Args:
+            student_output: logits of the student on ``inputs``, shape (N, K) or (N, K, ...).
+            inputs: what the student was called with.
+            labels: see :func:`~tp_importance.functional.distillation.distillation_loss`; ``None``: the teacher alone.
+
+        Returns:
+            Scalar.
+        """
+        if not isinstance(student_output, Tensor):
+            raise TypeError(
+                f"student_output is of type {type(student_output).__name__}; pass the logits, a tensor (of many "
+                "libraries' outputs: output.logits)"
+            )
+        return distillation_loss(
+            student_output,
+            self.logits(inputs, student_output.device),
+            labels,
+            temperature=self.temperature,
+            weight=self.weight,
+            classes=self.classes,
+        )
+
+    @torch.no_grad()  # not inference_mode: autograd refuses to keep such tensors for the student's backward pass
+    def logits(self, inputs: Any, device: torch.device | str | None = None) -> Tensor:
+        """Logits of the teacher, all its classes, without gradients.
+
+        Args:
+            inputs: as for :meth:`__call__`.
+            device: where the teacher shall run; default: where it is.
+        """
+        self.teacher.to(device)
+        _take_format(self.teacher, inputs)
+        if self.forward_fn is not None:
+            output = self.forward_fn(self.teacher, inputs)
+        else:
+            output = call_model(self.teacher, to_model(self.teacher, inputs))
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the teacher's output is of type {type(output).__name__}, not its logits; pass "
+                "forward_fn=lambda teacher, inputs: ... that gives them as a tensor"
+            )
+        return output
+
+
+def _take_format(model: nn.Module, inputs: Any) -> None:
+    """Lay the weights out as the images are, which is what makes convolutions fast."""
+    images = [x for x in tensors_in(inputs) if x.dim() == 4]
+    last = [not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) for x in images]
+    layout = torch.channels_last if last and all(last) else torch.contiguous_format
+    for weight in model.parameters():
+        if weight.dim() == 4 and not weight.is_contiguous(memory_format=layout):
+            weight.data = weight.data.contiguous(memory_format=layout)
