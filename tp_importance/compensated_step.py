@@ -75,7 +75,7 @@ def compensated_step(
         example_inputs: those the pruner was built with.
         loader: re-iterable of batches.
         how: settings, or a mode, see :func:`~tp_importance.compensation.compensate`.
-        recalibrate: re-estimate the batch norm statistics on the loader afterwards.
+        recalibrate: re-estimate the batch norm statistics on the loader afterwards; in sequential mode as it goes.
         forward_fn: ``forward_fn(model, batch)``; as given to the pruner.
         output_transform: as given to the pruner.
         label_fn: ``label_fn(batch)``.
@@ -146,7 +146,7 @@ def compensated_step(
         with torch.no_grad():
             for name, tensor in named_tensors(dense).items():
                 named_tensors(model)[name].copy_(survivors.take(name, tensor))
-        if recalibrate:
+        if recalibrate and settings.mode == "parallel":
             recalibrate_batchnorm(model, loader, forward_fn=forward_fn)
     return what.added_to(report)
 
