@@ -22,6 +22,7 @@ from .lagrange import LagrangeAllocator, lagrange
 from .latency import Latency, measure_latency
 from .obs import OBSImportance, OBSPruner
 from .observe import Observed, Watch, observe
+from .one_shot import OneShot, prune
 from .plan import Plan
 from .program import ProgramAllocator
 from .pruner import BudgetPruner
@@ -69,6 +70,7 @@ __all__ = [
     "OBSImportance",
     "OBSPruner",
     "Observed",
+    "OneShot",
     "PSAPHistory",
     "PSAPImportance",
     "PSAPPruner",
@@ -100,6 +102,7 @@ __all__ = [
     "observe",
     "plot_sweep",
     "prunable_groups",
+    "prune",
     "recalibrate_batchnorm",
     "remove_layers",
     "save_pruned",

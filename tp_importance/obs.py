@@ -40,7 +40,7 @@ class OBSImportance(StatisticalImportance):
 
     Args:
         classes: labels of a classification subtask; samples of other classes are not counted.
-        class_weight: θ in [0, 1]: what the refit leaves is measured in :math:`2(\theta S_b + (1 - \theta) S_w)` of the
+        class_weight: θ in [0, 1], without labels ½: what the refit leaves is measured in :math:`2(\theta S_b + (1 - \theta) S_w)` of the
             reader's input instead of its covariance, which is θ = ½; the refit itself is the same. Ours.
         positions: output positions per sample at which readers are watched, ``None`` for all.
         ridge: relative to the mean variance of a reader's features, > 0.
@@ -78,6 +78,7 @@ class OBSImportance(StatisticalImportance):
         if not ridge > 0:
             raise ValueError(f"ridge={ridge!r} must be above 0, e.g. {RIDGE}")
         self.class_weight, self.positions, self.ridge, self.seed = class_weight, positions, ridge, seed
+        self.needs_labels = class_weight != 0.5 or classes is not None
         self.reader_statistics: ReaderStatistics | None = None
         self._collecting: ReaderStatistics | None = None
 

@@ -1,0 +1,113 @@
+import copy
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from networks import class_loader, make_network
+from tp_importance import Budget, BudgetError, CATROImportance, Compensation, prune
+from tp_importance.one_shot import METHODS
+
+HALF = Budget(macs=0.5)
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "method", [*METHODS, "itpruner", CATROImportance(space="channel"), tp.importance.LAMPImportance()]
+)
+def test_every_method_meets_the_budget_in_place(method):
+    model, x = make_network("residual")
+    result = prune(model, x, class_loader(32), budget=HALF, method=method)
+    assert result.model is model and not any(m.training for m in model.modules())
+    assert result.report.cost.macs <= 0.5 * result.report.dense.macs
+    assert result.report.compensation.mode == "sequential" and result.report.compensation.rows
+    assert model(x).isfinite().all()
+
+
+def test_the_refit_brings_the_network_closer_to_what_it_was():
+    model, x = make_network("residual")
+    data = [torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(1))]
+    with torch.no_grad():
+        wanted, errors = model.eval()(data[0]), {}
+        for mode in (None, "parallel", "sequential"):
+            twin = copy.deepcopy(model)
+            prune(twin, x, data, budget=HALF, method="l1", compensate=mode)
+            errors[mode] = float((twin(data[0]) - wanted).square().mean())
+    assert errors["sequential"] < errors["parallel"] < errors[None]
+
+
+def test_no_labels_no_batch_norm():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    result = prune(model, torch.randn(1, 3, 12, 12), [torch.randn(16, 3, 12, 12)], budget=HALF)
+    assert result.report.cost.macs <= 0.5 * result.report.dense.macs
+
+
+class Counting(list):
+    given = 0
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.given += len(batch)
+            yield batch
+
+
+@pytest.mark.parametrize(("samples", "seen"), [(1, 8), (9, 16), (16, 16), (None, 40)])
+def test_only_so_many_samples_are_taken(samples, seen):
+    model, x = make_network("plain")
+    loader = Counting(torch.randn(8, *x.shape[1:]) for _ in range(5))
+    prune(model, x, loader, budget=HALF, method="l1", samples=samples)
+    assert loader.given == seen  # the sweep reads the loader once
+
+
+def test_the_same_seed_gives_the_same_network():
+    nets = []
+    for _ in range(2):
+        model, x = make_network("residual")
+        prune(model, x, class_loader(32), budget=HALF)
+        nets.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*nets)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "l3"}, ValueError, "catro"),
+        ({"samples": 0}, ValueError, "samples=0"),
+        ({"samples": True}, ValueError, "samples=True"),
+        ({"compensate": "serial"}, ValueError, "serial"),
+        ({"budget": Budget(macs=1)}, BudgetError, "cannot be reached"),
+        ({"budget": 0.5}, TypeError, "Budget"),
+    ],
+)
+def test_bad_options_leave_the_model_alone(options, error, message):
+    model, x = make_network("plain")
+    before = state(model)
+    with pytest.raises(error, match=message):
+        prune(model, x, class_loader(32), **{"budget": HALF, **options})
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_a_loader_that_breaks_leaves_the_model_alone():
+    class Broken(list):
+        def __iter__(self):
+            yield from super().__iter__()
+            raise OSError("disk")
+
+    model, x = make_network("plain")
+    before = state(model)
+    with pytest.raises(OSError, match="disk"):
+        prune(model, x, Broken(class_loader(32)), budget=HALF, samples=None)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_settings_pass_through():
+    model, x = make_network("plain")
+    how = Compensation("sequential", everything=False, residual=False)
+    report = prune(model, x, class_loader(32), budget=HALF, compensate=how, round_to=4).report
+    assert all(row.removed for row in report.compensation.rows)
+    assert all(row.after % 4 == 0 or row.after == row.initial for row in report.rows)

@@ -1,0 +1,155 @@
+"""One call: prune a network to a budget and restore it by least squares, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+from .allocation import Allocator
+from .batches import iterate, tensors_in
+from .budget import Budget
+from .catro import CATROImportance
+from .importance import StatisticalImportance
+from .itpruner import ITPruner
+from .obs import OBSImportance
+from .pruner import BudgetPruner
+from .psap_importance import PSAPImportance
+from .refitting import Compensation
+from .report import PruningReport
+
+__all__ = ["METHODS", "OneShot", "prune"]
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "obs": OBSImportance,
+    "catro": CATROImportance,
+    "psap": PSAPImportance,
+    "l1": lambda: tp.importance.MagnitudeImportance(p=1),
+    "l2": lambda: tp.importance.MagnitudeImportance(p=2),
+    "random": tp.importance.RandomImportance,
+}
+"""Criteria by name; ``"itpruner"`` brings its own allocation, too."""
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """What :func:`prune` returns.
+
+    Attributes:
+        model: the network that was given, pruned in place.
+        report: widths, costs, what was left alone, and how well the refit restored every layer.
+        pruner: the pruner, for its ``pruning_history()`` and further steps.
+    """
+
+    model: nn.Module
+    report: PruningReport
+    pruner: BudgetPruner
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    loader: Iterable[Any],
+    *,
+    budget: Budget,
+    method: str | Any = "obs",
+    allocator: str | Allocator | None = None,
+    compensate: Compensation | str | bool | None = "sequential",
+    samples: int | None = 512,
+    **options: Any,
+) -> OneShot:
+    r"""Prune ``model`` in place to a budget that is met exactly, and make up for it by least squares; no training.
+
+    Channels are ordered by the loss that is left after the readers are refitted (:class:`OBSImportance`), widths follow
+    from the losses and the exact cost, Torch-Pruning removes the channels, and every layer behind them is refitted so
+    that the network gives what it gave before on the samples. The recommended way to prune without training, and to
+    start a fine-tuning (with :class:`~tp_importance.distillation.Distiller`).
+
+    Args:
+        model: the network.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        loader: re-iterable of batches like those the network will see; labels are needed only by methods that use them.
+        budget: what the network may cost.
+        method: ``"obs"``, ``"catro"``, ``"itpruner"``, ``"psap"`` (in one shot), ``"l1"``, ``"l2"``, ``"random"``, or
+            any importance of this package or of Torch-Pruning.
+        allocator: see :mod:`tp_importance.allocation`; default: ``"greedy"``, and ``"uniform"`` for criteria of
+            Torch-Pruning.
+        compensate: see :func:`~tp_importance.compensation.compensate`; ``"parallel"`` is faster and less accurate.
+            With it, or with ``None``, batch norm statistics are re-estimated afterwards.
+        samples: use at most that many samples, in whole batches, ``None`` for all.
+        **options: see :class:`~tp_importance.pruner.BudgetPruner`: ``ignored_layers``, ``round_to``, ``forward_fn``.
+
+    Returns:
+        :class:`OneShot`.
+
+    Raises:
+        BudgetError: if the budget cannot be reached.
+        TracingError: if the network cannot be traced.
+        ValueError: for bad data or options. After any exception the model is as before.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> loader = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 2) for _ in range(4)]
+        >>> result = prune(net, torch.randn(1, 3, 8, 8), loader, budget=Budget(macs=0.5))
+        >>> net[0].out_channels, result.report.cost.macs <= 0.5 * result.report.dense.macs
+        (4, True)
+        >>> all(row.after <= row.before for row in result.report.compensation.rows)
+        True
+    """
+    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+        raise ValueError(f"samples={samples!r} must be a positive integer, e.g. 512, or None for all of the loader")
+    settings = Compensation.of(compensate)
+    data = loader if samples is None else _First(loader, samples)
+    pruner = _pruner(model, example_inputs, data, budget, method, allocator, options)
+    report = pruner.step(compensate=settings, recalibrate=_has_batch_norm(model))
+    return OneShot(model, report, pruner)
+
+
+def _pruner(
+    model: nn.Module,
+    example_inputs: Any,
+    data: Iterable[Any],
+    budget: Budget,
+    method: Any,
+    allocator: str | Allocator | None,
+    options: dict[str, Any],
+) -> BudgetPruner:
+    if method == "itpruner":
+        return ITPruner(model, example_inputs, data, budget=budget, allocator=allocator, **options)
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(
+            f"method={method!r} is unknown; known: {sorted([*METHODS, 'itpruner'])}, or pass an importance"
+        )
+    importance = METHODS[method]() if isinstance(method, str) else method
+    if allocator is None:
+        allocator = "greedy" if isinstance(importance, StatisticalImportance) else "uniform"
+    return BudgetPruner(
+        model, example_inputs, data, importance=importance, budget=budget, allocator=allocator, **options
+    )
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in model.modules())
+
+
+class _First:
+    """The first batches of a loader, up to a number of samples; re-iterable as the loader is."""
+
+    def __init__(self, loader: Iterable[Any], samples: int) -> None:
+        self._loader, self._samples = loader, samples
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for batch in iterate(self._loader):
+            yield batch
+            sizes = [len(t) for t in tensors_in(batch) if t.dim()]
+            seen += sizes[0] if sizes else 1
+            if seen >= self._samples:
+                return
