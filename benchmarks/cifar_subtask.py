@@ -46,14 +46,14 @@ def accuracy(model: torch.nn.Module, data: Cifar10, classes: list[int], device: 
 
 def run(net: Network, arm: str, classes: list[int], draw: int, args: Any, data: Cifar10) -> dict[str, Any]:
     model = net.fresh()
-    everything = [(x.to(args.device), y.to(args.device)) for x, y in data.draw(draw, args.images)]
-    loader = only(everything, classes)
+    downstream = [(x.to(args.device), y.to(args.device)) for x, y in data.draw(draw, args.images)]
+    loader = only(downstream, classes)
     options, subtask = ARMS[arm], "subtask" in arm
     importance: Any = tp.importance.MagnitudeImportance(p=2) if options is None else CATROImportance(**options)
     pruner = BudgetPruner(
         model,
         net.inputs,
-        loader if subtask else everything,
+        loader if subtask else downstream,
         importance=importance,
         budget=Budget(macs=args.macs),
         allocator="uniform" if options is None else "greedy",

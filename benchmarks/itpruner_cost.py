@@ -54,7 +54,7 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
 
 
 def nhsic(x: Tensor, y: Tensor) -> Tensor:
-    """As in the published code: everything anew for every pair."""
+    """As in the published code: downstream anew for every pair."""
     return hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
 
 

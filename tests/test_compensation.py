@@ -172,9 +172,9 @@ def test_the_seed_decides(mode):
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
 
 
-def naive_sequence(dense, model, groups, removed, data, recalibrate, everything):
+def naive_sequence(dense, model, groups, removed, data, recalibrate, downstream):
     """Reader by reader from full passes and stored activations: what both ways of the sequential mode must give."""
-    refits = {r.name: r for r in refittable(groups, removed, everything=everything)[0]}
+    refits = {r.name: r for r in refittable(groups, removed, downstream=downstream)[0]}
     own = [r.batch_norm for r in refits.values()]
     order = groups.trace.first_call()
     first = min(order[name] for name in refits)
@@ -208,8 +208,8 @@ def naive_sequence(dense, model, groups, removed, data, recalibrate, everything)
 
 
 @pytest.mark.parametrize("name", ["plain", "residual", "grouped", "depthwise", "concat", "transposed"])
-@pytest.mark.parametrize(("recalibrate", "everything"), [(False, False), (True, False), (False, True)])
-def test_one_sweep_equals_one_pass_per_reader(name, recalibrate, everything):
+@pytest.mark.parametrize(("recalibrate", "downstream"), [(False, False), (True, False), (False, True)])
+def test_one_sweep_equals_one_pass_per_reader(name, recalibrate, downstream):
     dense, x = make_network(name)
     dense, x = dense.double(), x.double()
     data = torch.randn(16, *x.shape[1:], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -219,12 +219,12 @@ def test_one_sweep_equals_one_pass_per_reader(name, recalibrate, everything):
     for limit in (4 << 30, 0):
         model = copy.deepcopy(dense)
         groups = prunable_groups(model, x, verify=False)
-        how = Compensation("sequential", 0.0, None, everything, residual=False, memory_limit=limit)
+        how = Compensation("sequential", 0.0, None, downstream, residual=False, memory_limit=limit)
         loader = data.split(6)
         reports.append(compensate(model, x, loader, removed, how, groups=groups, recalibrate=recalibrate))
         models.append(model)
     naive = copy.deepcopy(dense)
-    naive_sequence(dense, naive, prunable_groups(naive, x, verify=False), removed, data, recalibrate, everything)
+    naive_sequence(dense, naive, prunable_groups(naive, x, verify=False), removed, data, recalibrate, downstream)
     assert reports[0].passes == 2 < reports[1].passes
     for a, b in zip(reports[0].rows, reports[1].rows, strict=True):
         assert a.name == b.name and a.after == pytest.approx(b.after, abs=1e-9)
@@ -309,7 +309,7 @@ def test_control_flow_that_depends_on_the_data_is_named():
 def test_sampled_positions_are_the_same_in_both_networks(limit):
     """A network of which nothing changes: the targets are met exactly, which other positions would not do."""
     model, x, groups, group, units = duplicated("plain")
-    how = Compensation("sequential", 0.0, 3, everything=False, memory_limit=limit)
+    how = Compensation("sequential", 0.0, 3, downstream=False, memory_limit=limit)
     data = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     report = compensate(model, x, data.split(20), {group: units}, how, groups=groups)
     assert all(r.after < 1e-9 < r.before for r in report.rows)

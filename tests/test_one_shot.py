@@ -107,7 +107,7 @@ def test_a_loader_that_breaks_leaves_the_model_alone():
 
 def test_settings_pass_through():
     model, x = make_network("plain")
-    how = Compensation("sequential", everything=False, residual=False)
+    how = Compensation("sequential", downstream=False, residual=False)
     report = prune(model, x, class_loader(32), budget=HALF, compensate=how, round_to=4).report
     assert all(row.removed for row in report.compensation.rows)
     assert all(row.after % 4 == 0 or row.after == row.initial for row in report.rows)

@@ -87,8 +87,8 @@ def compensate(
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
     elif groups.trace.model is not model:
         raise ValueError(f"the groups are of another {type(groups.trace.model).__name__} than the model")
-    everything = settings.mode == "sequential" and settings.everything
-    refits, rows = refittable(groups, removed, leave, everything=everything)
+    downstream = settings.mode == "sequential" and settings.downstream
+    refits, rows = refittable(groups, removed, leave, downstream=downstream)
     passes = 0
     if refits and settings.mode == "sequential":
         sequence = SequentialRefit(

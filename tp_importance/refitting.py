@@ -35,13 +35,13 @@ class Compensation:
         ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features.
         positions: output positions per sample, ``None`` for all; ``"auto"`` is 8 in parallel mode, as for the
             importances that share their pass, and 32 in sequential mode.
-        everything: in sequential mode, refit all layers behind the first removed channel, the classifier and depthwise
+        downstream: in sequential mode, refit all layers behind the first removed channel, the classifier and depthwise
             convolutions among them, as their inputs have changed; else only those that lose inputs.
         residual: in sequential mode, where the output of a layer is added to a tensor that is there already, let it
             make up for the error of that tensor, too.
         seed: of the positions.
         memory_limit: bytes that the activations of all samples may take (an estimate): up to it, ``"sequential"``
-            sends them through the network at once, which refits everything in two passes; beyond, every reader takes
+            sends them through the network at once, which refits downstream in two passes; beyond, every reader takes
             two passes of its own and memory does not depend on the number of samples.
 
     Raises:
@@ -55,7 +55,7 @@ class Compensation:
     mode: Literal["parallel", "sequential"] = "parallel"
     ridge: float = 1e-3
     positions: int | Literal["auto"] | None = "auto"
-    everything: bool = True
+    downstream: bool = True
     residual: bool = True
     seed: int = 0
     memory_limit: int = 4 << 30
@@ -201,7 +201,7 @@ def refittable(
     removed: Mapping[str, Sequence[int]],
     leave: Mapping[str, str] | None = None,
     *,
-    everything: bool = False,
+    downstream: bool = False,
 ) -> tuple[list[Refit], list[RefitRow]]:
     """Readers that lose features and can be refitted, in execution order, and those that cannot, with the reason.
 
@@ -211,7 +211,7 @@ def refittable(
         groups: the groups of the network.
         removed: units to be removed, per group name.
         leave: layers that are not to be refitted, and why.
-        everything: also all layers behind the first reader of these; they lose nothing.
+        downstream: also all layers behind the first reader of these; they lose nothing.
 
     Raises:
         ValueError: for an unknown group or unit, or if too few units would be left.
@@ -226,7 +226,7 @@ def refittable(
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     order = groups.trace.first_call()
     names = set(gone)
-    if everything:
+    if downstream:
         first = min((order.get(n, len(order)) for n in gone), default=len(order))
         layers = (n for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear)))
         names |= {n for n in layers if order.get(n, -1) > first}
@@ -244,7 +244,7 @@ def refittable(
         reason = (leave or {}).get(name) or _obstacle(refit, owners)
         if name in gone and is_depthwise(module):
             reason = "depthwise: its outputs depend on one channel each"
-        if not reason and (everything or not bool(kept.all())):
+        if not reason and (downstream or not bool(kept.all())):
             refits.append(refit)
         elif reason and name in gone:
             skipped.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
