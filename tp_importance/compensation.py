@@ -86,7 +86,7 @@ def compensate(
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
     elif groups.trace.model is not model:
         raise ValueError(f"the groups are of another {type(groups.trace.model).__name__} than the model")
-    refits, rows = refittable(groups, removed, leave)
+    refits, rows = refittable(groups, removed, leave, downstream=settings.mode == "sequential" and settings.downstream)
     passes = 0
     if refits and settings.mode == "sequential":
         sequence = SequentialRefit(
