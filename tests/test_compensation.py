@@ -323,6 +323,31 @@ def test_sweep_and_passes_draw_the_same_positions():
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("name", "before"), [("residual", "1.body.0.0"), ("depthwise", "1.body.0"), ("se", "0.0")])
+def test_layers_downstream_are_refitted_to_their_changed_inputs(name, before):
+    results = []
+    for limit, downstream in ((4 << 30, True), (0, True), (4 << 30, False)):
+        model, x = make_network(name)
+        model, x = model.double(), x.double()
+        data = torch.randn(32, *x.shape[1:], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        dense, wanted = state(model), model(data).detach()
+        groups = prunable_groups(model, x, verify=False)
+        removed = {g.name: list(range(0, g.n_units, 4)) for g in groups if g.name != "0.0"}
+        how = Compensation("sequential", 1e-6, None, memory_limit=limit, downstream=downstream)
+        report = compensate(model, x, data.split(10), removed, how, groups=groups)
+        remove_units(groups, removed)
+        results.append((model, report, (model(data).detach() - wanted).square().mean()))
+        assert torch.equal(model.get_submodule("0.0").weight, dense["0.0.weight"])  # nothing in front of it changes
+    (sweep, report, error), (passes, other, _), (_, fewer, plain_error) = results
+    extra = {r.name: r for r in report.rows if not r.removed}
+    assert extra and all(r.after < r.before for r in extra.values()) and len(fewer.rows) < len(report.rows)
+    assert error < plain_error
+    assert name != "depthwise" or any("3" == n.split(".")[-1] for n in extra)  # depthwise layers as well
+    for a, b in zip(report.rows, other.rows, strict=True):
+        assert a.name == b.name and a.after == pytest.approx(b.after, rel=1e-4, abs=1e-9)
+    torch.testing.assert_close(sweep(data), passes(data), rtol=1e-4, atol=1e-5)
+
+
 class Loop(nn.Module):
     """The second convolution runs three times."""
 

@@ -41,8 +41,8 @@ class OBSImportance(StatisticalImportance):
     Args:
         classes: labels of a classification subtask; samples of other classes are not counted.
         class_weight: θ in [0, 1], ½ without labels: what the refit leaves is measured in
-            :math:`2(\theta S_b + (1 - \theta) S_w)` of the reader's input instead of its covariance, which is θ = ½; the
-            refit itself is the same. Ours.
+            :math:`2(\theta S_b + (1 - \theta) S_w)` of the reader's input instead of its covariance, which is θ = ½;
+            the refit itself is the same. Ours.
         positions: output positions per sample at which readers are watched, ``None`` for all.
         ridge: relative to the mean variance of a reader's features, > 0.
         seed: of the sampled positions.

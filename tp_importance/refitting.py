@@ -16,7 +16,7 @@ from .patches import feature_channels, reader_weight, set_reader_weight
 from .readers import MAX_FEATURES
 from .report import RefitRow
 from .surgery import checked_units
-from .tracing import CONV, Trace, is_depthwise
+from .tracing import CONV, Trace
 
 __all__ = ["Compensation", "Refit", "refittable", "touched"]
 
@@ -41,7 +41,7 @@ class Compensation:
             make up for the error of that tensor, too.
         seed: of the positions.
         memory_limit: bytes that the activations of all samples may take (an estimate): up to it, ``"sequential"``
-            sends them through the network at once, which refits downstream in two passes; beyond, every reader takes
+            sends them through the network at once, which refits everything in two passes; beyond, every reader takes
             two passes of its own and memory does not depend on the number of samples.
 
     Raises:
@@ -210,8 +210,8 @@ def refittable(
     Args:
         groups: the groups of the network.
         removed: units to be removed, per group name.
-        leave: layers that are not to be refitted, and why.
-        downstream: also all layers behind the first reader of these; they lose nothing.
+        leave: readers that are not to be refitted, and why.
+        downstream: add all layers that run after the first of these readers: their inputs change.
 
     Raises:
         ValueError: for an unknown group or unit, or if too few units would be left.
@@ -221,33 +221,33 @@ def refittable(
         for m in group.members:
             if m.kind == "reader":
                 gone[m.name].append(m.positions(units))
-            elif m.kind == "producer":
+            elif m.role == "out":
                 lost[m.name].append(m.positions(units))
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    order = groups.trace.first_call()
+    order, calls = groups.trace.first_call(), Counter(call.name for call in groups.trace.calls)
     names = set(gone)
-    if downstream:
-        first = min((order.get(n, len(order)) for n in gone), default=len(order))
-        layers = (n for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear)))
+    if downstream and gone:
+        first = min(order.get(name, len(order)) for name in gone)
+        layers = {n for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear))}
         names |= {n for n in layers if order.get(n, -1) > first}
     refits, skipped = [], []
     for name in sorted(names, key=lambda n: order.get(n, len(order))):
         module = model.get_submodule(name)
-        weight, channels = reader_weight(module), feature_channels(module)
-        kept = torch.ones(channels.shape, dtype=torch.bool)
-        if name in gone:
-            kept = ~torch.isin(channels, torch.from_numpy(np.concatenate(gone[name])))
-        outputs = torch.ones(weight.shape[0] * weight.shape[1], dtype=torch.bool)
+        obstacle = _obstacle(module, owners)
+        if name not in gone and not obstacle and calls[name] > 1:
+            obstacle = "it loses nothing, and runs several times: a refit would take passes of its own"
+        reason = (leave or {}).get(name) or obstacle
+        if name not in gone and reason:
+            continue  # its inputs change a little, that is all
+        channels, loss = feature_channels(module), gone[name] if name in gone else []
+        kept = ~torch.isin(channels, torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *loss])))
+        outputs = torch.ones(_shape(module)[:2], dtype=torch.bool)
         if name in lost:
-            outputs[torch.from_numpy(np.concatenate(lost[name]))] = False
-        refit = Refit(name, module, kept, outputs.view(weight.shape[:2]), _own_batch_norm(groups.trace, name))
-        reason = (leave or {}).get(name) or _obstacle(refit, owners)
-        if name in gone and is_depthwise(module):
-            reason = "depthwise: its outputs depend on one channel each"
-        if not reason and (downstream or not bool(kept.all())):
-            refits.append(refit)
-        elif reason and name in gone:
+            outputs.view(-1)[torch.from_numpy(np.concatenate(lost[name]))] = False
+        if reason:
             skipped.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
+        elif downstream or not bool(kept.all()):
+            refits.append(Refit(name, module, kept, outputs, _own_batch_norm(groups.trace, name)))
     return refits, skipped
 
 
@@ -258,12 +258,18 @@ def _own_batch_norm(trace: Trace, name: str) -> nn.Module | None:
     return norm if node is not None and len({id(n) for n in node.inputs}) == 1 else None
 
 
-def _obstacle(refit: Refit, owners: Counter[int]) -> str:
-    module = refit.module
+def _obstacle(module: nn.Module, owners: Counter[int]) -> str:
     if "weight" not in module._parameters:
         return "its weight is no plain parameter (parametrisation, or a host's wrapper)"
     if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
         return "it shares its parameters with another layer"
-    if refit.kept.shape[1] > MAX_FEATURES:
-        return f"{refit.kept.shape[1]} features are too many for a moment matrix (at most {MAX_FEATURES})"
+    features = _shape(module)[2]
+    if features > MAX_FEATURES:
+        return f"{features} features are too many for a moment matrix (at most {MAX_FEATURES})"
     return ""
+
+
+def _shape(module: nn.Module) -> tuple[int, int, int]:
+    """G, O and d."""
+    groups, outputs, features = reader_weight(module).shape
+    return groups, outputs, features

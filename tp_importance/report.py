@@ -61,7 +61,7 @@ class RefitRow:
     def __str__(self) -> str:
         if self.before is None or self.after is None:
             return f"not refitted: {self.name}: {self.skipped}"
-        left = f"{self.kept} of {self.kept + self.removed} features"
+        left = f"{self.kept} of {self.kept + self.removed} features" if self.removed else "inputs changed"
         return f"refitted: {self.name} ({left}): output error {self.before:.4f} → {self.after:.4f}"
 
 

@@ -41,6 +41,9 @@ __all__ = ["SequentialRefit"]
 NEGLIGIBLE_GAIN = 1e-3
 """Batch norm gains below this fraction of the largest: what stands behind them cannot make up for anything."""
 
+NOTHING = 1e-11
+"""Squared errors below this fraction of the outputs' energy are rounding (float32)."""
+
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -289,8 +292,11 @@ class SequentialRefit:
         if not r.centred:
             joint += mean.unsqueeze(2) * mean.unsqueeze(1)
         second, cross, energy = joint[:, :d, :d], joint[:, :d, d:], joint[:, d:, d:].diagonal(dim1=1, dim2=2)
-        new = r.rounded(refit(second, r.weight, r.kept, self.settings.ridge, cross))
-        before, after = (residual_energy(second, w, cross, energy) for w in (r.plain, new))
+        before = residual_energy(second, r.plain, cross, energy)
+        new = r.plain  # bit for bit where the input did not change
+        if float(before.sum()) > NOTHING * float(energy.sum()):
+            new = r.rounded(refit(second, r.weight, r.kept, self.settings.ridge, cross))
+        after = residual_energy(second, new, cross, energy)
         return r.adopt(new, before, after, energy, mean[:, :d], mean[:, d:])
 
     def _forward(self, model: nn.Module, batch: Any) -> None:
