@@ -61,10 +61,18 @@ def test_optimal_up_to_a_step_and_bounded_where_the_cost_is_linear(convex, kind)
 
 def test_bound_is_tight_where_a_vertex_uses_the_budget():
     curves, cost, space = made_up(0)
-    curves["a"] = Curve(np.array([9.0, 5.0, 3.0, 2.0, 1.5, 1.2, 0.0]), np.arange(6))
-    limits = {"macs": int(cost.evaluate(cost.full)[0] - cost.linear[0, 0] * 0)}
+    multiplier = 0.05
+
+    def lagrangian(units):
+        return loss_of(curves, cost, units) + multiplier * cost.evaluate(units)[0]
+
+    vertex = np.array(min(product(*space.levels), key=lambda u: lagrangian(np.array(u))))
+    assert (vertex > 1).any() and (vertex < 6).any()
     allocate = LagrangeAllocator()
-    assert allocate(curves, cost, space, limits).tolist() == cost.full.tolist()
+    units = allocate(curves, cost, space, {"macs": int(cost.evaluate(vertex)[0])})
+    assert units.tolist() == vertex.tolist()
+    assert allocate.certificate["bound"] == pytest.approx(allocate.certificate["loss"])
+    assert allocate(curves, cost, space, {"macs": int(cost.evaluate(cost.full)[0])}).tolist() == cost.full.tolist()
     assert allocate.certificate == {"loss": 0.0, "bound": pytest.approx(0.0)}
 
 
