@@ -16,6 +16,8 @@ from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .importance import StatisticalImportance
 from .itpruner import ITPruner, ITPrunerImportance
 from .latency import Latency, measure_latency
+from .latency_model import LatencyModel
+from .latency_table import LatencyTable
 from .observe import Observed, Watch, observe
 from .plan import Plan
 from .program import ProgramAllocator
@@ -54,6 +56,8 @@ __all__ = [
     "ITPruner",
     "ITPrunerImportance",
     "Latency",
+    "LatencyModel",
+    "LatencyTable",
     "LayerPlan",
     "LayerReport",
     "NotCollectedError",

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..budget import Cost
 from ..dataflow import record
-from ..latency import measure_latency
+from ..latency import least_latency, measure_latency
 from ..tracing import batch_size, count_ops
 from .block import ResConv2d, fuse, replace_module, resconv_layers
 from .removal import LAYERS, remove_layers
@@ -112,8 +112,6 @@ class LayerClock:
         return times
 
     def _measure(self, model: nn.Module) -> float:
-        """The least of three medians: other work on the machine only makes a network slower."""
-        found = [
-            measure_latency(model, self._inputs, forward_fn=self._run, min_run_time=self._seconds / 3) for _ in range(3)
-        ]
-        return min(latency.median_ms for latency in found)
+        return least_latency(
+            model, self._inputs, forward_fn=self._run, min_run_time=self._seconds, measure=measure_latency
+        ).median_ms
