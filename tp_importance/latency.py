@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,9 @@ from torch.utils.benchmark import Timer
 from .batches import call_model, reference_tensor, tensors_in
 from .guards import preserved
 
-__all__ = ["Latency", "device_name", "least_latency", "measure_latency"]
+__all__ = ["Latency", "device_name", "least_latency", "measure_latency", "steady_memory"]
 
-_LARGEST_DYNAMIC = 32 * 2**20
-"""glibc raises its threshold for memory of its own mapping up to this, by what was freed."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def measure_latency(
 ) -> Latency:
     """Time ``model`` in eval mode without gradients, with ``torch.utils.benchmark`` (warm-up, device synchronisation).
 
-    glibc's allocator is first brought to the state in which a long-running process ends up. Until then it may give
-    every large activation back to the system and pay page faults for it again, or not, by what ran before: the same
-    network then takes 16 or 27 ms.
+    On Linux freed memory stays in the process meanwhile (:func:`steady_memory`), as with any caching allocator: by its
+    defaults glibc gives large activations back to the system after some passes and not after others, and page faults
+    make the same network take 16 or 27 ms. Run the network that way too (jemalloc, or MALLOC_TRIM_THRESHOLD_ and
+    MALLOC_MMAP_MAX_=0 in the environment).
 
     Args:
         model: the network.
@@ -81,9 +83,8 @@ def measure_latency(
     device = torch.device("cpu") if like is None else like.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = torch.get_num_threads()
-    with preserved(model), torch.inference_mode():
+    with preserved(model), steady_memory(), torch.inference_mode():
         model.eval()
-        _settle_allocator()
         timer = Timer(
             "run(model, inputs)",
             globals={"run": run, "model": model, "inputs": example_inputs},
@@ -132,6 +133,23 @@ def device_name(device: torch.device) -> str:
     return f"{model or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def _settle_allocator() -> None:
-    """Free one block of the largest size that glibc learns from; its pages are never touched."""
-    torch.empty(_LARGEST_DYNAMIC - 2**16, dtype=torch.uint8, device="cpu")
+@contextmanager
+def steady_memory() -> Iterator[None]:
+    """Keep freed memory in the process meanwhile, where the C library is glibc; elsewhere nothing happens.
+
+    Afterwards memory is given back as glibc does once it has freed a large block. On GPUs torch caches memory itself.
+    """
+    library = ctypes.CDLL(None) if platform.system() == "Linux" else None
+    mallopt, trim = (getattr(library, name, None) for name in ("mallopt", "malloc_trim"))
+    if mallopt is None or trim is None:
+        yield
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_MAX, 65536)
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
+        trim(0)

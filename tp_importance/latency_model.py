@@ -16,7 +16,7 @@ from .cost import channels_per_unit
 from .functional.latency import Grid, Surfaces, calibrate
 from .groups import PrunableGroups
 from .guards import preserved
-from .latency import Latency, least_latency
+from .latency import Latency
 from .latency_table import LatencyTable, TimedLayer, conditions_of, timed_layer
 from .surgery import remove_units
 from .tracing import CONV, Call
@@ -86,8 +86,6 @@ class LatencyModel:
         groups: PrunableGroups,
         example_inputs: Any,
         table: LatencyTable | None = None,
-        *,
-        min_run_time: float = 1.0,
     ) -> LatencyModel:
         """Time the layers that ``table`` does not know yet, the network, and narrowed copies of it.
 
@@ -95,7 +93,6 @@ class LatencyModel:
             groups: groups of the network as it is now.
             example_inputs: what is timed: batch size and image size are theirs.
             table: layer times; default: a new one, forgotten afterwards.
-            min_run_time: seconds per network at least.
 
         Returns:
             The model; the network is as before.
@@ -107,17 +104,16 @@ class LatencyModel:
             >>> from tp_importance import prunable_groups
             >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
             >>> x = torch.randn(1, 3, 8, 8)
-            >>> quick = LatencyTable(min_run_time=0.001)
-            >>> model = LatencyModel.measure(prunable_groups(net, x), x, quick, min_run_time=0.01)
+            >>> model = LatencyModel.measure(prunable_groups(net, x), x, LatencyTable(min_run_time=0.001))
             >>> model.predict([8]) >= model.predict([4]) > 0
             True
         """
         traced = groups.trace
-        table = (table or LatencyTable()).use(conditions_of(traced.model, example_inputs))
-        run, measure = groups.options.forward_fn, table.measure
+        table = (LatencyTable() if table is None else table).use(conditions_of(traced.model, example_inputs))
+        run = groups.options.forward_fn
 
         def clock(model: nn.Module) -> Latency:
-            return least_latency(model, example_inputs, forward_fn=run, min_run_time=min_run_time, measure=measure)
+            return table.network(model, example_inputs, run)
 
         with preserved(traced.model), torch.inference_mode(False):
             dense = clock(traced.model)
@@ -199,6 +195,8 @@ def _timed(groups: PrunableGroups) -> list[tuple[Call, TimedLayer, tuple[_Width,
     found = []
     for call in groups.trace.calls:
         module = modules[call.name]
+        if not call.in_shape:
+            continue
         if isinstance(module, (*CONV, nn.Linear)):
             dim = len(call.out_shape) - 1 if isinstance(module, nn.Linear) else 1
             wide = call.out_shape[dim]

@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from .batches import reference_tensor, tensors_in
 from .functional.latency import Grid, knots, stair
-from .latency import Latency, device_name, measure_latency
+from .latency import Latency, device_name, least_latency, measure_latency
 from .tracing import CONV, Call, is_depthwise
 
 __all__ = ["LatencyTable", "TimedLayer", "conditions_of", "timed_layer"]
+
+CHANNELWISE = {
+    f"torch.nn.modules.{n}" for n in ("activation", "dropout", "flatten", "padding", "pooling", "upsampling")
+}
+"""Where modules live that work on each channel by itself; those with parameters are not timed, except batch norms."""
 
 FORMAT, VERSION = "tp_importance.latency_table", 1
 Build = Callable[[int, int], tuple[nn.Module, tuple[int, ...]]]
@@ -52,7 +57,7 @@ class LatencyTable:
 
     Args:
         path: JSON file to read, and to write what is measured to; ``None`` keeps the table in memory.
-        min_run_time: seconds per measurement, of which a layer needs about thirty.
+        min_run_time: seconds per measurement of a layer, which needs about thirty; networks get a hundred times that.
         remeasure: start afresh if the file was made under other conditions, rather than refuse it.
         measure: the clock, as :func:`~tp_importance.latency.measure_latency`.
 
@@ -124,6 +129,13 @@ class LatencyTable:
             module, x = _placed(module, shape, self.conditions)
             known[key] = self.measure(module, x, min_run_time=self.min_run_time).median_ms
         return known[key]
+
+    def network(
+        self, model: nn.Module, example_inputs: Any, forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    ) -> Latency:
+        """Latency of a whole network by the same clock, not kept."""
+        seconds = 100 * self.min_run_time
+        return least_latency(model, example_inputs, forward_fn=forward_fn, min_run_time=seconds, measure=self.measure)
 
     def save(self) -> None:
         """Write the file, if there is a path; readers see the old or the new one."""
@@ -245,7 +257,8 @@ def _conv(module: Any, call: Call) -> TimedLayer:
 def _channelwise(module: nn.Module, call: Call, dim: int) -> TimedLayer | None:
     shape, width = call.in_shape, call.in_shape[dim]
     norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    if call.out_shape[dim] != width or (not norm and any(True for _ in (*module.parameters(), *module.buffers()))):
+    plain = type(module).__module__ in CHANNELWISE and not any(True for _ in module.parameters())
+    if call.out_shape[dim : dim + 1] != (width,) or not (norm or plain):
         return None
     name = f"BatchNorm{max(len(shape) - 2, 1)}d"
     what = f"{name} affine={getattr(module, 'affine', True)}" if norm else repr(module)
