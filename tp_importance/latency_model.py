@@ -49,7 +49,7 @@ class LatencyModel:
     width grows. Timed layers: convolutions, linear layers, batch norms, and modules without parameters that work on
     each channel (activations, pools). Everything else is part of o and s.
 
-    Build it with :meth:`measure`. Source: ours.
+    Build it with :meth:`measure`; the constructor is given names, grids and widths of the timed calls. Source: ours.
 
     Attributes:
         dense: measured latency of the network.
@@ -61,7 +61,7 @@ class LatencyModel:
     def __init__(
         self,
         groups: PrunableGroups,
-        layers: list[tuple[str, int, int]],
+        layers: list[str],
         grids: list[Grid],
         widths: list[tuple[_Width, _Width]],
         dense: Latency,
@@ -119,13 +119,11 @@ class LatencyModel:
             dense = clock(traced.model)
             found = _timed(groups)
             order = sorted(found, key=lambda entry: -entry[0].macs)  # stairs are looked for in the largest of a family
-            grids: dict[str, Grid] = {}
-            for call, layer, _ in order:
-                grids[call.name, layer.key] = table.grid(layer)  # type: ignore[index]
+            grids = {(call.name, layer.key): table.grid(layer) for call, layer, _ in order}
             model = cls(
                 groups,
-                [(call.name, layer.inputs, layer.outputs) for call, layer, _ in found],
-                [grids[call.name, layer.key] for call, layer, _ in found],  # type: ignore[index]
+                [call.name for call, _, _ in found],
+                [grids[call.name, layer.key] for call, layer, _ in found],
                 [widths for _, _, widths in found],
                 dense,
             )
@@ -156,7 +154,7 @@ class LatencyModel:
             groups,
             self._layers,
             self._grids,
-            [found[name] for name, _, _ in self._layers],
+            [found[name] for name in self._layers],
             self.dense,
         )
         again.overhead_ms, again.scale, again.calibration = self.overhead_ms, self.scale, self.calibration
