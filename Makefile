@@ -72,6 +72,10 @@ bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
 bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_exponent.py $(ARGS)
 
+.PHONY: bench-latency
+bench-latency: $(STAMP) ## prune to a predicted latency and measure it (ARGS=...)
+	$(PY) benchmarks/latency_budget.py $(ARGS)
+
 bench-resconv: $(STAMP) ## fewer layers against fewer channels on CIFAR (ARGS=...)
 	$(PY) benchmarks/resconv_cifar.py $(ARGS)
 

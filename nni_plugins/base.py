@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tp_importance import Budget, BudgetError, BudgetPruner, ChannelGroup, Plan, StatisticalImportance
+from tp_importance import Budget, BudgetPruner, ChannelGroup, Plan, StatisticalImportance
+from tp_importance.allocation import require_reachable
 from tp_importance.batches import iterate, reference_tensor, split_batch, to_model
-from tp_importance.cost import COST_FIELDS
+from tp_importance.cost import LATENCY
 from tp_importance.groups import build_groups
 
 from ._compat import import_nni
@@ -47,7 +48,8 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
         existed_wrappers: NNI's own; used by ``from_compressor``.
         loader: re-iterable of batches for the statistics.
         importance: what values the channels.
-        budget: what the pruned network may cost.
+        budget: what the pruned network may cost; a latency is predicted for ``example_inputs`` as they are, and
+            ``plan.latency_ms`` says what. Time the network after speedup yourself.
         example_inputs: default: the first samples of the loader.
         **options: ``round_to``, ``allocator``, ``label_fn``, ... of :class:`tp_importance.BudgetPruner`.
 
@@ -178,10 +180,7 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
         curves = self._planner.curves()
         progress = self._progress()
         if self._budget is not None:
-            dense = self._planner.dense.as_dict()
-            limits = self._budget.limits(self._planner.dense)
-            now = {f: max(dense[f] - int(progress * max(dense[f] - v, 0)), min(v, dense[f])) for f, v in limits.items()}
-            self.plan = self._planner.plan(Budget(**now))
+            self.plan = self._planner.plan(self._budget_at(progress))
             return self.plan.removed
         removed = {}
         for g, levels in zip(self._planner.groups, self._space.levels, strict=True):
@@ -191,6 +190,19 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
             )
         self.plan = self._planner.plan_of(removed)
         return removed
+
+    def _budget_at(self, progress: float) -> Budget:
+        """The budget of a schedule: on its way from the dense cost to the limits."""
+        assert self._budget is not None
+        planner = self._planner
+        limits, full = planner.limits(self._budget), planner.cost_model.full
+        dense = planner.cost_model.spent(full, limits)
+        now = {}
+        for name, limit in limits.items():
+            taken = progress * max(dense[name] - limit, 0)
+            whole = taken if name == LATENCY else int(taken)
+            now[name] = max(dense[name] - whole, min(limit, dense[name]))
+        return Budget(**now)
 
     def _check_options(self) -> None:
         """For subclasses: raise before the model is wrapped, which NNI undoes with new parameters."""
@@ -204,14 +216,10 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
 
     def _require_reachable(self, budget: Budget) -> None:
         """Refuse a budget now rather than at the end of a schedule."""
-        floor = self._planner.cost_model.evaluate(self._space.floor)
-        for field, limit in budget.limits(self._planner.dense).items():
-            least = int(floor[COST_FIELDS.index(field)])
-            if least > limit:
-                raise BudgetError(
-                    f"the budget of {limit} {field} cannot be reached: with every selected group at its floor {least} "
-                    f"{field} are left. Give at least {least}, select more layers, or raise max_sparse_ratio"
-                )
+        limits = self._planner.limits(budget)  # measures a latency, which wrapped layers would not have
+        require_reachable(
+            self._planner.cost_model, self._space, limits, "select more layers, or raise max_sparse_ratio"
+        )
 
     def _progress(self) -> float:
         """Fraction of the goal NNI's scheduler has reached; 1 without a scheduler."""

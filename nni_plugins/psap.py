@@ -73,6 +73,8 @@ class PSAPPruner(ImportancePruner):
         max_pruning_ratio: float | Mapping[str, float] = 0.9,
         **options: Any,
     ) -> None:
+        if isinstance(budget, Budget):
+            budget.require_counted("PSAP's schedule")
         if example_inputs is None:
             example_inputs = getattr(evaluator, "dummy_input", None)
         if example_inputs is None and loader is None:

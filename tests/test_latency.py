@@ -1,10 +1,12 @@
+import platform
+
 import pytest
 import torch
 from torch import nn
 
 from contract import Snapshot
 from tp_importance import latency as module
-from tp_importance.latency import Latency, measure_latency
+from tp_importance.latency import Latency, least_latency, measure_latency, steady_memory
 
 X = torch.zeros(4, 10)
 
@@ -80,3 +82,33 @@ def test_by_the_clock():
         measure_latency(nn.Linear(n, n), torch.zeros(64, n), min_run_time=0.02).median_ms for n in (16, 512)
     )
     assert 0 < small < large
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_stays_while_the_clock_runs():
+    import resource
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(10_000_000)  # 40 MB: by its defaults glibc maps it anew every time
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with steady_memory():
+        faults()
+        assert faults() < 50
+    faults()
+    assert faults() > 15  # few if the system has large pages
+    with pytest.raises(RuntimeError), steady_memory():
+        raise RuntimeError
+
+
+def test_least_of_three():
+    medians = iter([3.0, 1.0, 2.0])
+    seconds = []
+
+    def measure(model, x, *, forward_fn, min_run_time):
+        seconds.append(min_run_time)
+        return Latency(next(medians), 0.0, 1, 1, "fake", 1)
+
+    assert least_latency(nn.Linear(10, 10), X, min_run_time=0.3, measure=measure).median_ms == 1.0
+    assert seconds == pytest.approx([0.1] * 3)

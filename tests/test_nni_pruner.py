@@ -31,7 +31,7 @@ from nni_contract import (  # noqa: E402
     wrappers,
 )
 from nni_plugins import CATROPruner, ImportancePruner, OBSPruner, speedup  # noqa: E402
-from tp_importance import Budget, BudgetError, CATROImportance, Cost, count_ops  # noqa: E402
+from tp_importance import Budget, BudgetError, CATROImportance, Cost, Latency, LatencyTable, count_ops  # noqa: E402
 
 CONVS = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
 
@@ -620,3 +620,21 @@ def test_packages_without_a_working_nni(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_latency_budget_and_its_schedule():
+    """By a clock that counts weights: masks follow the predicted latency, at once or on the way."""
+
+    def measure(model, x, **_):
+        return Latency(1.0 + sum(p.numel() for p in model.parameters()) / 1e3, 0.0, 1, 1, "fake", 1)
+
+    options = {"latency_table": LatencyTable(measure=measure)}
+    pruner = catro("plain", [{"op_types": ["Conv2d"]}], budget=Budget(latency=0.6), **options)
+    pruner.compress()
+    found = pruner.plan.latency_ms
+    assert 0 < found["predicted"] <= found["limit"] == 0.6 * found["dense"]
+    cost = pruner._planner.cost_model
+    dense = cost.timed.predict(cost.full)
+    assert pruner._budget_at(0.5).latency_ms == pytest.approx(dense - 0.5 * (dense - found["limit"]))
+    with pytest.raises(BudgetError, match=r"latency_ms are predicted.*select more layers"):
+        catro("plain", [{"op_names": ["1.0"]}], budget=Budget(latency=0.05), **options)

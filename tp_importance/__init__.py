@@ -20,6 +20,8 @@ from .importance import StatisticalImportance
 from .itpruner import ITPruner, ITPrunerImportance
 from .lagrange import LagrangeAllocator, lagrange
 from .latency import Latency, measure_latency
+from .latency_model import LatencyModel
+from .latency_table import LatencyTable
 from .obs import OBSImportance, OBSPruner
 from .observe import Observed, Watch, observe
 from .one_shot import OneShot, prune
@@ -64,6 +66,8 @@ __all__ = [
     "ITPrunerImportance",
     "LagrangeAllocator",
     "Latency",
+    "LatencyModel",
+    "LatencyTable",
     "LayerPlan",
     "LayerReport",
     "NotCollectedError",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cost import COST_FIELDS, CostModel
+from .cost import COST_FIELDS, LATENCY, CostModel
 from .curves import Curve, Floats, convex_envelope
 from .errors import BudgetError
 from .groups import ChannelGroup
@@ -17,6 +18,7 @@ __all__ = [
     "ALLOCATORS",
     "Allocator",
     "WidthSpace",
+    "allocate",
     "fill_up",
     "find_allocator",
     "greedy",
@@ -25,11 +27,13 @@ __all__ = [
     "require_reachable",
     "round_down",
     "uniform",
+    "within",
 ]
 
 Ints = NDArray[np.int64]
-Limits = Mapping[str, int]
+Limits = Mapping[str, float]
 Curves = Mapping[str, Curve]
+Prices = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -107,39 +111,44 @@ class Walk:
         self.cost, self.space = cost, space
         self.level = np.zeros(len(space.levels), np.int64)
         self.units = space.floor
-        self.rows = [COST_FIELDS.index(f) for f in fields]
-        self.scale = np.maximum(cost.evaluate(cost.full)[self.rows], 1)
+        self.counted = {f: COST_FIELDS.index(f) for f in fields if f != LATENCY}
+        self.timed = cost.timed if LATENCY in fields else None
+        self.scale = {f: max(v, 1e-9) for f, v in cost.spent(cost.full, fields).items()}
         envelopes = [convex_envelope(curves[n].loss) for n in cost.names]
         self.gains = [e[lv[:-1]] - e[lv[1:]] for e, lv in zip(envelopes, space.levels, strict=True)]
         self.steps = [np.diff(lv) for lv in space.levels]
         self.gain = np.array([g[0] if len(g) else -np.inf for g in self.gains])
         self.step = np.array([s[0] if len(s) else 0 for s in self.steps], np.int64)
-        self.present = cost.evaluate(self.units)
+        self.present = cost.spent(self.units, self.scale)
         # D + Dᵀ once: one row of it updates all marginal costs after a step
         self.coupling = cost.quadratic + cost.quadratic.transpose(0, 2, 1)
         self.diagonal = np.einsum("fgg->fg", cost.quadratic)
         self.slope = cost.linear + np.einsum("fgh,h->fg", self.coupling, self.units)
 
     @property
-    def marginal(self) -> Ints:
-        """Cost of the next step of every group, shape (F, G)."""
-        return self.step * (self.slope + self.diagonal * self.step)
+    def marginal(self) -> Prices:
+        """Cost of the next step of every group by field, each of shape (G,)."""
+        counts = self.step * (self.slope + self.diagonal * self.step)
+        prices: Prices = {f: counts[row] for f, row in self.counted.items()}
+        if self.timed is not None:
+            prices[LATENCY] = self.timed.marginal(self.units, self.step)
+        return prices
 
-    def best(self, marginal: Ints, allowed: NDArray[np.bool_]) -> int:
+    def best(self, marginal: Prices, allowed: NDArray[np.bool_]) -> int:
         """Group with the largest gain per relative cost among ``allowed``."""
-        price = (marginal[self.rows] / self.scale[:, None]).sum(0)
+        price = sum(marginal[f] / self.scale[f] for f in marginal)
         ratio = np.where(allowed, self.gain / np.maximum(price, 1e-300), -np.inf)
-        ratio[allowed & (price == 0)] = np.inf  # costs nothing
+        ratio[allowed & (price < 1e-12)] = np.inf  # costs nothing
         return int(ratio.argmax())
 
     def open(self) -> NDArray[np.bool_]:
         """Groups below their full width."""
         return self.step > 0
 
-    def advance(self, g: int, marginal: Ints) -> None:
+    def advance(self, g: int, marginal: Prices) -> None:
         """Take the next step of group ``g``."""
         step = self.step[g]
-        self.present = self.present + marginal[:, g]
+        self.present = {f: v + marginal[f][g] for f, v in self.present.items()}
         self.units[g] += step
         self.slope = self.slope + self.coupling[:, g] * step
         self.level[g] += 1
@@ -151,18 +160,17 @@ class Walk:
         """Go to admissible ``units`` at once."""
         self.level = np.array([np.searchsorted(lv, u) for lv, u in zip(self.space.levels, units, strict=True)])
         self.units = units.copy()
-        self.present = self.cost.evaluate(units)
+        self.present = self.cost.spent(units, self.scale)
         self.slope = self.cost.linear + np.einsum("fgh,h->fg", self.coupling, units)
         for g, level in enumerate(self.level):
             more = level < len(self.steps[g])
             self.gain[g] = self.gains[g][level] if more else -np.inf
             self.step[g] = self.steps[g][level] if more else 0
 
-    def fits(self, marginal: Ints, limits: Limits) -> NDArray[np.bool_]:
+    def fits(self, marginal: Prices, limits: Limits) -> NDArray[np.bool_]:
         """Groups whose next step keeps every limit."""
-        room = [limits[f] - self.present[COST_FIELDS.index(f)] for f in limits]
-        cost = [marginal[COST_FIELDS.index(f)] for f in limits]
-        return self.open() & np.all([c <= r for c, r in zip(cost, room, strict=True)], axis=0)
+        kept = [marginal[f] <= _lowered(f, limit) - self.present[f] for f, limit in limits.items()]
+        return self.open() & np.all(kept, axis=0)
 
     def fill(self, limits: Limits, frozen: int | None = None) -> Ints:
         """Take steps that fit, best first, until none fits (one that does not fit never will: costs only grow).
@@ -176,6 +184,28 @@ class Walk:
             if not allowed.any():
                 return self.units.copy()
             self.advance(self.best(marginal, allowed), marginal)
+
+
+def _lowered(field: str, limit: float) -> float:
+    """A predicted limit without the rounding of sums of floats; counts are exact."""
+    return limit * (1 - 1e-9) if field == LATENCY else limit
+
+
+def _stair_tops(cost: CostModel, space: WidthSpace) -> WidthSpace:
+    """The widths, of every group by itself, beyond which one more unit costs latency.
+
+    Latency is a staircase: the first channel of a block pays for all of it. So greedy takes a block as one step.
+    """
+    longest = max((len(lv) for lv in space.levels), default=0)
+    full = space.full
+    at = [[lv[min(k, len(lv) - 1)] for lv in space.levels] for k in range(longest)]
+    ms = np.array([cost.timed.marginal(full, np.array(units, np.int64) - full) for units in at])
+    least = 1e-9 * cost.timed.predict(full)
+    levels = []
+    for g, lv in enumerate(space.levels):
+        rises = np.diff(ms[: len(lv), g]) > least
+        levels.append(lv[np.concatenate([[True], rises[1:], [True]]) if len(lv) > 1 else [True]])
+    return WidthSpace(tuple(levels))
 
 
 def greedy_path(
@@ -210,6 +240,8 @@ def greedy_path(
 def greedy(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
     """Follow :func:`greedy_path` to the first step that does not fit, then fill what is left of the budget.
 
+    Under a limit of ``latency_ms`` a step is priced by the latency it is predicted to cost, and goes up a whole stair.
+
     Two stages, as in CATRO's greedy allocation; no constant-factor guarantee holds for products of widths. Source:
     METHODS §1 (ours; the paper's own two-stage procedure is known by its abstract only).
 
@@ -226,14 +258,14 @@ def greedy(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -
         BudgetError: if the floor exceeds a limit; names the least reachable cost.
     """
     require_reachable(cost, space, limits)
-    walk = Walk(curves, cost, space, tuple(limits))
+    walk = Walk(curves, cost, _stair_tops(cost, space) if LATENCY in limits else space, tuple(limits))
     while walk.open().any():
         marginal = walk.marginal
         g = walk.best(marginal, walk.open())
         if not walk.fits(marginal, limits)[g]:
             break
         walk.advance(g, marginal)
-    return walk.fill(limits)
+    return fill_up(curves, cost, space, limits, walk.fill(limits))
 
 
 def uniform(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
@@ -274,8 +306,8 @@ def proportional(curves: Curves, cost: CostModel, space: WidthSpace, limits: Lim
     low, high = 0.0, most
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(cost, round_down(space, scaled(middle)), limits) else (low, middle)
-    factor = most if _within(cost, round_down(space, scaled(most)), limits) else low
+        low, high = (middle, high) if within(cost, round_down(space, scaled(middle)), limits) else (low, middle)
+    factor = most if within(cost, round_down(space, scaled(most)), limits) else low
     return fill_up(curves, cost, space, limits, scaled(factor))
 
 
@@ -297,27 +329,37 @@ def fill_up(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits, 
     """
     require_reachable(cost, space, limits)
     goal, shrink = np.asarray(target, np.float64), 1e-9
-    while not _within(cost, units := round_down(space, goal), limits):  # it costs a rounding error too much
+    while not within(cost, units := round_down(space, goal), limits):  # it costs a rounding error too much
         goal, shrink = goal * (1 - shrink), 2 * shrink
     walk = Walk(curves, cost, space, tuple(limits))
     walk.jump(units)
     return walk.fill(limits)
 
 
-def require_reachable(cost: CostModel, space: WidthSpace, limits: Limits) -> None:
+def require_reachable(
+    cost: CostModel,
+    space: WidthSpace,
+    limits: Limits,
+    remedy: str = "lower round_to or max_pruning_ratio's floor, or ignore fewer layers",
+) -> None:
     """Refuse limits that the floor exceeds.
+
+    Args:
+        cost: the cost model.
+        space: admissible widths.
+        limits: upper limit per cost field.
+        remedy: what else to do about it.
 
     Raises:
         BudgetError: naming the least reachable cost.
     """
-    floor = cost.evaluate(space.floor)
+    floor = cost.spent(space.floor, limits)
     for field, limit in limits.items():
-        least = int(floor[COST_FIELDS.index(field)])
-        if least > limit:
+        if floor[field] > _lowered(field, limit):
+            style, are = (".4g", "predicted") if field == LATENCY else ("", "left")
             raise BudgetError(
-                f"the budget of {limit} {field} cannot be reached: with every group at its floor "
-                f"{least} {field} are left. Give at least {least}, lower round_to or max_pruning_ratio's floor, "
-                "or ignore fewer layers"
+                f"the budget of {limit:{style}} {field} cannot be reached: with every group at its floor "
+                f"{floor[field]:{style}} {field} are {are}. Give at least {floor[field]:{style}}, {remedy}"
             )
 
 
@@ -327,15 +369,66 @@ def round_down(space: WidthSpace, units: Floats) -> Ints:
     return np.array([lv[max(int(np.searchsorted(lv, u + 1e-9, "right")) - 1, 0)] for lv, u in pairs], np.int64)
 
 
-def _within(cost: CostModel, units: Ints, limits: Limits) -> bool:
-    values = cost.evaluate(units)
-    return all(values[COST_FIELDS.index(f)] <= limit for f, limit in limits.items())
+def within(cost: CostModel, units: Ints, limits: Limits) -> bool:
+    """Whether ``units`` of shape (G,) keep all limits."""
+    values = cost.spent(units, limits)
+    return all(values[f] <= _lowered(f, limit) for f, limit in limits.items())
 
 
 Allocator = Callable[[Curves, CostModel, WidthSpace, Limits], Ints]
 """Any function with the arguments of :func:`greedy`."""
 
 ALLOCATORS: dict[str, Allocator] = {"greedy": greedy, "uniform": uniform}
+
+_PRICES_LATENCY = (greedy, uniform)
+"""Allocators that take a limit of ``latency_ms`` as it is."""
+
+_BISECTIONS = 16
+
+
+def allocate(allocator: Allocator, curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
+    """Widths by any allocator under any limits.
+
+    Greedy and uniform know predicted latency. All other allocators know counts only; they are given the largest
+    limit of MACs (by bisection) at which what they return also keeps the latency, and the rest of the budget is filled
+    by gain per cost.
+
+    Args:
+        allocator: the allocator.
+        curves: curve per group name.
+        cost: the cost model.
+        space: admissible widths.
+        limits: upper limit per cost field, and of ``latency_ms``.
+
+    Returns:
+        units per group, shape (G,): with a latency limit within every limit, and no further step fits; else what the
+        allocator returns.
+
+    Raises:
+        BudgetError: if the floor exceeds a limit; names the least reachable cost.
+    """
+    if LATENCY not in limits or allocator in _PRICES_LATENCY:
+        return allocator(curves, cost, space, limits)
+    require_reachable(cost, space, limits)
+    counts = {f: v for f, v in limits.items() if f != LATENCY}
+    low, high = (int(cost.spent(u, ["macs"])["macs"]) for u in (space.floor, space.full))
+    high = min(high, int(counts.get("macs", high)))
+
+    def under(macs: int) -> Ints:
+        return allocator(curves, cost, space, {**counts, "macs": macs})
+
+    if not within(cost, units := under(high), limits):
+        units = space.floor
+        for _ in range(_BISECTIONS):
+            if high - low < 2:
+                break
+            middle = (low + high) // 2
+            if within(cost, found := under(middle), limits):
+                low, units = middle, found
+            else:
+                high = middle
+        under(low)  # what the allocator says of its last widths is of these
+    return fill_up(curves, cost, space, limits, units)
 
 
 def find_allocator(choice: str | Allocator) -> Allocator:

@@ -59,7 +59,8 @@ class Budget:
     constructed: the limit is ⌊f · dense⌋. An ``int`` is the limit itself, per sample. So ``1.0`` keeps everything
     and ``1`` keeps one multiply-accumulate. NumPy scalars count as the Python numbers they stand for.
 
-    Latency is measured, not counted, so it is noisy; only pruners that measure take it, and they say so.
+    Latency is measured, not counted, so it is noisy: pruners of channels predict it from layer times measured on this
+    machine (:class:`~tp_importance.LatencyModel`) and keep the prediction within the limit, pruners of layers measure.
 
     Attributes:
         macs: limit for :attr:`Cost.macs`.
@@ -131,6 +132,21 @@ class Budget:
     def is_measured(self) -> bool:
         """Whether a latency is limited."""
         return self.latency is not None or self.latency_ms is not None
+
+    def require_counted(self, who: str) -> None:
+        """Refuse a limited latency.
+
+        Args:
+            who: what only works with counts.
+
+        Raises:
+            ValueError: if a latency is limited.
+        """
+        if self.is_measured:
+            raise ValueError(
+                f"{who} works with counted costs only; limit macs or params rather than latency (BudgetPruner, its "
+                "subclasses and ResConvPruner take a latency)"
+            )
 
     def latency_limit(self, dense_ms: float) -> float | None:
         """Largest latency allowed in milliseconds, if one is set.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,14 +17,28 @@ from .budget import Cost
 from .groups import PrunableGroups
 from .tracing import CONV, is_depthwise
 
-__all__ = ["COST_FIELDS", "CostModel"]
+__all__ = ["COST_FIELDS", "LATENCY", "CostModel", "Timed", "channels_per_unit"]
 
 COST_FIELDS = ("macs", "params")
 """What a :class:`CostModel` counts, in the order of its arrays."""
 
+LATENCY = "latency_ms"
+"""The limit that is predicted rather than counted."""
+
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 _Affine = tuple[Fraction, dict[int, Fraction]]
 _ONE: _Affine = (Fraction(1), {})
+
+
+class Timed(Protocol):
+    """What predicts a latency that never falls when a width grows, see :class:`~tp_importance.LatencyModel`."""
+
+    def predict(self, units: ArrayLike) -> float:
+        """Milliseconds for units of shape (G,)."""
+
+    def marginal(self, units: ArrayLike, step: ArrayLike) -> Floats:
+        """As :meth:`CostModel.marginal`, in milliseconds, shape (G,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +58,7 @@ class CostModel:
         constant: shape (F,) for the fields :data:`COST_FIELDS`.
         linear: shape (F, G).
         quadratic: upper triangular, shape (F, G, G).
+        latency: predicts milliseconds, where a latency may be limited.
     """
 
     names: tuple[str, ...]
@@ -51,6 +67,7 @@ class CostModel:
     constant: Ints
     linear: Ints
     quadratic: Ints
+    latency: Timed | None = None
 
     @classmethod
     def from_groups(cls, groups: PrunableGroups) -> CostModel:
@@ -127,6 +144,34 @@ class CostModel:
         cross = self.quadratic @ u + np.einsum("fhg,h->fg", self.quadratic, u)  # counts D_gg u_g twice
         return s * (self.linear + cross + diagonal * s)
 
+    def spent(self, units: ArrayLike, fields: Iterable[str]) -> dict[str, float]:
+        """Counted and predicted costs by name, for ``units`` of shape (G,).
+
+        Args:
+            units: units per group.
+            fields: of :data:`COST_FIELDS`, and ``"latency_ms"``.
+
+        Raises:
+            ValueError: for a latency without a latency model.
+        """
+        names, values = list(fields), self.evaluate(units)
+        found: dict[str, float] = {f: int(values[COST_FIELDS.index(f)]) for f in names if f != LATENCY}
+        return {**found, LATENCY: self.timed.predict(units)} if LATENCY in names else found
+
+    @property
+    def timed(self) -> Timed:
+        """The latency model.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.latency is None:
+            raise ValueError(
+                "a latency is limited, but the cost model predicts none: use dataclasses.replace(cost, "
+                "latency=LatencyModel.measure(groups, example_inputs)), or a BudgetPruner, which does"
+            )
+        return self.latency
+
     def shares(self, field: str = "macs") -> dict[str, float]:
         """Fraction of the full cost that hangs on each group; products of two groups count for both."""
         f = COST_FIELDS.index(field)
@@ -135,6 +180,19 @@ class CostModel:
 
     def _cost(self, values: Ints) -> Cost:
         return Cost(**dict(zip(COST_FIELDS, map(int, values), strict=True)))
+
+
+def channels_per_unit(groups: PrunableGroups) -> dict[tuple[str, str], dict[int, int]]:
+    """Channels that one unit of every group takes of each side of a layer: ``{(layer, role): {position: n}}``.
+
+    Args:
+        groups: the groups.
+    """
+    sides: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    for g, group in enumerate(groups):
+        for m in group.members:
+            sides[m.name, m.role][g] = len(m.channels) // group.n_units
+    return dict(sides)
 
 
 class _Builder:
@@ -146,10 +204,7 @@ class _Builder:
         self.constant = [Fraction(0)] * len(COST_FIELDS)
         self.linear = np.zeros((len(COST_FIELDS), size), object)
         self.quadratic = np.zeros((len(COST_FIELDS), size, size), object)
-        self.sides: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-        for g, group in enumerate(self.groups):
-            for m in group.members:
-                self.sides[m.name, m.role][g] = len(m.channels) // group.n_units
+        self.sides = channels_per_unit(groups)
 
     def build(self) -> CostModel:
         modules = dict(self.model.named_modules())

@@ -102,6 +102,8 @@ class ITPrunerImportance(StatisticalImportance):
             raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
         importance_weights(np.zeros(1), beta)  # checks it
         self.importance, self.beta, self.estimator, self.kernel = inner, beta, estimator, kernel
+        if budget is not None:
+            budget.require_counted("ITPrunerImportance without a pruner")
         self.objective, self.budget, self.pool = checked_objective(objective), budget, pool
         self.per = per
         self.needs_labels = isinstance(inner, StatisticalImportance) and inner.needs_labels

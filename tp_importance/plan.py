@@ -25,6 +25,7 @@ class Plan:
         limits: absolute limits of the budget.
         removed: units to remove per group.
         constant: units that do not vary on the data, per group that has any.
+        latency_ms: for a latency budget ``dense`` (measured, with its ``dense_iqr``), ``limit`` and ``predicted``.
         certificate: what the allocator proves of its widths, see :class:`~tp_importance.program.ProgramAllocator`.
     """
 
@@ -35,6 +36,7 @@ class Plan:
     removed: dict[str, list[int]] = field(repr=False)
     constant: dict[str, list[int]] = field(default_factory=dict, repr=False)
     certificate: dict[str, float] = field(default_factory=dict, repr=False)
+    latency_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_noop(self) -> bool:

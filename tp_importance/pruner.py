@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,16 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocation import Allocator, WidthSpace, find_allocator
+from .allocation import Allocator, WidthSpace, allocate, find_allocator
 from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
 from .compensation import Compensation
 from .compensation import compensate as compensate_readers
-from .cost import CostModel
+from .cost import LATENCY, CostModel
 from .curves import Curve, value_curves
 from .groups import PrunableGroups, build_groups, prunable_groups
 from .guards import preserved, transaction, written
 from .importance import StatisticalImportance
+from .latency_model import LatencyModel
+from .latency_table import LatencyTable
 from .observe import LabelFn
 from .plan import Plan
 from .report import CompensationReport, GroupRow, PruningReport
@@ -34,7 +37,9 @@ class BudgetPruner:
     """Prune a network in place until it meets a budget exactly.
 
     The way is statistics → value curves → widths under the budget → surgery by Torch-Pruning → report. The cost
-    never exceeds the budget, and not one more admissible step would fit.
+    never exceeds the budget, and not one more admissible step would fit. A latency is predicted, by a
+    :class:`~tp_importance.LatencyModel` that is measured when a budget first limits it; the prediction never exceeds
+    the limit, and after the surgery the network is timed.
 
     Args:
         model: the network; only :meth:`step` changes it.
@@ -43,6 +48,7 @@ class BudgetPruner:
             :meth:`plan` or :meth:`step` and again after every step.
         importance: a :class:`~tp_importance.importance.StatisticalImportance` or any ``tp.importance.Importance``.
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
+            ``latency`` and ``latency_ms`` are those of ``example_inputs`` as they are, on a quiet machine.
         allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"`` or a function, see :mod:`tp_importance.allocation`.
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.
@@ -55,6 +61,7 @@ class BudgetPruner:
         forward_fn: ``forward_fn(model, example_inputs)``, also called with the loader's batches.
         output_transform: as in Torch-Pruning.
         label_fn: ``label_fn(batch)`` for loaders of unusual form.
+        latency_table: layer times for latency budgets, or the file to keep them in; default: measured afresh.
         verify: leave out groups for which removal is not masking, see
             :func:`~tp_importance.groups.prunable_groups`.
         progress: show progress bars.
@@ -95,6 +102,7 @@ class BudgetPruner:
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         output_transform: Callable[[Any], Any] | None = None,
         label_fn: LabelFn | None = None,
+        latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         verify: bool = True,
         progress: bool = False,
     ) -> None:
@@ -102,6 +110,9 @@ class BudgetPruner:
         self.model, self.importance, self.loader = model, importance, loader
         self.example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
         self._allocate = find_allocator(allocator)
+        table = latency_table if isinstance(latency_table, LatencyTable) else LatencyTable(latency_table)
+        self._latency_table = table
+        self._latency: LatencyModel | None = None
         self._ignored_layers, self._num_heads = ignored_layers, num_heads
         self._round_to, self._max_pruning_ratio = round_to, max_pruning_ratio
         self._min_widths, self._max_widths = dict(min_widths or {}), dict(max_widths or {})
@@ -165,6 +176,40 @@ class BudgetPruner:
             max_widths=self._max_widths,
         )
 
+    def measure_latency(self) -> LatencyModel:
+        """The latency model of the model as given, measured when first asked for; :meth:`plan` does it when needed.
+
+        Raises:
+            ValueError: if the latency table was measured under other conditions.
+            RuntimeError: after a step: what fractions refer to is gone then.
+        """
+        if self._latency is None:
+            if self._history:
+                raise RuntimeError(
+                    "the network was pruned before its latency was measured: call measure_latency() before the first "
+                    "step, or build a new pruner"
+                )
+            self._latency = LatencyModel.measure(self.groups, self.example_inputs, self._latency_table)
+            self.cost_model = replace(self.cost_model, latency=self._latency)
+        return self._latency
+
+    def limits(self, budget: Budget | None = None) -> dict[str, float]:
+        """Absolute limits of a budget: counts, and ``"latency_ms"`` if a latency is limited.
+
+        Args:
+            budget: default: the pruner's.
+        """
+        chosen = _checked(self.budget if budget is None else budget)
+        counts: dict[str, float] = dict(chosen.limits(self.dense))
+        if not chosen.is_measured:
+            return counts
+        model = self.measure_latency()
+        limit = chosen.latency_limit(model.dense.median_ms)
+        assert limit is not None
+        if limit >= model.dense.median_ms:  # met as it is, whatever is predicted for it
+            limit = max(limit, (1 + 1e-6) * model.predict(self.cost_model.full))
+        return {**counts, LATENCY: limit}
+
     def curves(self) -> dict[str, Curve]:
         """Value curve of every group, collected when needed."""
         return self._value()
@@ -182,18 +227,25 @@ class BudgetPruner:
             BudgetError: if the budget cannot be reached; names the least reachable cost.
             ValueError: for bad data, or if nothing can be pruned.
         """
-        limits = _checked(self.budget if budget is None else budget).limits(self.dense)
+        limits = self.limits(budget)
         curves = self._value()
-        units = self._allocate(curves, self.cost_model, self.space, limits)
+        units = allocate(self._allocate, curves, self.cost_model, self.space, limits)
         removed = {n: curves[n].removed(int(u)) for n, u in zip(self.cost_model.names, units, strict=True)}
         return replace(self.plan_of(removed, limits), certificate=dict(getattr(self._allocate, "certificate", {})))
 
-    def plan_of(self, removed: Mapping[str, Sequence[int]], limits: Mapping[str, int] | None = None) -> Plan:
+    def plan_of(self, removed: Mapping[str, Sequence[int]], limits: Mapping[str, float] | None = None) -> Plan:
         """The :class:`Plan` that removes given units, at whatever cost."""
         widths = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in self.groups}
         constant = {n: c.constant.tolist() for n, c in (self._curves or {}).items() if len(c.constant)}
         gone = {n: list(units) for n, units in removed.items()}
-        return Plan(widths, self.cost_model.cost(widths), self.dense, dict(limits or {}), gone, constant)
+        counts = {f: int(v) for f, v in (limits or {}).items() if f != LATENCY}
+        found = {} if limits is None or LATENCY not in limits else self._times(widths, limits[LATENCY])
+        return Plan(widths, self.cost_model.cost(widths), self.dense, counts, gone, constant, latency_ms=found)
+
+    def _times(self, widths: Mapping[str, int], limit: float) -> dict[str, float]:
+        predicted = self.cost_model.timed.predict(self.cost_model.units(widths))
+        dense = self.measure_latency().dense
+        return {"dense": dense.median_ms, "dense_iqr": dense.iqr_ms, "limit": limit, "predicted": predicted}
 
     def step(
         self,
@@ -246,7 +298,7 @@ class BudgetPruner:
             warnings.warn(f"the network already meets the budget ({plan.cost}); nothing is pruned", stacklevel=2)
             if recalibrate and self.loader is not None:
                 recalibrate_batchnorm(self.model, self.loader, forward_fn=self.groups.options.forward_fn)
-            return report
+            return self._timed(report)
         values = () if settings is None else (*self.model.parameters(), *self.model.buffers())
         with written(values), self._surgery():
             if settings is not None:
@@ -261,7 +313,7 @@ class BudgetPruner:
             groups = self._retrace()
         self._history += history
         self._adopt(groups)
-        return report
+        return self._timed(report)
 
     def pruning_history(self) -> list[Any]:
         """Torch-Pruning's history ``[[module name, is_out, indices], ...]`` of all steps so far."""
@@ -343,8 +395,19 @@ class BudgetPruner:
         return groups.exclude({n: r for n, r in self._left_out.items() if n in groups.names})
 
     def _adopt(self, groups: PrunableGroups) -> None:
-        self.groups, self.cost_model = groups, CostModel.from_groups(groups)
+        if self._latency is not None:
+            self._latency = self._latency.of(groups)
+        self.groups = groups
+        self.cost_model = replace(CostModel.from_groups(groups), latency=self._latency)
         self._curves = None
+
+    def _timed(self, report: PruningReport) -> PruningReport:
+        """The report with the measured latency of the network, if it was limited."""
+        if not report.latency_ms:
+            return report
+        found = self._latency_table.network(self.model, self.example_inputs, self.groups.options.forward_fn)
+        times = {**report.latency_ms, "measured": found.median_ms, "measured_iqr": found.iqr_ms}
+        return replace(report, latency_ms=times)
 
     def _report(self, plan: Plan) -> PruningReport:
         before = self.groups.widths
@@ -365,14 +428,13 @@ class BudgetPruner:
             excluded=list(self.groups.excluded),
             constant={g: len(u) for g, u in plan.constant.items()},
             criterion=type(self.importance).__name__,
+            latency_ms=dict(plan.latency_ms),
         )
 
 
 def _checked(budget: Any) -> Budget:
     if not isinstance(budget, Budget):
         raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
-    if budget.is_measured:
-        raise ValueError("a latency budget is for layers (ResConvPruner); limit widths by macs or params")
     return budget
 
 

@@ -67,7 +67,7 @@ class PSAPPruner:
         BudgetError: if the budget cannot be reached within ``max_pruning_ratio``.
         TracingError: if the network cannot be traced.
         TypeError: if ``budget`` or ``schedule`` are of another type.
-        ValueError: for bad options, or if nothing can be pruned.
+        ValueError: for bad options, a latency budget, or if nothing can be pruned.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
@@ -107,6 +107,8 @@ class PSAPPruner:
         output_transform: Callable[[Any], Any] | None = None,
         verify: bool = True,
     ) -> None:
+        if isinstance(budget, Budget):
+            budget.require_counted("PSAP's schedule")
         self.model = model
         self._planner = BudgetPruner(
             model,

@@ -95,6 +95,7 @@ class CostReport:
     cost: Cost
     limits: dict[str, int]
     bytes_per_param: float
+    latency_ms: dict[str, float]
 
     def totals(self) -> list[tuple[str, int, int]]:
         """``(what, of the model as given, now)`` for MACs, params and bytes of the parameters."""
@@ -121,6 +122,8 @@ class CostReport:
         for name, dense, after in self.totals():
             limit = f", limit {self.limits[name]:,}" if name in self.limits else ""
             lines.append(f"{name:<7}{dense:>16,} → {after:>16,}  ({after / max(dense, 1):.4f}{limit})")
+        if self.latency_ms:
+            lines.append("latency, ms: " + ", ".join(f"{key} {value:.3f}" for key, value in self.latency_ms.items()))
         return lines
 
 
@@ -139,6 +142,8 @@ class PruningReport(CostReport):
         constant: number of units that did not vary on the data, per group that has any.
         criterion: name of the importance.
         compensation: what the refit of the readers did, if there was one.
+        latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` and ``measured``; ``dense_iqr`` and
+            ``measured_iqr`` are interquartile ranges.
     """
 
     rows: list[GroupRow]
@@ -151,6 +156,7 @@ class PruningReport(CostReport):
     constant: dict[str, int] = field(default_factory=dict)
     criterion: str = ""
     compensation: CompensationReport | None = None
+    latency_ms: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max([5, *(len(r.name) for r in self.rows)])

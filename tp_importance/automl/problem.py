@@ -89,6 +89,7 @@ class BudgetProblem:
             BudgetError: if the budget cannot be reached; names the least reachable cost.
             SearchSpaceError: for an unknown method, or one that takes no widths.
         """
+        budget.require_counted("the budget surface of a search")
         given = {m: dict(methods[m]) for m in methods} if isinstance(methods, Mapping) else {m: {} for m in methods}
         chosen = {name: find_method(name) for name in given}
         for method in chosen.values():
@@ -176,7 +177,7 @@ class BudgetProblem:
         """Write the problem as JSON, in one step."""
         content = {
             "format": FORMAT,
-            "cost": {k: np.asarray(v).tolist() for k, v in vars(self.cost).items()},
+            "cost": {k: np.asarray(v).tolist() for k, v in vars(self.cost).items() if k != "latency"},
             "levels": [levels.tolist() for levels in self.space.levels],
             "limits": self.limits,
             "losses": self.losses,
@@ -200,7 +201,8 @@ class BudgetProblem:
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
             names = tuple(content["cost"].pop("names"))
-            cost = CostModel(names, **{k: np.array(v, np.int64) for k, v in content["cost"].items()})
+            arrays: dict[str, Any] = {k: np.array(v, np.int64) for k, v in content["cost"].items()}
+            cost = CostModel(names, **arrays)
             space = WidthSpace(tuple(np.array(levels, np.int64) for levels in content["levels"]))
             starts = {name: np.array(units, np.int64) for name, units in content["starts"].items()}
             return cls(cost, space, content["limits"], content["losses"], starts, content["options"])

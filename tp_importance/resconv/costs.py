@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..budget import Cost
 from ..dataflow import record
-from ..latency import measure_latency
-from ..tracing import batch_size, count_ops
+from ..latency import least_latency, measure_latency
+from ..latency_table import LatencyTable, conditions_of, timed_layer
+from ..tracing import Call, batch_size, count_ops
 from .block import ResConv2d, fuse, replace_module, resconv_layers
 from .removal import LAYERS, remove_layers
 
@@ -98,22 +98,18 @@ class LayerClock:
     def layers_ms(self) -> dict[str, float]:
         """Every layer by itself, fused, on an input of the size it gets."""
         flow = record(self._model, self._inputs, layers=LAYERS, forward_fn=self._run)
-        known: dict[Any, float] = {}
+        table = LatencyTable(min_run_time=self._seconds / 5, measure=measure_latency)
+        table.use(conditions_of(self._model, self._inputs))
         times: dict[str, float] = {}
         for op in flow.ops:
             if isinstance(op.module, ResConv2d):
-                conv, shape = op.module.conv, flow.shapes[op.inputs[0]]
-                key = (shape, tuple(conv.weight.shape), conv.dilation, conv.groups, conv.padding_mode)
-                if key not in known:
-                    layer = copy.deepcopy(op.module).eval().fused()
-                    x = torch.randn(shape).to(conv.weight)
-                    known[key] = measure_latency(layer, x, min_run_time=self._seconds / 5).median_ms
-                times[op.name] = known[key]
+                shapes = (flow.shapes[op.inputs[0]], flow.shapes[op.outputs[0]])
+                layer = timed_layer(copy.deepcopy(op.module).eval().fused(), Call(op.name, *shapes, 0))
+                assert layer is not None  # it is a convolution
+                times[op.name] = table.time(layer, layer.inputs, layer.outputs)
         return times
 
     def _measure(self, model: nn.Module) -> float:
-        """The least of three medians: other work on the machine only makes a network slower."""
-        found = [
-            measure_latency(model, self._inputs, forward_fn=self._run, min_run_time=self._seconds / 3) for _ in range(3)
-        ]
-        return min(latency.median_ms for latency in found)
+        return least_latency(
+            model, self._inputs, forward_fn=self._run, min_run_time=self._seconds, measure=measure_latency
+        ).median_ms

@@ -74,8 +74,6 @@ class LayerReport(CostReport):
             gone = "  removed" if r.removed else ""
             lines.append(f"{r.name:<{width}}  {r.s:>9.4f}  {r.a:>9.4f}  {r.loss:>9.3g}  {share:>6.3f}{gone}")
         lines += ["", f"{len(self.removed)} of {len(self.rows)} layers removed", *self.cost_lines()]
-        if self.latency_ms:
-            lines.append("latency, ms: " + ", ".join(f"{key} {value:.3f}" for key, value in self.latency_ms.items()))
         lines += [f"gone as a whole: {name} (times {factor:.4g})" for name, factor in self.collapsed.items()]
         lines += [f"an explicit factor stays: {name} (times {factor:.4g})" for name, factor in self.kept_scales.items()]
         lines += [f"left alone: {name}: {reason}" for name, reason in self.left_out.items()]
