@@ -333,7 +333,7 @@ def test_layers_downstream_are_refitted_to_their_changed_inputs(name, before):
         dense, wanted = state(model), model(data).detach()
         groups = prunable_groups(model, x, verify=False)
         removed = {g.name: list(range(0, g.n_units, 4)) for g in groups if g.name != "0.0"}
-        how = Compensation("sequential", 1e-6, None, memory_limit=limit, downstream=downstream)
+        how = Compensation("sequential", 1e-6, None, downstream, residual=False, memory_limit=limit)
         report = compensate(model, x, data.split(10), removed, how, groups=groups)
         remove_units(groups, removed)
         results.append((model, report, (model(data).detach() - wanted).square().mean()))
