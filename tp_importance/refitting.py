@@ -29,7 +29,8 @@ class Compensation:
         mode: ``"parallel"``: every reader by itself, to the inputs it has in the dense network; one pass.
             ``"sequential"``: one reader after the other, to its inputs in the network pruned so far, with the dense
             network's outputs as targets.
-        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features.
+        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features; 1e-3 to 1e-1
+            differed by less than a point on ResNet-20.
         positions: output positions per sample, ``None`` for all.
         seed: of the positions.
         memory_limit: bytes that the activations of all samples may take (an estimate): up to it, ``"sequential"``
@@ -47,7 +48,7 @@ class Compensation:
     """
 
     mode: Literal["parallel", "sequential"] = "parallel"
-    ridge: float = 1e-3
+    ridge: float = 1e-2
     positions: int | None = 8
     seed: int = 0
     memory_limit: int = 4 << 30
