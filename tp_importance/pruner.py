@@ -208,7 +208,7 @@ class BudgetPruner:
             budget: default: the pruner's. Repeated steps with falling budgets prune iteratively.
             compensate: refit the layers that read removed channels, on the pruner's loader, see
                 :func:`~tp_importance.compensation.compensate`: settings, a mode, or ``True``. Best measured:
-                ``"sequential"`` without ``recalibrate``; ``"parallel"`` is better with it or without, as the case may be.
+                ``"sequential"`` without ``recalibrate``.
             recalibrate: re-estimate the batch norm statistics on the pruner's loader afterwards.
 
         Returns:
