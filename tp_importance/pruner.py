@@ -259,7 +259,8 @@ class BudgetPruner:
         Args:
             budget: default: the pruner's. Repeated steps with falling budgets prune iteratively.
             compensate: refit the layers that read removed channels, on the pruner's loader, see
-                :func:`~tp_importance.compensation.compensate`: settings, a mode, or ``True``.
+                :func:`~tp_importance.compensation.compensate`: settings, a mode, or ``True``. Best measured:
+                ``"sequential"``.
             recalibrate: re-estimate the batch norm statistics on the pruner's loader afterwards; in a sequential
                 compensation as it goes, where that is of use.
 

@@ -32,7 +32,8 @@ class Compensation:
         mode: ``"parallel"``: every reader by itself, to the inputs it has in the dense network; one pass.
             ``"sequential"``: one reader after the other, to its inputs in the network pruned so far, with the dense
             network's outputs as targets.
-        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features.
+        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features; 1e-3 to 1e-1
+            differed by less than a point on ResNet-20.
         positions: output positions per sample, ``None`` for all; ``"auto"`` is 8 in parallel mode, as for the
             importances that share their pass, and 32 in sequential mode.
         downstream: in sequential mode, refit all layers behind the first removed channel, the classifier and depthwise
