@@ -119,7 +119,7 @@ def main() -> None:
     p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     p.add_argument("--modes", nargs="+", choices=MODES, default=["none", "sequential"])
     p.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.7], help="fractions of the MACs that are kept")
-    p.add_argument("--refit-images", type=int, default=500, help="images of a sequential refit")
+    p.add_argument("--refit-images", type=int, default=250, help="images of a sequential refit")
     p.add_argument("--memory", type=int, default=10, help="GiB that a sequential refit may take")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
