@@ -12,6 +12,7 @@ import argparse
 import copy
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from typing import Any, ClassVar
@@ -55,6 +56,7 @@ OURS = {
     "OBS uniform + sequential refit": Arm(_obs, "uniform", "sequential"),
 }
 ARMS = {**RIVALS, **OURS}
+STAGES = ("layer1", "layer2", "layer3")
 LEVELS = (0, 2_000, 5_000, 10_000, 25_000, 50_000, 100_000)
 
 
@@ -69,6 +71,7 @@ class Recipe:
         weight: the teacher's share of the loss.
         warmup: fraction of the steps in which the learning rate rises.
         freeze_bn: batch norms stay in eval mode.
+        features: weight of the error in the outputs of the stages, whose widths every arm keeps.
     """
 
     lr: float = 0.02
@@ -77,6 +80,7 @@ class Recipe:
     weight: float = 0.9
     warmup: float = 0.0
     freeze_bn: bool = False
+    features: float = 0.0
 
     def __str__(self) -> str:
         """Everything that is not the default, after learning rate and loss."""
@@ -130,11 +134,16 @@ class Runs:
         began = time.process_time()
         if images:
             options = asdict(recipe)
-            temperature, weight = options.pop("temperature"), options.pop("weight")
-            if weight:
-                options["loss"] = Remembering(self.net.model, temperature=temperature, weight=weight)
+            features, soft = options.pop("features"), {k: options.pop(k) for k in ("temperature", "weight")}
             kind = {"device": self.args.device, "bfloat16": self.args.bfloat16}
-            train(model, self.data, images, seed=seed, **kind, **options)
+            with ExitStack() as stack:
+                if features:
+                    teacher = Distiller(self.net.model, features=STAGES, feature_weight=features, **soft)
+                    stack.enter_context(teacher.watching(model))
+                    options["loss"] = teacher
+                elif recipe.weight:
+                    options["loss"] = Remembering(self.net.model, **soft)
+                train(model, self.data, images, seed=seed, **kind, **options)
         seconds = time.process_time() - began
         top1 = self.data.accuracy(model, self.args.n_test, self.args.device)
         return {"top1": round(top1, 3), "cpu_s": round(seconds, 1), **found}

@@ -7,6 +7,7 @@ import torch_pruning as tp
 from torch import nn
 
 from tp_importance import Budget, BudgetPruner, Distiller, distillation_loss, slice_classifier
+from tp_importance.functional.distillation import feature_loss
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 4, 0])
@@ -134,6 +135,54 @@ def test_inputs_and_outputs_of_other_forms():
         Distiller(model)(torch.zeros(5, 4), inputs)
     with pytest.raises(TypeError, match=r"student_output is of type dict"):
         distiller(student(**inputs), inputs)
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) for m in model.modules())
+
+
+def test_features_add_their_relative_error():
+    model = network().eval()
+    dense, distiller = copy.deepcopy(model), Distiller(model, features=["4", "6"], feature_weight=3.0)
+    with torch.no_grad():
+        model[0].weight.mul_(1.1)
+    with distiller.watching(model):
+        loss = distiller(model(X), X, Y)
+    expected = distillation_loss(model(X), dense(X), Y)
+    for end in (5, 7):
+        expected = expected + 3.0 * feature_loss(model[:end](X), dense[:end](X))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert model[0].weight.grad.abs().sum() > 0
+    assert hooks(model) == hooks(distiller.teacher) == 0
+
+
+def test_features_are_of_this_batch_or_an_error():
+    model = network()
+    distiller = Distiller(model, features=["4"])
+    with pytest.raises(RuntimeError, match=r"output of '4'.*watching"):
+        distiller(model(X), X)
+    with distiller.watching(model):
+        output = model(X)
+        distiller(output, X)
+        with pytest.raises(RuntimeError, match="since the last loss"):
+            distiller(output, X)
+    assert hooks(model) == hooks(distiller.teacher) == 0
+
+
+def test_features_that_pruning_changed_are_named():
+    model = network()
+    distiller = Distiller(model, features=["0"])
+    prune(model)
+    with distiller.watching(model), pytest.raises(ValueError, match=r"feature '0'.*shape.*width pruning kept"):
+        distiller(model(X), X)
+    assert hooks(model) == hooks(distiller.teacher) == 0
+    with pytest.raises(ValueError, match=r"unknown: \['nowhere'\]"):
+        Distiller(model, features=["nowhere"])
+    with pytest.raises(ValueError, match="must be a list"):
+        Distiller(model, features="0")
+    with pytest.raises(ValueError, match="feature_weight=-1"):
+        Distiller(model, feature_weight=-1)
 
 
 def test_bad_options_are_refused_at_once():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batches import ForwardFn, call_model, tensors_in, to_model
-from .functional.distillation import check_distillation, distillation_loss
+from .functional.distillation import check_distillation, distillation_loss, feature_loss
 
 __all__ = ["Distiller", "distillation_loss"]
 
@@ -29,6 +30,10 @@ class Distiller:
             :func:`~tp_importance.functional.distillation.distillation_loss`.
         weight: the teacher's share of the loss where there are labels.
         classes: classes that the student kept, if not all.
+        features: names of layers whose outputs the student is to reproduce as well, inside :meth:`watching`. Pruning
+            must have kept their widths: in residual networks with pruned blocks, the stages.
+        feature_weight: of the sum over these layers of
+            :func:`~tp_importance.functional.distillation.feature_loss`, which is added to the loss.
         forward_fn: ``forward_fn(teacher, inputs)`` gives the logits; default: the inputs (tensor, tuple of positional
             or dict of keyword arguments) are moved to the teacher, which is called on them.
 
@@ -37,7 +42,8 @@ class Distiller:
 
     Raises:
         TypeError: if the teacher is no module, or its output no tensor.
-        ValueError: for options out of range and for logits that do not fit.
+        RuntimeError: if there are ``features`` and the student did not run inside :meth:`watching`.
+        ValueError: for options out of range, unknown layers, and logits or features that do not fit.
 
     Example:
         >>> import torch_pruning as tp
@@ -62,14 +68,42 @@ class Distiller:
         temperature: float = 4.0,
         weight: float = 0.9,
         classes: Sequence[int] | None = None,
+        features: Sequence[str] = (),
+        feature_weight: float = 5.0,
         forward_fn: ForwardFn | None = None,
     ) -> None:
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher is of type {type(teacher).__name__}; pass the dense network, a torch.nn.Module")
         check_distillation(temperature, weight)
+        if not 0 <= feature_weight < float("inf"):
+            raise ValueError(f"feature_weight={feature_weight} must be finite and at least 0, e.g. 5")
+        _layers(teacher, features)
         self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.temperature, self.weight, self.forward_fn = temperature, weight, forward_fn
         self.classes = None if classes is None else list(classes)
+        self.features, self.feature_weight = list(features), feature_weight
+        self._student: dict[str, Tensor] = {}
+        self._teacher: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watching(self, student: nn.Module) -> Iterator[None]:
+        """Note what the layers in ``features`` of a student put out, for the loss; around the training loop.
+
+        Args:
+            student: the pruned network.
+
+        Raises:
+            ValueError: if it lacks such a layer.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> distiller, x = Distiller(net, features=["1"]), torch.randn(5, 3)
+            >>> with distiller.watching(net):
+            ...     distiller(net(x), x).item()
+            0.0
+        """
+        with _recorded(student, self.features, self._student):
+            yield
 
     def __call__(self, student_output: Tensor, inputs: Any, labels: Tensor | None = None) -> Tensor:
         """Loss of a batch, to be called ``backward()`` on.
@@ -87,14 +121,29 @@ class Distiller:
                 f"student_output is of type {type(student_output).__name__}; pass the logits, a tensor (of many "
                 "libraries' outputs: output.logits)"
             )
-        return distillation_loss(
-            student_output,
-            self.logits(inputs, student_output.device),
-            labels,
-            temperature=self.temperature,
-            weight=self.weight,
-            classes=self.classes,
-        )
+        with _recorded(self.teacher, self.features, self._teacher):
+            loss = distillation_loss(
+                student_output,
+                self.logits(inputs, student_output.device),
+                labels,
+                temperature=self.temperature,
+                weight=self.weight,
+                classes=self.classes,
+            )
+            for name in self.features:
+                loss = loss + self.feature_weight * self._feature_loss(name)
+        return loss
+
+    def _feature_loss(self, name: str) -> Tensor:
+        if name not in self._student:
+            raise RuntimeError(
+                f"features ask for the output of {name!r}, but the student did not run since the last loss: run it "
+                "inside `with distiller.watching(student):`"
+            )
+        try:
+            return feature_loss(self._student.pop(name), self._teacher.pop(name))  # pop: never one of an older batch
+        except ValueError as error:
+            raise ValueError(f"feature {name!r}: {error}; name layers whose width pruning kept") from error
 
     @torch.no_grad()  # not inference_mode: autograd refuses to keep such tensors for the student's backward pass
     def logits(self, inputs: Any, device: torch.device | str | None = None) -> Tensor:
@@ -116,6 +165,38 @@ class Distiller:
                 "forward_fn=lambda teacher, inputs: ... that gives them as a tensor"
             )
         return output
+
+
+def _layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    known = dict(model.named_modules())
+    missing = [name for name in names if name not in known]
+    if missing or isinstance(names, str):
+        raise ValueError(
+            f"features={names!r} must be a list of layer names of {type(model).__name__}; unknown: {missing}; see "
+            "dict(model.named_modules())"
+        )
+    return {name: known[name] for name in names}
+
+
+@contextmanager
+def _recorded(model: nn.Module, names: Sequence[str], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Note the outputs of layers in ``outputs``, which is empty again afterwards."""
+
+    def note(name: str, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"feature {name!r} puts out a {type(output).__name__}; name layers that give one tensor")
+        outputs[name] = output
+
+    handles = [
+        layer.register_forward_hook(lambda _layer, _args, output, name=name: note(name, output))
+        for name, layer in _layers(model, names).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        outputs.clear()
 
 
 def _take_format(model: nn.Module, inputs: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tp_importance.functional.distillation import distillation_loss
+from tp_importance.functional.distillation import distillation_loss, feature_loss
 
 
 def logits(*shape, seed=0):
@@ -104,3 +104,19 @@ def test_computes_in_float32_at_least():
 def test_bad_input_is_named(arguments, options, words):
     with pytest.raises(ValueError, match=words):
         distillation_loss(*arguments, **options)
+
+
+def test_feature_loss_is_relative_and_moves_the_student_only():
+    student, teacher = logits(2, 3, 4).requires_grad_(), logits(2, 3, 4, seed=1).requires_grad_()
+    value = feature_loss(student, teacher)
+    expected = sum((a - b) ** 2 for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True))
+    assert value.item() == pytest.approx(expected / sum(b * b for b in teacher.flatten().tolist()))
+    torch.testing.assert_close(feature_loss(10 * student, 10 * teacher), value)
+    value.backward()
+    assert student.grad.abs().sum() > 0 and teacher.grad is None
+
+
+def test_feature_loss_of_silent_layers_and_of_other_shapes():
+    assert feature_loss(torch.full((2, 2), 3.0), torch.zeros(2, 2)) == 36
+    with pytest.raises(ValueError, match=r"\(2, 3\), the teacher's \(2, 4\)"):
+        feature_loss(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["check_distillation", "distillation_loss"]
+__all__ = ["check_distillation", "distillation_loss", "feature_loss"]
 
 
 def distillation_loss(
@@ -79,6 +79,36 @@ def distillation_loss(
             f"{expected}, or probabilities of their own shape"
         )
     return weight * divergence + (1 - weight) * F.cross_entropy(student, labels)
+
+
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Squared error of what a layer of the student puts out, relative to the energy of the teacher's.
+
+    .. math:: \lVert s - t \rVert^2 / \lVert t \rVert^2 \quad\text{over the whole batch}
+
+    Args:
+        student: any shape.
+        teacher: the same shape; no gradient goes there. Outputs that are all zero count as of energy 1.
+
+    Returns:
+        Scalar, float32 at least.
+
+    Raises:
+        ValueError: for shapes that differ.
+
+    Example:
+        >>> feature_loss(torch.tensor([[2.0, 1.0]]), torch.tensor([[2.0, 0.0]])).item()
+        0.25
+
+    References:
+        Romero et al.: FitNets, 2015 (arXiv 1412.6550), equation 3; without their regressor, as no layer changes its
+        width here, and made relative so that one weight fits all layers.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"the student's output has shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}")
+    s, t = _at_least_float32(student), _at_least_float32(teacher.detach())
+    energy = t.square().sum()
+    return (s - t).square().sum() / torch.where(energy > 0, energy, torch.ones_like(energy))
 
 
 def check_distillation(temperature: float, weight: float) -> None:
