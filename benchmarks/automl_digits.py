@@ -121,19 +121,20 @@ def optuna_search(space: SearchSpace, trials: int, seed: int, run: Run) -> list[
     return rows
 
 
-def tuner_search(job: Task, limit: float, trials: int, seed: int, run: Run) -> list[dict[str, float]]:
+def tuner_search(job: Task, strategy: str, limit: float, trials: int, seed: int, run: Run) -> list[dict[str, float]]:
     path = job.folder / f"problem-{limit}.json"
     problem = BudgetProblem.prepare(
         job.model, job.x, job.calibration, budget=Budget(macs=limit), methods=METHODS, statistics=job.folder
     )
     problem.save(path)
-    tuner = BudgetTuner(str(path), seed=seed)
+    tuner = BudgetTuner(str(path), strategy=strategy, seed=seed)
     tuner.update_search_space(problem.search_space().to_nni())
     return ask_and_tell(tuner, trials, run)
 
 
+TUNERS = {"PruningBudget, CMA-ES": "cmaes", "PruningBudget, TPE": "tpe"}
 ARMS = (
-    "PruningBudget tuner",
+    *TUNERS,
     "NNI Random, raw",
     "NNI TPE, raw",
     "Optuna TPE, raw",
@@ -157,8 +158,8 @@ def search(arm: str, limit: float, trials: int, seed: int) -> dict[str, Any]:
     per_group = "weight" if arm.endswith("weights") else "ratio"
     space = search_space(job.groups, methods=["catro"], options=False, per_group=per_group)
     run = partial(limited, job, limit=limit, dense=full, scaled=not arm.endswith("raw"))
-    if arm == ARMS[0]:
-        rows = tuner_search(job, limit, trials, seed, run)
+    if arm in TUNERS:
+        rows = tuner_search(job, TUNERS[arm], limit, trials, seed, run)
     elif arm.startswith("NNI"):
         rows = nni_search(arm.split()[1].rstrip(","), space, trials, seed, run)
     else:

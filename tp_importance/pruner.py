@@ -16,7 +16,7 @@ from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
 from .cost import CostModel
 from .curves import Curve, value_curves
-from .groups import PrunableGroups, build_groups, prunable_groups
+from .groups import PrunableGroups, Verifier, build_groups, prunable_groups
 from .guards import preserved, transaction
 from .importance import StatisticalImportance
 from .observe import LabelFn
@@ -93,7 +93,7 @@ class BudgetPruner:
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         output_transform: Callable[[Any], Any] | None = None,
         label_fn: LabelFn | None = None,
-        verify: bool = True,
+        verify: bool | Verifier = True,
         progress: bool = False,
     ) -> None:
         self.budget = _checked(budget)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,6 +19,7 @@ from ..budget import Budget
 from ..cost import COST_FIELDS, CostModel
 from ..curves import Curve
 from ..errors import SearchSpaceError
+from ..files import written_at_once
 from ..program import ProgramAllocator, implied_weights
 from ..pruner import BudgetPruner
 from .methods import Job, find_method, own_allocator, value_network
@@ -95,10 +95,11 @@ class BudgetProblem:
             if method.make is None:
                 raise SearchSpaceError(f"method {method.name!r} takes no widths per group; leave it out of this search")
         clone, options = copy.deepcopy((model, pruner_options))
-        pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **options)
+        store = None if statistics is None else CurveStore(statistics, model)
+        arguments = Job(clone, example_inputs, loader, budget, store=store, pruner_options=options).arguments
+        pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **arguments)
         cost, space, limits = pruner.cost_model, pruner.space, budget.limits(pruner.dense)
         require_reachable(cost, space, limits)
-        store = None if statistics is None else CurveStore(statistics, model)
         losses, starts = {}, {}
         for name, method in chosen.items():
             job = Job(clone, example_inputs, loader, budget, given[name], store=store, loss_fn=loss_fn)
@@ -183,10 +184,8 @@ class BudgetProblem:
             "starts": {name: units.tolist() for name, units in self.starts.items()},
             "options": self.options,
         }
-        target = Path(path)
-        temporary = target.with_name(f".{uuid4().hex}.json")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(target)
+        with written_at_once(path) as file:
+            file.write(json.dumps(content).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BudgetProblem:
