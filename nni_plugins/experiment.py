@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tp_importance.automl.space import parameters_noted
+
 from ._compat import import_nni, patient_launcher
 
 __all__ = ["experiment_running", "nni_trial", "run_experiment", "trial_table"]
@@ -38,7 +40,8 @@ def nni_trial(run: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> dict[s
     params = nni.get_next_parameter()
     if params is None:
         raise RuntimeError("NNI gives no parameters: run this as the trial_command of an experiment")
-    found = {name: float(value) for name, value in run(params).items()}
+    with parameters_noted(params):
+        found = {name: float(value) for name, value in run(params).items()}
     nni.report_final_result(found)
     return found
 
@@ -50,15 +53,14 @@ def experiment_running(
     """Start an experiment, and stop it whatever happens: at the end, on an exception, on Ctrl-C, on SIGTERM.
 
     NNI's own ``Experiment.run`` leaves its server running when Python is killed or an exception passes by. Here the
-    server watches Python, and stops within seconds if that is gone.
+    server watches Python and stops by itself, with its trials, if that is gone.
 
     Args:
         experiment: an ``nni.experiment.Experiment``.
         port: of the web page; default: a free one.
         loopback: let the server listen on 127.0.0.1 only; NNI itself listens on all interfaces and knows no setting.
-        resume: go on with an experiment that was stopped or killed: ``Experiment(None, id)``, or one with its old
-            working directory as ``config.experiment_working_directory``. NNI takes everything else of the
-            configuration from its database. Trials that were running are run again.
+        resume: go on with an experiment that was stopped or killed, ``Experiment(None, id)``. NNI takes the
+            configuration from its database. Trials that were running are run again, no result is lost.
 
     Yields:
         The experiment; its web page is at ``http://127.0.0.1:{experiment.port}``.

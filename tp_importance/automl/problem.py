@@ -25,6 +25,7 @@ from ..pruner import BudgetPruner
 from .methods import Job, find_method, own_allocator, value_network
 from .space import Choice, Int, Parameter, SearchSpace
 from .statistics import CurveStore
+from .trial import checked_number
 
 __all__ = ["BudgetProblem"]
 
@@ -157,7 +158,11 @@ class BudgetProblem:
         Raises:
             SearchSpaceError: if a group is missing or unknown, or a width is not admissible.
         """
-        found = {k.removeprefix("width:"): int(v) for k, v in params.items() if k.startswith("width:")}
+        found = {
+            key.removeprefix("width:"): int(checked_number(key, "width", value))
+            for key, value in params.items()
+            if key.startswith("width:")
+        }
         if set(found) != set(self.cost.names):
             odd = sorted(set(found).symmetric_difference(self.cost.names))
             raise SearchSpaceError(f"the parameters and the search problem differ in the groups {odd}")

@@ -121,22 +121,26 @@ class BudgetSearch:
         Raises:
             SearchExhaustedError: if nothing new is found.
         """
-        if not self._queue and not self._crossed:
-            self._cross()
-        while self._queue:
+        while self._queue or not self._crossed:
+            if not self._queue:
+                self._cross()
+                continue
             key = self._queue.pop(0)
             if key not in self._results and key not in self._pending:
                 self._pending[key] = None
                 return self.problem.params(key[0], key[1])
         for attempt in range(400):
-            if self._optimiser is None or self._optimiser.finished or attempt % 40 == 39:
-                self._optimiser = self._started(wider=1 + attempt // 40)
+            again = attempt % 20 == 19  # nothing but known widths: look further away
+            if self._optimiser is None or self._optimiser.finished or again:
+                self._optimiser = self._started(wider=1 + (attempt + 1) // 20)
             handle, log_weights = self._optimiser.ask()
             key = _key(self._method, self.problem.project(np.exp(np.clip(log_weights, -30.0, 30.0)), self._method))
             if key in self._results:
                 self._optimiser.tell(handle, self._rank(self._results[key]))
             elif key not in self._pending:
                 self._pending[key] = (self._runs, handle)
+                if attempt >= 19 and self._optimiser.remembers:
+                    self._optimiser = None
                 return self.problem.params(key[0], key[1])
         raise SearchExhaustedError(
             f"after {len(self._results)} trials no other widths on the budget were found; the search is done"
@@ -199,7 +203,7 @@ class BudgetSearch:
         """The optimiser, at the best widths so far."""
         self._method, units = self._best_key()
         told = [(self._log_weights(key[1]), self._rank(value)) for key, value in self._results.items()]
-        settings = Settings(self._log_weights(units), told, self.sigma * wider, self.population, self.seed + self._runs)
+        settings = Settings(self._log_weights(units), told, wider, self.sigma, self.population, self.seed + self._runs)
         self._runs += 1
         return STRATEGIES[self.strategy](settings)
 

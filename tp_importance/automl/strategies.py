@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -27,13 +28,15 @@ class Settings:
     Attributes:
         start: log α of the best widths so far, shape (G,).
         told: all (log α, value) so far, larger values are better.
-        sigma: first standard deviation of log α, of CMA-ES.
+        wider: above 1 where nothing new was found: how much wider to look.
+        sigma: first standard deviation of log α, of CMA-ES, for ``wider=1``.
         population: of CMA-ES.
         seed: of the random numbers.
     """
 
     start: Floats
     told: Sequence[tuple[Floats, float]] = ()
+    wider: int = 1
     sigma: float = 0.5
     population: int | None = None
     seed: int = 0
@@ -84,7 +87,7 @@ class CMAES:
         size = max(len(mean), 2)  # cmaes wants two dimensions; the second then does nothing
         self._optimiser = optional_import("cmaes").CMA(
             mean=np.pad(mean, (0, size - len(mean))),
-            sigma=settings.sigma,
+            sigma=settings.sigma * settings.wider,
             population_size=settings.population,
             seed=settings.seed,
         )
@@ -108,7 +111,8 @@ class CMAES:
 class TPE:
     """The tree-structured Parzen estimator (Bergstra et al. 2011) of Optuna, over log α in ± log 20.
 
-    It learns from everything told so far; with fewer than ten results it draws uniformly (Optuna's default).
+    It learns from everything told so far. With fewer than ten results (Optuna's default), and for ``wider > 1``, it
+    draws uniformly.
 
     Raises:
         MissingPackageError: without Optuna; names the extra.
@@ -131,7 +135,8 @@ class TPE:
         self._space = {
             str(i): optuna.distributions.FloatDistribution(-REACH, REACH) for i in range(len(settings.start))
         }
-        sampler = optuna.samplers.TPESampler(seed=settings.seed, constant_liar=True)
+        first = 10 if settings.wider == 1 else sys.maxsize
+        sampler = optuna.samplers.TPESampler(n_startup_trials=first, seed=settings.seed, constant_liar=True)
         pruner = optuna.pruners.NopPruner()
         level, _ = optuna.logging.get_verbosity(), optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
