@@ -41,7 +41,7 @@ class BudgetTuner(_Tuner):
         seed: see :class:`~tp_importance.automl.BudgetSearch`.
 
     Raises:
-        MissingPackageError: without the package ``cmaes``; names the extra.
+        MissingPackageError: without the package of the strategy, Optuna or ``cmaes``; names the extra.
         ValueError: for bad arguments or a file that is no search problem.
     """
 
