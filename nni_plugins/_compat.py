@@ -27,6 +27,7 @@ __all__ = [
     "legacy_tracer_shim",
     "patient_launcher",
     "report_resumed_trials",
+    "report_tuner_errors",
 ]
 
 SUPPORTED_NNI = "3.0"
@@ -202,3 +203,24 @@ def report_resumed_trials(tuner: Any) -> None:
 
     module.MsgDispatcher.handle_add_customized_trial = handle_add_customized_trial
     module.MsgDispatcher.handle_trial_end = handle_trial_end
+
+
+def report_tuner_errors() -> None:
+    """Let an error of the tuner end the experiment; changes NNI for good, so only for NNI's tuner process.
+
+    NNI 3.0 writes it to a log, and the thread that hears of new commands waits for one more: after a wrong search
+    space for ever.
+
+    Source: ``nni/runtime/msg_dispatcher_base.py`` of NNI 3.0.
+    """
+    base: Any = import_nni("nni.runtime.msg_dispatcher_base").MsgDispatcherBase
+    process = base.process_command
+
+    def process_command(self: Any, command: Any, data: Any) -> None:
+        try:
+            process(self, command, data)
+        except Exception as error:
+            self.report_error(f"{type(error).__name__}: {error}")
+            raise
+
+    base.process_command = process_command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -116,7 +117,7 @@ def run_experiment(
         One row per trial, see :func:`trial_table`.
 
     Raises:
-        RuntimeError: if the experiment itself ends in an error, of its tuner say; names the log folder.
+        RuntimeError: if the experiment itself ends in an error, of its tuner say; gives the reason and the log folder.
         TimeoutError: if no trial ended in the time.
     """
     with experiment_running(experiment, port=port, loopback=loopback, resume=resume) as running:
@@ -125,7 +126,7 @@ def run_experiment(
             status, rows = running.get_status(), trial_table(running)
             if status == "ERROR":
                 log = Path(running.config.canonical_copy().experiment_working_directory, running.id, "log")
-                raise RuntimeError(f"the experiment ended in an error: see {log}/dispatcher.log and nnimanager.log")
+                raise RuntimeError(f"the experiment ended in an error{_reason(log)}; see the logs in {log}")
             if status in ("DONE", "STOPPED") or (until is not None and until(rows)):
                 return rows
             if time.monotonic() > end:
@@ -164,6 +165,13 @@ def trial_table(experiment: Any) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: (row["sequence"] is None, row["sequence"], row["id"]))
+
+
+def _reason(log: Path) -> str:
+    """What the tuner said last, if it was the tuner."""
+    text = (log / "nnimanager.log").read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"Dispatcher error: (.+)", text)
+    return f": {found[-1]}" if found else ""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from tp_importance.automl import BudgetProblem, BudgetSearch, SearchExhaustedErr
 from tp_importance.errors import SearchSpaceError
 from tp_importance.files import written_at_once
 
-from ._compat import import_nni, report_resumed_trials
+from ._compat import import_nni, report_resumed_trials, report_tuner_errors
 
 __all__ = ["BudgetTuner", "BudgetTunerValidator", "register_tuner", "registered_tuner", "unregister_tuner"]
 
@@ -57,6 +58,8 @@ class BudgetTuner(_Tuner):
         if optimize_mode not in ("maximize", "minimize"):
             raise ValueError(f"optimize_mode={optimize_mode!r} is unknown; choose 'maximize' or 'minimize'")
         super().__init__()
+        if os.environ.get("SDK_PROCESS") == "dispatcher":
+            report_tuner_errors()
         self.search = BudgetSearch(
             BudgetProblem.load(problem), strategy=strategy, sigma=sigma, population=population, seed=seed
         )
