@@ -50,7 +50,7 @@ class BudgetTuner(_Tuner):
         self,
         problem: str,
         optimize_mode: str = "maximize",
-        strategy: str = "cmaes",
+        strategy: str = "tpe",
         sigma: float = 0.5,
         population: int | None = None,
         seed: int = 0,

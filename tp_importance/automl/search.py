@@ -70,7 +70,7 @@ class BudgetSearch:
         self,
         problem: BudgetProblem,
         *,
-        strategy: str = "cmaes",
+        strategy: str = "tpe",
         sigma: float = 0.5,
         population: int | None = None,
         seed: int = 0,
