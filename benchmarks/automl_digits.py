@@ -121,19 +121,20 @@ def optuna_search(space: SearchSpace, trials: int, seed: int, run: Run) -> list[
     return rows
 
 
-def tuner_search(job: Task, limit: float, trials: int, seed: int, run: Run) -> list[dict[str, float]]:
+def tuner_search(job: Task, strategy: str, limit: float, trials: int, seed: int, run: Run) -> list[dict[str, float]]:
     path = job.folder / f"problem-{limit}.json"
     problem = BudgetProblem.prepare(
         job.model, job.x, job.calibration, budget=Budget(macs=limit), methods=METHODS, statistics=job.folder
     )
     problem.save(path)
-    tuner = BudgetTuner(str(path), seed=seed)
+    tuner = BudgetTuner(str(path), strategy=strategy, seed=seed)
     tuner.update_search_space(problem.search_space().to_nni())
     return ask_and_tell(tuner, trials, run)
 
 
+TUNERS = {"PruningBudget, TPE": "tpe", "PruningBudget, CMA-ES": "cmaes"}  # the first is the default
 ARMS = (
-    "PruningBudget tuner",
+    *TUNERS,
     "NNI Random, raw",
     "NNI TPE, raw",
     "Optuna TPE, raw",
@@ -157,8 +158,8 @@ def search(arm: str, limit: float, trials: int, seed: int) -> dict[str, Any]:
     per_group = "weight" if arm.endswith("weights") else "ratio"
     space = search_space(job.groups, methods=["catro"], options=False, per_group=per_group)
     run = partial(limited, job, limit=limit, dense=full, scaled=not arm.endswith("raw"))
-    if arm == ARMS[0]:
-        rows = tuner_search(job, limit, trials, seed, run)
+    if arm in TUNERS:
+        rows = tuner_search(job, TUNERS[arm], limit, trials, seed, run)
     elif arm.startswith("NNI"):
         rows = nni_search(arm.split()[1].rstrip(","), space, trials, seed, run)
     else:
@@ -234,16 +235,30 @@ def plot(cell: dict[str, Any], path: Path) -> None:
 def table(results: dict[str, Any]) -> str:
     cells = [flat(cell) for cell in results["cells"] if cell["key"]["part"] == "budget"]
     rows = []
+    ours = {c["seed"]: c for c in cells if c["arm"] == ARMS[0]}
     for arm in ARMS:
         mine = [c for c in cells if c["arm"] == arm]
         if mine:
-            test, seen = ([c[key] for c in mine] for key in ("test", "validation"))
-            spread = [f"{np.median(v):.1f} ({min(v):.1f}–{max(v):.1f})" for v in (test, seen)]
-            ours = {c["seed"]: c["validation"] for c in cells if c["arm"] == ARMS[0]}
-            wins = sum(ours.get(c["seed"], -1) > c["validation"] for c in mine)
-            share = np.mean([c["within"] / len(c["curve"]) for c in mine])
-            rows.append([arm, *spread, f"{share:.0%}", f"{wins} of {len(mine)}" if arm != ARMS[0] else "", len(mine)])
-    text = markdown(["search", "test top-1", "validation top-1", "within budget", "tuner better", "repeats"], rows)
+            row: list[Any] = [arm]
+            for key in ("test", "validation"):
+                values = [c[key] for c in mine]
+                row.append(f"{np.median(values):.1f} ({min(values):.1f}–{max(values):.1f})")
+            row.append(f"{np.mean([c['within'] / len(c['curve']) for c in mine]):.0%}")
+            for key in ("test", "validation"):
+                pairs = [ours[c["seed"]][key] - c[key] for c in mine if c["seed"] in ours]
+                error = np.std(pairs, ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else np.nan
+                row.append(f"{np.mean(pairs):+.1f} ± {error:.1f}" if pairs and arm != ARMS[0] else "")
+            rows.append([*row, len(mine)])
+    header = [
+        "search",
+        "test top-1",
+        "validation top-1",
+        "within budget",
+        "tuner minus it, test",
+        "validation",
+        "repeats",
+    ]
+    text = markdown(header, rows)
     for cell in results["cells"]:
         if cell["key"]["part"] == "pareto":
             front = [

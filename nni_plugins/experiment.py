@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from tp_importance.automl.space import parameters_noted
 
 from ._compat import import_nni, patient_launcher
 
@@ -38,7 +41,8 @@ def nni_trial(run: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> dict[s
     params = nni.get_next_parameter()
     if params is None:
         raise RuntimeError("NNI gives no parameters: run this as the trial_command of an experiment")
-    found = {name: float(value) for name, value in run(params).items()}
+    with parameters_noted(params):
+        found = {name: float(value) for name, value in run(params).items()}
     nni.report_final_result(found)
     return found
 
@@ -49,38 +53,41 @@ def experiment_running(
 ) -> Iterator[Any]:
     """Start an experiment, and stop it whatever happens: at the end, on an exception, on Ctrl-C, on SIGTERM.
 
-    NNI's own ``Experiment.run`` leaves its server running when Python is killed or an exception passes by.
+    NNI's own ``Experiment.run`` leaves its server running when Python is killed or an exception passes by. Here the
+    server watches Python and stops by itself, with its trials, if that is gone.
 
     Args:
         experiment: an ``nni.experiment.Experiment``.
         port: of the web page; default: a free one.
         loopback: let the server listen on 127.0.0.1 only; NNI itself listens on all interfaces and knows no setting.
-        resume: go on with a stopped experiment.
+        resume: go on with an experiment that was stopped or killed, ``Experiment(None, id)``. NNI takes the
+            configuration from its database. Trials that were running are run again, no result is lost.
 
     Yields:
         The experiment; its web page is at ``http://127.0.0.1:{experiment.port}``.
 
     Raises:
-        RuntimeError: if the server is still alive after it was stopped and killed.
+        RuntimeError: if an experiment to be resumed still runs, or if a process of the experiment is still alive after
+            it was stopped and killed.
     """
-    process: Any = None
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _exit) if main else None
     try:
+        if resume:
+            _end_orphans(experiment.id)
         with _preloaded(loopback), patient_launcher():
             chosen = _free_port() if port is None else port
             if resume:
                 experiment.resume(chosen, wait_completion=False)
             else:
                 experiment.start(chosen)
-        process = experiment._proc
         yield experiment
     finally:
-        process = process or experiment._proc
+        family = _family(experiment.id)  # the server may be there and NNI not know it yet
         try:
             experiment.stop()
         finally:
-            _end(process)
+            _end([*family, *_family(experiment.id)])
             if main:
                 signal.signal(signal.SIGTERM, before)
 
@@ -110,7 +117,7 @@ def run_experiment(
         One row per trial, see :func:`trial_table`.
 
     Raises:
-        RuntimeError: if the experiment itself ends in an error, of its tuner say; names the log folder.
+        RuntimeError: if the experiment itself ends in an error, of its tuner say; gives the reason and the log folder.
         TimeoutError: if no trial ended in the time.
     """
     with experiment_running(experiment, port=port, loopback=loopback, resume=resume) as running:
@@ -119,7 +126,7 @@ def run_experiment(
             status, rows = running.get_status(), trial_table(running)
             if status == "ERROR":
                 log = Path(running.config.canonical_copy().experiment_working_directory, running.id, "log")
-                raise RuntimeError(f"the experiment ended in an error: see {log}/dispatcher.log and nnimanager.log")
+                raise RuntimeError(f"the experiment ended in an error{_reason(log)}; see the logs in {log}")
             if status in ("DONE", "STOPPED") or (until is not None and until(rows)):
                 return rows
             if time.monotonic() > end:
@@ -133,7 +140,8 @@ def trial_table(experiment: Any) -> list[dict[str, Any]]:
     """The trials of a running experiment: ``sequence``, ``id``, ``status``, ``seconds``, ``params``, ``metrics``.
 
     NNI hands out parameters in the order in which trials ask for them: if one dies before that, the next gets its
-    parameters, and NNI's web page shows others. Here they are those the result was reported for.
+    parameters, and NNI's web page shows others. Here they are those the result was reported for. In an experiment that
+    was resumed two trials may have the same ``sequence``; ``id`` belongs to one only.
     """
     load, jobs, rows = import_nni().load, experiment.list_trial_jobs(), []
     known = {str(p.parameter_id): p.parameters for job in jobs for p in job.hyperParameters or ()}
@@ -144,7 +152,8 @@ def trial_table(experiment: Any) -> list[dict[str, Any]]:
         final = job.finalMetricData[0].data if job.finalMetricData else {}
         while isinstance(final, str):  # JSON, wrapped once or twice
             final = load(final)
-        taken = (job.endTime - job.startTime) / 1000 if job.endTime and job.startTime else None
+        ended = job.endTime and job.endTime > 0  # -1 while it runs
+        taken = (job.endTime - job.startTime) / 1000 if ended and job.startTime else None
         rows.append(
             {
                 "sequence": job.sequenceId,
@@ -155,7 +164,14 @@ def trial_table(experiment: Any) -> list[dict[str, Any]]:
                 "metrics": dict(final) if isinstance(final, dict) else {"default": float(final)},
             }
         )
-    return sorted(rows, key=lambda row: (row["sequence"] is None, row["sequence"]))
+    return sorted(rows, key=lambda row: (row["sequence"] is None, row["sequence"], row["id"]))
+
+
+def _reason(log: Path) -> str:
+    """What the tuner said last, if it was the tuner."""
+    text = (log / "nnimanager.log").read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"Dispatcher error: (.+)", text)
+    return f": {found[-1]}" if found else ""
 
 
 @contextmanager
@@ -185,20 +201,49 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end(process: Any) -> None:
-    """Make sure that the server, and what it has started, is gone."""
-    if process is None:
-        return
+def _server(name: str) -> Any:
+    """The server of an experiment, or None."""
     psutil = import_nni("psutil")
-    with suppress(psutil.NoSuchProcess):
-        server = psutil.Process(process.pid)
-        family = [server, *server.children(recursive=True)]
-        with suppress(Exception):
-            process.wait(timeout=20)
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        _, alive = psutil.wait_procs(family, timeout=10)
-        alive = [member for member in alive if member.status() != psutil.STATUS_ZOMBIE]
-        if alive:
-            raise RuntimeError(f"processes {[member.pid for member in alive]} of the experiment cannot be ended")
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "--experiment-id" in words[:-1] and words[words.index("--experiment-id") + 1] == name:
+            return process
+    return None
+
+
+def _family(name: str) -> list[Any]:
+    """All processes of an experiment: its server, its tuner, its trials; also if their parents are gone."""
+    psutil = import_nni("psutil")
+    server = _server(name)
+    found = set() if server is None else {server}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # gone, or not ours
+            given = process.environ()
+            if given.get("NNI_EXP_ID") == name or f"/{name}/log" in given.get("NNI_LOG_DIRECTORY", ""):
+                found.add(process)
+    for process in list(found):
+        with suppress(psutil.Error):
+            found |= set(process.children(recursive=True))
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def _end(family: list[Any]) -> None:
+    """Make sure that processes are gone."""
+    psutil = import_nni("psutil")
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    alive = [member for member in alive if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+    if alive:
+        raise RuntimeError(f"processes {[member.pid for member in alive]} of the experiment cannot be ended")
+
+
+def _end_orphans(name: str, seconds: float = 60) -> None:
+    """What a killed server has left behind; a server that lost its Python ends itself, which takes a moment."""
+    end = time.monotonic() + seconds
+    while (server := _server(name)) is not None:
+        if time.monotonic() > end:
+            raise RuntimeError(f"experiment {name} still runs (process {server.pid}): nnictl stop {name}")
+        time.sleep(0.5)
+    _end(_family(name))

@@ -21,4 +21,14 @@ global.setTimeout = function (fn, ms, ...rest) {
 };
 Object.defineProperties(global.setTimeout, Object.getOwnPropertyDescriptors(later));
 
+// It outlives a Python that is killed, and goes on with its trials.
+const parent = process.ppid;
+const watch = setInterval(() => {
+    if (process.ppid !== parent) {
+        clearInterval(watch);
+        process.kill(process.pid, 'SIGTERM');
+    }
+}, 1000);
+watch.unref();
+
 delete process.env.NODE_OPTIONS; // not for the trials

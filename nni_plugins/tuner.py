@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tp_importance.automl import BudgetProblem, BudgetSearch, SearchExhaustedError, flatten
 from tp_importance.errors import SearchSpaceError
+from tp_importance.files import written_at_once
 
-from ._compat import import_nni
+from ._compat import import_nni, report_resumed_trials, report_tuner_errors
 
 __all__ = ["BudgetTuner", "BudgetTunerValidator", "register_tuner", "registered_tuner", "unregister_tuner"]
 
+CHECKPOINT = "pruning_budget.json"
 NAME = "PruningBudget"
 """How experiments call the tuner once it is registered: ``config.tuner.name = "PruningBudget"``."""
 
@@ -24,15 +30,19 @@ _scalar: Any = import_nni("nni.utils").extract_scalar_reward
 class BudgetTuner(_Tuner):
     """Tuner whose proposals are widths that keep the budget, see :class:`~tp_importance.automl.BudgetSearch`.
 
+    When an experiment is resumed, NNI hands over the results there are. The trials that failed come from a file in the
+    experiment's folder; those that run again are not proposed meanwhile.
+
     Args:
         problem: JSON file that :meth:`tp_importance.automl.BudgetProblem.save` wrote.
+        strategy: see :class:`~tp_importance.automl.BudgetSearch`.
         optimize_mode: ``"maximize"`` or ``"minimize"`` the trials' ``default``.
         sigma: see :class:`~tp_importance.automl.BudgetSearch`.
         population: see :class:`~tp_importance.automl.BudgetSearch`.
         seed: see :class:`~tp_importance.automl.BudgetSearch`.
 
     Raises:
-        MissingPackageError: without the package ``cmaes``; names the extra.
+        MissingPackageError: without the package of the strategy, Optuna or ``cmaes``; names the extra.
         ValueError: for bad arguments or a file that is no search problem.
     """
 
@@ -40,15 +50,23 @@ class BudgetTuner(_Tuner):
         self,
         problem: str,
         optimize_mode: str = "maximize",
+        strategy: str = "tpe",
         sigma: float = 0.5,
         population: int | None = None,
         seed: int = 0,
     ) -> None:
         if optimize_mode not in ("maximize", "minimize"):
             raise ValueError(f"optimize_mode={optimize_mode!r} is unknown; choose 'maximize' or 'minimize'")
-        self.search = BudgetSearch(BudgetProblem.load(problem), sigma=sigma, population=population, seed=seed)
+        super().__init__()
+        if os.environ.get("SDK_PROCESS") == "dispatcher":
+            report_tuner_errors()
+        self.search = BudgetSearch(
+            BudgetProblem.load(problem), strategy=strategy, sigma=sigma, population=population, seed=seed
+        )
         self._sign = 1.0 if optimize_mode == "maximize" else -1.0
         self._running: dict[int, dict[str, Any]] = {}
+        self._lock = threading.RLock()  # NNI reports the end of trials from another thread
+        self.next_parameter_id = 0
 
     def update_search_space(self, search_space: dict[str, Any]) -> None:
         """Check that the experiment's search space is that of the problem; the proposals come from the problem.
@@ -74,27 +92,59 @@ class BudgetTuner(_Tuner):
         Raises:
             nni.NoMoreTrialError: if there are none.
         """
-        try:
-            self._running[parameter_id] = self.search.ask()
-        except SearchExhaustedError as error:
-            raise _nni.NoMoreTrialError(str(error)) from error
-        return self._running[parameter_id]
+        with self._lock:
+            try:
+                self._running[parameter_id] = self.search.ask()
+            except SearchExhaustedError as error:
+                raise _nni.NoMoreTrialError(str(error)) from error
+            self.next_parameter_id = max(self.next_parameter_id, parameter_id + 1)
+            self.save_checkpoint()
+            return self._running[parameter_id]
 
     def receive_trial_result(self, parameter_id: int, parameters: dict[str, Any], value: Any, **kwargs: Any) -> None:
         """Learn from a trial."""
-        self._running.pop(parameter_id, None)
-        self.search.tell(parameters, self._sign * _scalar(value))
+        with self._lock:
+            self._running.pop(parameter_id, None)
+            self.search.tell(parameters, self._sign * _scalar(value))
 
     def trial_end(self, parameter_id: int, success: bool, **kwargs: Any) -> None:
-        """Learn from a trial that ended without a result: it failed."""
-        left = self._running.pop(parameter_id, None)
-        if left is not None:
-            self.search.tell(left, None)
+        """Learn from a trial that failed; the result of one that succeeded may be still on its way."""
+        with self._lock:
+            left = self._running.pop(parameter_id, None)
+            if left is not None and not success:
+                self.search.tell(left, None)
+                self.save_checkpoint()
 
     def import_data(self, data: list[Any]) -> None:
         """Take over the results of earlier trials, as NNI does when an experiment is resumed."""
-        for entry in data:
-            self.search.tell(flatten(entry["parameter"]), self._sign * _scalar(entry["value"]))
+        with self._lock:
+            for entry in data:
+                self.search.tell(flatten(entry["parameter"]), self._sign * _scalar(entry["value"]))
+
+    def resume_trials(self, running: Mapping[int, dict[str, Any]]) -> None:
+        """Trials of an earlier run that NNI runs again, by the number of their parameters."""
+        with self._lock:
+            for parameter_id, parameters in running.items():
+                self.search.expect(parameters)
+                self._running[parameter_id] = flatten(parameters)
+
+    def save_checkpoint(self) -> None:
+        """Write what NNI does not hand over when an experiment is resumed."""
+        if (folder := self.get_checkpoint_path()) is not None:  # None outside an experiment
+            failed = [params for params, value in self.search.history if value is None]
+            content = {"next_parameter_id": self.next_parameter_id, "failed": failed}
+            with written_at_once(Path(folder, CHECKPOINT)) as file:
+                file.write(json.dumps(content).encode())
+
+    def load_checkpoint(self) -> None:
+        """Read it; NNI calls this in a resumed experiment, before anything else."""
+        report_resumed_trials(self)
+        path = Path(self.get_checkpoint_path() or "", CHECKPOINT)
+        if path.is_file():  # else it was stopped before the first trial
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self.next_parameter_id = content["next_parameter_id"]
+            for parameters in content["failed"]:
+                self.search.tell(parameters, None)
 
 
 class BudgetTunerValidator(_nni.ClassArgsValidator):
@@ -110,7 +160,7 @@ class BudgetTunerValidator(_nni.ClassArgsValidator):
             BudgetTuner(**kwargs)
         except TypeError as error:
             raise ValueError(
-                f"class_args of {NAME}: {error}; it takes problem, optimize_mode, sigma, population, seed"
+                f"class_args of {NAME}: {error}; it takes problem, optimize_mode, strategy, sigma, population, seed"
             ) from error
 
 

@@ -137,6 +137,7 @@ def test_widths_ratios_and_weights():
         ({"method": "resconv", "ratio:0.0": 0.5}, SearchSpaceError, "takes no widths"),
         ({"method": "psap_training"}, ValueError, "pass train="),
         ({"budget:macs": 0.0001}, BudgetError, "cannot be reached"),
+        ({"allocator": "gready"}, ValueError, "gready"),
     ],
 )
 def test_errors_carry_the_parameters(params, error, match):
@@ -251,6 +252,31 @@ def test_statistics_are_collected_once(tmp_path):
         CurveStore(tmp_path, model).get("x", {}, lambda: pytest.fail("collected"))
 
 
+def test_groups_are_verified_once(tmp_path, monkeypatch):
+    verdicts = []
+
+    def verify(groups, example_inputs):
+        verdicts.append({groups.names[0]: "a test says so"})
+        return verdicts[-1]
+
+    monkeypatch.setattr("tp_importance.automl.statistics.verify_groups", verify)
+    model, kept = network(), []
+    first = prunable_groups(model, X, verify=False).names[0]
+    for _ in range(2):
+        run(model, {"method": "magnitude"}, statistics=tmp_path, keep=kept.append)
+        assert len(verdicts) == 1 and kept[-1].get_submodule(first).out_channels == 8
+    run(model, {"method": "magnitude"}, statistics=tmp_path, verify=False, keep=kept.append)
+    assert len(verdicts) == 1 and kept[-1].get_submodule(first).out_channels < 8
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    run(model, {"method": "magnitude"}, statistics=tmp_path)
+    assert len(verdicts) == 2
+    for path in tmp_path.glob("verified-*.json"):
+        path.write_text("nonsense")
+    with pytest.raises(ValueError, match="delete it"):
+        run(model, {"method": "magnitude"}, statistics=tmp_path)
+
+
 @pytest.fixture
 def problem(tmp_path):
     names = ["catro", "itpruner", "magnitude"]
@@ -277,13 +303,14 @@ def test_unreachable_budgets_are_refused():
         BudgetProblem.prepare(network(), X, budget=Budget(macs=0.001), methods=["magnitude"])
 
 
-def test_search_keeps_the_budget_never_repeats_and_improves(problem):
+@pytest.mark.parametrize("strategy", ["tpe", "cmaes"])
+def test_search_keeps_the_budget_never_repeats_and_improves(problem, strategy):
     goal = problem.project(np.linspace(0.2, 5, len(problem.cost.names)), "catro")
 
     def value(params):
         return -float(np.abs(problem.units(params) - goal).sum()) + 1000 * (params["method"] == "catro")
 
-    search, seen = BudgetSearch(problem, seed=1), set()
+    search, seen = BudgetSearch(problem, strategy=strategy, seed=1), set()
     waiting = []
     for i in range(60):
         waiting.append(search.ask())
@@ -314,31 +341,46 @@ def test_search_resumes_from_told_results(problem):
     assert second.best == first.best
     with pytest.raises(SearchSpaceError):
         second.tell({"method": "catro", "width:x": 3}, 1.0)
+    with pytest.raises(SearchSpaceError, match="whole number"):
+        second.tell({**proposal, "width:0.0": 3.5}, 1.0)
     with pytest.raises(ValueError, match="finite"):
         second.tell(proposal, float("nan"))
 
 
-def test_search_of_one_group_ends():
+def test_search_leaves_out_what_runs_elsewhere(problem):
+    first, second = BudgetSearch(problem), BudgetSearch(problem)
+    proposals = [first.ask() for _ in range(4)]
+    for params in proposals[:3]:
+        second.expect(params)
+    assert second.ask() == proposals[3]
+    second.tell(proposals[0], 1.0)  # and what it gave comes later
+    assert second.best == (proposals[0], 1.0)
+
+
+@pytest.mark.parametrize("strategy", ["tpe", "cmaes"])
+def test_search_of_one_group_ends(strategy):
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 3))
-    search = BudgetSearch(BudgetProblem.prepare(net, X, budget=Budget(macs=0.5), methods=["magnitude"]))
+    problem = BudgetProblem.prepare(net, X, budget=Budget(macs=0.5), methods=["magnitude"])
+    search = BudgetSearch(problem, strategy=strategy)
     search.tell(search.ask(), 1.0)
     with pytest.raises(SearchExhaustedError):
         search.ask()
 
 
-@pytest.mark.parametrize("options", [{"sigma": 0}, {"population": 1}, {"seed": -1}])
+@pytest.mark.parametrize("options", [{"sigma": 0}, {"population": 1}, {"seed": -1}, {"strategy": "bayes"}])
 def test_search_checks_its_options(problem, options):
     with pytest.raises(ValueError):
         BudgetSearch(problem, **options)
 
 
 def test_missing_packages_name_the_extra(monkeypatch, problem):
-    for name in ("cmaes", "optuna.trial", "ray.tune"):
+    for name in ("cmaes", "optuna", "optuna.trial", "ray.tune"):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(MissingPackageError, match=r"tp-importance\[automl\]"):
             optional_import(name)
-    with pytest.raises(MissingPackageError, match="cmaes"):
-        BudgetSearch(problem)
+    for strategy, package in (("cmaes", "cmaes"), ("tpe", "optuna")):
+        with pytest.raises(MissingPackageError, match=package):
+            BudgetSearch(problem, strategy=strategy)
     with pytest.raises(MissingPackageError, match="ray"):
         SearchSpace((Parameter("a", Int(1, 2)),)).to_ray()
 
@@ -401,8 +443,11 @@ def test_ray_trainable_checks_and_reports(monkeypatch):
     assert trainable({"n": 2}) == {"default": 2.0, "macs": 20.0}
     with pytest.raises(SearchSpaceError):
         trainable({"n": 9})
+    with pytest.raises(RuntimeError, match="no luck") as caught:
+        trainable({"n": 3})
+    assert caught.value.__notes__ == ["parameters of the trial: {'n': 3}"]
 
-    class Tune:  # Ray itself is not installed here
+    class Tune:  # tests/test_ray.py has the real one, where it is installed
         choice, uniform, randint = (
             staticmethod(lambda *a, kind=k: (kind, *a)) for k in ("choice", "uniform", "randint")
         )

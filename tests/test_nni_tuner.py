@@ -9,6 +9,10 @@ from pathlib import Path
 import nni
 import pytest
 import torch
+from nni.experiment import Experiment
+from nni.experiment.config import CustomAlgorithmConfig
+from nni.runtime import msg_dispatcher
+from nni.tools.nnictl.config_utils import Experiments
 from nni.tools.package_utils import create_builtin_class_instance, get_algo_meta
 from nni.tools.package_utils.tuner_factory import create_validator_instance
 
@@ -34,7 +38,10 @@ def problem(tmp_path):
 
 @pytest.fixture
 def config_dir(tmp_path, monkeypatch):
+    """Nothing of the user's is touched: neither the registered algorithms nor the list of experiments."""
     monkeypatch.setenv("NNI_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(Experiments.__init__, "__defaults__", (str(tmp_path / "nni-experiments"),))
     return tmp_path / "config"
 
 
@@ -53,6 +60,36 @@ def test_tuner_learns_from_results_failures_and_earlier_runs(problem, tmp_path):
     later.import_data([{"parameter": p, "value": {"default": -v}} for p, v in tuner.search.history if v is not None])
     assert later.search.best == tuner.search.best
     assert later.generate_parameters(0) not in [p for p, v in tuner.search.history if v is not None]
+
+
+def test_tuner_resumes_with_failures_and_with_what_runs_again(problem, tmp_path, monkeypatch):
+    monkeypatch.setenv("NNI_CHECKPOINT_DIRECTORY", str(tmp_path))
+    for name in ("handle_add_customized_trial", "handle_trial_end"):
+        monkeypatch.setattr(msg_dispatcher.MsgDispatcher, name, getattr(msg_dispatcher.MsgDispatcher, name))
+    monkeypatch.setattr(msg_dispatcher, "_next_parameter_id", 0)
+    first = BudgetTuner(str(tmp_path / "problem.json"))
+    params = [first.generate_parameters(i) for i in range(5)]
+    first.trial_end(1, success=False)
+    first.receive_trial_result(4, params[4], 0.5)
+    first.trial_end(4, success=True)
+    first.trial_end(3, success=True)  # its result comes later
+    assert [value for _, value in first.search.history] == [None, 0.5]
+
+    second = BudgetTuner(str(tmp_path / "problem.json"))
+    dispatcher = msg_dispatcher.MsgDispatcher("ws://_unittest_", second)
+    dispatcher.load_checkpoint()
+    dispatcher.handle_import_data([{"parameter": params[4], "value": "0.5"}])
+    again = [{"parameter_id": i, "parameter_source": "resumed", "parameters": params[i]} for i in (0, 2)]
+    dispatcher.handle_add_customized_trial(again)
+    assert [value for _, value in second.search.history] == [None, 0.5]
+    assert msg_dispatcher._next_parameter_id == 5  # NNI alone would say 3, the number of another trial
+    metric = {"parameter_id": 0, "type": "FINAL", "value": "0.25", "trial_job_id": "a"}
+    dispatcher.handle_report_metric_data(metric)
+    for i, event in ((0, "SUCCEEDED"), (2, "FAILED")):
+        dispatcher.handle_trial_end({"trial_job_id": "a", "event": event, "hyper_params": nni.dump(again[i // 2])})
+    assert second.search.history[2:] == [(params[0], 0.25), (params[2], None)]
+    known = [params[i] for i in (0, 1, 2, 4)]
+    assert all(second.generate_parameters(5 + i) not in known for i in range(8))
 
 
 def test_tuner_ends_when_nothing_is_left(tmp_path):
@@ -79,6 +116,18 @@ def test_wrong_search_spaces_and_arguments(problem, tmp_path):
             check(**wrong)
     with pytest.raises(ValueError, match="optimize_mode"):
         BudgetTuner(path, optimize_mode="max")
+
+
+def test_a_failing_trial_carries_its_parameters(monkeypatch):
+    params = {"method": {"_name": "magnitude"}}
+    monkeypatch.setattr(nni, "get_next_parameter", lambda: params)
+    monkeypatch.setattr(nni, "report_final_result", lambda value: pytest.fail("reported"))
+    with pytest.raises(ZeroDivisionError) as caught:
+        nni_plugins.nni_trial(lambda params: {"default": 1 / 0})
+    assert caught.value.__notes__ == [f"parameters of the trial: {params}"]
+    monkeypatch.setattr(nni, "get_next_parameter", lambda: None)
+    with pytest.raises(RuntimeError, match="trial_command"):
+        nni_plugins.nni_trial(lambda params: {"default": 1.0})
 
 
 def test_registration_in_python_leaves_nothing_behind(problem, tmp_path, config_dir):
@@ -147,3 +196,20 @@ def test_a_real_experiment_survives_a_failing_trial_and_leaves_no_process(tmp_pa
         if row["status"] == "SUCCEEDED":
             assert 0 < row["metrics"]["default"] <= 100
             assert row["metrics"]["macs"] == problem.macs(problem.units(row["params"])) <= problem.limits["macs"]
+
+
+@pytest.mark.slow
+def test_a_wrong_search_space_ends_a_real_experiment_with_an_error(problem, tmp_path, config_dir):
+    before = servers()
+    experiment = Experiment("local")
+    experiment.config.experiment_working_directory = tmp_path / "experiments"
+    experiment.config.trial_code_directory = tmp_path
+    experiment.config.trial_command = "true"
+    experiment.config.trial_concurrency = 1
+    experiment.config.search_space = {"lr": {"_type": "uniform", "_value": [0, 1]}}
+    experiment.config.tuner = CustomAlgorithmConfig(
+        class_name="nni_plugins.BudgetTuner", class_args={"problem": str(tmp_path / "problem.json")}
+    )
+    with pytest.raises(RuntimeError, match=r"an error: SearchSpaceError: .* method is None, .*; see the logs in .*log"):
+        nni_plugins.run_experiment(experiment, seconds=200)
+    assert servers() <= before

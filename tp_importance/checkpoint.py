@@ -9,12 +9,12 @@ from itertools import chain
 from numbers import Integral
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
 from .batches import reference_tensor
+from .files import written_at_once
 
 __all__ = ["load_pruned", "register_rebuilt", "save_pruned"]
 
@@ -93,15 +93,8 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
             n: {"class": _class_name(m), "same_as": first[n], "config": _config(m)} for n, m in modules.items()
         },
     }
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_at_once(target) as file:
+        torch.save(content, file)
 
 
 def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:

@@ -27,6 +27,7 @@ __all__ = [
     "Excluded",
     "Member",
     "PrunableGroups",
+    "Verifier",
     "build_groups",
     "ignored_modules",
     "prunable_groups",
@@ -179,6 +180,9 @@ class PrunableGroups:
         return PrunableGroups(keep, self.excluded + gone, self.trace, self.options)
 
 
+Verifier = Callable[[PrunableGroups, Any], Mapping[str, str]]
+
+
 def prunable_groups(
     model: nn.Module,
     example_inputs: Any,
@@ -189,7 +193,7 @@ def prunable_groups(
     customized_pruners: Mapping[Any, Any] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     output_transform: Callable[[Any], Any] | None = None,
-    verify: bool = True,
+    verify: bool | Verifier = True,
 ) -> PrunableGroups:
     """Find the coupled channel groups of any network, and keep only those that can be pruned safely.
 
@@ -209,7 +213,8 @@ def prunable_groups(
         customized_pruners: as in Torch-Pruning.
         forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
         output_transform: applied to the network's output before tracing.
-        verify: compare masked and pruned copies (default). Costs one deep copy, one more trace and two passes.
+        verify: compare masked and pruned copies (default). Costs one deep copy, one more trace and two passes. Or a
+            function that knows the verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
 
     Returns:
         :class:`PrunableGroups`.
@@ -235,7 +240,9 @@ def prunable_groups(
         [p for p in ignored_layers or () if isinstance(p, nn.Parameter)],
     )
     groups = build_groups(trace(model, example_inputs, options), ignored_layers, num_heads, options)
-    return groups.exclude(verify_groups(groups, example_inputs)) if verify and len(groups) else groups
+    if not verify or not len(groups):
+        return groups
+    return groups.exclude((verify if callable(verify) else verify_groups)(groups, example_inputs))
 
 
 def build_groups(

@@ -19,7 +19,7 @@ from .compensation import Compensation
 from .compensation import compensate as compensate_readers
 from .cost import LATENCY, CostModel
 from .curves import Curve, value_curves
-from .groups import PrunableGroups, build_groups, prunable_groups
+from .groups import PrunableGroups, Verifier, build_groups, prunable_groups
 from .guards import preserved, transaction, written
 from .importance import StatisticalImportance
 from .latency_model import LatencyModel
@@ -103,7 +103,7 @@ class BudgetPruner:
         output_transform: Callable[[Any], Any] | None = None,
         label_fn: LabelFn | None = None,
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
-        verify: bool = True,
+        verify: bool | Verifier = True,
         progress: bool = False,
     ) -> None:
         self.budget = _checked(budget)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .batches import to_model
 from .budget import Budget, Cost
-from .groups import PrunableGroups
+from .groups import PrunableGroups, Verifier
 from .pruner import BudgetPruner
 from .psap_history import PSAPHistory
 from .psap_importance import PSAPImportance
@@ -61,7 +61,7 @@ class PSAPPruner:
         customized_pruners: as in Torch-Pruning.
         forward_fn: ``forward_fn(model, example_inputs)``.
         output_transform: as in Torch-Pruning.
-        verify: leave out groups for which removal is not masking.
+        verify: as for :func:`~tp_importance.groups.prunable_groups`.
 
     Raises:
         BudgetError: if the budget cannot be reached within ``max_pruning_ratio``.
@@ -105,7 +105,7 @@ class PSAPPruner:
         customized_pruners: Mapping[Any, Any] | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         output_transform: Callable[[Any], Any] | None = None,
-        verify: bool = True,
+        verify: bool | Verifier = True,
     ) -> None:
         if isinstance(budget, Budget):
             budget.require_counted("PSAP's schedule")

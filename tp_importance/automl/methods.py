@@ -74,7 +74,7 @@ class Job:
         recalibrate: re-estimate batch norms on the loader after surgery.
         store: shared statistics, or None.
         loss_fn: for criteria that need gradients.
-        pruner_options: further arguments of the pruner, such as ``ignored_layers``.
+        pruner_options: further arguments of the pruner, such as ``ignored_layers``; use :attr:`arguments`.
     """
 
     model: nn.Module
@@ -94,6 +94,11 @@ class Job:
     def calibrates(self) -> bool:
         """Whether batch norms are re-estimated."""
         return self.recalibrate and self.loader is not None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Further arguments of a pruner of channels: groups are verified once, if there is a store."""
+        return {**({} if self.store is None else {"verify": self.store.verify}), **self.pruner_options}
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def channel_method(
             importance=None,
             budget=Budget(macs=1.0) if job.budget is None else job.budget,
             allocator=allocate,
-            **job.pruner_options,
+            **job.arguments,
         )
         found.append(value_network(method, job, pruner.groups))
         pruner.importance = found[0]
@@ -317,9 +322,7 @@ def _prune_while_training(job: Job) -> None:
     options = dict(job.options)
     schedule = PSAPSchedule(**{k: options.pop(k) for k in ("prune_steps", "begin", "end", "pulse") if k in options})
     budget = _needed(job, "psap_training")
-    pruner = PSAPPruner(
-        job.model, job.example_inputs, budget=budget, schedule=schedule, **options, **job.pruner_options
-    )
+    pruner = PSAPPruner(job.model, job.example_inputs, budget=budget, schedule=schedule, **options, **job.arguments)
     job.train(job.model, start=pruner.start, step=pruner.step)
     pruner.finish()
     if job.calibrates and job.loader is not None:

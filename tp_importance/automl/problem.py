@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,11 +19,13 @@ from ..budget import Budget
 from ..cost import COST_FIELDS, CostModel
 from ..curves import Curve
 from ..errors import SearchSpaceError
+from ..files import written_at_once
 from ..program import ProgramAllocator, implied_weights
 from ..pruner import BudgetPruner
 from .methods import Job, find_method, own_allocator, value_network
 from .space import Choice, Int, Parameter, SearchSpace
 from .statistics import CurveStore
+from .trial import checked_number
 
 __all__ = ["BudgetProblem"]
 
@@ -96,10 +97,11 @@ class BudgetProblem:
             if method.make is None:
                 raise SearchSpaceError(f"method {method.name!r} takes no widths per group; leave it out of this search")
         clone, options = copy.deepcopy((model, pruner_options))
-        pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **options)
+        store = None if statistics is None else CurveStore(statistics, model)
+        arguments = Job(clone, example_inputs, loader, budget, store=store, pruner_options=options).arguments
+        pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **arguments)
         cost, space, limits = pruner.cost_model, pruner.space, budget.limits(pruner.dense)
         require_reachable(cost, space, limits)
-        store = None if statistics is None else CurveStore(statistics, model)
         losses, starts = {}, {}
         for name, method in chosen.items():
             job = Job(clone, example_inputs, loader, budget, given[name], store=store, loss_fn=loss_fn)
@@ -157,7 +159,11 @@ class BudgetProblem:
         Raises:
             SearchSpaceError: if a group is missing or unknown, or a width is not admissible.
         """
-        found = {k.removeprefix("width:"): int(v) for k, v in params.items() if k.startswith("width:")}
+        found = {
+            key.removeprefix("width:"): int(checked_number(key, "width", value))
+            for key, value in params.items()
+            if key.startswith("width:")
+        }
         if set(found) != set(self.cost.names):
             odd = sorted(set(found).symmetric_difference(self.cost.names))
             raise SearchSpaceError(f"the parameters and the search problem differ in the groups {odd}")
@@ -184,10 +190,8 @@ class BudgetProblem:
             "starts": {name: units.tolist() for name, units in self.starts.items()},
             "options": self.options,
         }
-        target = Path(path)
-        temporary = target.with_name(f".{uuid4().hex}.json")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(target)
+        with written_at_once(path) as file:
+            file.write(json.dumps(content).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BudgetProblem:

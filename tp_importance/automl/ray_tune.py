@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .optuna_study import Run
-from .space import SearchSpace
+from .space import SearchSpace, parameters_noted
 
 __all__ = ["ray_trainable"]
 
@@ -30,6 +30,8 @@ def ray_trainable(space: SearchSpace, run: Run) -> Callable[[Mapping[str, Any]],
     """
 
     def trainable(config: Mapping[str, Any]) -> dict[str, float]:
-        return {name: float(value) for name, value in run(space.check(config)).items()}
+        params = space.check(config)
+        with parameters_noted(params):
+            return {name: float(value) for name, value in run(params).items()}
 
     return trainable

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from ..errors import SearchSpaceError
 from .optional import optional_import
 
-__all__ = ["Choice", "Domain", "Float", "Int", "Parameter", "SearchSpace", "flatten"]
+__all__ = ["Choice", "Domain", "Float", "Int", "Parameter", "SearchSpace", "check_names", "flatten", "parameters_noted"]
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,33 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
         else:
             raise SearchSpaceError(f"parameter {key!r} is nested: {value!r}; only NNI's {{'_name': …}} is understood")
     return flat
+
+
+@contextmanager
+def parameters_noted(params: Any) -> Iterator[None]:
+    """Exceptions that pass get a note with the parameters of the trial, once.
+
+    Args:
+        params: the parameters, whatever they are.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> try:
+        ...     with parameters_noted({"ratio:0": 0.5}), parameters_noted({"ratio:0": 0.5}):
+        ...         raise ValueError("no luck")
+        ... except ValueError as error:
+        ...     error.__notes__
+        ["parameters of the trial: {'ratio:0': 0.5}"]
+    """
+    try:
+        yield
+    except Exception as error:
+        note = f"parameters of the trial: {dict(params) if isinstance(params, Mapping) else params!r}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
 
 
 def check_names(names: Iterable[str], known: Sequence[str], what: str) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,7 +16,9 @@ from torch import nn
 
 from ..curves import Curve
 from ..errors import StaleStatisticsError
+from ..files import written_at_once
 from ..groups import PrunableGroups
+from ..verify import verify_groups
 
 __all__ = ["CurveStore", "Valuation", "fingerprint"]
 
@@ -57,11 +58,11 @@ class Valuation:
 
 
 class CurveStore:
-    """A folder in which trials find what others have collected: one file per method and its options.
+    """A folder in which trials find what others have collected: one file per method and its options, one per verdict.
 
-    Files are ``npz`` without pickled objects, written in one step, so any number of processes may share the folder.
-    They carry a fingerprint of the network's weights; those of other weights are never used. Which images they were
-    collected on is not known to them: keep one folder per calibration set.
+    Files are JSON, or ``npz`` without pickled objects, written in one step, so any number of processes may share the
+    folder. They carry a fingerprint of the network's weights; those of other weights are never used. Which images they
+    were collected on is not known to them: keep one folder per calibration set.
 
     Args:
         folder: made when needed.
@@ -101,8 +102,43 @@ class CurveStore:
         if path.exists():
             return _read(path)
         found = collect()
+        self.folder.mkdir(parents=True, exist_ok=True)
         _write(path, found, {"method": method, "options": dict(options), "fingerprint": self.fingerprint})
         return found
+
+    def verify(self, groups: PrunableGroups, example_inputs: Any) -> Mapping[str, str]:
+        """:func:`~tp_importance.verify.verify_groups`, once for all trials; for ``BudgetPruner(..., verify=...)``.
+
+        The verdict is kept for these weights, these groups, and the shapes that the layers see.
+
+        Args:
+            groups: the groups to verify.
+            example_inputs: tensor, tuple or dict, batch dimension first.
+
+        Returns:
+            Reason per unsafe group.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for group in groups:
+            for m in group.members:
+                digest.update(f"{group.name} {group.unit_size} {m.name} {m.role} {m.kind}".encode())
+                digest.update(m.channels.tobytes() + m.units.tobytes())
+        for call in groups.trace.calls:
+            digest.update(f"{call.name} {call.in_shape} {call.out_shape}".encode())
+        path = self.folder / f"verified-{digest.hexdigest()[:16]}.json"
+        if path.exists():
+            try:
+                return dict(json.loads(path.read_bytes()))
+            except ValueError as error:
+                raise _damaged(path, error) from error
+        reasons = verify_groups(groups, example_inputs)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written_at_once(path) as file:
+            file.write(json.dumps(reasons).encode())
+        return reasons
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -131,14 +167,8 @@ def _write(path: Path, found: Valuation, header: dict[str, Any]) -> None:
             arrays |= {f"kept{i}": np.concatenate([curve.kept[w] for w in widths]), f"widths{i}": np.array(widths)}
     weights = None if found.weights is None else dict(found.weights)
     text = {**header, "format": FORMAT, "groups": list(found.values), "weights": weights, "seconds": found.seconds}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid4().hex}.npz")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, header=np.array(json.dumps(text, default=str)), **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_at_once(path) as file:
+        np.savez_compressed(file, header=np.array(json.dumps(text, default=str)), **arrays)
 
 
 def _read(path: Path) -> Valuation:
@@ -149,7 +179,7 @@ def _read(path: Path) -> Valuation:
                 raise ValueError("it is no file of this package")
             values = {name: _curve(file, i) for i, name in enumerate(header["groups"])}
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); delete it") from error
+        raise _damaged(path, error) from error
     return Valuation(values, header["weights"], header["seconds"])
 
 
@@ -159,3 +189,7 @@ def _curve(file: Any, i: int) -> Curve:
         widths = file[f"widths{i}"].tolist()
         kept = dict(zip(widths, np.split(file[f"kept{i}"], np.cumsum(widths)[:-1]), strict=True))
     return Curve(file[f"loss{i}"], file[f"order{i}"], kept, file[f"constant{i}"])
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); delete it")

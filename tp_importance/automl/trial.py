@@ -19,7 +19,7 @@ from ..latency import measure_latency
 from ..program import ProgramAllocator
 from ..tracing import count_ops
 from .methods import Job, Train, find_method
-from .space import check_names, flatten
+from .space import check_names, flatten, parameters_noted
 from .statistics import CurveStore
 
 __all__ = ["TrialParameters", "prune_trial"]
@@ -77,7 +77,7 @@ class TrialParameters:
             if colon and prefix == "budget" and rest in BUDGETS:
                 budget[rest] = value
             elif colon and prefix in FAMILIES:
-                groups.setdefault(prefix, {})[rest] = _number(key, prefix, value)
+                groups.setdefault(prefix, {})[rest] = checked_number(key, prefix, value)
             elif "." in key and not colon:
                 owner, _, option = key.partition(".")
                 find_method(owner)
@@ -183,17 +183,13 @@ def prune_trial(
         >>> sorted(found), net[0].out_channels
         (['default', 'macs', 'params'], 8)
     """
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            clone, options = copy.deepcopy((model, pruner_options))  # layers in the options are then those of the copy
-            job = Job(clone, example_inputs, loader, budget, train=train, recalibrate=recalibrate, loss_fn=loss_fn)
-            job.store = None if statistics is None else CurveStore(statistics, model)
-            job.pruner_options = options
-            return _run(TrialParameters.parse(params), job, evaluate, latency_seconds, keep)
-    except Exception as error:
-        error.add_note(f"parameters of the trial: {dict(params) if isinstance(params, Mapping) else params!r}")
-        raise
+    with parameters_noted(params), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clone, options = copy.deepcopy((model, pruner_options))  # layers in the options are then those of the copy
+        job = Job(clone, example_inputs, loader, budget, train=train, recalibrate=recalibrate, loss_fn=loss_fn)
+        job.store = None if statistics is None else CurveStore(statistics, model)
+        job.pruner_options = options
+        return _run(TrialParameters.parse(params), job, evaluate, latency_seconds, keep)
 
 
 def _run(
@@ -245,7 +241,12 @@ def _exact(widths: Mapping[str, float], cost: CostModel, space: WidthSpace, limi
     return units
 
 
-def _number(key: str, family: str, value: Any) -> float:
+def checked_number(key: str, family: str, value: Any) -> float:
+    """A ratio, weight or width.
+
+    Raises:
+        SearchSpaceError: if it is none.
+    """
     bad = isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value)
     number = 0.0 if bad else float(value)
     wrong = {"ratio": not 0 <= number <= 1, "weight": number <= 0, "width": number < 1 or not number.is_integer()}
