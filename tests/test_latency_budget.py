@@ -441,5 +441,6 @@ def test_by_the_clock(tmp_path):
     """A real table of a tiny network: times are there, and nothing else is promised."""
     model, x = make_network("plain")
     table = LatencyTable(tmp_path / "t.json", min_run_time=1e-4)
-    report = BudgetPruner(model, x, importance=L2(), budget=Budget(latency=0.95), latency_table=table).step()
+    budget = Budget(macs=0.5, latency_ms=1e6)  # a limit by the clock might be out of reach on a busy machine
+    report = BudgetPruner(model, x, importance=L2(), budget=budget, latency_table=table).step()
     assert all(v >= 0 for v in report.latency_ms.values()) and (tmp_path / "t.json").exists()

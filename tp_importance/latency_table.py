@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import reference_tensor, tensors_in
+from .files import written_at_once
 from .functional.latency import Grid, knots, stair
 from .latency import Latency, device_name, least_latency, measure_latency
 from .tracing import CONV, Call, is_depthwise
@@ -149,9 +150,8 @@ class LatencyTable:
             "ms": self._ms,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        with written_at_once(self.path) as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
 
     def _stairs(self, layer: TimedLayer) -> tuple[int, int]:
         if layer.family not in self._steps:
