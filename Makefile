@@ -72,7 +72,10 @@ bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
 bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_exponent.py $(ARGS)
 
-.PHONY: bench-compensation bench-imagenette
+.PHONY: bench-compensation bench-imagenette bench-one-shot
+bench-one-shot: $(STAMP) ## measure what a whole one-shot pruning costs (ARGS=...)
+	$(PY) benchmarks/one_shot_cost.py $(ARGS)
+
 bench-compensation: $(STAMP) ## what a least-squares refit is worth to every criterion on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_compensation.py $(ARGS)
 

@@ -146,15 +146,15 @@ def memory_probe(name: str, criterion: str, images: int, args: argparse.Namespac
     groups = prunable_groups(model, torch.zeros(1, 3, size, size))
     bare(model, Images(2, size, 2))  # whatever the first pass allocates for good
     Path("/proc/self/clear_refs").write_text("5")  # forget earlier peaks; getrusage would keep the parent's
-    before = _status("VmRSS")
+    before = status_mb("VmRSS")
     if criterion == "bare":
         bare(model, loader)
     else:
         CATROImportance(**CATRO[criterion]).collect(model, None, loader, groups=groups)
-    return _status("VmHWM") - before
+    return status_mb("VmHWM") - before
 
 
-def _status(field: str) -> float:
+def status_mb(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
