@@ -73,7 +73,7 @@ LEVELS = (0, 2_000, 5_000, 10_000, 25_000, 50_000, 100_000)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; ``weight`` 0 is training without a teacher.
+    """How to train, by default as recommended; ``weight`` 0 is training without a teacher.
 
     Attributes:
         lr: largest learning rate.
@@ -85,20 +85,22 @@ class Recipe:
         features: weight of the error in the outputs of the stages, whose widths every arm keeps.
     """
 
-    lr: float = 0.02
-    batch_size: int = 128
+    lr: float = 0.01
+    batch_size: int = 64
     temperature: float = 4.0
     weight: float = 0.9
     warmup: float = 0.0
     freeze_bn: bool = False
-    features: float = 0.0
+    features: float = 100.0
 
     def __str__(self) -> str:
-        """Everything that is not the default, after learning rate and loss."""
+        """Learning rate and loss, and what else is not as plain as can be."""
         loss = f"T {self.temperature:g}, w {self.weight:g}" if self.weight else "labels"
-        rest = [f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if f.name not in ("temperature", "weight")]
-        plain = [f"{f.name} {f.default:g}" for f in fields(self)]
-        return ", ".join([loss, *(text for text in rest if text not in plain or text.startswith("lr"))])
+        rest = {k: getattr(self, k) for k in PLAIN}
+        return ", ".join([loss, f"lr {self.lr:g}", *(f"{k} {v:g}" for k, v in rest.items() if v != PLAIN[k])])
+
+
+PLAIN = {"batch_size": 128, "warmup": 0.0, "freeze_bn": False, "features": 0.0}
 
 
 def pruned(net: Network, arm: Arm, seed: int, *, args: Any, data: Cifar10) -> tuple[nn.Module, dict[str, Any]]:
