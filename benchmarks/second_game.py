@@ -30,29 +30,40 @@ from tp_importance import Budget, BudgetPruner, Distiller, OBSImportance
 
 @dataclass(frozen=True)
 class Arm:
-    """What is pruned by: a criterion, how it spends the budget, and whether the readers are refitted."""
+    """What is pruned by.
+
+    Attributes:
+        make: the criterion.
+        allocator: how it spends the budget.
+        compensate: whether and how the readers are refitted.
+        widths: a criterion whose widths are taken instead.
+    """
 
     make: Make
     allocator: str
     compensate: str | None = None
+    widths: Make | None = None
 
 
 def _obs(*_: Any) -> OBSImportance:
     return OBSImportance()
 
 
+CATRO = CRITERIA["CATRO reader"].make
 RIVALS = {
     "random": Arm(CRITERIA["random"].make, "uniform"),
     "L1": Arm(CRITERIA["L1"].make, "uniform"),
     "L2": Arm(CRITERIA["L2"].make, "uniform"),
     "Taylor": Arm(CRITERIA["Taylor"].make, "greedy"),
-    "CATRO": Arm(CRITERIA["CATRO reader"].make, "greedy"),
+    "CATRO": Arm(CATRO, "greedy"),
 }
 OURS = {
     "L1 + refit": Arm(CRITERIA["L1"].make, "uniform", "parallel"),
-    "CATRO + refit": Arm(CRITERIA["CATRO reader"].make, "greedy", "parallel"),
+    "CATRO + refit": Arm(CATRO, "greedy", "parallel"),
+    "CATRO + sequential refit": Arm(CATRO, "greedy", "sequential"),
     "OBS + refit": Arm(_obs, "greedy", "parallel"),
     "OBS + sequential refit": Arm(_obs, "greedy", "sequential"),
+    "OBS at CATRO's widths + sequential refit": Arm(_obs, "greedy", "sequential", CATRO),
     "OBS uniform + sequential refit": Arm(_obs, "uniform", "sequential"),
 }
 ARMS = {**RIVALS, **OURS}
@@ -62,7 +73,7 @@ LEVELS = (0, 2_000, 5_000, 10_000, 25_000, 50_000, 100_000)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; ``weight`` 0 is training without a teacher.
+    """How to train, by default as recommended; ``weight`` 0 is training without a teacher.
 
     Attributes:
         lr: largest learning rate.
@@ -74,37 +85,44 @@ class Recipe:
         features: weight of the error in the outputs of the stages, whose widths every arm keeps.
     """
 
-    lr: float = 0.02
-    batch_size: int = 128
+    lr: float = 0.01
+    batch_size: int = 64
     temperature: float = 4.0
     weight: float = 0.9
     warmup: float = 0.0
     freeze_bn: bool = False
-    features: float = 0.0
+    features: float = 100.0
 
     def __str__(self) -> str:
-        """Everything that is not the default, after learning rate and loss."""
+        """Learning rate and loss, and what else is not as plain as can be."""
         loss = f"T {self.temperature:g}, w {self.weight:g}" if self.weight else "labels"
-        rest = [f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if f.name not in ("temperature", "weight")]
-        plain = [f"{f.name} {f.default:g}" for f in fields(self)]
-        return ", ".join([loss, *(text for text in rest if text not in plain or text.startswith("lr"))])
+        rest = {k: getattr(self, k) for k in PLAIN}
+        return ", ".join([loss, f"lr {self.lr:g}", *(f"{k} {v:g}" for k, v in rest.items() if v != PLAIN[k])])
+
+
+PLAIN = {"batch_size": 128, "warmup": 0.0, "freeze_bn": False, "features": 0.0}
 
 
 def pruned(net: Network, arm: Arm, seed: int, *, args: Any, data: Cifar10) -> tuple[nn.Module, dict[str, Any]]:
     """The network before any training, and what it costs."""
     model, batches = net.fresh(), data.draw(seed, args.draw_images)
     torch.manual_seed(seed)  # RandomImportance
-    pruner = BudgetPruner(
-        model,
-        net.inputs,
-        batches,
-        importance=arm.make(model, batches, net.layers),
-        budget=Budget(macs=args.macs),
-        allocator=arm.allocator,
-        ignored_layers=[model.get_submodule(n) for n in net.ignored],
-        verify=False,  # done once in Network
-    )
-    report = pruner.step(compensate=arm.compensate, recalibrate=True)
+
+    def pruner(make: Make, **limits: Any) -> BudgetPruner:
+        return BudgetPruner(
+            model,
+            net.inputs,
+            batches,
+            importance=make(model, batches, net.layers),
+            budget=Budget(macs=args.macs),
+            allocator=arm.allocator,
+            ignored_layers=[model.get_submodule(n) for n in net.ignored],
+            verify=False,  # done once in Network
+            **limits,
+        )
+
+    widths = pruner(arm.widths).plan().widths if arm.widths else None
+    report = pruner(arm.make, min_widths=widths, max_widths=widths).step(compensate=arm.compensate, recalibrate=True)
     model.zero_grad()
     return model, {"macs": report.cost.macs, "widths": [row.after for row in report.rows]}
 

@@ -3,7 +3,8 @@
     python examples/finetune.py --data-root ../shared/data --images 5000
 
 The recipe: keep a `Distiller` of the dense network, prune and refit on a few hundred images, then SGD with a small
-learning rate that falls to zero on whatever images there are. The teacher alone needs no labels (`--no-labels`).
+learning rate that falls to zero on whatever images there are. The student also learns the outputs of the stages, whose
+widths pruning kept. The teacher alone needs no labels (`--no-labels`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import torch
 
-from tp_importance import Budget, Distiller, OBSPruner
+from tp_importance import Budget, CATROPruner, Distiller
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from cifar import BLOCKS, Cifar10, network
-from cifar_training import BATCH, augmented
+from cifar_training import augmented
+
+STAGES = ["layer1", "layer2", "layer3"]
 
 
 def main() -> None:
@@ -31,7 +34,8 @@ def main() -> None:
     parser.add_argument("--network", choices=BLOCKS, default="resnet20")
     parser.add_argument("--macs", type=float, default=0.5, help="fraction of the MACs to keep")
     parser.add_argument("--images", type=int, default=5_000, help="training images to fine-tune on")
-    parser.add_argument("--lr", type=float, default=0.02, help="largest learning rate")
+    parser.add_argument("--lr", type=float, default=0.01, help="largest learning rate")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--no-labels", action="store_true", help="learn from the teacher alone")
     parser.add_argument("--n-test", type=int, default=5_000, help="test images")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,22 +46,23 @@ def main() -> None:
     model = network(args.data_root, args.network)
     print(f"dense {data.accuracy(model, args.n_test):.2f} %", flush=True)
 
-    distiller = Distiller(model)  # before pruning: it keeps a copy
-    pruner = OBSPruner(model, torch.randn(2, 3, 32, 32), calibration, budget=Budget(macs=args.macs))
+    distiller = Distiller(model, features=STAGES)  # before pruning: it keeps a copy
+    pruner = CATROPruner(model, torch.randn(2, 3, 32, 32), calibration, budget=Budget(macs=args.macs))
     pruner.step(compensate="sequential", recalibrate=True)
     print(f"pruned {data.accuracy(model, args.n_test):.2f} %", flush=True)
 
     start = time.perf_counter()
-    steps = math.ceil(args.images / BATCH)
+    steps = math.ceil(args.images / args.batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)  # after pruning
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
-    for x, y in augmented(data, args.images, args.seed):
-        x = x.contiguous(memory_format=torch.channels_last)
-        optimizer.zero_grad()
-        distiller(model(x), x, None if args.no_labels else y).backward()
-        optimizer.step()
-        schedule.step()
+    with distiller.watching(model):
+        for x, y in augmented(data, args.images, args.seed, batch_size=args.batch_size):
+            x = x.contiguous(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            distiller(model(x), x, None if args.no_labels else y).backward()
+            optimizer.step()
+            schedule.step()
     print(
         f"fine-tuned on {args.images} images {data.accuracy(model, args.n_test):.2f} %, "
         f"{time.perf_counter() - start:.0f} s"
