@@ -295,15 +295,14 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("kind", ["latency", "macs too", "params too"])
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize(("kind", "step"), [("latency", 1), ("latency", 4), ("macs too", 4), ("params too", 4)])
 @pytest.mark.parametrize("allocator", ALL)
-@pytest.mark.parametrize("name", ["residual", "concat", "depthwise", "grouped", "split", "dense"])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "grouped"])
 def test_every_allocator_keeps_all_limits_and_uses_them(name, allocator, step, kind):
     groups = topology(name).groups
     cost, space, curves = cost_of(name, step), WidthSpace.of(groups.groups), random_curves(groups)
     low, high = (cost.timed.predict(u) for u in (space.floor, space.full))
-    for fraction in (0.0, 0.4, 0.8, 1.0):
+    for fraction in (0.0, 0.5, 1.0):
         limits = {"latency_ms": low + (high - low) * fraction + 1e-6}
         if kind != "latency":
             field = kind.split()[0]
