@@ -1,7 +1,7 @@
 """What a whole one-shot pruning costs, as a ratio to one bare forward pass over the same images, and its peak memory.
 
-The pipeline on groups that are known: collect, order (OBS), allocate, refit, surgery, batch norms; "build" is tracing and
-verifying the groups. Clock and rounds as in scoring_cost.py.
+The pipeline on groups that are known: collect, order (OBS), allocate, refit, surgery, batch norms; "build" is tracing
+and verifying the groups. Clock and rounds as in scoring_cost.py.
 """
 
 from __future__ import annotations

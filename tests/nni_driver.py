@@ -4,6 +4,7 @@ Prints a line of JSON per look: the port and the trials so far; the last one say
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ nni.report_final_result({"default": float(params["width:0.0"])})
 
 
 def main(folder: Path, resume: str | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     experiment = Experiment("local" if resume is None else None, resume)
     if resume is None:
         config = experiment.config

@@ -22,6 +22,8 @@ class TestOBSImportance(ImportanceContract):
 
 
 class TestOBSPruner(PrunerContract):
+    needs_labels = False
+
     def make_pruner(self, model, x, loader, budget, **options: Any):
         return OBSPruner(model, x, loader, budget=budget, **options)
 
