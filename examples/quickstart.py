@@ -2,9 +2,9 @@
 
     python examples/quickstart.py            # a table, and outputs/quickstart.png
 
-Two games are shown. One shot: prune, re-estimate the batch norm statistics, test. Fine-tuned: two epochs more, the
-same for everybody; PSAP prunes while it takes them. ResConv removes layers, the others channels. Every number is
-measured here; nothing is stored.
+Two games are shown. One shot: prune, re-estimate the batch norm statistics or refit the weights by least squares, test.
+Fine-tuned: two epochs more, the same for everybody; PSAP prunes while it takes them. ResConv removes layers, the
+others channels. Every number is measured here; nothing is stored.
 """
 
 from __future__ import annotations
@@ -232,6 +232,22 @@ def nni_entries(budget: tp_importance.Budget, x: Tensor, loader: Batches) -> dic
     return {"NNI L1": l1, "NNI Taylor": taylor, "NNI CATRO": catro, "NNI ITPruner": itpruner, "NNI ResConv": resconv}
 
 
+def refit_entries(budget: tp_importance.Budget, x: Tensor, loader: Batches) -> dict[str, Callable[..., None]]:
+    """What is left is refitted by least squares; batch norms are part of that."""
+
+    def one_call(model: nn.Module) -> None:
+        tp_importance.prune(model, x, loader, budget=budget)
+
+    def nni_obs(model: nn.Module) -> None:
+        pruner = nni_plugins.OBSPruner(model, [{"op_types": ["Conv2d"]}], loader=loader, budget=budget)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        nni_plugins.compensate_masks(model, masks, loader, x, "sequential")
+        nni_plugins.speedup(model, x, masks)
+
+    return {"Torch-Pruning OBS + refit": one_call, "NNI OBS + refit": nni_obs}
+
+
 def training_entries(
     budget: tp_importance.Budget, x: Tensor, loader: Batches, seed: int
 ) -> dict[str, Callable[..., None]]:
@@ -305,14 +321,16 @@ def main() -> None:
     print(f"dense network trained in {time.perf_counter() - start:.0f} s", flush=True)
 
     budget = tp_importance.Budget(macs=args.macs)
-    entries = {**torch_pruning_entries(budget, x, calibration), **nni_entries(budget, x, calibration)}
+    refitted = refit_entries(budget, x, calibration)
+    entries = {**torch_pruning_entries(budget, x, calibration), **nni_entries(budget, x, calibration), **refitted}
     before = accuracy(dense, test)
     models = {"dense": dense}
     rows: dict[str, list[Any]] = {"dense": [*tp_importance.count_ops(dense, x), before, before]}
     for name, prune in tqdm(entries.items(), desc="pruning"):
         model = copy.deepcopy(dense)
         prune(model)
-        tp_importance.recalibrate_batchnorm(model, calibration)
+        if name not in refitted:
+            tp_importance.recalibrate_batchnorm(model, calibration)
         one_shot = accuracy(model, test)
         train(model, training, 2, 0.02, args.seed)
         if any(isinstance(module, tp_importance.ResConv2d) for module in model.modules()):
