@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -105,7 +106,7 @@ class BudgetTuner(_Tuner):
         """Learn from a trial."""
         with self._lock:
             self._running.pop(parameter_id, None)
-            self.search.tell(parameters, self._sign * _scalar(value))
+            self.search.tell(parameters, self._goodness(value))
 
     def trial_end(self, parameter_id: int, success: bool, **kwargs: Any) -> None:
         """Learn from a trial that failed; the result of one that succeeded may be still on its way."""
@@ -119,7 +120,7 @@ class BudgetTuner(_Tuner):
         """Take over the results of earlier trials, as NNI does when an experiment is resumed."""
         with self._lock:
             for entry in data:
-                self.search.tell(flatten(entry["parameter"]), self._sign * _scalar(entry["value"]))
+                self.search.tell(flatten(entry["parameter"]), self._goodness(entry["value"]))
 
     def resume_trials(self, running: Mapping[int, dict[str, Any]]) -> None:
         """Trials of an earlier run that NNI runs again, by the number of their parameters."""
@@ -127,6 +128,11 @@ class BudgetTuner(_Tuner):
             for parameter_id, parameters in running.items():
                 self.search.expect(parameters)
                 self._running[parameter_id] = flatten(parameters)
+
+    def _goodness(self, value: Any) -> float | None:
+        """What the search maximises; a trial that reports no finite number has failed."""
+        found = self._sign * _scalar(value)
+        return found if math.isfinite(found) else None
 
     def save_checkpoint(self) -> None:
         """Write what NNI does not hand over when an experiment is resumed."""

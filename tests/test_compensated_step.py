@@ -146,3 +146,15 @@ def test_recalibration_and_modes():
     assert model.training and not torch.equal(model[0][1].running_mean, mean[: len(model[0][1].running_mean)])
     with pytest.raises(TypeError, match="compensates nothing"):
         compensated_step(pruner_of(model, x), x, class_loader(32), None)
+
+
+def test_the_model_is_unchanged_if_recalibration_fails():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(16, 4)
+    before = state(model)
+    pruner = tp.pruner.BasePruner(
+        model, x[:2], tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[model[3]]
+    )
+    with pytest.raises(ValueError, match="variance"):  # a batch of one sample
+        compensated_step(pruner, x[:2], [x, x[:1]], "parallel", recalibrate=True)
+    assert_same(state(model), before)

@@ -548,3 +548,65 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match="compensates nothing"):
         compensate(model, x, class_loader(), {}, None)
     assert isinstance(pruner.groups, PrunableGroups)
+
+
+class Scaled(nn.Module):
+    """A layer fed by a constant, behind the first removed channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        self.embed = nn.Linear(2, 4)
+        self.register_buffer("table", torch.ones(1, 2))
+
+    def forward(self, x):
+        return self.body(x) * self.embed(self.table).view(1, 4, 1, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("labels", [torch.rand(16), torch.zeros(16, 10, 10).long(), torch.full((16,), -1), None])
+def test_targets_of_any_task_are_not_looked_at(mode, labels):
+    model, x = Scaled(), images()
+    batch = x if labels is None else (x, labels)
+    report = compensate(model, x[:2], [batch], {"body.0": [1, 5]}, mode)
+    assert report.rows[0].name == "body.2"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("around", ["forward", "call"])
+def test_autocast_does_not_spoil_the_statistics(mode, around):
+    """Under autocast the statistics stay float32, and no pass goes on with a cached old weight."""
+    errors = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+        x = images(64) + 1.0
+        with torch.no_grad():
+            wanted = model(x)
+
+        def forward(model, x, on=autocast and around == "forward"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                return model(x)
+
+        groups = prunable_groups(model, x[:2])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and around == "call"):
+            compensate(model, x[:2], [x], {"0": [1, 5, 7], "2": [0, 3]}, mode, groups=groups, forward_fn=forward)
+        with torch.no_grad():
+            errors.append(float((model(x) - wanted).square().mean()))
+    assert errors[1] < 1.1 * errors[0] + 1e-4
+
+
+def test_an_unchanged_layer_stays_bit_for_bit():
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(3, 4, 5)
+
+        def forward(self, x):
+            y = self.b(self.a(x).relu())
+            return torch.cat([y, self.c(x)], 1)  # c runs behind the removal, on inputs that do not change
+
+    model, x = Twins(), images()
+    old = model.c.weight.detach().clone()
+    report = compensate(model, x[:2], [x], {"a": [0, 2]}, "sequential")
+    assert torch.equal(model.c.weight, old) and {r.name: r.before for r in report.rows}["c"] == 0.0

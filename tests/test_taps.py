@@ -32,7 +32,9 @@ class Branches(nn.Module):
 def test_what_a_layer_is_added_to():
     net = Branches().eval()
     flow = record(net, torch.randn(3, 4))
-    found = {name: added_to(flow, name) for name, m in net.named_modules() if isinstance(m, nn.Linear)}
+    norms = {"normed": net.norm}
+    assert added_to(flow, "normed") is None
+    found = {name: added_to(flow, name, norms.get(name)) for name, m in net.named_modules() if isinstance(m, nn.Linear)}
     assert {n for n, v in found.items() if v is not None} == {"plain", "normed", "other", "first"}
     assert found["other"] == next(op.outputs[0] for op in flow.ops if op.name == "early")
     assert flow.ops[[op.outputs[0] for op in flow.ops].index(found["plain"])].name == "relu"

@@ -15,7 +15,7 @@ from .batches import ForwardFn
 from .calibrate import recalibrate_batchnorm
 from .compensation import compensate
 from .groups import ChannelGroup, PrunableGroups, prunable_groups
-from .guards import preserved, transaction
+from .guards import preserved, transaction, written
 from .observe import LabelFn
 from .patches import feature_channels, reader_weight
 from .refitting import Compensation
@@ -114,7 +114,8 @@ def compensated_step(
     heads = {dense.get_submodule(names[m]): n for m, n in pruner.num_heads.items() if m in names}
     options = options.on_copy(model, dense)
     known = len(graph.pruning_history())
-    with torch.inference_mode(False), transaction(model):
+    values = (*model.parameters(), *model.buffers())
+    with torch.inference_mode(False), written(values), transaction(model):
         with preserved(model):
             pruner.step()
         history = graph.pruning_history()[known:]

@@ -186,7 +186,7 @@ def _recorded(model: nn.Module, names: Sequence[str], outputs: dict[str, Tensor]
     def note(name: str, output: Any) -> None:
         if not isinstance(output, Tensor):
             raise TypeError(f"feature {name!r} puts out a {type(output).__name__}; name layers that give one tensor")
-        outputs[name] = output
+        outputs[name] = output.clone()  # the next layer may work in place
 
     handles = [
         layer.register_forward_hook(lambda _layer, _args, output, name=name: note(name, output))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import length_hint
 from typing import Any
@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import ForwardFn, iterate, layer_input, reference_tensor, run_batch, split_batch, trainable_inputs
+from .batches import (
+    ForwardFn,
+    iterate,
+    layer_input,
+    reference_tensor,
+    run_batch,
+    split_batch,
+    tensors_in,
+    trainable_inputs,
+)
 from .guards import preserved
 
 __all__ = [
@@ -127,7 +136,8 @@ def observe(
             if before_batch is not None:
                 before_batch(len(labels))
             output = run_batch(model, batch, forward_fn)
-            check_range(labels, output)
+            if need_labels:
+                check_range(labels, output)
             seen = torch.bincount(labels[labels >= 0], minlength=len(counts))
             seen[: len(counts)] += counts
             counts = seen
@@ -156,7 +166,16 @@ def wanted_classes(classes: Sequence[int] | None) -> Tensor | None:
 
 
 def batch_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | None, needed: bool) -> Tensor:
-    """Labels of a batch as :func:`observe` reads them, zeros where none are given or needed; int64, shape (N,)."""
+    """Labels of a batch as :func:`observe` reads them, int64, shape (N,); zeros for what is none and not needed."""
+    if not needed:
+        try:
+            return _read_labels(batch, label_fn, forward_fn, False)
+        except (TypeError, ValueError):  # targets of another task
+            return torch.zeros(_samples(batch), dtype=torch.int64)
+    return _read_labels(batch, label_fn, forward_fn, True)
+
+
+def _read_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | None, needed: bool) -> Tensor:
     if label_fn is not None:
         labels: Any = label_fn(batch)
     else:
@@ -187,8 +206,14 @@ def batch_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | N
 
 
 def _samples(batch: Any) -> int:
-    args, kwargs, _ = split_batch(batch)
-    for value in (*args, *kwargs.values()):
+    try:
+        args, kwargs, _ = split_batch(batch)
+        values: Iterable[Any] = (*args, *kwargs.values())
+    except TypeError:
+        values = tensors_in(batch)
+        if not values:
+            raise
+    for value in values:
         if isinstance(value, Tensor) and value.dim():
             return len(value)
     raise ValueError("a batch holds no tensor with a batch dimension; pass forward_fn and label_fn")
@@ -204,7 +229,8 @@ def check_range(labels: Tensor, output: Any) -> None:
 def _hook(watch: Watch, current: list[Tensor]) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x, labels = layer_input(args, kwargs), current[0]
-        watch.fn(at_least_float(x), at_least_float(output), labels_per_row(watch.name, x, labels))
+        with undisturbed(x.device):
+            watch.fn(at_least_float(x), at_least_float(output), labels_per_row(watch.name, x, labels))
 
     return hook
 
@@ -216,6 +242,13 @@ def labels_per_row(name: str, x: Tensor, labels: Tensor) -> Tensor:
     if len(x) % max(len(labels), 1):
         raise ValueError(f"layer {name}: batch of {len(x)} for {len(labels)} labels; batch must come first")
     return labels.repeat_interleave(len(x) // len(labels))
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Statistics in full precision under the user's autocast, and unseen by whoever records operations."""
+    with torch._C.DisableTorchFunction(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def at_least_float(x: Tensor) -> Tensor:

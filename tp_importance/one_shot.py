@@ -82,7 +82,8 @@ def prune(
             Torch-Pruning.
         compensate: see :func:`~tp_importance.compensation.compensate`; ``"parallel"`` is faster and less accurate.
             With it, or with ``None``, batch norm statistics are re-estimated afterwards.
-        samples: use at most that many samples, in whole batches, ``None`` for all.
+        samples: stop after the batch with which there are that many samples, ``None`` for all. Below a hundred or so
+            the refit fits noise.
         **options: see :class:`~tp_importance.pruner.BudgetPruner`: ``ignored_layers``, ``round_to``, ``forward_fn``.
 
     Returns:

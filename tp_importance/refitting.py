@@ -171,6 +171,7 @@ class Refit:
             )
         shift = target - (weight.to(mean) @ mean.unsqueeze(2)).squeeze(2)
         set_reader_weight(self.module, weight)
+        torch.clear_autocast_cache()  # or a pass under autocast goes on with the old weight
         bias, norm = self.module.bias, self.batch_norm
         if isinstance(bias, Tensor):
             bias.add_(shift.flatten().to(bias))

@@ -29,7 +29,7 @@ from .functional.reader import Moments
 from .functional.refit import refit, residual_energy
 from .groups import PrunableGroups
 from .guards import preserved
-from .observe import LabelFn, at_least_float, batch_labels, labels_per_row, wanted_classes
+from .observe import LabelFn, at_least_float, batch_labels, labels_per_row, undisturbed, wanted_classes
 from .patches import bn_gain, sampled_output, unfolded_input
 from .refitting import Compensation, Refit
 from .report import RefitRow
@@ -40,9 +40,6 @@ __all__ = ["SequentialRefit"]
 
 NEGLIGIBLE_GAIN = 1e-3
 """Batch norm gains below this fraction of the largest: what stands behind them cannot make up for anything."""
-
-NOTHING = 1e-11
-"""Squared errors below this fraction of the outputs' energy are rounding (float32)."""
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -58,6 +55,52 @@ class _Seen:
 
     y: Tensor
     shape: tuple[int, ...]
+
+
+@dataclass
+class _Sums:
+    """Moments of a layer's input ũ and of e = y - W ũ, what its plain weight lacks: exactly 0 where nothing changed."""
+
+    inputs: Moments = field(default_factory=Moments)
+    cross: Tensor | None = None
+    lacking: Tensor | None = None
+    squares: Tensor | None = None
+    outputs: Tensor | None = None
+
+    def update(self, u: Tensor, y: Tensor, plain: Tensor) -> None:
+        """Add rows of inputs (R, G, d) and wanted outputs (R, G, O)."""
+        if not len(u):
+            return
+        self.inputs.update(u, torch.zeros(len(u), dtype=torch.int64, device=u.device))
+        assert self.inputs.shift is not None
+        wide = self.inputs.shift.dtype
+        e = y.to(u) - torch.einsum("rgd,god->rgo", u, plain.to(u))
+        centred, y = u - self.inputs.shift.to(u), y.to(wide)
+        found = (
+            torch.einsum("rgd,rgo->gdo", centred, e).to(wide),
+            e.to(wide).sum(0),
+            e.to(wide).square().sum(0),
+            torch.stack([y.sum(0), y.square().sum(0)]),
+        )
+        old = self.cross, self.lacking, self.squares, self.outputs
+        self.cross, self.lacking, self.squares, self.outputs = (
+            new if known is None else known + new for known, new in zip(old, found, strict=True)
+        )
+
+    def moments(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """P, mean of ũ, moments of ũ and e (G, d, O), mean squares of e and y, mean of e (G, O)."""
+        assert self.cross is not None and self.lacking is not None and self.inputs.shift is not None
+        assert self.squares is not None and self.outputs is not None
+        n, mean, second = self.inputs.rows, self.inputs.mean(), self.inputs.total()
+        lacking, cross, error = self.lacking / n, self.cross / n, self.squares / n
+        output, energy = self.outputs / n
+        if centred:
+            cross = cross - (mean - self.inputs.shift).unsqueeze(2) * lacking.unsqueeze(1)
+            error, energy = error - lacking.square(), energy - output.square()
+        else:
+            cross = cross + self.inputs.shift.unsqueeze(2) * lacking.unsqueeze(1)
+            second = second + mean.unsqueeze(2) * mean.unsqueeze(1)
+        return second, mean, cross, error.clamp(min=0), energy.clamp(min=0), lacking
 
 
 class _Enough(BaseException):
@@ -127,11 +170,11 @@ class SequentialRefit:
                     f"layer {r.name} runs more often on the data than on the example inputs; give example inputs "
                     "like the data, or use mode='parallel'"
                 )
-            moments, seen = Moments(), targets.pop(i)
+            sums, seen = _Sums(), targets.pop(i)
             if i in self._sums:
                 seen = self._corrected(i, seen, dense.pop(i), pruned.pop(i))
-            self._add(moments, i, x, seen, labels, self._generator(i))
-            rows[r.name] = self._solve(r, moments)
+            self._add(sums, i, x, seen, labels, self._generator(i))
+            rows[r.name] = self._solve(r, sums)
 
         def calibrate(name: str, norm: nn.Module, x: Tensor) -> None:
             write_statistics(norm, name, NormMoments.of(x), 1)
@@ -169,7 +212,7 @@ class SequentialRefit:
         return rows
 
     def _refit_alone(self, model: nn.Module, dense: nn.Module, i: int, loader: Iterable[Any]) -> RefitRow:
-        r, moments = self.refits[i], Moments()
+        r, sums = self.refits[i], _Sums()
         twin, cut = dense.get_submodule(r.name), r.name not in self._repeated()
         ours, theirs, at_sum = self._generator(i), self._generator(i), (self._generator(i), self._generator(i))
         calls: list[tuple[Tensor, Tensor]] = []
@@ -190,10 +233,10 @@ class SequentialRefit:
                 seen = self._target(i, *call, theirs)
                 if added:
                     seen = self._corrected(i, seen, other[0][i], other[1][i])
-                self._add(moments, i, x, seen, labels, ours)
+                self._add(sums, i, x, seen, labels, ours)
             calls.clear()
             inputs.clear()
-        return self._solve(r, moments)
+        return self._solve(r, sums)
 
     def _recalibrate(self, model: nn.Module, name: str, loader: Iterable[Any]) -> None:
         norm, pooled, batches = model.get_submodule(name), list[NormMoments](), 0
@@ -228,9 +271,11 @@ class SequentialRefit:
             return
         args, kwargs = calls[0]
         self._flow = record(model, None, forward_fn=lambda m, _: m(*args, **kwargs))
+        if any("(not seen)" in op.name for op in self._flow.ops):  # scripted: later passes could not be followed
+            return
         for i, r in enumerate(self.refits):
-            other = added_to(self._flow, r.name)
-            if other is not None and (r.batch_norm is not None or not self.groups.trace.batch_norm_behind(r.name)):
+            other = added_to(self._flow, r.name, r.batch_norm)
+            if other is not None:
                 self._sums[i] = other
 
     @contextmanager
@@ -243,7 +288,9 @@ class SequentialRefit:
         def keep(value: int, tensor: Tensor) -> None:
             for i in readers[value]:
                 store, generator = into[i]
-                store[i] = sampled_output(self.refits[i].module, tensor, self.settings.sampled, generator)
+                module = self.refits[i].module
+                with undisturbed(tensor.device):
+                    store[i] = sampled_output(module, at_least_float(tensor), self.settings.sampled, generator)
 
         if self._flow is None or not into:
             yield
@@ -273,31 +320,31 @@ class SequentialRefit:
         return _Seen(torch.einsum("nqgd,god->nqgo", u, r.weight.to(u)), tuple(out.shape))
 
     def _add(
-        self, moments: Moments, i: int, x: Tensor, seen: _Seen, labels: Tensor, generator: torch.Generator
+        self, sums: _Sums, i: int, x: Tensor, seen: _Seen, labels: Tensor | None, generator: torch.Generator
     ) -> None:
-        """Add joint rows (ũ, y) of one call; the positions are those of the dense network."""
+        """Add the rows of one call; the positions are those of the dense network."""
         r = self.refits[i]
         frame = torch.empty(seen.shape, device="meta")  # only its shape is looked at
-        u = unfolded_input(r.module, x, frame, self.settings.sampled, generator)
-        rows, chosen = torch.cat([u, seen.y.to(u)], 3), labels_per_row(r.name, x, labels) >= 0
-        rows = (rows if bool(chosen.all()) else rows[chosen]).flatten(0, 1)
-        moments.update(rows, torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
+        u, y = unfolded_input(r.module, x, frame, self.settings.sampled, generator), seen.y
+        if labels is not None:
+            chosen = labels_per_row(r.name, x, labels) >= 0
+            u, y = u[chosen.to(u.device)], y[chosen.to(y.device)]
+        sums.update(u.flatten(0, 1), y.flatten(0, 1), r.plain)
 
-    def _solve(self, r: Refit, moments: Moments) -> RefitRow:
-        if moments.second is None:
+    def _solve(self, r: Refit, sums: _Sums) -> RefitRow:
+        if sums.inputs.second is None:
             raise ValueError(_idle(r.name))
-        if not torch.isfinite(moments.second.sum()):
+        second, mean, cross, error, energy, lacking = sums.moments(r.centred)
+        if not (torch.isfinite(second.sum()) and torch.isfinite(energy.sum())):
             raise ValueError(f"the input of layer {r.name} is not finite; check the data and the model")
-        d, joint, mean = r.kept.shape[1], moments.total(), moments.mean()
-        if not r.centred:
-            joint += mean.unsqueeze(2) * mean.unsqueeze(1)
-        second, cross, energy = joint[:, :d, :d], joint[:, :d, d:], joint[:, d:, d:].diagonal(dim1=1, dim2=2)
-        before = residual_energy(second, r.plain, cross, energy)
-        new = r.plain  # bit for bit where the input did not change
-        if float(before.sum()) > NOTHING * float(energy.sum()):
-            new = r.rounded(refit(second, r.weight, r.kept, self.settings.ridge, cross))
-        after = residual_energy(second, new, cross, energy)
-        return r.adopt(new, before, after, energy, mean[:, :d], mean[:, d:])
+        target = (r.plain.to(mean) @ mean.unsqueeze(2)).squeeze(2) + lacking
+        new, after = r.plain, error
+        if bool((error > 0).any()):  # else bit for bit what it was
+            products = second @ r.plain.to(second).mT + cross
+            new = r.rounded(refit(second, r.weight, r.kept, self.settings.ridge, products))
+            step = new.to(second) - r.plain.to(second)
+            after = residual_energy(second, step, cross, error)
+        return r.adopt(new, error, after, energy, mean, target)
 
     def _forward(self, model: nn.Module, batch: Any) -> None:
         try:
@@ -305,10 +352,13 @@ class SequentialRefit:
         except _Enough:
             pass
 
-    def _labels(self, batch: Any) -> Tensor:
+    def _labels(self, batch: Any) -> Tensor | None:
+        """Labels, -1 outside of the classes; ``None`` if all samples count."""
         wanted = wanted_classes(self.classes)
-        labels = batch_labels(batch, self.label_fn, self.forward_fn, wanted is not None)
-        return labels if wanted is None else torch.where(torch.isin(labels, wanted), labels, -1)
+        if wanted is None:
+            return None
+        labels = batch_labels(batch, self.label_fn, self.forward_fn, True)
+        return torch.where(torch.isin(labels, wanted), labels, -1)
 
     def _generator(self, i: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + i)
@@ -373,7 +423,9 @@ def _before(module: nn.Module, fn: Callable[[Tensor], None], cut: bool = False) 
     """Call ``fn(input)`` before the module runs, and end the pass there if ``cut``; returns what takes it off."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        fn(at_least_float(layer_input(args, kwargs)))
+        x = layer_input(args, kwargs)
+        with undisturbed(x.device):
+            fn(at_least_float(x))
         if cut:
             raise _Enough
 
@@ -384,7 +436,9 @@ def _after(module: nn.Module, fn: Callable[[Tensor, Tensor], None], cut: bool = 
     """Call ``fn(input, output)`` after the module ran, and end the pass there if ``cut``."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        fn(at_least_float(layer_input(args, kwargs)), output)
+        x = layer_input(args, kwargs)
+        with undisturbed(x.device):
+            fn(at_least_float(x), at_least_float(output))
         if cut:
             raise _Enough
 

@@ -10,22 +10,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .batches import tensors_in
-from .dataflow import Flow, Op, function_name, is_batchnorm, is_question, made_tensors, watched_modules
+from .dataflow import Flow, Op, function_name, is_question, made_tensors, watched_modules
 from .errors import TracingError
 
 __all__ = ["added_to", "tap"]
 
 
-def added_to(flow: Flow, name: str) -> int | None:
+def added_to(flow: Flow, name: str, norm: nn.Module | None = None) -> int | None:
     r"""The tensor s in ``s + bn(layer(x))``, if it is there before the layer runs.
 
     Args:
         flow: recording of the network.
         name: qualified name of the layer.
+        norm: the batch norm that may stand between, if any.
 
     Returns:
-        The tensor's number in ``flow``; ``None`` if the layer runs more than once, its output (behind a batch norm,
-        if any) goes anywhere else, or s is made later, broadcast, or an input of the network.
+        The tensor's number in ``flow``; ``None`` if the layer runs more than once, its output (behind ``norm``, if
+        given) goes anywhere else, or s is made later, broadcast, or an input of the network.
 
     Example:
         >>> class Block(nn.Module):
@@ -45,7 +46,7 @@ def added_to(flow: Flow, name: str) -> int | None:
     if len(calls) != 1:
         return None
     value, op = _only_reader(flow, flow.ops[calls[0]].outputs[0])
-    if op is not None and is_batchnorm(op.module):
+    if op is not None and norm is not None and op.module is norm:
         value, op = _only_reader(flow, op.outputs[0])
     if op is None or op.kind != "add" or len(op.inputs) != 2 or len(set(op.inputs)) != 2:
         return None
