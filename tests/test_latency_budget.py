@@ -423,6 +423,14 @@ def test_budget_above_the_dense_latency_removes_nothing():
     assert report.cost == report.dense and report.latency_ms["measured"] == report.latency_ms["dense"]
 
 
+def test_a_busy_machine_is_noticed(monkeypatch):
+    this = pruner(budget=Budget(latency=0.9))
+    timed = this.measure_latency()
+    monkeypatch.setattr(timed, "dense", replace(timed.dense, median_ms=10 * timed.dense.median_ms))
+    with pytest.warns(UserWarning, match="the machine was busy"):
+        this.plan()
+
+
 @pytest.mark.parametrize("kind", [CATROPruner, ITPruner])
 def test_methods_get_it_from_the_budget_pruner(kind):
     model, x = make_network("residual")

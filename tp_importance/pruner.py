@@ -245,6 +245,13 @@ class BudgetPruner:
     def _times(self, widths: Mapping[str, int], limit: float) -> dict[str, float]:
         predicted = self.cost_model.timed.predict(self.cost_model.units(widths))
         dense = self.measure_latency().dense
+        now = self.cost_model.timed.predict(self.cost_model.full)
+        if self.groups.widths == self.initial_widths and not 0.5 < now / dense.median_ms < 2:
+            warnings.warn(
+                f"the dense network took {dense.median_ms:.3f} ms (IQR {dense.iqr_ms:.3f}), {now:.3f} are "
+                "predicted: the machine was busy at one of these times. Measure on a quiet one",
+                stacklevel=3,
+            )
         return {"dense": dense.median_ms, "dense_iqr": dense.iqr_ms, "limit": limit, "predicted": predicted}
 
     def step(
