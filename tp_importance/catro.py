@@ -18,7 +18,7 @@ from .groups import ChannelGroup, PrunableGroups
 from .importance import StatisticalImportance
 from .observe import Watch, WatchFn
 from .pruner import BudgetPruner
-from .readers import ReaderStatistics
+from .readers import ReaderStatistics, check_reading
 
 __all__ = ["CATROImportance", "CATROPruner"]
 
@@ -80,10 +80,7 @@ class CATROImportance(StatisticalImportance):
             raise ValueError(f"space={space!r} is unknown; choose 'reader' or 'channel'")
         if ratio not in ("min", "full"):
             raise ValueError(f"ratio={ratio!r} is unknown; choose 'min' or 'full'")
-        if not 0.0 <= class_weight <= 1.0:
-            raise ValueError(f"class_weight={class_weight!r} must be a fraction in [0, 1]")
-        if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
-            raise ValueError(f"positions={positions!r} must be a positive integer, or None for all")
+        check_reading(class_weight, positions)
         self.space, self.class_weight, self.positions, self.pool = space, class_weight, positions, pool
         self.ratio, self.seed = ratio, seed
         self._readers: ReaderStatistics | None = None

@@ -18,7 +18,7 @@ from .groups import ChannelGroup, PrunableGroups
 from .importance import StatisticalImportance
 from .observe import Watch
 from .pruner import BudgetPruner
-from .readers import ENERGY_EXPONENT, ReaderStatistics
+from .readers import ENERGY_EXPONENT, ReaderStatistics, check_reading
 
 __all__ = ["OBSImportance", "OBSPruner"]
 
@@ -70,10 +70,7 @@ class OBSImportance(StatisticalImportance):
         seed: int = 0,
     ) -> None:
         super().__init__(classes=classes)
-        if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
-            raise ValueError(f"positions={positions!r} must be a positive integer, or None for all")
-        if not 0.0 <= class_weight <= 1.0:
-            raise ValueError(f"class_weight={class_weight!r} must be a fraction in [0, 1]")
+        check_reading(class_weight, positions)
         if not ridge > 0:
             raise ValueError(f"ridge={ridge!r} must be above 0, e.g. {RIDGE}")
         self.class_weight, self.positions, self.ridge, self.seed = class_weight, positions, ridge, seed

@@ -13,7 +13,7 @@ from .groups import ChannelGroup, PrunableGroups
 from .observe import Watch
 from .patches import bn_gain, feature_channels, reader_weight, unfolded_input
 
-__all__ = ["ReaderStatistics"]
+__all__ = ["ReaderStatistics", "check_reading", "checked_moments"]
 
 MAX_FEATURES = 4608
 """Features (channels × taps) up to which a reader's full moment matrix is kept: 512 channels of a 3×3 kernel."""
@@ -23,6 +23,23 @@ ENERGY_EXPONENT = 0.75
 
 SKETCH = 64
 """Outputs a wider reader is summarised by; exact if it has no more."""
+
+
+def checked_moments(name: str, moments: Moments | None) -> Moments:
+    """Moments of the input of layer ``name``, if there are any and they are finite; else ``ValueError``."""
+    if moments is None or moments.second is None or not moments.rows:
+        raise ValueError(f"layer {name} did not run on the data, so there are no statistics of it")
+    if not torch.isfinite(moments.second.sum()):
+        raise ValueError(f"the input of layer {name} is not finite; check the data and the model")
+    return moments
+
+
+def check_reading(class_weight: float, positions: int | None) -> None:
+    """Refuse what no criterion in the space of the readers takes."""
+    if not 0.0 <= class_weight <= 1.0:
+        raise ValueError(f"class_weight={class_weight!r} must be a fraction in [0, 1]")
+    if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
+        raise ValueError(f"positions={positions!r} must be a positive integer, or None for all")
 
 
 class ReaderStatistics:
@@ -72,12 +89,7 @@ class ReaderStatistics:
         Raises:
             ValueError: if the reader did not run, or received values that are not finite.
         """
-        moments = self._moments[name]
-        if moments.second is None or not moments.rows:
-            raise ValueError(f"layer {name} did not run on the data, so there are no statistics of it")
-        if not torch.isfinite(moments.second.sum()):
-            raise ValueError(f"the input of layer {name} is not finite; check the data and the model")
-        return moments
+        return checked_moments(name, self._moments[name])
 
     def samples(self, moments: Moments) -> float:
         """Independent samples behind ``moments`` (its rows over the positions per sample)."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,12 +25,12 @@ from .calibrate import Moments as NormMoments
 from .calibrate import write_statistics
 from .dataflow import Flow, record
 from .errors import TracingError
-from .functional.reader import Moments
-from .functional.refit import refit, residual_energy
+from .functional.refit import Shortfall, refit, residual_energy
 from .groups import PrunableGroups
 from .guards import preserved
 from .observe import LabelFn, at_least_float, batch_labels, labels_per_row, undisturbed, wanted_classes
 from .patches import bn_gain, sampled_output, unfolded_input
+from .readers import checked_moments
 from .refitting import Compensation, Refit
 from .report import RefitRow
 from .taps import added_to, tap
@@ -55,52 +55,6 @@ class _Seen:
 
     y: Tensor
     shape: tuple[int, ...]
-
-
-@dataclass
-class _Sums:
-    """Moments of a layer's input ũ and of e = y - W ũ, what its plain weight lacks: exactly 0 where nothing changed."""
-
-    inputs: Moments = field(default_factory=Moments)
-    cross: Tensor | None = None
-    lacking: Tensor | None = None
-    squares: Tensor | None = None
-    outputs: Tensor | None = None
-
-    def update(self, u: Tensor, y: Tensor, plain: Tensor) -> None:
-        """Add rows of inputs (R, G, d) and wanted outputs (R, G, O)."""
-        if not len(u):
-            return
-        self.inputs.update(u, torch.zeros(len(u), dtype=torch.int64, device=u.device))
-        assert self.inputs.shift is not None
-        wide = self.inputs.shift.dtype
-        e = y.to(u) - torch.einsum("rgd,god->rgo", u, plain.to(u))
-        centred, y = u - self.inputs.shift.to(u), y.to(wide)
-        found = (
-            torch.einsum("rgd,rgo->gdo", centred, e).to(wide),
-            e.to(wide).sum(0),
-            e.to(wide).square().sum(0),
-            torch.stack([y.sum(0), y.square().sum(0)]),
-        )
-        old = self.cross, self.lacking, self.squares, self.outputs
-        self.cross, self.lacking, self.squares, self.outputs = (
-            new if known is None else known + new for known, new in zip(old, found, strict=True)
-        )
-
-    def moments(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """P, mean of ũ, moments of ũ and e (G, d, O), mean squares of e and y, mean of e (G, O)."""
-        assert self.cross is not None and self.lacking is not None and self.inputs.shift is not None
-        assert self.squares is not None and self.outputs is not None
-        n, mean, second = self.inputs.rows, self.inputs.mean(), self.inputs.total()
-        lacking, cross, error = self.lacking / n, self.cross / n, self.squares / n
-        output, energy = self.outputs / n
-        if centred:
-            cross = cross - (mean - self.inputs.shift).unsqueeze(2) * lacking.unsqueeze(1)
-            error, energy = error - lacking.square(), energy - output.square()
-        else:
-            cross = cross + self.inputs.shift.unsqueeze(2) * lacking.unsqueeze(1)
-            second = second + mean.unsqueeze(2) * mean.unsqueeze(1)
-        return second, mean, cross, error.clamp(min=0), energy.clamp(min=0), lacking
 
 
 class _Enough(BaseException):
@@ -145,7 +99,7 @@ class SequentialRefit:
         model = self.groups.trace.model
         wanted_classes(self.classes)
         self._find_sums(model)
-        batch = None if self._repeated() else _joined(loader, self._bytes_per_sample(), self.settings.memory_limit)
+        batch = None if self._repeated else _joined(loader, self._bytes_per_sample(), self.settings.memory_limit)
         with preserved(model), torch.no_grad():
             model.eval()
             if batch is not None:
@@ -170,7 +124,7 @@ class SequentialRefit:
                     f"layer {r.name} runs more often on the data than on the example inputs; give example inputs "
                     "like the data, or use mode='parallel'"
                 )
-            sums, seen = _Sums(), targets.pop(i)
+            sums, seen = Shortfall(), targets.pop(i)
             if i in self._sums:
                 seen = self._corrected(i, seen, dense.pop(i), pruned.pop(i))
             self._add(sums, i, x, seen, labels, self._generator(i))
@@ -191,9 +145,9 @@ class SequentialRefit:
                 stack.callback(_before(norm, partial(calibrate, name, norm)))
             stack.enter_context(self._taps(model, {i: (pruned, self._generator(i)) for i in self._sums}))
             self._forward(model, batch)
-        missing = [r.name for r in self.refits if r.name not in rows]
-        if missing:
-            raise ValueError(_idle(missing[0]))
+        for r in self.refits:
+            if r.name not in rows:
+                checked_moments(r.name, None)
         return [rows[r.name] for r in self.refits]
 
     # -- one pass per reader
@@ -212,8 +166,8 @@ class SequentialRefit:
         return rows
 
     def _refit_alone(self, model: nn.Module, dense: nn.Module, i: int, loader: Iterable[Any]) -> RefitRow:
-        r, sums = self.refits[i], _Sums()
-        twin, cut = dense.get_submodule(r.name), r.name not in self._repeated()
+        r, sums = self.refits[i], Shortfall()
+        twin, cut = dense.get_submodule(r.name), r.name not in self._repeated
         ours, theirs, at_sum = self._generator(i), self._generator(i), (self._generator(i), self._generator(i))
         calls: list[tuple[Tensor, Tensor]] = []
         inputs: list[Tensor] = []
@@ -246,7 +200,7 @@ class SequentialRefit:
             pooled[:] = [pooled[0].merged(new) if pooled else new]
 
         with ExitStack() as stack:
-            stack.callback(_before(norm, look, name not in self._repeated()))
+            stack.callback(_before(norm, look, name not in self._repeated))
             for batch in iterate(loader):
                 self._forward(model, batch)
                 batches += 1
@@ -320,7 +274,7 @@ class SequentialRefit:
         return _Seen(torch.einsum("nqgd,god->nqgo", u, r.weight.to(u)), tuple(out.shape))
 
     def _add(
-        self, sums: _Sums, i: int, x: Tensor, seen: _Seen, labels: Tensor | None, generator: torch.Generator
+        self, sums: Shortfall, i: int, x: Tensor, seen: _Seen, labels: Tensor | None, generator: torch.Generator
     ) -> None:
         """Add the rows of one call; the positions are those of the dense network."""
         r = self.refits[i]
@@ -331,11 +285,10 @@ class SequentialRefit:
             u, y = u[chosen.to(u.device)], y[chosen.to(y.device)]
         sums.update(u.flatten(0, 1), y.flatten(0, 1), r.plain)
 
-    def _solve(self, r: Refit, sums: _Sums) -> RefitRow:
-        if sums.inputs.second is None:
-            raise ValueError(_idle(r.name))
+    def _solve(self, r: Refit, sums: Shortfall) -> RefitRow:
+        checked_moments(r.name, sums.inputs)
         second, mean, cross, error, energy, lacking = sums.moments(r.centred)
-        if not (torch.isfinite(second.sum()) and torch.isfinite(energy.sum())):
+        if not torch.isfinite(energy.sum()):
             raise ValueError(f"the input of layer {r.name} is not finite; check the data and the model")
         target = (r.plain.to(mean) @ mean.unsqueeze(2)).squeeze(2) + lacking
         new, after = r.plain, error
@@ -378,6 +331,7 @@ class SequentialRefit:
             and m not in own
         ]
 
+    @cached_property
     def _repeated(self) -> set[str]:
         """Layers of interest that run more than once per forward pass: all their calls must be pooled."""
         counts = Counter(call.name for call in self.groups.trace.calls)
@@ -443,10 +397,6 @@ def _after(module: nn.Module, fn: Callable[[Tensor, Tensor], None], cut: bool = 
             raise _Enough
 
     return module.register_forward_hook(hook, with_kwargs=True).remove
-
-
-def _idle(name: str) -> str:
-    return f"layer {name} did not run on the data, so there are no statistics of it"
 
 
 def _lists(removed: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

@@ -10,10 +10,14 @@ the ridge pulls towards the old weights, from moments, for any criterion: ours (
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-__all__ = ["output_energy", "refit", "residual_energy"]
+from .reader import Moments
+
+__all__ = ["Shortfall", "output_energy", "refit", "residual_energy"]
 
 SINGULAR = 1e-12
 """Without a ridge, eigenvalues below this fraction of the largest count as zero."""
@@ -71,6 +75,69 @@ def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, cross: Ten
             missing = _double(cross[i])[k] - gram @ w[:, k].T
         result[i, :, k] = w[:, k] + _solve(gram, missing, ridge).T
     return result
+
+
+@dataclass
+class Shortfall:
+    r"""Streaming moments of inputs ũ and of e = y - W ũ, what a weight W lacks: exactly 0 where nothing changed.
+
+    Attributes:
+        inputs: moments of ũ, rows (R, G, d).
+        cross: :math:`\sum (ũ-s) e^\top` with the shift s of ``inputs``, shape (G, d, O).
+        lacking: :math:`\sum e`, shape (G, O).
+        squares: :math:`\sum e^2`, shape (G, O).
+        outputs: :math:`\sum y` and :math:`\sum y^2`, shape (2, G, O).
+
+    Example:
+        >>> u, w = torch.randn(50, 1, 3), torch.randn(1, 2, 3)
+        >>> y = torch.einsum("rgd,god->rgo", u, w)
+        >>> same, half = Shortfall(), Shortfall()
+        >>> same.update(u, y, w), half.update(u, y, 0.5 * w)
+        (None, None)
+        >>> float(same.moments(True)[3].sum()), bool((half.moments(True)[3] > 0).all())
+        (0.0, True)
+    """
+
+    inputs: Moments = field(default_factory=Moments)
+    cross: Tensor | None = None
+    lacking: Tensor | None = None
+    squares: Tensor | None = None
+    outputs: Tensor | None = None
+
+    def update(self, u: Tensor, y: Tensor, plain: Tensor) -> None:
+        """Add rows of inputs (R, G, d) and wanted outputs (R, G, O); ``plain`` is W, shape (G, O, d)."""
+        if not len(u):
+            return
+        self.inputs.update(u, torch.zeros(len(u), dtype=torch.int64, device=u.device))
+        assert self.inputs.shift is not None
+        wide = self.inputs.shift.dtype
+        e = y.to(u) - torch.einsum("rgd,god->rgo", u, plain.to(u))
+        centred, y = u - self.inputs.shift.to(u), y.to(wide)
+        found = (
+            torch.einsum("rgd,rgo->gdo", centred, e).to(wide),
+            e.to(wide).sum(0),
+            e.to(wide).square().sum(0),
+            torch.stack([y.sum(0), y.square().sum(0)]),
+        )
+        old = self.cross, self.lacking, self.squares, self.outputs
+        self.cross, self.lacking, self.squares, self.outputs = (
+            new if known is None else known + new for known, new in zip(old, found, strict=True)
+        )
+
+    def moments(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """P, mean of ũ, moments of ũ and e (G, d, O), mean squares of e and y, mean of e (G, O)."""
+        assert self.cross is not None and self.lacking is not None and self.inputs.shift is not None
+        assert self.squares is not None and self.outputs is not None
+        n, mean, second = self.inputs.rows, self.inputs.mean(), self.inputs.total()
+        lacking, cross, error = self.lacking / n, self.cross / n, self.squares / n
+        output, energy = self.outputs / n
+        if centred:
+            cross = cross - (mean - self.inputs.shift).unsqueeze(2) * lacking.unsqueeze(1)
+            error, energy = error - lacking.square(), energy - output.square()
+        else:
+            cross = cross + self.inputs.shift.unsqueeze(2) * lacking.unsqueeze(1)
+            second = second + mean.unsqueeze(2) * mean.unsqueeze(1)
+        return second, mean, cross, error.clamp(min=0), energy.clamp(min=0), lacking
 
 
 def output_energy(second: Tensor, weight: Tensor) -> Tensor:
