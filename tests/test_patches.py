@@ -199,13 +199,13 @@ def test_reader_loss_is_the_change_of_the_readers_output(case):
         difference = outputs(model, loader, probe) - outputs(model, loader, probe, mask)
         return (difference - difference.mean(0)).square().sum(1).mean()
 
+    def energy(member):
+        return outputs(model, loader, measured[member.name]).var(0, unbiased=False).sum()
+
     rng = generator(4)
     for count in {1, group.n_units // 2, group.n_units}:
         units = torch.randperm(group.n_units, generator=rng)[:count]
-        everything = range(group.n_units)
-        expected = sum(
-            change(m, units.tolist()) / change(m, everything) ** readers.ENERGY_EXPONENT for m in group.readers
-        )
+        expected = sum(change(m, units.tolist()) / energy(m) ** readers.ENERGY_EXPONENT for m in group.readers)
         torch.testing.assert_close(elimination_loss(scatter, units), expected, rtol=1e-8, atol=1e-10)
 
 
@@ -276,3 +276,93 @@ def test_a_reader_that_did_not_run_or_saw_nan_is_named():
     observe(model, bad, statistics.watches())
     with pytest.raises(ValueError, match=r"1\.0 is not finite"):
         statistics.scatter(groups["0.0"], Moments.total)
+
+
+# --- what errors of a reader disturb ----------------------------------------------------------------------------------
+
+
+class Sums(nn.Module):
+    """Readers whose output goes into a sum, behind a batch norm or not, and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second = (nn.Conv2d(c, 6, 3, padding=1) for c in (3, 6, 6))
+        self.norm = nn.BatchNorm2d(6)
+        self.hidden, self.linear, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = x + self.norm(self.second(self.first(x).relu()))
+        x = x.relu().flatten(2).mT  # tokens
+        x = x + self.linear(self.hidden(x).relu())
+        return self.last(x.mean(1))
+
+    def sums(self, x):
+        x = self.stem(x).relu()
+        a = x + self.norm(self.second(self.first(x).relu()))
+        x = a.relu().flatten(2).mT
+        return {
+            "second": a.movedim(1, -1).flatten(0, 2),
+            "linear": (x + self.linear(self.hidden(x).relu())).flatten(0, 1),
+        }
+
+
+def sums_of(model, loader, x, labels=None, forward_fn=None):
+    statistics = ReaderStatistics(prunable_groups(model, x, verify=False), positions=None)
+
+    def begin(y):
+        statistics.labels = y if labels is None else torch.where(torch.isin(y, torch.tensor(labels)), y, -1)
+
+    with statistics.sums(forward_fn):
+        observe(model, loader, statistics.watches(), before_batch=begin, forward_fn=forward_fn)
+    return statistics
+
+
+def trained_norm(model, loader):
+    with torch.no_grad():
+        model.train()
+        for x, _ in loader:
+            model(x)
+    return model.eval()
+
+
+@pytest.mark.parametrize("labels", [None, [1, 2]])
+def test_energies_are_those_of_the_sums(labels):
+    torch.manual_seed(0)
+    loader = [(x.double(), y) for x, y in class_loader(n=24, shape=(3, 6, 6), batch_size=7)]
+    model = trained_norm(Sums().double(), loader)
+    statistics = sums_of(model, loader, loader[0][0][:2], labels)
+    images, y = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    if labels is not None:
+        images = images[torch.isin(y, torch.tensor(labels))]
+    with torch.no_grad():
+        expected = {n: float(v.var(0, unbiased=False).sum()) for n, v in model.sums(images).items()}
+    for name, energy in expected.items():
+        assert statistics.energy(name) == pytest.approx(energy, rel=1e-6)
+        assert statistics.relative(name) == pytest.approx(energy**-readers.ENERGY_EXPONENT, rel=1e-6)
+
+
+def test_without_a_sum_the_energy_is_that_of_the_output():
+    torch.manual_seed(0)
+    loader = [(x.double(), y) for x, y in class_loader(n=24, shape=(3, 6, 6), batch_size=7)]
+    model = trained_norm(Sums().double(), loader)
+    split = lambda m, batch: m.forward(batch[0] if isinstance(batch, (tuple, list)) else batch)  # noqa: E731
+    for forward_fn in (None, split):  # the second calls no module, so no operation can be told apart
+        statistics = sums_of(model, loader, loader[0][0][:2], forward_fn=forward_fn)
+        for name in ("first", "last", *(() if forward_fn is None else ("linear",))):
+            rows = outputs(model, loader, name)
+            assert statistics.energy(name) == pytest.approx(float(rows.var(0, unbiased=False).sum()), rel=1e-6)
+
+
+def test_other_operations_on_the_data_are_said_and_sums_not_used():
+    class Moody(Sums):
+        def forward(self, x):
+            return super().forward(x if len(x) < 5 else x.tanh())
+
+    torch.manual_seed(0)
+    loader = [(x.double(), y) for x, y in class_loader(n=24, shape=(3, 6, 6), batch_size=7)]
+    model = trained_norm(Moody().double(), loader)
+    with pytest.warns(UserWarning, match="tanh now; losses are taken relative to single layers"):
+        statistics = sums_of(model, loader, loader[0][0][:2])
+    rows = outputs(model, loader, "linear")
+    assert statistics.energy("linear") == pytest.approx(float(rows.var(0, unbiased=False).sum()), rel=1e-6)

@@ -5,7 +5,7 @@ from torch import nn
 from networks import make_network
 from tp_importance import TracingError
 from tp_importance.dataflow import record
-from tp_importance.taps import added_to, tap
+from tp_importance.taps import added_to, addition, recording, tap
 
 
 class Branches(nn.Module):
@@ -38,6 +38,23 @@ def test_what_a_layer_is_added_to():
     assert {n for n, v in found.items() if v is not None} == {"plain", "normed", "other", "first"}
     assert found["other"] == next(op.outputs[0] for op in flow.ops if op.name == "early")
     assert flow.ops[[op.outputs[0] for op in flow.ops].index(found["plain"])].name == "relu"
+
+
+def test_the_addition_behind_a_layer():
+    net = Branches().eval()
+    flow = record(net, torch.randn(3, 4))
+    both = addition(flow, "early"), addition(flow, "other")
+    assert both[0] is both[1] and both[0].kind == "add"  # whether it runs before or after the other
+    assert addition(flow, "normed") is None and addition(flow, "normed", net.norm).kind == "add"
+    assert addition(flow, "twice") is None and addition(flow, "wide") is None and addition(flow, "stem") is None
+
+
+def test_what_can_be_compared_with_later_passes():
+    net, x = Branches().eval(), torch.randn(3, 4)
+    assert len(recording(net, x).ops) == len(record(net, x).ops)
+    assert len(recording(net, {"x": x}, lambda m, batch: m(batch["x"])).ops) == len(record(net, x).ops)
+    assert recording(net, x, lambda m, batch: m.stem(batch)) is None
+    assert recording(net, x, lambda m, batch: m(batch)[0] + m(batch)[0]) is None
 
 
 def test_tensors_are_those_of_the_pass():
@@ -82,5 +99,10 @@ def test_other_operations_are_an_error():
     with pytest.raises(TracingError, match=r"operation 1 .* relu .* tanh"), tap(net, flow, {flow.outputs[0]: print}):
         net(torch.zeros(2, 2))
     assert not net._forward_hooks and not net.layer._forward_hooks
+    errors, seen = [], []
+    with tap(net, flow, {flow.outputs[0]: seen.append}, otherwise=errors.append):
+        net(torch.zeros(2, 2))
+        net(torch.zeros(1, 2))
+    assert len(errors) == 1 and isinstance(errors[0], TracingError) and len(seen) == 1
     with pytest.raises(ValueError, match="tensor 99"), tap(net, flow, {99: print}):
         pass

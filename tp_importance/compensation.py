@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .batches import ForwardFn
 from .functional.reader import Moments
-from .functional.refit import output_energy, refit
+from .functional.refit import output_energy
 from .groups import PrunableGroups, prunable_groups
 from .guards import written
 from .observe import LabelFn, observe
 from .readers import ReaderStatistics
-from .refitting import Compensation, Refit, refittable, touched
+from .refitting import Compensation, Refit, Ridge, refittable, touched
 from .report import CompensationReport, RefitRow
 from .sequential import SequentialRefit
 
@@ -124,7 +124,7 @@ def compensate(
     return CompensationReport(settings.mode, passes, sorted(rows, key=lambda r: order.get(r.name, len(order))))
 
 
-def _in_parallel(refits: Sequence[Refit], statistics: ReaderStatistics, ridge: float) -> list[RefitRow]:
+def _in_parallel(refits: Sequence[Refit], statistics: ReaderStatistics, ridge: Ridge) -> list[RefitRow]:
     rows = []
     with written(t for r in refits for t in r.tensors()):
         for r in refits:
@@ -132,15 +132,13 @@ def _in_parallel(refits: Sequence[Refit], statistics: ReaderStatistics, ridge: f
     return rows
 
 
-def _refit_one(reader: Refit, moments: Moments, ridge: float) -> RefitRow:
+def _refit_one(reader: Refit, moments: Moments, ridge: Ridge) -> RefitRow:
     old, mean, second = reader.weight, moments.mean(), moments.total()
     if not reader.centred:
         second += mean.unsqueeze(2) * mean.unsqueeze(1)
-    new = reader.rounded(refit(second, old, reader.kept, ridge))
-    before, after = (_error(second, old, w) for w in (reader.plain, new))
+    gone = (old - reader.plain).to(second)
+    before = output_energy(second, gone)
+    new, chosen = reader.refitted(ridge, second, second @ gone.mT, before, moments.rows)
+    after = output_energy(second, new.to(second) - old.to(second))
     target = (old.to(mean) @ mean.unsqueeze(2)).squeeze(2)
-    return reader.adopt(new, before, after, output_energy(second, old), mean, target)
-
-
-def _error(second: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    return output_energy(second, new.to(second) - old.to(second))
+    return reader.adopt(new, before, after, output_energy(second, old), mean, target, chosen)

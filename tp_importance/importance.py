@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -50,8 +51,12 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
         """Value curves from what the accumulators hold."""
 
-    def _before_batch(self, samples: int) -> None:
-        """Called before each batch of the pass."""
+    def _alongside(self, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+        """What is to be open during the pass."""
+        return nullcontext()
+
+    def _before_batch(self, labels: Tensor) -> None:
+        """Called before each batch of the pass; labels as watches get them, shape (N,)."""
 
     def collect(
         self,
@@ -87,18 +92,20 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         if groups is None:
             groups = prunable_groups(model, example_inputs, ignored_layers, forward_fn=forward_fn)
         groups.require_some()
-        observed = observe(
-            model,
-            loader,
-            self._watches(groups),
-            classes=self.classes,
-            forward_fn=forward_fn,
-            label_fn=label_fn,
-            need_labels=self.needs_labels,
-            progress=progress,
-            before_batch=self._before_batch,
-            gradients=self.needs_gradients,
-        )
+        watches = self._watches(groups)
+        with self._alongside(forward_fn):
+            observed = observe(
+                model,
+                loader,
+                watches,
+                classes=self.classes,
+                forward_fn=forward_fn,
+                label_fn=label_fn,
+                need_labels=self.needs_labels,
+                progress=progress,
+                before_batch=self._before_batch,
+                gradients=self.needs_gradients,
+            )
         curves = self._curves(groups)
         self.observed, self._groups, self._cached_curves, self._ranks = observed, groups, curves, {}
         return self

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch_pruning as tp
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from .allocation import Allocator, Ints, WidthSpace
+from .batches import ForwardFn
 from .budget import Budget
 from .cost import CostModel
 from .curves import Curve, Floats, curve_from_scores, host_scores
@@ -159,11 +161,15 @@ class ITPrunerImportance(StatisticalImportance):
         inner = self.importance._watches(groups) if isinstance(self.importance, StatisticalImportance) else []
         return [*self._grams.watches(), *inner]
 
-    def _before_batch(self, samples: int) -> None:
+    def _alongside(self, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+        inner = self.importance
+        return inner._alongside(forward_fn) if isinstance(inner, StatisticalImportance) else nullcontext()
+
+    def _before_batch(self, labels: Tensor) -> None:
         assert self._grams is not None
-        self._grams.begin(samples)
+        self._grams.begin(len(labels))
         if isinstance(self.importance, StatisticalImportance):
-            self.importance._before_batch(samples)
+            self.importance._before_batch(labels)
 
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
         assert self._grams is not None

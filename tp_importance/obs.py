@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from .batches import ForwardFn
 from .budget import Budget
 from .curves import Curve, Floats
 from .functional.obs import RIDGE, ReadUnits, eliminate_with_refit
@@ -18,7 +20,7 @@ from .groups import ChannelGroup, PrunableGroups
 from .importance import StatisticalImportance
 from .observe import Watch
 from .pruner import BudgetPruner
-from .readers import ENERGY_EXPONENT, ReaderStatistics, check_reading
+from .readers import ReaderStatistics, check_reading
 
 __all__ = ["OBSImportance", "OBSPruner"]
 
@@ -31,10 +33,10 @@ class OBSImportance(StatisticalImportance):
     .. math:: L(R) = \sum_r E_r^{-3/4} \operatorname{tr}\bigl(G_r W_R [(\hat P_r^{-1})_{RR}]^{-1} W_R^\top\bigr)
 
     over the readers r, with :math:`\hat P_r` the covariance of a reader's unfolded input plus a ridge, :math:`G_r` the
-    squared gains of the batch norm behind it and :math:`E_r` the energy the whole group sends there. Channels go
-    one at a time, least loss first (:mod:`tp_importance.functional.obs`). It pays if the readers are refitted
-    afterwards. Exponents ½ and ¾ did equally well on CIFAR-10 ResNets with a sequential refit, 1 worse. METHODS §5;
-    optimal brain surgeon (Hassibi and Stork 1993), structured in ZipLM (arXiv 2302.04089).
+    squared gains of the batch norm behind it and :math:`E_r` the energy of what its error disturbs: of its output, or
+    of the residual sum that this is added to. Channels go one at a time, least loss first
+    (:mod:`tp_importance.functional.obs`). It pays if the readers are refitted afterwards. METHODS §5; optimal brain
+    surgeon (Hassibi and Stork 1993), structured in ZipLM (arXiv 2302.04089).
 
     Args:
         classes: labels of a classification subtask; samples of other classes are not counted.
@@ -82,6 +84,14 @@ class OBSImportance(StatisticalImportance):
         self._collecting = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
         return self._collecting.watches()
 
+    def _alongside(self, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+        assert self._collecting is not None
+        return self._collecting.sums(forward_fn)
+
+    def _before_batch(self, labels: Tensor) -> None:
+        assert self._collecting is not None
+        self._collecting.labels = labels
+
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
         statistics = self._collecting
         assert statistics is not None
@@ -92,13 +102,10 @@ class OBSImportance(StatisticalImportance):
     def _curve(self, statistics: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
         norms = filter_norms(groups, group)
         reads, energy = [], np.zeros(group.n_units)
-        for p, metric, weight, gain, units in self._reads(statistics, group):
+        for member, (p, metric, weight, gain, units) in zip(group.readers, self._reads(statistics, group), strict=True):
             scaled = weight.to(p) * gain.to(p).unsqueeze(2)
             energy += _unit_energy(p, scaled, units, group.n_units)
-            total = abs(_energy(p if metric is None else metric, scaled, units))
-            if total == 0:  # nothing of the group arrives there
-                continue
-            factor = total**-ENERGY_EXPONENT
+            factor = statistics.relative(member.name)
             if bool((units == units[0]).all()):
                 reads.append(ReadUnits(p, scaled, units[0], factor, metric))
                 continue
@@ -170,12 +177,6 @@ class OBSPruner(BudgetPruner):
             classes=classes, class_weight=class_weight, positions=positions, ridge=ridge, seed=seed
         )
         super().__init__(model, example_inputs, loader, budget=budget, importance=importance, **options)
-
-
-def _energy(p: Tensor, weight: Tensor, units: Tensor) -> float:
-    """Variance of what the whole group sends through the weight, summed over outputs."""
-    mine = weight * (units >= 0).unsqueeze(1)
-    return float(((mine @ p) * mine).sum())
 
 
 def _unit_energy(p: Tensor, weight: Tensor, units: Tensor, n_units: int) -> Floats:

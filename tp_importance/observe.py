@@ -81,7 +81,7 @@ def observe(
     label_fn: LabelFn | None = None,
     need_labels: bool = True,
     progress: bool = False,
-    before_batch: Callable[[int], None] | None = None,
+    before_batch: Callable[[Tensor], None] | None = None,
     gradients: bool = False,
 ) -> Observed:
     """Run ``model`` once over ``loader`` in eval mode, and show the watched layers' tensors.
@@ -98,7 +98,7 @@ def observe(
         label_fn: ``label_fn(batch)`` gives their labels.
         need_labels: refuse unlabelled batches and a single class; else unlabelled samples count as class 0.
         progress: show a progress bar.
-        before_batch: called with the number of samples before each batch, for watches that look at several layers.
+        before_batch: called with the labels of each batch before it runs, for what looks at several layers.
         gradients: build the graph, for watches that call :func:`torch.autograd.grad`; parameters get no gradients by
             themselves.
 
@@ -134,7 +134,7 @@ def observe(
                 labels = torch.where(torch.isin(labels, wanted), labels, -1)
             current[:] = [labels.to(device)]
             if before_batch is not None:
-                before_batch(len(labels))
+                before_batch(current[0])
             output = run_batch(model, batch, forward_fn)
             if need_labels:
                 check_range(labels, output)

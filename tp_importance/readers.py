@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .batches import ForwardFn
+from .calibrate import Moments as NormMoments
+from .errors import TracingError
 from .functional.reader import Moments, reader_scatter
 from .groups import ChannelGroup, PrunableGroups
-from .observe import Watch
+from .observe import Watch, at_least_float, labels_per_row, undisturbed
 from .patches import bn_gain, feature_channels, reader_weight, unfolded_input
+from .taps import addition, recording, tap
 
 __all__ = ["ReaderStatistics", "check_reading", "checked_moments"]
 
@@ -19,7 +26,7 @@ MAX_FEATURES = 4608
 """Features (channels × taps) up to which a reader's full moment matrix is kept: 512 channels of a 3×3 kernel."""
 
 ENERGY_EXPONENT = 0.75
-"""How far losses are taken relative to the energy a group sends to a reader; chosen by measurement."""
+"""How far losses are taken relative to the energy of what they disturb; chosen by measurement."""
 
 SKETCH = 64
 """Outputs a wider reader is summarised by; exact if it has no more."""
@@ -57,6 +64,7 @@ class ReaderStatistics:
     """
 
     def __init__(self, groups: PrunableGroups, *, positions: int | None = 8, seed: int = 0) -> None:
+        self._trace = groups.trace
         self._model = groups.trace.model
         self._names = list(dict.fromkeys(r.name for g in groups for r in g.readers))
         self._gains = {}
@@ -68,6 +76,9 @@ class ReaderStatistics:
         self._seed = seed
         self._moments = {name: Moments() for name in self._names}
         self._rows_per_sample: dict[int, float] = {}
+        self.labels: Tensor | None = None
+        self._sums: dict[str, NormMoments] = {}
+        self._energies: dict[str, float] = {}
 
     def covers(self, groups: PrunableGroups, positions: int | None) -> bool:
         """Whether these are statistics of all readers of ``groups``, at no fewer ``positions`` than asked for."""
@@ -82,6 +93,70 @@ class ReaderStatistics:
             for i, name in enumerate(self._names)
             for module in [self._model.get_submodule(name)]
         ]
+
+    @contextmanager
+    def sums(self, forward_fn: ForwardFn | None = None) -> Iterator[None]:
+        """While the model runs over the data, also see what the outputs of readers are added up to, for :meth:`energy`.
+
+        Samples whose entry in ``labels``, to be set before each batch, is negative do not count.
+
+        Args:
+            forward_fn: how the model is called; also with the example inputs of the trace.
+
+        Warns:
+            UserWarning: if the model does other operations than on its example inputs; no sum is used then.
+        """
+        flow = recording(self._model, self._trace.example_inputs, forward_fn)
+        readers: dict[int, list[str]] = {}
+        for name in self._names:
+            op = None if flow is None else addition(flow, name, self._trace.batch_norm_behind(name))
+            if op is not None:
+                readers.setdefault(op.outputs[0], []).append(name)
+        if flow is None or not readers:
+            yield
+            return
+        lost: list[TracingError] = []
+
+        def look(value: int, x: Tensor) -> None:
+            channels_first = x.dim() > 2 and not isinstance(self._model.get_submodule(readers[value][0]), nn.Linear)
+            with undisturbed(x.device):
+                if self.labels is not None and bool((self.labels < 0).any()):
+                    x = x[labels_per_row(readers[value][0], x, self.labels) >= 0]
+                if not len(x):
+                    return
+                new = NormMoments.of(at_least_float(x if channels_first else x.flatten(0, -2)))
+            for name in readers[value]:
+                self._sums[name] = self._sums[name].merged(new) if name in self._sums else new
+
+        with tap(self._model, flow, {value: partial(look, value) for value in readers}, otherwise=lost.append):
+            yield
+        if lost:
+            self._sums.clear()
+            warnings.warn(f"{lost[0]}; losses are taken relative to single layers, not to residual sums", stacklevel=2)
+
+    def energy(self, name: str) -> float:
+        """Variance, summed over channels, of what errors of reader ``name`` disturb.
+
+        That is its output behind the batch norm, or the sum this is added up to, if :meth:`sums` saw one.
+        """
+        if name in self._sums:
+            seen = self._sums[name]
+            return float((seen.m2 / seen.count).sum())
+        if name not in self._energies:
+            module, p = self._model.get_submodule(name), self.moments(name).total()
+            weight = p.new_ones(p.shape[0], 1, p.shape[1])
+            if not _is_wide(module):
+                weight = reader_weight(module).to(p) * self._gains[name].to(p).unsqueeze(2)
+            self._energies[name] = float(((weight @ p) * weight).sum())
+        return self._energies[name]
+
+    def relative(self, name: str) -> float:
+        r"""Factor :math:`E^{-3/4}` that makes the losses of different readers comparable; 0 where nothing varies.
+
+        Exponent 1 would make all readers equal, 0 count raw energies; chosen by measurement (docs/benchmarks.md). Ours.
+        """
+        energy = self.energy(name)
+        return energy**-ENERGY_EXPONENT if energy > 0 else 0.0
 
     def moments(self, name: str) -> Moments:
         """What reader ``name`` has received so far.
@@ -114,11 +189,7 @@ class ReaderStatistics:
         return matrix
 
     def scatter(self, group: ChannelGroup, matrix: Callable[[Moments], Tensor]) -> Tensor:
-        r"""Scatter of the units of ``group``, :math:`\sum_r S_r / E_r^{3/4}` over its readers r.
-
-        :math:`E_r = 1^\top S_r 1` is what the reader loses without the whole group. Exponent 1 would make all groups
-        equal, 0 count raw energies; ¾ was best or as good as any on four networks and fresh draws
-        (docs/benchmarks.md). Ours.
+        r"""Scatter of the units of ``group``, :math:`\sum_r S_r / E_r^{3/4}` over its readers r, see :meth:`relative`.
 
         Args:
             group: one of the groups.
@@ -131,10 +202,8 @@ class ReaderStatistics:
             ValueError: if a reader received values that are not finite, or was never run.
         """
         total: Tensor | None = None
-        for p, weight, gain, units in self.reads(group, matrix):
-            s = reader_scatter(p, weight, gain, units, group.n_units)
-            energy = s.sum().abs()
-            s = s / energy**ENERGY_EXPONENT if energy > 0 else s
+        for member, (p, weight, gain, units) in zip(group.readers, self.reads(group, matrix), strict=True):
+            s = reader_scatter(p, weight, gain, units, group.n_units) * self.relative(member.name)
             total = s if total is None else total + s.to(total.device)
         assert total is not None
         return total

@@ -11,15 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .functional.refit import refit
+from .functional.ridge import choose_ridge
 from .groups import Index, PrunableGroups
-from .patches import feature_channels, reader_weight, set_reader_weight
+from .patches import bn_gain, feature_channels, reader_weight, set_reader_weight
 from .readers import MAX_FEATURES
 from .report import RefitRow
 from .surgery import checked_units
 from .tracing import CONV, Trace
 
-__all__ = ["Compensation", "Refit", "refittable", "touched"]
+__all__ = ["Compensation", "Refit", "Ridge", "refittable", "touched"]
 
+
+Ridge = float | Literal["auto"]
 
 _POSITIONS = {"parallel": 8, "sequential": 32}
 
@@ -32,8 +36,9 @@ class Compensation:
         mode: ``"parallel"``: every reader by itself, to the inputs it has in the dense network; one pass.
             ``"sequential"``: one reader after the other, to its inputs in the network pruned so far, with the dense
             network's outputs as targets.
-        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features; 1e-3 to 1e-1
-            differed by less than a point on ResNet-20.
+        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features; ``"auto"``
+            chooses it for every reader by generalised cross-validation (:mod:`.functional.ridge`): the fewer samples
+            there are for its features, the larger it is.
         positions: output positions per sample, ``None`` for all; ``"auto"`` is 8 in parallel mode, as for the
             importances that share their pass, and 32 in sequential mode.
         downstream: in sequential mode, refit all layers behind the first removed channel, the classifier and depthwise
@@ -54,7 +59,7 @@ class Compensation:
     """
 
     mode: Literal["parallel", "sequential"] = "parallel"
-    ridge: float = 1e-3
+    ridge: Ridge = "auto"
     positions: int | Literal["auto"] | None = "auto"
     downstream: bool = True
     residual: bool = True
@@ -64,8 +69,9 @@ class Compensation:
     def __post_init__(self) -> None:
         if self.mode not in ("parallel", "sequential"):
             raise ValueError(f"mode={self.mode!r} is unknown; choose 'parallel' or 'sequential'")
-        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < 1e6:
-            raise ValueError(f"ridge={self.ridge!r} must be a fraction, at least 0, e.g. ridge=1e-3")
+        number = isinstance(self.ridge, (int, float)) and not isinstance(self.ridge, bool) and 0 <= self.ridge < 1e6
+        if self.ridge != "auto" and not number:
+            raise ValueError(f"ridge={self.ridge!r} must be 'auto', or a fraction, at least 0, e.g. ridge=1e-3")
         n = self.positions
         if n is not None and n != "auto" and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise ValueError(f"positions={n!r} must be a positive integer, None for all, or 'auto'")
@@ -127,8 +133,33 @@ class Refit:
         """Weight without the features that go: what surgery alone leaves."""
         return self.weight * self.kept.to(self.weight).unsqueeze(1)
 
+    def refitted(
+        self, ridge: Ridge, second: Tensor, missing: Tensor, error: Tensor, rows: float
+    ) -> tuple[Tensor, float]:
+        """New weight, shape (G, O, d), and the ridge it took.
+
+        Args:
+            ridge: see :class:`Compensation`.
+            second: second moments of the inputs, shape (G, d, d).
+            missing: moments of the inputs and of what :attr:`plain` lacks, shape (G, d, O).
+            error: mean squares of what it lacks, shape (G, O).
+            rows: rows behind the moments.
+        """
+        if ridge == "auto":
+            gain = bn_gain(self.batch_norm, self.outputs.numel()).view(self.outputs.shape)
+            shares = gain.square().to(error) * self.outputs.to(error)
+            ridge = choose_ridge(second, self.kept, missing, error, rows, shares)
+        return self.rounded(refit(second, self.weight, self.kept, ridge, missing=missing)), ridge
+
     def adopt(
-        self, new: Tensor, before: Tensor, after: Tensor, energy: Tensor, mean: Tensor, target: Tensor
+        self,
+        new: Tensor,
+        before: Tensor,
+        after: Tensor,
+        energy: Tensor,
+        mean: Tensor,
+        target: Tensor,
+        ridge: float | None,
     ) -> RefitRow:
         """Take over a new weight, output by output where it errs less than the plain one, and report.
 
@@ -139,18 +170,19 @@ class Refit:
             energy: mean squares of the targets, shape (G, O).
             mean: mean input, shape (G, d).
             target: mean output without bias that is wanted, shape (G, O).
+            ridge: that of the new weight, for the report.
         """
         worse = after > before
         new = torch.where(worse.to(new.device).unsqueeze(2), self.plain, new)
         self._write(new, mean, target)
-        return self._row(before, torch.where(worse, before, after), energy)
+        return self._row(before, torch.where(worse, before, after), energy, ridge)
 
-    def _row(self, before: Tensor, after: Tensor, energy: Tensor) -> RefitRow:
+    def _row(self, before: Tensor, after: Tensor, energy: Tensor, ridge: float | None) -> RefitRow:
         """Report of errors per output, all of shape (G, O), over the outputs that stay."""
         stay = self.outputs.to(energy.device)
         scale = float(energy[stay].sum()) or 1.0
         error, left = (float(e[stay].sum()) / scale for e in (before, after))
-        return RefitRow(self.name, int(self.kept.sum()), int((~self.kept).sum()), error, left)
+        return RefitRow(self.name, int(self.kept.sum()), int((~self.kept).sum()), error, left, ridge=ridge)
 
     @torch.no_grad()
     def _write(self, weight: Tensor, mean: Tensor, target: Tensor) -> None:

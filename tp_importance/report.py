@@ -49,6 +49,7 @@ class RefitRow:
         before: mean squared error of its outputs without them, as a fraction of the outputs' own energy.
         after: the same after the refit.
         skipped: why it was not refitted; empty if it was.
+        ridge: pull towards the old weights that the refit took; ``None`` if there was nothing to make up for.
     """
 
     name: str
@@ -57,6 +58,7 @@ class RefitRow:
     before: float | None = None
     after: float | None = None
     skipped: str = ""
+    ridge: float | None = None
 
     def __str__(self) -> str:
         if self.before is None or self.after is None:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .batches import ForwardFn, call_model, iterate, layer_input, run_batch
+from .batches import ForwardFn, iterate, layer_input, run_batch
 from .calibrate import Moments as NormMoments
 from .calibrate import write_statistics
-from .dataflow import Flow, record
+from .dataflow import Flow
 from .errors import TracingError
-from .functional.refit import Shortfall, refit, residual_energy
+from .functional.refit import Shortfall, residual_energy
 from .groups import PrunableGroups
 from .guards import preserved
 from .observe import LabelFn, at_least_float, batch_labels, labels_per_row, undisturbed, wanted_classes
@@ -33,7 +33,7 @@ from .patches import bn_gain, sampled_output, unfolded_input
 from .readers import checked_moments
 from .refitting import Compensation, Refit
 from .report import RefitRow
-from .taps import added_to, tap
+from .taps import added_to, recording, tap
 from .verify import gates
 
 __all__ = ["SequentialRefit"]
@@ -213,19 +213,8 @@ class SequentialRefit:
         """Readers whose output, behind a batch norm of their own if any, is added to something already there."""
         if not self.settings.residual:
             return
-        calls: list[tuple[Any, Any]] = []
-        handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-        with preserved(model), torch.no_grad():
-            model.eval()
-            try:
-                (self.forward_fn or call_model)(model, self.example_inputs)
-            finally:
-                handle.remove()
-        if len(calls) != 1:  # its operations could not be told apart
-            return
-        args, kwargs = calls[0]
-        self._flow = record(model, None, forward_fn=lambda m, _: m(*args, **kwargs))
-        if any("(not seen)" in op.name for op in self._flow.ops):  # scripted: later passes could not be followed
+        self._flow = recording(model, self.example_inputs, self.forward_fn)
+        if self._flow is None:
             return
         for i, r in enumerate(self.refits):
             other = added_to(self._flow, r.name, r.batch_norm)
@@ -291,13 +280,12 @@ class SequentialRefit:
         if not torch.isfinite(energy.sum()):
             raise ValueError(f"the input of layer {r.name} is not finite; check the data and the model")
         target = (r.plain.to(mean) @ mean.unsqueeze(2)).squeeze(2) + lacking
-        new, after = r.plain, error
+        new, after, ridge = r.plain, error, None
         if bool((error > 0).any()):  # else bit for bit what it was
-            products = second @ r.plain.to(second).mT + cross
-            new = r.rounded(refit(second, r.weight, r.kept, self.settings.ridge, products))
+            new, ridge = r.refitted(self.settings.ridge, second, cross, error, sums.inputs.rows)
             step = new.to(second) - r.plain.to(second)
             after = residual_energy(second, step, cross, error)
-        return r.adopt(new, error, after, energy, mean, target)
+        return r.adopt(new, error, after, energy, mean, target, ridge)
 
     def _forward(self, model: nn.Module, batch: Any) -> None:
         try:

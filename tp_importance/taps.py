@@ -6,14 +6,62 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .batches import tensors_in
-from .dataflow import Flow, Op, function_name, is_question, made_tensors, watched_modules
+from .batches import ForwardFn, call_model, tensors_in
+from .dataflow import Flow, Op, function_name, is_question, made_tensors, record, watched_modules
 from .errors import TracingError
+from .guards import preserved
 
-__all__ = ["added_to", "tap"]
+__all__ = ["added_to", "addition", "recording", "tap"]
+
+
+def recording(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> Flow | None:
+    """Operations of the call of ``model`` that a pass makes; ``None`` if later passes could not be compared with it.
+
+    That is so if the forward function does not call the model exactly once, or if something in it is scripted.
+    """
+    calls: list[tuple[Any, Any]] = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    with preserved(model), torch.no_grad():
+        model.eval()
+        try:
+            (forward_fn or call_model)(model, example_inputs)
+        finally:
+            handle.remove()
+    if len(calls) != 1:
+        return None
+    args, kwargs = calls[0]
+    flow = record(model, None, forward_fn=lambda m, _: m(*args, **kwargs))
+    return None if any("(not seen)" in op.name for op in flow.ops) else flow
+
+
+def addition(flow: Flow, name: str, norm: nn.Module | None = None) -> Op | None:
+    r"""The addition in ``s + bn(layer(x))``, behind a layer that runs once.
+
+    Args:
+        flow: recording of the network.
+        name: qualified name of the layer.
+        norm: the batch norm that may stand between, if any.
+
+    Returns:
+        ``None`` if the output of the layer (behind ``norm``, if given) goes anywhere else, or s is broadcast.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return x + self.layer(x)
+        >>> flow = record(Block(), torch.zeros(1, 2))
+        >>> addition(flow, "layer").outputs == flow.outputs
+        True
+    """
+    found = _added(flow, name, norm)
+    return None if found is None else found[0]
 
 
 def added_to(flow: Flow, name: str, norm: nn.Module | None = None) -> int | None:
@@ -42,17 +90,25 @@ def added_to(flow: Flow, name: str, norm: nn.Module | None = None) -> int | None
         >>> added_to(flow, "second") == flow.ops[0].outputs[0], added_to(flow, "first")
         (True, None)
     """
-    calls = [i for i, op in enumerate(flow.ops) if op.module is not None and op.name == name]
+    found = _added(flow, name, norm)
+    if found is None:
+        return None
+    first = next(i for i, op in enumerate(flow.ops) if op.module is not None and op.name == name)
+    return found[1] if any(found[1] in earlier.outputs for earlier in flow.ops[:first]) else None
+
+
+def _added(flow: Flow, name: str, norm: nn.Module | None) -> tuple[Op, int] | None:
+    """The addition, and the tensor s."""
+    calls = [op for op in flow.ops if op.module is not None and op.name == name]
     if len(calls) != 1:
         return None
-    value, op = _only_reader(flow, flow.ops[calls[0]].outputs[0])
+    value, op = _only_reader(flow, calls[0].outputs[0])
     if op is not None and norm is not None and op.module is norm:
         value, op = _only_reader(flow, op.outputs[0])
     if op is None or op.kind != "add" or len(op.inputs) != 2 or len(set(op.inputs)) != 2:
         return None
     other = next(v for v in op.inputs if v != value)
-    before = any(other in earlier.outputs for earlier in flow.ops[: calls[0]])
-    return other if before and flow.shapes[other] == flow.shapes[value] else None
+    return (op, other) if flow.shapes[other] == flow.shapes[value] else None
 
 
 def _only_reader(flow: Flow, value: int) -> tuple[int, Op | None]:
@@ -64,7 +120,13 @@ def _only_reader(flow: Flow, value: int) -> tuple[int, Op | None]:
 
 
 @contextmanager
-def tap(model: nn.Module, flow: Flow, taps: Mapping[int, Callable[[Tensor], None]]) -> Iterator[None]:
+def tap(
+    model: nn.Module,
+    flow: Flow,
+    taps: Mapping[int, Callable[[Tensor], None]],
+    *,
+    otherwise: Callable[[TracingError], None] | None = None,
+) -> Iterator[None]:
     """Show tensors of a recorded call of the model while it is called again, on other inputs; none is kept.
 
     The calls must run the same operations as the recorded one. Nothing is seen inside of layers.
@@ -73,6 +135,7 @@ def tap(model: nn.Module, flow: Flow, taps: Mapping[int, Callable[[Tensor], None
         model: the network that was recorded, in eval mode.
         flow: its recording, with the default ``layers`` and without ``forward_fn``.
         taps: what to call, per tensor of ``flow``, as soon as it is made.
+        otherwise: called instead of raising the ``TracingError``; the rest of the call goes unseen.
 
     Raises:
         ValueError: if a tensor is not made by an operation of ``flow``.
@@ -94,7 +157,7 @@ def tap(model: nn.Module, flow: Flow, taps: Mapping[int, Callable[[Tensor], None
         if len(made) != 1:
             raise ValueError(f"tensor {value} is made by no operation of the recording")
         wanted.setdefault(made[0][0], []).append((made[0][1], fn))
-    counter = _Counter(flow, wanted)
+    counter = _Counter(flow, wanted, otherwise)
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(counter.start, prepend=True).remove)
         stack.callback(model.register_forward_hook(counter.stop).remove)
@@ -108,9 +171,14 @@ def tap(model: nn.Module, flow: Flow, taps: Mapping[int, Callable[[Tensor], None
 class _Counter(TorchFunctionMode):
     """Counts operations as the recorder does, without keeping their tensors."""
 
-    def __init__(self, flow: Flow, wanted: Mapping[int, list[tuple[int, Callable[[Tensor], None]]]]) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        wanted: Mapping[int, list[tuple[int, Callable[[Tensor], None]]]],
+        otherwise: Callable[[TracingError], None] | None,
+    ) -> None:
         super().__init__()
-        self._flow, self._wanted = flow, wanted
+        self._flow, self._wanted, self._otherwise = flow, wanted, otherwise
         self._next = self._depth = 0
         self._running = False
 
@@ -144,10 +212,17 @@ class _Counter(TorchFunctionMode):
         return output
 
     def _count(self, name: str, made: list[Tensor]) -> None:
+        if not self._running:
+            return
         index, self._next = self._next, self._next + 1
         if index >= len(self._flow.ops) or self._flow.ops[index].name != name:
             there = self._flow.ops[index].name if index < len(self._flow.ops) else "the end"
-            raise TracingError(f"operation {index} of the network was {there} when it was recorded and is {name} now")
+            error = TracingError(f"operation {index} of the network was {there} when it was recorded and is {name} now")
+            self._running = False
+            if self._otherwise is None:
+                raise error
+            self._otherwise(error)
+            return
         self._running = False  # what the callbacks compute is none of the network's operations
         for position, fn in self._wanted.get(index, ()):
             fn(made[position])

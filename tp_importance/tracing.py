@@ -69,12 +69,13 @@ class TraceOptions:
 
 @dataclass
 class Trace:
-    """A traced network: dependency graph, calls in execution order, batch size of the example inputs."""
+    """A traced network: dependency graph, calls in execution order, the example inputs and their batch size."""
 
     model: nn.Module
     graph: Any
     calls: list[Call]
     batch_size: int
+    example_inputs: Any
     names: dict[nn.Module | nn.Parameter, str] = field(default_factory=dict)
 
     def first_call(self) -> dict[str, int]:
@@ -232,7 +233,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
             recorder.remove()
     names: dict[nn.Module | nn.Parameter, str] = {m: name for name, m in model.named_modules()}
     names.update({p: name for name, p in model.named_parameters()})
-    return Trace(model=model, graph=graph, calls=recorder.calls, batch_size=n, names=names)
+    return Trace(model, graph, recorder.calls, n, example_inputs, names)
 
 
 def count_ops(

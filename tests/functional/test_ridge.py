@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from tp_importance.functional.refit import refit, residual_energy
+from tp_importance.functional.ridge import RIDGES, choose_ridge
+
+F64 = torch.float64
+
+
+def rows(n, *shape, seed=0):
+    return torch.randn(n, *shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(u, e):
+    """P, M and mean squares of one or more groups; rows (R, G, d) and (R, G, O)."""
+    n = len(u)
+    return torch.einsum("rgd,rgf->gdf", u, u) / n, torch.einsum("rgd,rgo->gdo", u, e) / n, e.square().mean(0)
+
+
+def by_hand(u, e, kept, ridge, shares):
+    """GCV from stored rows and hat matrices."""
+    total = 0.0
+    for g in range(u.shape[1]):
+        x, n = u[:, g, kept[g]], len(u)
+        if not x.any():
+            hat = torch.zeros(n, n, dtype=F64)
+        else:
+            epsilon = ridge * x.square().mean(0).mean()
+            hat = x @ torch.linalg.solve(x.T @ x / n + epsilon * torch.eye(x.shape[1], dtype=F64), x.T) / n
+        left = ((e[:, g] - hat @ e[:, g]).square().mean(0) * shares[g]).sum()
+        total = total + left / (1 - (hat.trace() + 1) / n) ** 2
+    return float(total)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("noise", [0.01, 1.0, 10.0])
+def test_it_is_the_minimum_of_gcv_by_hand(groups, noise):
+    n, d, outputs = 60, 12, 4
+    u = rows(n, groups, d) * torch.linspace(0.1, 2, d, dtype=F64)
+    e = torch.einsum("rgd,gdo->rgo", u, rows(groups, d, outputs, seed=1)) + noise * rows(n, groups, outputs, seed=2)
+    kept = torch.rand(groups, d, generator=torch.Generator().manual_seed(3)) > 0.3
+    kept[-1, :2] = True
+    if groups > 1:
+        kept[0] = False  # a group that goes as a whole
+    shares = torch.rand(groups, outputs, dtype=F64, generator=torch.Generator().manual_seed(4))
+    found = choose_ridge(moments(u, e)[0], kept, *moments(u, e)[1:], n, shares)
+    scores = {r: by_hand(u, e, kept, r, shares) for r in RIDGES}
+    assert found == min(scores, key=scores.get)
+
+
+def test_fewer_rows_take_a_stronger_pull():
+    u, w = rows(4000, 1, 40), rows(1, 40, 8, seed=1)
+    e = torch.einsum("rgd,gdo->rgo", u, w) + 20 * rows(4000, 1, 8, seed=2)
+    kept = torch.ones(1, 40, dtype=torch.bool)
+    found = [choose_ridge(*_with(kept, moments(u[:n], e[:n])), n) for n in (30, 4000)]
+    assert found[0] > found[1]
+
+
+def test_it_errs_less_on_other_rows_than_a_small_ridge():
+    u, w = rows(4000, 1, 40), rows(1, 8, 40, seed=1)
+    y = torch.einsum("rgd,god->rgo", u, w) + 20 * rows(4000, 1, 8, seed=2)
+    kept, nothing = torch.ones(1, 40, dtype=torch.bool), torch.zeros(1, 8, 40, dtype=F64)
+    p, m, error = moments(u[:50], y[:50])
+    true, cross, energy = moments(u[50:], y[50:])
+
+    def elsewhere(ridge):
+        return float(residual_energy(true, refit(p, nothing, kept, ridge, missing=m), cross, energy).sum())
+
+    assert elsewhere(choose_ridge(p, kept, m, error, 50)) < 0.7 * elsewhere(RIDGES[0])
+
+
+def test_nothing_lacking_and_nothing_varying():
+    kept = torch.tensor([[True, True, False], [False, False, False]])
+    still = torch.zeros(2, 3, 3, dtype=F64)
+    assert choose_ridge(still, kept, torch.zeros(2, 3, 2, dtype=F64), torch.zeros(2, 2, dtype=F64), 10) == RIDGES[0]
+    u = rows(10, 2, 3)
+    assert choose_ridge(*_with(kept, moments(u, torch.zeros(10, 2, 2, dtype=F64))), 10) == RIDGES[0]
+
+
+def test_outputs_without_a_share_do_not_count():
+    u, w = rows(30, 1, 20), rows(1, 20, 2, seed=1)
+    e = torch.einsum("rgd,gdo->rgo", u, w)
+    e[..., 1] = 100 * rows(30, 1, seed=2)
+    arguments = _with(torch.ones(1, 20, dtype=torch.bool), moments(u, e))
+    assert choose_ridge(*arguments, 30) > choose_ridge(*arguments, 30, torch.tensor([[1.0, 0.0]])) == RIDGES[0]
+
+
+def _with(kept, found):
+    return found[0], kept, *found[1:]
