@@ -36,8 +36,8 @@ class CATROImportance(StatisticalImportance):
               S = 2\,(\theta S_b + (1 - \theta) S_w)
 
     with :math:`c_{i,o}` channel i's contribution to output o of the reader, g the gain of the batch norm behind it
-    and θ = ``class_weight``; :math:`1_R^\top S 1_R` is what a set R of channels loses, taken relative to
-    :math:`E^{3/4}`, E the variance of the reader's output or of the residual sum that it is added to. Channels go by
+    and θ = ``class_weight``; :math:`1_R^\top S 1_R` is what a set R of channels loses, as a fraction
+    of the variance of the reader's output or of the residual sum that it is added to. Channels go by
     backward elimination; θ = ½ is the total scatter :math:`S_t = S_b + S_w`.
 
     ``space="channel"`` (the literal form): :math:`b_i, w_i` per channel and the set of d channels with the largest

@@ -30,7 +30,7 @@ class OBSImportance(StatisticalImportance):
 
     A removed set R of channels costs what least squares on the kept channels cannot make up,
 
-    .. math:: L(R) = \sum_r E_r^{-3/4} \operatorname{tr}\bigl(G_r W_R [(\hat P_r^{-1})_{RR}]^{-1} W_R^\top\bigr)
+    .. math:: L(R) = \sum_r \frac{1}{E_r} \operatorname{tr}\bigl(G_r W_R [(\hat P_r^{-1})_{RR}]^{-1} W_R^\top\bigr)
 
     over the readers r, with :math:`\hat P_r` the covariance of a reader's unfolded input plus a ridge, :math:`G_r` the
     squared gains of the batch norm behind it and :math:`E_r` the energy of what its error disturbs: of its output, or

@@ -25,9 +25,6 @@ __all__ = ["ReaderStatistics", "check_reading", "checked_moments"]
 MAX_FEATURES = 4608
 """Features (channels × taps) up to which a reader's full moment matrix is kept: 512 channels of a 3×3 kernel."""
 
-ENERGY_EXPONENT = 0.75
-"""How far losses are taken relative to the energy of what they disturb; chosen by measurement."""
-
 SKETCH = 64
 """Outputs a wider reader is summarised by; exact if it has no more."""
 
@@ -151,12 +148,9 @@ class ReaderStatistics:
         return self._energies[name]
 
     def relative(self, name: str) -> float:
-        r"""Factor :math:`E^{-3/4}` that makes the losses of different readers comparable; 0 where nothing varies.
-
-        Exponent 1 would make all readers equal, 0 count raw energies; chosen by measurement (docs/benchmarks.md). Ours.
-        """
+        """Factor that makes a loss at reader ``name`` a fraction of :meth:`energy`; 0 where nothing varies. Ours."""
         energy = self.energy(name)
-        return energy**-ENERGY_EXPONENT if energy > 0 else 0.0
+        return 1.0 / energy if energy > 0 else 0.0
 
     def moments(self, name: str) -> Moments:
         """What reader ``name`` has received so far.
@@ -189,7 +183,7 @@ class ReaderStatistics:
         return matrix
 
     def scatter(self, group: ChannelGroup, matrix: Callable[[Moments], Tensor]) -> Tensor:
-        r"""Scatter of the units of ``group``, :math:`\sum_r S_r / E_r^{3/4}` over its readers r, see :meth:`relative`.
+        r"""Scatter of the units of ``group``, :math:`\sum_r S_r / E_r` over its readers r with their :meth:`energy` E.
 
         Args:
             group: one of the groups.
