@@ -82,8 +82,8 @@ def prune(
             Torch-Pruning.
         compensate: see :func:`~tp_importance.compensation.compensate`; ``"parallel"`` is faster and less accurate.
             With it, or with ``None``, batch norm statistics are re-estimated afterwards.
-        samples: stop after the batch with which there are that many samples, ``None`` for all. Below a hundred or so
-            the refit fits noise.
+        samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
+            hundred cost accuracy (docs/benchmarks.md).
         **options: see :class:`~tp_importance.pruner.BudgetPruner`: ``ignored_layers``, ``round_to``, ``forward_fn``.
 
     Returns:

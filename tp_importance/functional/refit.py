@@ -64,13 +64,13 @@ def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, missing: T
         raise ValueError(f"ridge={ridge!r} must be a fraction, at least 0")
     if missing is None and bool(kept.all()):
         return weight
-    p_all, w_all = _double(second), _double(weight)
+    p_all, w_all = double(second), double(weight)
     kept = kept.to(p_all.device)
     w_all = w_all.to(p_all.device)
     result = torch.zeros_like(w_all)
     for i, (p, w, k) in enumerate(zip(p_all, w_all, kept, strict=True)):
         gram = p[k][:, k]
-        lacking = p[k][:, ~k] @ w[:, ~k].T if missing is None else _double(missing[i])[k]
+        lacking = p[k][:, ~k] @ w[:, ~k].T if missing is None else double(missing[i])[k]
         result[i, :, k] = w[:, k] + _solve(gram, lacking, ridge).T
     return result
 
@@ -152,8 +152,8 @@ def output_energy(second: Tensor, weight: Tensor) -> Tensor:
         >>> output_energy(torch.eye(2)[None], torch.tensor([[[3.0, 4.0]]])).tolist()
         [[25.0]]
     """
-    p = _double(second)
-    w = _double(weight).to(p.device)
+    p = double(second)
+    w = double(weight).to(p.device)
     return ((w @ p) * w).sum(2).clamp(min=0)
 
 
@@ -174,8 +174,8 @@ def residual_energy(second: Tensor, weight: Tensor, cross: Tensor, target: Tenso
         >>> residual_energy(one, 0.5 * one, one, torch.ones(1, 1)).tolist()  # y = u, of unit energy
         [[0.25]]
     """
-    p = _double(second)
-    w, c, y = (_double(t).to(p.device) for t in (weight, cross, target))
+    p = double(second)
+    w, c, y = (double(t).to(p.device) for t in (weight, cross, target))
     return (y - 2 * (w * c.mT).sum(2) + ((w @ p) * w).sum(2)).clamp(min=0)
 
 
@@ -198,5 +198,6 @@ def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     return vectors @ (inverse.unsqueeze(1) * (vectors.mT @ right))
 
 
-def _double(x: Tensor) -> Tensor:
+def double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
     return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .refit import double
+
 __all__ = ["RIDGES", "choose_ridge"]
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -47,10 +49,9 @@ def choose_ridge(
         >>> [choose_ridge(p[None], kept, (u.T @ y / 25)[None], y.square().mean(0)[None], 25) for y in (u @ w, noise)]
         [0.001, 10.0]
     """
-    wide = torch.float64 if second.device.type != "mps" else torch.float32
-    kept = kept.to(second.device)
-    p, m = (x.to(wide) * kept.unsqueeze(2) for x in (second, missing))
-    p = p * kept.unsqueeze(1)
+    p, m = double(second), double(missing)
+    kept = kept.to(p.device)
+    p, m = p * kept.unsqueeze(2) * kept.unsqueeze(1), m * kept.unsqueeze(2)
     e = error.to(p)
     if shares is not None:
         e, m = e * shares.to(p), m * shares.to(p).sqrt().unsqueeze(1)
