@@ -6,7 +6,16 @@ import torch_pruning as tp
 from torch import nn
 
 from networks import class_loader, make_network
-from tp_importance import Budget, BudgetError, CATROImportance, Compensation, prune
+from tp_importance import (
+    Budget,
+    BudgetError,
+    BudgetPruner,
+    CATROImportance,
+    Compensation,
+    ITPruner,
+    LagrangeAllocator,
+    prune,
+)
 from tp_importance.one_shot import METHODS
 
 HALF = Budget(macs=0.5)
@@ -80,7 +89,14 @@ def test_the_same_seed_gives_the_same_network():
         ({"samples": True}, ValueError, "samples=True"),
         ({"compensate": "serial"}, ValueError, "serial"),
         ({"budget": Budget(macs=1)}, BudgetError, "cannot be reached"),
-        ({"budget": 0.5}, TypeError, "Budget"),
+        ({"budget": 0.5}, TypeError, r"Budget\(macs=0.5\), not 0.5"),
+        ({"method": None}, TypeError, "method=None cannot value channels"),
+        ({"method": 3}, TypeError, "method=3"),
+        ({"method": CATROImportance}, TypeError, r"method=CATROImportance is a class.*method=CATROImportance\(\)"),
+        ({"allocator": 3}, TypeError, "allocator=3 must be one of"),
+        ({"allocator": ["greedy"]}, TypeError, "allocator=.*must be one of"),
+        ({"allocator": "gready"}, ValueError, "unknown allocator 'gready'"),
+        ({"allocator": LagrangeAllocator}, TypeError, r"make one of it: allocator=LagrangeAllocator\(\)"),
     ],
 )
 def test_bad_options_leave_the_model_alone(options, error, message):
@@ -111,3 +127,36 @@ def test_settings_pass_through():
     report = prune(model, x, class_loader(32), budget=HALF, compensate=how, round_to=4).report
     assert all(row.removed for row in report.compensation.rows)
     assert all(row.after % 4 == 0 or row.after == row.initial for row in report.rows)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(nn.Linear, "not the class Linear"), (lambda x: x, "not function"), (None, "not NoneType")],
+)
+def test_a_model_that_is_none(model, message):
+    with pytest.raises(TypeError, match=f"model must be a torch.nn.Module, {message}"):
+        prune(model, torch.zeros(1, 3), [], budget=HALF)
+
+
+def never(*_):
+    raise AssertionError("the model ran")
+
+
+def test_arguments_are_checked_before_anything_runs():
+    model, x = make_network("plain")
+    model.forward = never
+    good = {"importance": tp.importance.LAMPImportance(), "budget": HALF}
+    for bad in ({"importance": CATROImportance}, {"importance": "l1"}, {"allocator": 3}, {"budget": 0.5}):
+        with pytest.raises(TypeError, match=next(iter(bad))):
+            BudgetPruner(model, x, [], **{**good, **bad})
+    with pytest.raises(TypeError, match="importance=MagnitudeImportance is a class"):
+        ITPruner(model, x, [], budget=HALF, importance=tp.importance.MagnitudeImportance)
+
+
+def test_an_importance_that_is_set_later_is_checked_then():
+    model, x = make_network("plain")
+    pruner = BudgetPruner(model, x, importance=None, budget=HALF)
+    with pytest.raises(TypeError, match="importance=None cannot value channels"):
+        pruner.plan()
+    pruner.importance = tp.importance.LAMPImportance()
+    assert pruner.plan().cost.macs <= 0.5 * pruner.dense.macs

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .arguments import checked_model
 from .batches import (
     ForwardFn,
     iterate,
@@ -108,7 +109,7 @@ def observe(
     Raises:
         ValueError: no batches, no labels, labels that are not 1-D, of the wrong number or out of range, fewer than
             two classes.
-        TypeError: labels that are not integers, batches of an unknown form.
+        TypeError: labels that are not integers, batches of an unknown form, a model that is none or compiled.
 
     Example:
         >>> net, sizes = nn.Linear(3, 2), []
@@ -120,7 +121,7 @@ def observe(
     current: list[Tensor] = []
     counts = torch.zeros(0, dtype=torch.int64)
     batches = 0
-    reference = reference_tensor(model)
+    reference = reference_tensor(checked_model(model))
     device = reference.device if reference is not None else torch.device("cpu")
     with preserved(model), ExitStack() as stack, torch.set_grad_enabled(gradients):
         model.eval()

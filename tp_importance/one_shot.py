@@ -10,6 +10,7 @@ import torch_pruning as tp
 from torch import nn
 
 from .allocation import Allocator
+from .arguments import checked_importance
 from .batches import iterate, tensors_in
 from .budget import Budget
 from .catro import CATROImportance
@@ -92,6 +93,7 @@ def prune(
     Raises:
         BudgetError: if the budget cannot be reached.
         TracingError: if the network cannot be traced.
+        TypeError: for a model, method, budget, allocator or loader that is none; before anything runs.
         ValueError: for bad data or options. After any exception the model is as before.
 
     Example:
@@ -122,13 +124,13 @@ def _pruner(
     allocator: str | Allocator | None,
     options: dict[str, Any],
 ) -> BudgetPruner:
-    if method == "itpruner":
+    if isinstance(method, str) and method == "itpruner":
         return ITPruner(model, example_inputs, data, budget=budget, allocator=allocator, **options)
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(
             f"method={method!r} is unknown; known: {sorted([*METHODS, 'itpruner'])}, or pass an importance"
         )
-    importance = METHODS[method]() if isinstance(method, str) else method
+    importance = METHODS[method]() if isinstance(method, str) else checked_importance(method, "method")
     if allocator is None:
         allocator = "greedy" if isinstance(importance, StatisticalImportance) else "uniform"
     return BudgetPruner(

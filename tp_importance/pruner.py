@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .allocation import Allocator, WidthSpace, allocate, find_allocator
+from .arguments import checked_budget, checked_importance, checked_model
 from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
 from .compensation import Compensation
@@ -46,7 +47,8 @@ class BudgetPruner:
         example_inputs: tensor, tuple or dict, batch dimension first.
         loader: re-iterable of batches for data-driven importances and recalibration; collected at the first
             :meth:`plan` or :meth:`step` and again after every step.
-        importance: a :class:`~tp_importance.importance.StatisticalImportance` or any ``tp.importance.Importance``.
+        importance: a :class:`~tp_importance.importance.StatisticalImportance` or any ``tp.importance.Importance``; or
+            ``None``, and the attribute ``importance`` is set before the first plan.
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
             ``latency`` and ``latency_ms`` are those of ``example_inputs`` as they are, on a quiet machine.
         allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"`` or a function, see :mod:`tp_importance.allocation`.
@@ -67,7 +69,8 @@ class BudgetPruner:
         progress: show progress bars.
 
     Raises:
-        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`.
+        TypeError: for a model, importance, budget or allocator that is none, a class where an object is needed, or a
+            compiled model; before anything runs.
         TracingError: if the network cannot be traced.
         ValueError: for bad options.
 
@@ -106,10 +109,11 @@ class BudgetPruner:
         verify: bool | Verifier = True,
         progress: bool = False,
     ) -> None:
-        self.budget = _checked(budget)
-        self.model, self.importance, self.loader = model, importance, loader
+        self.model, self.budget = checked_model(model), checked_budget(budget)
+        self.importance = None if importance is None else checked_importance(importance)
         self.example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
         self._allocate = find_allocator(allocator)
+        self.loader = loader
         table = latency_table if isinstance(latency_table, LatencyTable) else LatencyTable(latency_table)
         self._latency_table = table
         self._latency: LatencyModel | None = None
@@ -199,7 +203,7 @@ class BudgetPruner:
         Args:
             budget: default: the pruner's.
         """
-        chosen = _checked(self.budget if budget is None else budget)
+        chosen = checked_budget(self.budget if budget is None else budget)
         counts: dict[str, float] = dict(chosen.limits(self.dense))
         if not chosen.is_measured:
             return counts
@@ -389,6 +393,7 @@ class BudgetPruner:
 
     def _value(self) -> dict[str, Curve]:
         self.groups.require_some()
+        checked_importance(self.importance)  # it may have been set later
         if not isinstance(self.importance, StatisticalImportance):
             return value_curves(self.importance, self.groups)  # weights and gradients may have changed: never kept
         if self._curves is None:
@@ -438,12 +443,6 @@ class BudgetPruner:
             criterion=type(self.importance).__name__,
             latency_ms=dict(plan.latency_ms),
         )
-
-
-def _checked(budget: Any) -> Budget:
-    if not isinstance(budget, Budget):
-        raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
-    return budget
 
 
 def bytes_per_parameter(model: nn.Module) -> float:
