@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from networks import class_loader, make_network
 from tp_importance import (
@@ -14,6 +15,7 @@ from tp_importance import (
     Compensation,
     ITPruner,
     LagrangeAllocator,
+    OBSPruner,
     prune,
 )
 from tp_importance.one_shot import METHODS
@@ -160,3 +162,48 @@ def test_an_importance_that_is_set_later_is_checked_then():
         pruner.plan()
     pruner.importance = tp.importance.LAMPImportance()
     assert pruner.plan().cost.macs <= 0.5 * pruner.dense.macs
+
+
+X, Y = (torch.cat(parts) for parts in zip(*class_loader(32), strict=True))
+
+
+@pytest.mark.parametrize("method", ["obs", "catro", "l1"])
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (TensorDataset(X, Y), TypeError, "TensorDataset, which gives single samples"),
+        ((X, Y), TypeError, r"pass \[\(X, Y\)\]"),
+        (X, TypeError, r"pass \[batch\]"),
+        ((b for b in [X]), TypeError, r"generator and gives its batches only once.*list\(loader\)"),
+        (iter([X]), TypeError, "list_iterator and gives its batches only once"),
+        ([], ValueError, "gave no batch"),
+        ([(X[:, 0], Y)], RuntimeError, "Given groups=1"),
+        ([(x, int(y)) for x, y in zip(X, Y, strict=True)], ValueError, "batch_size=64|got 3D input"),
+    ],
+)
+def test_bad_loaders_leave_the_model_alone(method, loader, error, message):
+    model, x = make_network("plain")
+    before = state(model)
+    with pytest.raises(error, match=message) as caught:
+        prune(model, x, loader, budget=HALF, method=method)
+    if error is RuntimeError:
+        assert "(32, 16, 16) float32, (32,) int64" in caught.value.__notes__[0]
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("method", ["obs", "l1"])
+def test_single_samples_that_run_are_refused_all_the_same(method):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    with pytest.raises(ValueError, match=r"layer \d gets an input of shape .* without a batch dimension"):
+        prune(model, X[:1], [X[0]], budget=HALF, method=method)
+
+
+def test_one_pass_may_be_a_generator_and_two_may_not():
+    for compensate, recalibrate, possible in ((None, False, True), ("parallel", False, True), (None, True, False)):
+        model, x = make_network("plain")
+        pruner = OBSPruner(model, x, (b for b in class_loader(32)), budget=HALF)
+        if possible:
+            pruner.step(compensate=compensate, recalibrate=recalibrate)
+        else:
+            with pytest.raises(TypeError, match="only once"):
+                pruner.step(compensate=compensate, recalibrate=recalibrate)

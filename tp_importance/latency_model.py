@@ -153,7 +153,8 @@ class LatencyModel:
         for call, _, at in _timed(groups):
             widths.setdefault(call.name, []).append(at)
         turns = {name: iter(calls) for name, calls in widths.items()}  # a shared module runs several times
-        again = LatencyModel(groups, self._layers, self._grids, [next(turns[name]) for name in self._layers], self.dense)
+        after = [next(turns[name]) for name in self._layers]
+        again = LatencyModel(groups, self._layers, self._grids, after, self.dense)
         again.overhead_ms, again.scale, again.calibration = self.overhead_ms, self.scale, self.calibration
         return again
 

@@ -19,11 +19,13 @@ from .batches import (
     layer_input,
     reference_tensor,
     run_batch,
+    single_label,
     split_batch,
     tensors_in,
     trainable_inputs,
 )
 from .guards import preserved
+from .patches import require_batched
 
 __all__ = [
     "LabelFn",
@@ -42,6 +44,8 @@ LabelFn = Callable[[Any], Tensor]
 """``label_fn(batch)``: the labels of a batch as the loader gave it, 1-D integers."""
 
 WatchFn = Callable[[Tensor, Tensor, Tensor], None]
+
+_BATCHED = "if it gives single samples, pass DataLoader(dataset, batch_size=64)"
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,8 @@ def _read_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | N
             labels = None
     if labels is None:
         if needed:
+            if single_label(batch):
+                raise ValueError(f"the loader gives one number for the labels of a batch; {_BATCHED}")
             raise ValueError("the loader gives no labels; yield (inputs, labels) or pass label_fn")
         return torch.zeros(_samples(batch), dtype=torch.int64)
     if not isinstance(labels, Tensor):
@@ -195,9 +201,8 @@ def _read_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | N
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels are of dtype {labels.dtype}; integer class indices are needed")
     if labels.dim() != 1:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}; 1-D class indices are needed (one-hot: y.argmax(1))"
-        )
+        remedy = "one-hot: y.argmax(1)" if labels.dim() else _BATCHED
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; 1-D class indices are needed ({remedy})")
     labels = labels.detach().cpu().long()
     if len(labels) and int(labels.min()) < 0:
         raise ValueError(f"label {int(labels.min())} is negative; class indices start at 0")
@@ -230,6 +235,7 @@ def check_range(labels: Tensor, output: Any) -> None:
 def _hook(watch: Watch, current: list[Tensor]) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x, labels = layer_input(args, kwargs), current[0]
+        require_batched(watch.name, watch.module, x)
         with undisturbed(x.device):
             watch.fn(at_least_float(x), at_least_float(output), labels_per_row(watch.name, x, labels))
 

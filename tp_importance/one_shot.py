@@ -11,7 +11,7 @@ from torch import nn
 
 from .allocation import Allocator
 from .arguments import checked_importance
-from .batches import iterate, tensors_in
+from .batches import check_loader, iterate, require_reiterable, tensors_in
 from .budget import Budget
 from .catro import CATROImportance
 from .importance import StatisticalImportance
@@ -109,6 +109,8 @@ def prune(
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise ValueError(f"samples={samples!r} must be a positive integer, e.g. 512, or None for all of the loader")
     settings = Compensation.of(compensate)
+    require_reiterable(loader)
+    check_loader(loader)
     data = loader if samples is None else _First(loader, samples)
     pruner = _pruner(model, example_inputs, data, budget, method, allocator, options)
     report = pruner.step(compensate=settings, recalibrate=_has_batch_norm(model))

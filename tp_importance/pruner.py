@@ -14,6 +14,7 @@ from torch import nn
 
 from .allocation import Allocator, WidthSpace, allocate, find_allocator
 from .arguments import checked_budget, checked_importance, checked_model
+from .batches import check_loader, require_reiterable
 from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
 from .compensation import Compensation
@@ -113,6 +114,8 @@ class BudgetPruner:
         self.importance = None if importance is None else checked_importance(importance)
         self.example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
         self._allocate = find_allocator(allocator)
+        if loader is not None:
+            check_loader(loader)
         self.loader = loader
         table = latency_table if isinstance(latency_table, LatencyTable) else LatencyTable(latency_table)
         self._latency_table = table
@@ -283,7 +286,7 @@ class BudgetPruner:
             RuntimeError: if the pruned network does not cost what was planned; the model is then as before.
             ValueError: as :meth:`plan`, or if compensation or recalibration has no loader.
         """
-        self._require_loader(Compensation.of(compensate) is not None, recalibrate)
+        self._require_loader(Compensation.of(compensate), recalibrate)
         return self.apply(self.plan(budget), compensate=compensate, recalibrate=recalibrate)
 
     def apply(
@@ -304,7 +307,7 @@ class BudgetPruner:
             ValueError: if the plan is of another network, or compensation or recalibration has no loader.
         """
         settings = Compensation.of(compensate)
-        self._require_loader(settings is not None, recalibrate)
+        self._require_loader(settings, recalibrate)
         report = self._report(plan)
         if plan.is_noop:
             warnings.warn(f"the network already meets the budget ({plan.cost}); nothing is pruned", stacklevel=2)
@@ -386,10 +389,18 @@ class BudgetPruner:
             progress=self._progress,
         )
 
-    def _require_loader(self, compensate: bool, recalibrate: bool) -> None:
-        if self.loader is None and (compensate or recalibrate):
-            asked = "compensate" if compensate else "recalibrate=True"
+    def _require_loader(self, settings: Compensation | None, recalibrate: bool) -> None:
+        if settings is None and not recalibrate:
+            return
+        if self.loader is None:
+            asked = "recalibrate=True" if settings is None else "compensate"
             raise ValueError(f"{asked} needs data: pass loader= to the pruner")
+        collects = isinstance(self.importance, StatisticalImportance) and self._curves is None
+        parallel = settings is not None and settings.mode == "parallel"
+        refits = settings is not None and not (parallel and hasattr(self.importance, "reader_statistics"))
+        recalibrates = recalibrate and (settings is None or parallel)  # else as it refits
+        if collects + refits + recalibrates > 1:
+            require_reiterable(self.loader)
 
     def _value(self) -> dict[str, Curve]:
         self.groups.require_some()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .batches import ForwardFn, call_model, iterate, layer_input, run_batch
+from .batches import ForwardFn, call_model, iterate, layer_input, require_reiterable, run_batch
 from .calibrate import Moments as NormMoments
 from .calibrate import write_statistics
 from .dataflow import Flow, record
@@ -29,7 +29,7 @@ from .functional.refit import Shortfall, refit, residual_energy
 from .groups import PrunableGroups
 from .guards import preserved
 from .observe import LabelFn, at_least_float, batch_labels, labels_per_row, undisturbed, wanted_classes
-from .patches import bn_gain, sampled_output, unfolded_input
+from .patches import bn_gain, require_batched, sampled_output, unfolded_input
 from .readers import checked_moments
 from .refitting import Compensation, Refit
 from .report import RefitRow
@@ -105,6 +105,7 @@ class SequentialRefit:
             if batch is not None:
                 self.passes = 2
                 return self._sweep(model, batch)
+            require_reiterable(loader)
             return self._one_by_one(model, loader)
 
     # -- one pass
@@ -270,6 +271,7 @@ class SequentialRefit:
     def _target(self, i: int, x: Tensor, out: Tensor, generator: torch.Generator) -> _Seen:
         """What the reader, whose weight is still the dense one, gives at the sampled positions."""
         r = self.refits[i]
+        require_batched(r.name, r.module, x)
         u = unfolded_input(r.module, x, out, self.settings.sampled, generator)
         return _Seen(torch.einsum("nqgd,god->nqgo", u, r.weight.to(u)), tuple(out.shape))
 
