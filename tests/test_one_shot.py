@@ -16,7 +16,13 @@ from tp_importance import (
     ITPruner,
     LagrangeAllocator,
     OBSPruner,
+    TracingError,
+    compensate,
+    count_ops,
+    observe,
+    prunable_groups,
     prune,
+    recalibrate_batchnorm,
 )
 from tp_importance.one_shot import METHODS
 
@@ -199,11 +205,68 @@ def test_single_samples_that_run_are_refused_all_the_same(method):
 
 
 def test_one_pass_may_be_a_generator_and_two_may_not():
-    for compensate, recalibrate, possible in ((None, False, True), ("parallel", False, True), (None, True, False)):
+    for how, recalibrate, possible in ((None, False, True), ("parallel", False, True), (None, True, False)):
         model, x = make_network("plain")
         pruner = OBSPruner(model, x, (b for b in class_loader(32)), budget=HALF)
         if possible:
-            pruner.step(compensate=compensate, recalibrate=recalibrate)
+            pruner.step(compensate=how, recalibrate=recalibrate)
         else:
             with pytest.raises(TypeError, match="only once"):
-                pruner.step(compensate=compensate, recalibrate=recalibrate)
+                pruner.step(compensate=how, recalibrate=recalibrate)
+
+
+LOW = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@LOW
+@pytest.mark.parametrize("method", ["obs", "l1"])
+def test_low_precision_is_pruned_as_it_is(method, dtype):
+    model, x = make_network("residual")
+    model, x = model.to(dtype), x.to(dtype)
+    report = prune(model, x, class_loader(32), budget=HALF, method=method).report
+    assert report.cost.macs <= 0.5 * report.dense.macs == 0.5 * count_ops(make_network("residual")[0], x.float())[0]
+    assert {p.dtype for p in model.parameters()} == {dtype} and model(x).isfinite().all()
+
+
+@LOW
+def test_example_inputs_of_another_precision_are_named(dtype):
+    model, x = make_network("residual")
+    remedy = rf"example_inputs are float32 and the weights {str(dtype)[6:]}: pass example_inputs.to\({dtype}\)"
+    with pytest.raises(TracingError, match=remedy):
+        prune(model.to(dtype), x, class_loader(32), budget=HALF)
+    with pytest.raises(RuntimeError, match=remedy):
+        count_ops(model, x)
+
+
+def in_place(model):
+    model.compile()
+    return model
+
+
+def inside(model):
+    model[0] = torch.compile(model[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("compiled", "remedy"),
+    [
+        (torch.compile, r"use model\._orig_mod"),
+        (inside, r"use model\.0\._orig_mod"),
+        (in_place, r"_compiled_call_impl = None"),
+    ],
+)
+def test_compiled_networks_are_refused_by_everybody(compiled, remedy):
+    model, x = make_network("plain")
+    model, data = compiled(model), class_loader(32)
+    for use in (
+        lambda: prune(model, x, data, budget=HALF),
+        lambda: BudgetPruner(model, x, importance=tp.importance.LAMPImportance(), budget=HALF),
+        lambda: prunable_groups(model, x),
+        lambda: count_ops(model, x),
+        lambda: observe(model, data, []),
+        lambda: recalibrate_batchnorm(model, data),
+        lambda: compensate(model, x, data, {}),
+    ):
+        with pytest.raises(TypeError, match=remedy):
+            use()

@@ -7,6 +7,7 @@ from itertools import chain
 from numbers import Number
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, TensorDataset
@@ -17,6 +18,7 @@ __all__ = [
     "check_loader",
     "iterate",
     "layer_input",
+    "misplaced",
     "reference_tensor",
     "require_reiterable",
     "run_batch",
@@ -206,16 +208,56 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
     Raises:
         TypeError: if ``example_inputs`` is none of these.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    raise TypeError(
-        f"example_inputs are of type {type(example_inputs).__name__}; pass a tensor, a tuple of positional or a dict "
-        "of keyword arguments"
-    )
+        args = (example_inputs,)
+    elif isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        args = tuple(example_inputs)
+    else:
+        raise TypeError(
+            f"example_inputs are of type {type(example_inputs).__name__}; pass a tensor, a tuple of positional or a "
+            "dict of keyword arguments"
+        )
+    try:
+        return model(*args, **kwargs)
+    except RuntimeError as error:
+        if (reason := misplaced(model, example_inputs)) and not getattr(error, "__notes__", ()):
+            error.add_note(reason)
+        raise
+
+
+def misplaced(model: nn.Module, example_inputs: Any) -> str:
+    """What a network that fails on its example inputs may suffer from: another device or precision, or a low one.
+
+    Args:
+        model: the network.
+        example_inputs: what it failed on.
+
+    Returns:
+        The reason and the remedy, or nothing.
+
+    Example:
+        >>> import torch
+        >>> misplaced(nn.Linear(2, 2).half(), torch.zeros(1, 2))
+        'example_inputs are float32 and the weights float16: pass example_inputs.to(torch.float16), or model.float()'
+    """
+    like = reference_tensor(model)
+    for tensor in [] if like is None else tensors_in(example_inputs):
+        assert like is not None
+        if tensor.device != like.device:
+            return f"example_inputs are on {tensor.device} and the weights on {like.device}: bring them together"
+        if tensor.is_floating_point() and like.is_floating_point() and tensor.dtype != like.dtype:
+            names = [str(t.dtype).removeprefix("torch.") for t in (tensor, like)]
+            return (
+                f"example_inputs are {names[0]} and the weights {names[1]}: pass example_inputs.to({like.dtype}), or "
+                "model.float()"
+            )
+    if like is not None and like.dtype in (torch.float16, torch.bfloat16):
+        return f"the weights are {like.dtype}, which not every layer takes on every device: try model.float()"
+    return ""
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -35,8 +35,10 @@ __all__ = [
     "at_least_float",
     "batch_labels",
     "check_range",
+    "counted",
     "labels_per_row",
     "observe",
+    "require_classes",
     "wanted_classes",
 ]
 
@@ -143,16 +145,12 @@ def observe(
             output = run_batch(model, batch, forward_fn)
             if need_labels:
                 check_range(labels, output)
-            seen = torch.bincount(labels[labels >= 0], minlength=len(counts))
-            seen[: len(counts)] += counts
-            counts = seen
+            counts = counted(labels, counts)
             batches += 1
     if not batches:
         raise ValueError("the loader gave no batch; a re-iterable of batches is needed (a generator runs only once)")
+    require_classes(wanted, counts)
     present = int((counts > 0).sum())
-    if wanted is not None and present < len(wanted):
-        missing = [c for c in wanted.tolist() if c >= len(counts) or counts[c] == 0]
-        raise ValueError(f"classes {missing} do not occur in the loader; it has {counts.nonzero().flatten().tolist()}")
     if need_labels and present < 2:
         raise ValueError(f"all {int(counts.sum())} samples are of one class; class-aware statistics need at least two")
     return Observed(int(counts.sum()), batches, counts)
@@ -168,6 +166,34 @@ def wanted_classes(classes: Sequence[int] | None) -> Tensor | None:
     if len(set(values)) != len(values):
         raise ValueError(f"classes={values!r} names a class twice")
     return torch.tensor(values)
+
+
+def counted(labels: Tensor, counts: Tensor) -> Tensor:
+    """Samples per label so far, int64, shape (K,); negative labels do not count.
+
+    Args:
+        labels: of a batch, shape (N,).
+        counts: those before it; K grows as labels come.
+    """
+    seen = torch.bincount(labels[labels >= 0], minlength=len(counts))
+    seen[: len(counts)] += counts
+    return seen
+
+
+def require_classes(wanted: Tensor | None, counts: Tensor) -> None:
+    """Refuse chosen classes of which there is no sample.
+
+    Args:
+        wanted: the chosen labels, ``None`` for all.
+        counts: samples per label, shape (K,).
+
+    Raises:
+        ValueError: naming them and what there is.
+    """
+    missing = [c for c in ([] if wanted is None else wanted.tolist()) if c >= len(counts) or counts[c] == 0]
+    if missing:
+        there = counts.nonzero().flatten().tolist()
+        raise ValueError(f"classes {missing} do not occur in the loader; of the chosen ones it has {there}")
 
 
 def batch_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | None, needed: bool) -> Tensor:

@@ -28,7 +28,16 @@ from .errors import TracingError
 from .functional.refit import Shortfall, refit, residual_energy
 from .groups import PrunableGroups
 from .guards import preserved
-from .observe import LabelFn, at_least_float, batch_labels, labels_per_row, undisturbed, wanted_classes
+from .observe import (
+    LabelFn,
+    at_least_float,
+    batch_labels,
+    counted,
+    labels_per_row,
+    require_classes,
+    undisturbed,
+    wanted_classes,
+)
 from .patches import bn_gain, require_batched, sampled_output, unfolded_input
 from .readers import checked_moments
 from .refitting import Compensation, Refit
@@ -89,12 +98,14 @@ class SequentialRefit:
     passes: int = field(default=0, init=False)
     _flow: Flow | None = field(default=None, init=False)
     _sums: dict[int, int] = field(default_factory=dict, init=False)
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), init=False)
 
     def run(self, loader: Iterable[Any]) -> list[RefitRow]:
         """Refit all readers; ``passes`` then says how many (cut-off) passes over the data it took.
 
         Raises:
-            ValueError: for bad data, a reader that did not run, or weights that are not finite.
+            ValueError: for bad data, a class without samples, a reader that did not run, or weights that are not
+                finite.
         """
         model = self.groups.trace.model
         wanted_classes(self.classes)
@@ -112,6 +123,7 @@ class SequentialRefit:
 
     def _sweep(self, model: nn.Module, batch: Any) -> list[RefitRow]:
         labels, rows = self._labels(batch), dict[str, RefitRow]()
+        require_classes(wanted_classes(self.classes), self._counts)
         targets: dict[int, _Seen] = {}
         dense, pruned = dict[int, Tensor](), dict[int, Tensor]()
 
@@ -191,6 +203,7 @@ class SequentialRefit:
                 self._add(sums, i, x, seen, labels, ours)
             calls.clear()
             inputs.clear()
+        require_classes(wanted_classes(self.classes), self._counts)
         return self._solve(r, sums)
 
     def _recalibrate(self, model: nn.Module, name: str, loader: Iterable[Any]) -> None:
@@ -313,7 +326,9 @@ class SequentialRefit:
         if wanted is None:
             return None
         labels = batch_labels(batch, self.label_fn, self.forward_fn, True)
-        return torch.where(torch.isin(labels, wanted), labels, -1)
+        labels = torch.where(torch.isin(labels, wanted), labels, -1)
+        self._counts = counted(labels, self._counts)
+        return labels
 
     def _generator(self, i: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + i)

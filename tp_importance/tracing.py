@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .arguments import checked_model
-from .batches import call_model, trainable_inputs
+from .batches import call_model, misplaced, trainable_inputs
 from .errors import TracingError
 from .guards import preserved
 
@@ -227,9 +227,12 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
                 ignored_params=list(options.ignored_params),
             )
         except Exception as error:
+            remedy = misplaced(model, example_inputs) or (
+                "Check that the model runs on example_inputs (device, dtype, shape); give forward_fn or "
+                "output_transform for unusual signatures"
+            )
             raise TracingError(
-                f"could not trace {type(model).__name__}: {type(error).__name__}: {error}. Check that the model runs "
-                "on example_inputs (device, dtype, shape); give forward_fn or output_transform for unusual signatures"
+                f"could not trace {type(model).__name__}: {type(error).__name__}: {error}. {remedy}"
             ) from error
         finally:
             recorder.remove()
