@@ -24,18 +24,20 @@ from tp_importance import (
     prune,
     recalibrate_batchnorm,
 )
-from tp_importance.one_shot import METHODS
+from tp_importance.allocation import ALLOCATORS
+from tp_importance.automl import METHODS, RandomImportance, channel_method, prune_trial, register_method
+from tp_importance.automl import methods as registry
 
 HALF = Budget(macs=0.5)
+NAMES = [name for name, method in METHODS.items() if method.make is not None]
+"""Criteria that prune() and searches know."""
 
 
 def state(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-@pytest.mark.parametrize(
-    "method", [*METHODS, "itpruner", CATROImportance(space="channel"), tp.importance.LAMPImportance()]
-)
+@pytest.mark.parametrize("method", [*NAMES, CATROImportance(space="channel"), tp.importance.LAMPImportance()])
 def test_every_method_meets_the_budget_in_place(method):
     model, x = make_network("residual")
     result = prune(model, x, class_loader(32), budget=HALF, method=method)
@@ -270,3 +272,74 @@ def test_compiled_networks_are_refused_by_everybody(compiled, remedy):
     ):
         with pytest.raises(TypeError, match=remedy):
             use()
+
+
+# -- names
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_old_and_new_names_mean_the_same():
+    assert {"obs", "catro", "itpruner", "psap", "l1", "l2", "magnitude", "fpgm", "taylor", "random"} <= set(NAMES)
+    for a, b in (
+        ("l2", "magnitude"),
+        ("l1", tp.importance.MagnitudeImportance(p=1)),
+        ("random", RandomImportance(seed=0)),
+    ):
+        nets = []
+        for method in (a, b):
+            model, x = make_network("residual")
+            prune(model, x, class_loader(32), budget=HALF, method=method)
+            nets.append(weights(model))
+        assert torch.equal(*nets)
+
+
+@pytest.mark.parametrize("allocator", ["default", *ALLOCATORS])
+@pytest.mark.parametrize("method", ["l1", "itpruner"])
+def test_every_allocator_has_the_same_name_everywhere(allocator, method):
+    model, x = make_network("residual")
+    options = {"example_inputs": x, "loader": class_loader(32), "budget": HALF, "latency_seconds": None}
+    metrics = prune_trial(model, {"method": method, "allocator": allocator}, evaluate=lambda m: 0.0, **options)
+    report = prune(model, x, class_loader(32), budget=HALF, method=method, allocator=allocator).report
+    assert metrics["macs"] == report.cost.macs <= 0.5 * report.dense.macs
+    if (method, allocator) == ("itpruner", "program"):  # with its own weights, not with equal ones
+        other, x = make_network("residual")
+        by_default = prune(other, x, class_loader(32), budget=HALF, method=method).report
+        assert by_default.rows == report.rows
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("resconv", "ResConvPruner"), ("psap_training", "PSAPPruner")])
+def test_methods_that_choose_no_channels_are_named(name, remedy):
+    model, x = make_network("plain")
+    with pytest.raises(ValueError, match=f"method='{name}' is no criterion for channels: use {remedy}"):
+        prune(model, x, class_loader(32), budget=HALF, method=name)
+
+
+def test_what_is_registered_is_known_to_prune(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "METHODS", registry._METHODS)
+    register_method(channel_method("lamp", tp.importance.LAMPImportance))
+    model, x = make_network("plain")
+    assert prune(model, x, class_loader(32), budget=HALF, method="lamp").report.criterion == "LAMPImportance"
+
+
+def test_taylor_takes_the_gradients_of_the_samples_and_leaves_none():
+    model, x = make_network("residual")
+    twin, data = copy.deepcopy(model).eval(), class_loader(32)
+    for images, labels in data:
+        nn.functional.cross_entropy(twin(images), labels).backward()
+    prune(model, x, data, budget=HALF, method="taylor", allocator="uniform")
+    prune(twin, x, data, budget=HALF, method=tp.importance.TaylorImportance())
+    assert torch.equal(weights(model), weights(twin))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_come_back_if_there_are_no_labels():
+    model, x = make_network("plain")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="gradients of the loss need labels"):
+        prune(model, x, [X], budget=HALF, method="taylor")
+    assert all(p.grad.eq(1).all() for p in model.parameters())

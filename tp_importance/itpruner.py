@@ -276,14 +276,15 @@ class ITPruner(BudgetPruner):
             pool=pool,
             per=per,
         )
-        program = weighted.allocator(solver)
+        if allocator is None or (isinstance(allocator, str) and allocator == "program"):
+            allocator = weighted.allocator(solver)
         super().__init__(
             model,
             example_inputs,
             loader,
             budget=budget,
             importance=weighted,
-            allocator=program if allocator is None else allocator,
+            allocator=allocator,
             **options,
         )
 

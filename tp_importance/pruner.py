@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocation import Allocator, WidthSpace, allocate, find_allocator
+from .allocation import Allocator, WidthSpace, allocate
 from .arguments import checked_budget, checked_importance, checked_model
 from .batches import check_loader, require_reiterable
 from .budget import Budget, Cost
@@ -28,6 +28,7 @@ from .latency_model import LatencyModel
 from .latency_table import LatencyTable
 from .observe import LabelFn
 from .plan import Plan
+from .program import named_allocator
 from .report import CompensationReport, GroupRow, PruningReport
 from .surgery import remove_units
 from .tracing import count_ops, trace
@@ -52,7 +53,8 @@ class BudgetPruner:
             ``None``, and the attribute ``importance`` is set before the first plan.
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
             ``latency`` and ``latency_ms`` are those of ``example_inputs`` as they are, on a quiet machine.
-        allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"`` or a function, see :mod:`tp_importance.allocation`.
+        allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"``, ``"program"`` (with the weights of the importance, if it
+            has some) or a function, see :mod:`tp_importance.allocation`.
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.
         max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.
@@ -113,7 +115,7 @@ class BudgetPruner:
         self.model, self.budget = checked_model(model), checked_budget(budget)
         self.importance = None if importance is None else checked_importance(importance)
         self.example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
-        self._allocate = find_allocator(allocator)
+        self._allocate = named_allocator(allocator, self._weights)
         if loader is not None:
             check_loader(loader)
         self.loader = loader
@@ -401,6 +403,9 @@ class BudgetPruner:
         recalibrates = recalibrate and (settings is None or parallel)  # else as it refits
         if collects + refits + recalibrates > 1:
             require_reiterable(self.loader)
+
+    def _weights(self) -> Mapping[str, float] | None:
+        return getattr(self.importance, "weights", None) if hasattr(self.importance, "curves") else None
 
     def _value(self) -> dict[str, Curve]:
         self.groups.require_some()
