@@ -179,6 +179,17 @@ def test_a_trial_refits_if_asked_to(name):
     assert all(f["macs"] == plain["macs"] for f in found.values())  # the widths are the same
 
 
+def test_models_and_budgets_that_are_none():
+    with pytest.raises(TypeError, match=r"budget must be a Budget, e\.g\. Budget\(macs=0\.5\), not 0\.5"):
+        run(network(), {}, budget=0.5)
+    with pytest.raises(TypeError, match="budget must be a Budget"):
+        BudgetProblem.prepare(network(), X, BATCHES, budget=0.5)
+    with pytest.raises(TypeError, match=r"use model\._orig_mod"):
+        run(torch.compile(network()), {})
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, not function"):
+        run(weight_sum, {})
+
+
 def test_a_refit_comes_before_training_and_needs_data():
     model, order = network(), []
     trained = run(

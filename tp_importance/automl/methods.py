@@ -76,10 +76,10 @@ class Job:
         allocator: name of the allocator the search chose, or None.
         train: fine-tuning, or None.
         recalibrate: re-estimate batch norms on the loader after surgery.
-        compensate: refit the layers that read removed channels, on the loader, or None.
         store: shared statistics, or None.
         loss_fn: for criteria that need gradients.
         pruner_options: further arguments of the pruner, such as ``ignored_layers``; use :attr:`arguments`.
+        compensate: refit the layers that read removed channels, on the loader, or None.
     """
 
     model: nn.Module
@@ -91,10 +91,10 @@ class Job:
     allocator: str | None = None
     train: Train | None = None
     recalibrate: bool = True
-    compensate: Compensation | None = None
     store: CurveStore | None = None
     loss_fn: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy
     pruner_options: dict[str, Any] = field(default_factory=dict)
+    compensate: Compensation | None = None
 
     @property
     def calibrates(self) -> bool:

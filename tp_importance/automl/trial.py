@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import ALLOCATORS, Allocator, Curves, Ints, Limits, WidthSpace, proportional, round_down
+from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
 from ..cost import CostModel
 from ..errors import BudgetError, SearchSpaceError
@@ -204,6 +205,7 @@ def prune_trial(
     Raises:
         BudgetError: if the budget cannot be reached, or the widths exceed it.
         SearchSpaceError: if the parameters are not understood.
+        TypeError: for a model or budget that is none, or a compiled model.
         ValueError: for bad data, or a metric that is not a finite number.
 
     Every exception has a note with the parameters.
@@ -218,6 +220,9 @@ def prune_trial(
     """
     with parameters_noted(params), torch.random.fork_rng():
         torch.manual_seed(seed)
+        checked_model(model)
+        if budget is not None:
+            checked_budget(budget)
         clone, options = copy.deepcopy((model, pruner_options))  # layers in the options are then those of the copy
         job = Job(clone, example_inputs, loader, budget, train=train, recalibrate=recalibrate, loss_fn=loss_fn)
         job.compensate = Compensation.of(compensate)
