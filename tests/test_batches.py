@@ -1,4 +1,5 @@
 from collections import UserDict, namedtuple
+from itertools import chain
 
 import pytest
 import torch
@@ -6,7 +7,16 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tp_importance import observe, recalibrate_batchnorm
-from tp_importance.batches import call_model, check_loader, iterate, reference_tensor, run_batch, split_batch, to_model
+from tp_importance.batches import (
+    call_model,
+    check_loader,
+    iterate,
+    reference_tensor,
+    require_reiterable,
+    run_batch,
+    split_batch,
+    to_model,
+)
 from tp_importance.guards import preserved
 
 X, Y = torch.randn(2, 3), torch.tensor([0, 1])
@@ -316,3 +326,31 @@ def test_errors_of_ours_get_no_note():
     with pytest.raises(ValueError, match="no variance") as caught:
         recalibrate_batchnorm(bn(), [torch.randn(1, 3, 3, 3)])
     assert not hasattr(caught.value, "__notes__")
+
+
+class StartsAgain:
+    """An iterator as data libraries have it: it is its own, and starts again."""
+
+    def __iter__(self):
+        self.left = 2
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        self.left -= 1
+        return IMAGES
+
+
+@pytest.mark.parametrize(
+    "loader", [(b for b in [X]), iter([X]), zip([X], [Y], strict=True), chain([X]), iter(DataLoader(X)), map(id, [X])]
+)
+def test_what_runs_once_is_refused_where_it_must_run_twice(loader):
+    with pytest.raises(TypeError, match=r"gives its batches only once.*list\(loader\), or a DataLoader"):
+        require_reiterable(loader)
+
+
+@pytest.mark.parametrize("loader", [[X], (X,), DataLoader(X), range(3), StartsAgain(), Stream(X)])
+def test_what_may_run_twice(loader):
+    require_reiterable(loader)
+    assert len(list(iterate(loader))) == len(list(iterate(loader))) > 0

@@ -34,6 +34,9 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 
 LABEL_KEYS = ("labels", "label")
 
+_ONE_WAY = ("builtins", "itertools", "torch.utils.data.dataloader")
+"""Where iterators come from that end for good."""
+
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
     """Split one batch of a loader into the arguments of the model and the labels.
@@ -323,12 +326,14 @@ or DataLoader(TensorDataset(X, Y), batch_size=64)
 
 
 def require_reiterable(loader: Any) -> None:
-    """Refuse a generator, or any other iterator, where the batches are needed more than once.
+    """Refuse a generator, or another iterator of Python or torch, where the batches are needed more than once.
+
+    Iterators of other libraries pass: some start again.
 
     Raises:
         TypeError: naming the remedy.
     """
-    if isinstance(loader, Iterator):
+    if isinstance(loader, Iterator) and type(loader).__module__ in _ONE_WAY:
         raise TypeError(
             f"loader is a {type(loader).__name__} and gives its batches only once, but several passes are needed; "
             "pass a list of batches, list(loader), or a DataLoader"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..arguments import checked_budget
+from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
 from ..calibrate import recalibrate_batchnorm
 from ..errors import BudgetError
@@ -101,7 +101,7 @@ class ResConvPruner:
         history: reports of the steps so far.
 
     Raises:
-        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`.
+        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`, or the model is none or compiled.
         ValueError: for bad options, or if no convolution is eligible.
 
     Example:
@@ -131,6 +131,7 @@ class ResConvPruner:
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         min_run_time: float = 0.5,
     ) -> None:
+        checked_model(model)
         self.budget = checked_budget(budget)
         if isinstance(reg, bool) or not isinstance(reg, (int, float)) or not 0 <= reg < float("inf"):
             raise ValueError(f"reg={reg!r} must be a finite number >= 0, e.g. 1e-3")
