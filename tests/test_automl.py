@@ -137,7 +137,9 @@ def test_widths_ratios_and_weights():
         ({"method": "resconv", "ratio:0.0": 0.5}, SearchSpaceError, "takes no widths"),
         ({"method": "psap_training"}, ValueError, "pass train="),
         ({"budget:macs": 0.0001}, BudgetError, "cannot be reached"),
-        ({"allocator": "gready"}, ValueError, "gready"),
+        ({"allocator": "gready"}, ValueError, "allocator='gready' is unknown; choose from .*'default'.*'program'"),
+        ({"compensate": "serial"}, SearchSpaceError, "compensate='serial' is unknown"),
+        ({"method": "resconv", "compensate": "parallel"}, SearchSpaceError, "no readers of removed channels to refit"),
     ],
 )
 def test_errors_carry_the_parameters(params, error, match):
@@ -154,6 +156,64 @@ def test_widths_over_the_budget_and_no_budget():
         run(model, full)
     with pytest.raises(SearchSpaceError, match="no budget"):
         run(model, {"method": "catro"}, budget=None)
+
+
+@pytest.mark.parametrize("name", ["obs", "magnitude", "l1", "itpruner"])
+def test_a_trial_refits_if_asked_to(name):
+    """The refit brings the outputs of the pruned network closer to those of the dense one."""
+    model = network()
+    dense, kept = model(BATCHES[0][0]).detach(), []
+
+    def error(net):
+        kept.append(net)
+        with torch.no_grad():
+            return float((net(BATCHES[0][0]) - dense).square().mean())
+
+    plain, off = (run(model, {"method": name, **p}, evaluate=error) for p in ({}, {"compensate": None}))
+    found = {}
+    for mode in ("parallel", "sequential"):
+        found[mode] = run(model, {"method": name, "compensate": mode}, evaluate=error)
+        assert run(model, {"method": name}, evaluate=error, compensate=mode) == found[mode]
+        assert run(model, {"method": name, "compensate": None}, evaluate=error, compensate=mode) == plain == off
+    assert found["sequential"]["default"] < plain["default"]
+    assert all(f["macs"] == plain["macs"] for f in found.values())  # the widths are the same
+
+
+def test_models_and_budgets_that_are_none():
+    with pytest.raises(TypeError, match=r"budget must be a Budget, e\.g\. Budget\(macs=0\.5\), not 0\.5"):
+        run(network(), {}, budget=0.5)
+    with pytest.raises(TypeError, match="budget must be a Budget"):
+        BudgetProblem.prepare(network(), X, BATCHES, budget=0.5)
+    with pytest.raises(TypeError, match=r"use model\._orig_mod"):
+        run(torch.compile(network()), {})
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, not function"):
+        run(weight_sum, {})
+
+
+def test_a_refit_comes_before_training_and_needs_data():
+    model, order = network(), []
+    trained = run(
+        model,
+        {"compensate": "parallel"},
+        train=lambda net, **_: order.append(weight_sum(net)),
+        evaluate=lambda net: order.append(weight_sum(net)) or 0.0,
+    )
+    refitted = run(model, {"compensate": "parallel"})["default"]
+    assert order == [refitted, refitted] and trained["default"] == 0.0 and refitted != run(model, {})["default"]
+    with pytest.raises(ValueError, match="compensate needs data: pass loader="):
+        run(model, {"compensate": "parallel"}, loader=None)
+
+
+def test_the_refit_is_a_choice_of_the_space_only_if_asked_for():
+    others = {"allocators": ["default"], "methods": ["obs"], "budget": {"macs": (0.2, 0.8)}}
+    default, space = search_space(**others), search_space(**others, compensate=[None, "parallel", "sequential"])
+    names = [p.name for p in space.parameters]
+    assert [n for n in names if n != "compensate"] == [p.name for p in default.parameters]
+    assert space.to_nni()["compensate"] == {"_type": "choice", "_value": [None, "parallel", "sequential"]}
+    assert SearchSpace.from_dict(space.to_dict()) == space
+    params = {"method": "obs", "obs.class_weight": 0.5, "allocator": "default", "budget:macs": 0.5, "compensate": None}
+    assert space.check(params) == params
+    assert run(network(), params)["macs"] == run(network(), {**params, "compensate": "parallel"})["macs"]
 
 
 def test_ignored_layers_are_those_of_the_copy():
@@ -214,6 +274,8 @@ def test_space_in_every_form():
         lambda: search_space(per_group="ratio"),
         lambda: search_space(budget={"macs": (0.5, 2.0)}),
         lambda: search_space(allocators=["gready"]),
+        lambda: search_space(compensate=["serial"]),
+        lambda: search_space(methods=["resconv"], compensate=[None, "parallel"]),
         lambda: SearchSpace.from_dict({"a": {"kind": "real"}}),
     ],
 )

@@ -1,10 +1,22 @@
 from collections import UserDict, namedtuple
+from itertools import chain
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from tp_importance.batches import call_model, iterate, reference_tensor, run_batch, split_batch, to_model
+from tp_importance import observe, recalibrate_batchnorm
+from tp_importance.batches import (
+    call_model,
+    check_loader,
+    iterate,
+    reference_tensor,
+    require_reiterable,
+    run_batch,
+    split_batch,
+    to_model,
+)
 from tp_importance.guards import preserved
 
 X, Y = torch.randn(2, 3), torch.tensor([0, 1])
@@ -213,3 +225,132 @@ def test_preserved_scripted_model():
     with preserved(net):
         net.eval()
     assert net.training
+
+
+class Items(Dataset):
+    """A data set of a user."""
+
+    def __init__(self, *items):
+        self.items, self.read = items, 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        self.read += 1
+        return self.items[i]
+
+
+class Stream(IterableDataset):
+    def __init__(self, *items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+IMAGES, LABELS = torch.randn(8, 3, 4, 4), torch.arange(8) % 2
+ONE_BATCH = r"not an iterable of batches; pass \[\(X, Y\)\], or DataLoader\(TensorDataset\(X, Y\)"
+SAMPLES = r"gives single samples, not batches; pass DataLoader\(dataset, batch_size=64\)"
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (IMAGES, r"single Tensor.*pass \[batch\], or DataLoader\(TensorDataset\(X\)"),
+        ({"x": IMAGES}, r"single dict.*pass \[batch\]"),
+        ((IMAGES, LABELS), ONE_BATCH),
+        ([IMAGES, LABELS.float()], ONE_BATCH),
+        (TensorDataset(IMAGES, LABELS), f"TensorDataset, which {SAMPLES}"),
+        (TensorDataset(IMAGES), f"TensorDataset, which {SAMPLES}"),
+        (3, r"int cannot be iterated over; .*DataLoader\(dataset"),
+        (None, "NoneType cannot be iterated over"),
+    ],
+)
+@pytest.mark.parametrize("use", [check_loader, iterate, lambda loader: recalibrate_batchnorm(bn(), loader)])
+def test_what_only_looks_like_a_loader(loader, message, use):
+    with pytest.raises(TypeError, match=message):
+        use(loader)
+
+
+@pytest.mark.parametrize("kind", [Items, Stream])
+@pytest.mark.parametrize(
+    "item", [(IMAGES[0], 1), (IMAGES[0], LABELS[0]), (IMAGES[0], 0.5), {"x": IMAGES[0], "label": 1}]
+)
+def test_data_sets_give_samples(kind, item):
+    with pytest.raises(TypeError, match=f"loader is a {kind.__name__}, which {SAMPLES}"):
+        list(iterate(kind(item, item)))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        [IMAGES, IMAGES],
+        (IMAGES, IMAGES[:1]),
+        [LABELS, LABELS],
+        (IMAGES, LABELS[:3]),
+        [IMAGES],
+        [(IMAGES, 3), (IMAGES, 3)],  # a second item may be anything where no labels are needed
+        Stream((IMAGES, LABELS), (IMAGES, LABELS)),
+        DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4),
+        DataLoader(TensorDataset(IMAGES[None], LABELS[None]), batch_size=None),
+        (b for b in [IMAGES]),
+    ],
+)
+def test_legal_loaders(loader):
+    assert list(iterate(loader))
+
+
+def test_a_data_set_of_batches_is_legal_and_read_once():
+    loader = Items((IMAGES, LABELS), (IMAGES, LABELS))
+    batches = iterate(loader)
+    next(batches), next(batches)
+    assert loader.read == 2
+
+
+def bn():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.parametrize("x", [IMAGES[:, 0], IMAGES[:, :2], IMAGES[0]])
+def test_inputs_that_do_not_fit_are_named(x):
+    model = bn()
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        observe(model, [(x, LABELS[: len(x)])], [])
+    (note,) = caught.value.__notes__
+    assert str(tuple(x.shape)) in note and "DataLoader(dataset, batch_size=64)" in note
+    assert not model[0]._forward_hooks and model.training
+
+
+def test_errors_of_ours_get_no_note():
+    with pytest.raises(ValueError, match="no variance") as caught:
+        recalibrate_batchnorm(bn(), [torch.randn(1, 3, 3, 3)])
+    assert not hasattr(caught.value, "__notes__")
+
+
+class StartsAgain:
+    """An iterator as data libraries have it: it is its own, and starts again."""
+
+    def __iter__(self):
+        self.left = 2
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        self.left -= 1
+        return IMAGES
+
+
+@pytest.mark.parametrize(
+    "loader", [(b for b in [X]), iter([X]), zip([X], [Y], strict=True), chain([X]), iter(DataLoader(X)), map(id, [X])]
+)
+def test_what_runs_once_is_refused_where_it_must_run_twice(loader):
+    with pytest.raises(TypeError, match=r"gives its batches only once.*list\(loader\), or a DataLoader"):
+        require_reiterable(loader)
+
+
+@pytest.mark.parametrize("loader", [[X], (X,), DataLoader(X), range(3), StartsAgain(), Stream(X)])
+def test_what_may_run_twice(loader):
+    require_reiterable(loader)
+    assert len(list(iterate(loader))) == len(list(iterate(loader))) > 0

@@ -6,7 +6,7 @@ import torch_pruning as tp
 from torch import nn
 
 from networks import class_loader, make_network
-from tp_importance import Compensation, compensate, compensated_step, prunable_groups
+from tp_importance import Budget, BudgetPruner, Compensation, compensate, compensated_step, prunable_groups
 from tp_importance.surgery import remove_units
 
 MODES = ["parallel", "sequential"]
@@ -158,3 +158,25 @@ def test_the_model_is_unchanged_if_recalibration_fails():
     with pytest.raises(ValueError, match="variance"):  # a batch of one sample
         compensated_step(pruner, x[:2], [x, x[:1]], "parallel", recalibrate=True)
     assert_same(state(model), before)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("plain", "3.2"), ("residual", "3.2"), ("no_bn", None)])
+def test_outputs_of_the_network_are_not_cut_off(name, layer):
+    model, x = make_network(name)
+    layer = layer or {m: n for n, m in model.named_modules()}[last_linear(model)]
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"\(2, 4\).* became .*\(2, 2\).*ignored_layers: \['{layer}'\]"):
+        compensated_step(pruner_of(model, x, ignored_layers=[]), x, [images(x)])
+    assert_same(state(model), before)
+    assert compensated_step(pruner_of(model, x), x, [images(x)]).rows  # and as the message says it works
+
+
+def test_pruners_of_another_kind_are_refused():
+    model, x = make_network("plain")
+    importance = tp.importance.MagnitudeImportance()
+    ours = BudgetPruner(model, x, importance=importance, budget=Budget(macs=0.5))
+    with pytest.raises(TypeError, match=r"BudgetPruner refits by itself: call pruner.step\(compensate="):
+        compensated_step(ours, x, [images(x)])
+    for wrong, given in ((importance, "of type MagnitudeImportance"), (tp.pruner.BasePruner, "the class BasePruner")):
+        with pytest.raises(TypeError, match=f"pruner is {given}; give a pruner of Torch-Pruning"):
+            compensated_step(wrong, x, [images(x)])

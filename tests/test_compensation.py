@@ -475,6 +475,15 @@ def test_only_the_chosen_classes_count():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("how", ["parallel", "sequential", Settings("sequential", memory_limit=0)])
+def test_classes_that_do_not_occur_are_refused(how):
+    model, x = make_network("flatten")
+    groups, before = prunable_groups(model, x), state(model)
+    with pytest.raises(ValueError, match=r"classes \[7, 9\] do not occur in the loader; of the chosen .* \[1\]"):
+        compensate(model, x, class_loader(32), sample_units(groups), how, groups=groups, classes=[7, 1, 9])
+    assert all(torch.equal(v, before[k]) for k, v in state(model).items())
+
+
 def test_what_cannot_be_refitted_is_reported(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 4)).eval()
     monkeypatch.setattr("tp_importance.refitting.MAX_FEATURES", 500)

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import nn
 
-from tp_importance import Budget, BudgetPruner, Distiller, distillation_loss, slice_classifier
+from tp_importance import Budget, BudgetPruner, Distiller, PSAPPruner, distillation_loss, slice_classifier
 from tp_importance.functional.distillation import feature_loss
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -59,7 +60,8 @@ def test_original_is_left_alone_and_holds_nothing_of_the_teacher():
     model = network().train()
     names = list(model.state_dict())
     distiller = Distiller(model)
-    distiller(model(X), X, Y)
+    with torch.no_grad():
+        distiller(model(X), X, Y)
     assert model.training and all(p.requires_grad for p in model.parameters())
     assert list(model.state_dict()) == names
     assert not {id(p) for p in model.parameters()} & {id(p) for p in distiller.teacher.parameters()}
@@ -75,8 +77,7 @@ def test_student_of_some_classes():
 
 
 def test_under_autocast():
-    student = network()
-    distiller = Distiller(student)
+    student, distiller = network(), Distiller(network())
     with torch.autocast("cpu", torch.bfloat16):
         output = student(X)
         loss = distiller(output, X, Y)
@@ -158,8 +159,7 @@ def test_features_add_their_relative_error():
 
 
 def test_features_are_of_this_batch_or_an_error():
-    model = network()
-    distiller = Distiller(model, features=["4"])
+    model, distiller = network(), Distiller(network(), features=["4"])
     with pytest.raises(RuntimeError, match=r"output of '4'.*watching"):
         distiller(model(X), X)
     with distiller.watching(model):
@@ -200,3 +200,50 @@ def test_weight_zero_trains_as_without_a_teacher():
     student = network().eval()
     output = student(X)
     torch.testing.assert_close(Distiller(student, weight=0.0)(output, X, Y), F.cross_entropy(output, Y))
+
+
+@pytest.mark.parametrize("features", [[], ["5"]])
+def test_a_teacher_made_after_pruning_is_refused(features):
+    model = prune(network())
+    distiller = Distiller(model, features=features)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # not once only
+        with distiller.watching(model), pytest.raises(ValueError, match="make the Distiller before pruning"):
+            distiller(model.train()(X), X, Y)
+    with distiller.watching(model), torch.no_grad():
+        assert distiller(model(X), X).isfinite()  # to look at it is no training
+    optimizer.step()  # nothing of it has a gradient
+    other = Distiller(copy.deepcopy(model), features=features)  # meant so
+    with other.watching(model):
+        assert other(model(X), X).isfinite()
+
+
+def test_what_happened_since_the_copy_is_seen():
+    model = network().eval()
+    for change in (
+        lambda m: prune(m),
+        lambda m: m[0].weight.data.mul_(1.1),
+        lambda m: nn.utils.parametrizations.weight_norm(m[0]),
+        lambda m: m[2].register_forward_hook(lambda _m, _x, out: out * 0.5),
+    ):
+        student = copy.deepcopy(model)
+        distiller = Distiller(student)
+        change(student)
+        assert distiller(student(X), X).isfinite()
+    student = copy.deepcopy(model)
+    assert Distiller(model)(student(X), X) == 0  # another network than the one that was copied
+
+
+def test_soft_pruning_starts_from_the_network_that_was_copied():
+    model = network()
+    distiller = Distiller(model)
+    pruner = PSAPPruner(model, X, budget=Budget(macs=0.5))
+    pruner.start(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4)
+    assert distiller(model(X), X).isfinite()
+
+
+def test_a_distiller_can_be_copied():
+    model = network()
+    distiller = Distiller(model)
+    for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+        assert torch.equal(twin.logits(X), distiller.logits(X))

@@ -31,6 +31,7 @@ from tp_importance import (
     PSAPPruner,
     WidthSpace,
     greedy,
+    prunable_groups,
     uniform,
 )
 from tp_importance.allocation import allocate, proportional, round_down, within
@@ -400,6 +401,27 @@ def test_repeated_steps_refer_to_the_dense_network():
     late.step(Budget(macs=0.5))
     with pytest.raises(RuntimeError, match="before its latency was measured"):
         late.plan(Budget(latency=0.5))
+
+
+class EveryLayer(Clock):
+    """Activations take time as well."""
+
+    def layer(self, module, x, out):
+        return super().layer(module, x, out) or 1e-6 * out.numel()
+
+
+def test_the_calls_of_a_shared_module_keep_their_own_widths():
+    relu = nn.ReLU()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), relu, nn.Conv2d(8, 16, 3), relu, nn.Conv2d(16, 12, 3), relu)
+    net.append(nn.Conv2d(12, 2, 3))
+    x, clock = torch.randn(1, 3, 16, 16), EveryLayer()
+    groups = prunable_groups(net, x)
+    model = LatencyModel.measure(groups, x, LatencyTable(measure=clock))
+    expected = model.predict([4, 8, 6])
+    remove_units(groups, {"0": range(4), "2": range(8), "4": range(6)})
+    again = model.of(prunable_groups(net, x))
+    assert again.predict([4, 8, 6]) == expected == pytest.approx(clock(net, x).median_ms, rel=1e-6)
+    assert again.predict([2, 8, 6]) == pytest.approx(model.predict([2, 8, 6]), rel=1e-9)
 
 
 def test_what_is_not_limited_is_not_measured():

@@ -435,10 +435,15 @@ def find_allocator(choice: str | Allocator) -> Allocator:
     """Look an allocator up by name; callables pass through.
 
     Raises:
+        TypeError: for what is neither a name nor a function.
         ValueError: for an unknown name.
     """
+    if isinstance(choice, type):
+        raise TypeError(f"allocator={choice.__name__} is a class; make one of it: allocator={choice.__name__}()")
     if callable(choice):
         return choice
+    if not isinstance(choice, str):
+        raise TypeError(f"allocator={choice!r} must be one of {sorted(ALLOCATORS)}, or a function")
     if choice not in ALLOCATORS:
         raise ValueError(f"unknown allocator {choice!r}; known: {sorted(ALLOCATORS)}, or pass a function")
     return ALLOCATORS[choice]

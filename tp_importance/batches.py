@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
+from numbers import Number
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, TensorDataset
 
 __all__ = [
     "ForwardFn",
     "call_model",
+    "check_loader",
     "iterate",
     "layer_input",
+    "misplaced",
     "reference_tensor",
+    "require_reiterable",
     "run_batch",
+    "single_label",
     "split_batch",
     "tensors_in",
     "to_model",
@@ -26,6 +33,9 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 """``forward_fn(model, batch)``: runs the model on a batch exactly as the loader gave it."""
 
 LABEL_KEYS = ("labels", "label")
+
+_ONE_WAY = ("builtins", "itertools", "torch.utils.data.dataloader")
+"""Where iterators come from that end for good."""
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
@@ -146,6 +156,8 @@ def to_model(model: nn.Module | Tensor | None, obj: Any) -> Any:
 def run_batch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Any:
     """Run ``model`` on one batch of a loader; gradients and modes are the caller's business.
 
+    What the model raises on inputs that do not fit stays what it is, and gets a note with their shapes.
+
     Args:
         model: the network.
         batch: see :func:`split_batch`; the labels are dropped, the rest is moved by :func:`to_model`.
@@ -162,7 +174,12 @@ def run_batch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None)
         return forward_fn(model, batch)
     args, kwargs, _ = split_batch(batch)
     like = reference_tensor(model)
-    return model(*to_model(like, args), **to_model(like, kwargs))
+    args, kwargs = to_model(like, args), to_model(like, kwargs)
+    try:
+        return model(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        _explain(error, batch)
+        raise
 
 
 def trainable_inputs(value: Any) -> Any:
@@ -194,16 +211,56 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
     Raises:
         TypeError: if ``example_inputs`` is none of these.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    raise TypeError(
-        f"example_inputs are of type {type(example_inputs).__name__}; pass a tensor, a tuple of positional or a dict "
-        "of keyword arguments"
-    )
+        args = (example_inputs,)
+    elif isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        args = tuple(example_inputs)
+    else:
+        raise TypeError(
+            f"example_inputs are of type {type(example_inputs).__name__}; pass a tensor, a tuple of positional or a "
+            "dict of keyword arguments"
+        )
+    try:
+        return model(*args, **kwargs)
+    except RuntimeError as error:
+        if (reason := misplaced(model, example_inputs)) and not getattr(error, "__notes__", ()):
+            error.add_note(reason)
+        raise
+
+
+def misplaced(model: nn.Module, example_inputs: Any) -> str:
+    """What a network that fails on its example inputs may suffer from: another device or precision, or a low one.
+
+    Args:
+        model: the network.
+        example_inputs: what it failed on.
+
+    Returns:
+        The reason and the remedy, or nothing.
+
+    Example:
+        >>> import torch
+        >>> misplaced(nn.Linear(2, 2).half(), torch.zeros(1, 2))
+        'example_inputs are float32 and the weights float16: pass example_inputs.to(torch.float16), or model.float()'
+    """
+    like = reference_tensor(model)
+    for tensor in [] if like is None else tensors_in(example_inputs):
+        assert like is not None
+        if tensor.device != like.device:
+            return f"example_inputs are on {tensor.device} and the weights on {like.device}: bring them together"
+        if tensor.is_floating_point() and like.is_floating_point() and tensor.dtype != like.dtype:
+            names = [str(t.dtype).removeprefix("torch.") for t in (tensor, like)]
+            return (
+                f"example_inputs are {names[0]} and the weights {names[1]}: pass example_inputs.to({like.dtype}), or "
+                "model.float()"
+            )
+    if like is not None and like.dtype in (torch.float16, torch.bfloat16):
+        return f"the weights are {like.dtype}, which not every layer takes on every device: try model.float()"
+    return ""
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -221,10 +278,107 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
         Its iterator.
 
     Raises:
-        TypeError: if ``loader`` cannot be iterated over or is itself one batch (a tensor or a dict).
+        TypeError: see :func:`check_loader`; and while iterating, if it is a data set that gives single samples.
+
+    Example:
+        >>> import torch
+        >>> len(list(iterate([torch.zeros(2, 3), torch.zeros(1, 3)])))
+        2
+    """
+    check_loader(loader)
+    return _batches_of(loader) if isinstance(loader, Dataset) else iter(loader)
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what cannot be an iterable of batches; nothing is read.
+
+    Args:
+        loader: what was given for one.
+
+    Raises:
+        TypeError: if it cannot be iterated over, is itself one batch (a tensor, a dict, a pair of inputs and labels),
+            or a ``TensorDataset``, which gives single samples.
+
+    Example:
+        >>> import torch
+        >>> check_loader((torch.zeros(8, 3), torch.zeros(8, dtype=torch.int64)))
+        Traceback (most recent call last):
+        TypeError: loader is one pair of tensors of shapes (8, 3) and (8,), not an iterable of batches; pass [(X, Y)], \
+or DataLoader(TensorDataset(X, Y), batch_size=64)
     """
     if isinstance(loader, (Tensor, Mapping)):
-        raise TypeError(f"loader is a single {type(loader).__name__}, not an iterable of batches; pass [batch]")
+        remedy = ", or DataLoader(TensorDataset(X), batch_size=64)" if isinstance(loader, Tensor) else ""
+        raise TypeError(f"loader is a single {type(loader).__name__}, not an iterable of batches; pass [batch]{remedy}")
+    if isinstance(loader, TensorDataset):
+        raise TypeError(_single_samples(loader))
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise TypeError(f"loader of type {type(loader).__name__} cannot be iterated over; pass an iterable of batches")
-    return iter(loader)
+        raise TypeError(
+            f"loader of type {type(loader).__name__} cannot be iterated over; pass an iterable of batches, e.g. "
+            "DataLoader(dataset, batch_size=64)"
+        )
+    if isinstance(loader, (tuple, list)) and len(loader) == 2 and all(isinstance(t, Tensor) for t in loader):
+        x, y = loader
+        if y.dim() == 1 < x.dim() and len(x) == len(y):  # two batches of inputs would have as many dimensions
+            raise TypeError(
+                f"loader is one pair of tensors of shapes {tuple(x.shape)} and {tuple(y.shape)}, not an iterable of "
+                "batches; pass [(X, Y)], or DataLoader(TensorDataset(X, Y), batch_size=64)"
+            )
+
+
+def require_reiterable(loader: Any) -> None:
+    """Refuse a generator, or another iterator of Python or torch, where the batches are needed more than once.
+
+    Iterators of other libraries pass: some start again.
+
+    Raises:
+        TypeError: naming the remedy.
+    """
+    if isinstance(loader, Iterator) and type(loader).__module__ in _ONE_WAY:
+        raise TypeError(
+            f"loader is a {type(loader).__name__} and gives its batches only once, but several passes are needed; "
+            "pass a list of batches, list(loader), or a DataLoader"
+        )
+
+
+def _batches_of(loader: Any) -> Iterator[Any]:
+    """The items of a data set, unless the first is a single sample, as a scalar for a label tells."""
+    for i, item in enumerate(loader):
+        if i == 0 and single_label(item):
+            raise TypeError(_single_samples(loader))
+        yield item
+
+
+def single_label(batch: Any) -> bool:
+    """Whether what stands in the place of labels is one number."""
+    label: Any = None
+    if isinstance(batch, Mapping):
+        label = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        label = batch[1]
+    return isinstance(label, Number) or (isinstance(label, Tensor) and label.dim() == 0)
+
+
+def _single_samples(loader: Any) -> str:
+    return (
+        f"loader is a {type(loader).__name__}, which gives single samples, not batches; pass "
+        "DataLoader(dataset, batch_size=64), or DataLoader(dataset, batch_size=None) if its items are batches"
+    )
+
+
+def _explain(error: Exception, batch: Any) -> None:
+    """Note on what the model was called; not on our own errors, which hooks raise on the way."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    frame = None if frames is None else frames.tb_frame
+    if frame is not None and frame.f_code.co_name != "__torch_function__":  # there torch runs below us
+        if str(frame.f_globals.get("__name__")).split(".")[0] in ("tp_importance", "nni_plugins"):
+            return
+    if getattr(error, "__notes__", ()):
+        return
+    shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(batch)]
+    error.add_note(
+        f"the model was run on a batch of the loader with tensors of shape {', '.join(shapes) or 'none'}. Inputs must "
+        "be like example_inputs, batch dimension first: DataLoader(dataset, batch_size=64), or [(X, Y)] for tensors "
+        "of all samples"
+    )

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .arguments import checked_model
 from .batches import ForwardFn, iterate, run_batch
 from .guards import preserved
 
-__all__ = ["Moments", "recalibrate_batchnorm", "write_statistics"]
+__all__ = ["Moments", "has_batch_norm", "recalibrate_batchnorm", "write_statistics"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm  # 1d, 2d, 3d and Sync
 
@@ -101,7 +102,7 @@ def recalibrate_batchnorm(
         The same model.
 
     Raises:
-        TypeError: if ``loader`` or its batches are of an unknown form.
+        TypeError: if ``loader`` or its batches are of an unknown form, or the model is compiled.
         ValueError: if ``loader`` is empty, if a batch has fewer than two elements per channel, or if statistics are
             not finite in the dtype of the layer. After any exception, also one of ``loader`` or ``model``, the
             running statistics are bit for bit the old ones.
@@ -120,9 +121,8 @@ def recalibrate_batchnorm(
         Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3 (PreciseBN). Exact
         pooling of unequal batches by element count is our choice.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    checked_model(model)
+    layers = {m: name for name, m in model.named_modules() if _is_calibrated(m)}
     if not layers:
         warnings.warn("the model has no batch normalisation with running statistics: nothing changed", stacklevel=2)
         return model
@@ -153,6 +153,15 @@ def recalibrate_batchnorm(
     if not pooled:
         warnings.warn(f"none of the {len(layers)} batch normalisation layers was called: nothing changed", stacklevel=2)
     return model
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether there is anything for :func:`recalibrate_batchnorm` to do."""
+    return any(map(_is_calibrated, model.modules()))
+
+
+def _is_calibrated(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 def _collector(pooled: dict[Any, Moments], name: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import ForwardFn
+from .batches import ForwardFn, call_model, tensors_in
 from .calibrate import recalibrate_batchnorm
 from .compensation import compensate
-from .groups import ChannelGroup, PrunableGroups, prunable_groups
+from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .guards import preserved, transaction, written
 from .observe import LabelFn
 from .patches import feature_channels, reader_weight
+from .pruner import BudgetPruner
 from .refitting import Compensation
 from .remap import Survivors, named_tensors
 from .report import CompensationReport, RefitRow
@@ -70,8 +71,13 @@ def compensated_step(
     refit is done on a copy of the network before the step and what survives of it is put into the pruned one. Channels
     of groups for which removal is not masking, and parts of units, are reported and not compensated.
 
+    Torch-Pruning prunes the network's outputs, too, classes say, unless the layers that make them are among the
+    pruner's ``ignored_layers``. Nothing could make up for that, so a step that changes the shape of the output is
+    refused.
+
     Args:
-        pruner: a pruner of Torch-Pruning with any importance (``BasePruner``, ``MetaPruner``, ``BNScalePruner``, ...).
+        pruner: a pruner of Torch-Pruning with any importance (``BasePruner``, ``MetaPruner``, ``BNScalePruner``, ...),
+            the layers that make the network's outputs among its ``ignored_layers``.
         example_inputs: those the pruner was built with.
         loader: re-iterable of batches.
         how: settings, or a mode, see :func:`~tp_importance.compensation.compensate`.
@@ -85,8 +91,10 @@ def compensated_step(
         The :class:`~tp_importance.report.CompensationReport`.
 
     Raises:
+        TypeError: for a pruner of this package, which refits by ``step(compensate=...)``, or something else.
         RuntimeError: if the pruner's history does not explain what it removed.
-        ValueError: for bad data. After any exception the model is as before the step; build the pruner anew.
+        ValueError: for bad data, or if outputs of the network were cut off. After any exception the model is as before
+            the step; build the pruner anew.
 
     Example:
         >>> import torch_pruning as tp
@@ -101,6 +109,7 @@ def compensated_step(
     settings = Compensation.of(how)
     if settings is None:
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
+    _require_host(pruner)
     model, graph = pruner.model, pruner.DG
     options = TraceOptions(
         forward_fn,
@@ -116,20 +125,19 @@ def compensated_step(
     known = len(graph.pruning_history())
     values = (*model.parameters(), *model.buffers())
     with torch.inference_mode(False), written(values), transaction(model):
+        outputs = _output_shapes(dense, example_inputs, forward_fn)
         with preserved(model):
             pruner.step()
+        if (cut := _output_shapes(model, example_inputs, forward_fn)) != outputs:
+            made = [e.name for e in _groups(dense, example_inputs, options, heads, False).excluded if _is_output(e)]
+            raise ValueError(
+                f"the step cut off outputs of the network (shapes {outputs} became {cut}); the model is as before. "
+                f"Build the pruner with the layers that make them in ignored_layers: {made}"
+            )
         history = graph.pruning_history()[known:]
         survivors = Survivors.replay(dense, example_inputs, history, options)
         survivors.settle(named_tensors(dense), model)
-        groups = prunable_groups(
-            dense,
-            example_inputs,
-            num_heads=heads,
-            unwrapped_parameters=options.unwrapped_parameters,
-            customized_pruners=options.customized_pruners,
-            forward_fn=forward_fn,
-            output_transform=output_transform,
-        )
+        groups = _groups(dense, example_inputs, options, heads)
         what = removal(groups, lambda name: survivors.alive(f"{name}.weight"))
         report = compensate(
             dense,
@@ -150,6 +158,38 @@ def compensated_step(
         if recalibrate and settings.mode == "parallel":
             recalibrate_batchnorm(model, loader, forward_fn=forward_fn)
     return what.added_to(report)
+
+
+def _require_host(pruner: Any) -> None:
+    if isinstance(pruner, BudgetPruner):
+        raise TypeError(f"{type(pruner).__name__} refits by itself: call pruner.step(compensate='sequential')")
+    if not all(hasattr(pruner, name) for name in ("model", "DG", "step", "num_heads", "ignored_params")):
+        given = f"the class {pruner.__name__}" if isinstance(pruner, type) else f"of type {type(pruner).__name__}"
+        raise TypeError(f"pruner is {given}; give a pruner of Torch-Pruning, e.g. tp.pruner.BasePruner(model, ...)")
+
+
+def _groups(
+    model: nn.Module, x: Any, options: TraceOptions, heads: Mapping[nn.Module, int], verify: bool = True
+) -> PrunableGroups:
+    return prunable_groups(
+        model,
+        x,
+        num_heads=heads,
+        unwrapped_parameters=options.unwrapped_parameters,
+        customized_pruners=options.customized_pruners,
+        forward_fn=options.forward_fn,
+        output_transform=options.output_transform,
+        verify=verify,
+    )
+
+
+def _is_output(excluded: Excluded) -> bool:
+    return excluded.reason == "produces the network's output"
+
+
+def _output_shapes(model: nn.Module, x: Any, forward_fn: ForwardFn | None) -> list[tuple[int, ...]]:
+    with preserved(model), torch.no_grad():
+        return [tuple(t.shape) for t in tensors_in((forward_fn or call_model)(model.eval(), x))]
 
 
 def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:

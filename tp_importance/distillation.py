@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,7 +45,8 @@ class Distiller:
     Raises:
         TypeError: if the teacher is no module, or its output no tensor.
         RuntimeError: if there are ``features`` and the student did not run inside :meth:`watching`.
-        ValueError: for options out of range, unknown layers, and logits or features that do not fit.
+        ValueError: for options out of range, unknown layers, and logits or features that do not fit; and if the student
+            is the very network that was copied, and nothing has happened to it since.
 
     Example:
         >>> import torch_pruning as tp
@@ -80,6 +82,8 @@ class Distiller:
             raise ValueError(f"feature_weight={feature_weight} must be finite and at least 0, e.g. 100")
         _layers(teacher, features)
         self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self._original: weakref.ref[nn.Module] | None = weakref.ref(teacher)
+        self._hooks, self._watched = _count_hooks(teacher), 0
         self.temperature, self.weight, self.forward_fn = temperature, weight, forward_fn
         self.classes = None if classes is None else list(classes)
         self.features, self.feature_weight = list(features), feature_weight
@@ -99,12 +103,19 @@ class Distiller:
         Example:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
             >>> distiller, x = Distiller(net, features=["1"]), torch.randn(5, 3)
-            >>> with distiller.watching(net):
+            >>> with distiller.watching(net), torch.no_grad():
             ...     distiller(net(x), x).item()
             0.0
         """
         with _recorded(student, self.features, self._student):
-            yield
+            self._watched = len(self.features)
+            try:
+                yield
+            finally:
+                self._watched = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_original": None}  # a copy of the teacher's original is not the student
 
     def __call__(self, student_output: Tensor, inputs: Any, labels: Tensor | None = None) -> Tensor:
         """Loss of a batch, to be called ``backward()`` on.
@@ -122,6 +133,7 @@ class Distiller:
                 f"student_output is of type {type(student_output).__name__}; pass the logits, a tensor (of many "
                 "libraries' outputs: output.logits)"
             )
+        self._refuse_itself(student_output)
         with _recorded(self.teacher, self.features, self._teacher):
             loss = distillation_loss(
                 student_output,
@@ -134,6 +146,20 @@ class Distiller:
             for name in self.features:
                 loss = loss + self.feature_weight * self._feature_loss(name)
         return loss
+
+    def _refuse_itself(self, student_output: Tensor) -> None:
+        """At the first loss to learn from: has anything happened to the network since it was copied?"""
+        original = None if self._original is None else self._original()
+        if original is None or student_output.grad_fn is None or not (self.weight or self.features):
+            return
+        gated = _count_hooks(original) - self._watched != self._hooks  # a soft pruning is at work
+        if not gated and _unchanged(original, self.teacher) and _comes_from(student_output, original):
+            raise ValueError(
+                f"the student is the {type(original).__name__} that the teacher was copied from, unchanged, so it has "
+                "nothing to learn from it: make the Distiller before pruning. To distil a network into itself all "
+                "the same, give a copy: Distiller(copy.deepcopy(model))"
+            )
+        self._original = None  # looked at once
 
     def _feature_loss(self, name: str) -> Tensor:
         if name not in self._student:
@@ -166,6 +192,36 @@ class Distiller:
                 "forward_fn=lambda teacher, inputs: ... that gives them as a tensor"
             )
         return output
+
+
+def _count_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def _unchanged(model: nn.Module, copied: nn.Module) -> bool:
+    """Whether modules and all values are those of the copy; other precisions count as a change."""
+    if [(n, type(m)) for n, m in model.named_modules()] != [(n, type(m)) for n, m in copied.named_modules()]:
+        return False
+    ours, theirs = dict(model.named_parameters()), dict(copied.named_parameters())
+    return ours.keys() == theirs.keys() and all(
+        p.shape == theirs[n].shape and p.dtype == theirs[n].dtype and not p.is_meta and p.equal(theirs[n].to(p.device))
+        for n, p in ours.items()
+    )
+
+
+def _comes_from(output: Tensor, model: nn.Module) -> bool:
+    """Whether a parameter of the model is in the graph of an output."""
+    parameters = {id(p) for p in model.parameters()}
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in parameters:
+            return True
+        waiting += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def _layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

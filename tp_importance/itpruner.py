@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .allocation import Allocator, Ints, WidthSpace
+<<<<<<< HEAD
 from .batches import ForwardFn
+=======
+from .arguments import checked_budget, checked_importance
+>>>>>>> robust
 from .budget import Budget
 from .cost import CostModel
 from .curves import Curve, Floats, curve_from_scores, host_scores
@@ -64,7 +68,7 @@ class ITPrunerImportance(StatisticalImportance):
         relevance: t per group name.
 
     Raises:
-        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`.
+        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`, or ``importance`` cannot value channels.
         ValueError: for an unknown option or a β that is not finite.
 
     Example:
@@ -92,7 +96,7 @@ class ITPrunerImportance(StatisticalImportance):
         pool: bool = False,
         per: Per = "layer",
     ) -> None:
-        inner = tp.importance.MagnitudeImportance(p=1) if importance is None else importance
+        inner = tp.importance.MagnitudeImportance(p=1) if importance is None else checked_importance(importance)
         super().__init__(classes=getattr(inner, "classes", None))
         if estimator not in ("biased", "unbiased"):
             raise ValueError(f"estimator={estimator!r} is unknown; choose 'biased' or 'unbiased'")
@@ -100,12 +104,10 @@ class ITPrunerImportance(StatisticalImportance):
             raise ValueError(f"kernel={kernel!r} is unknown; choose 'linear' or 'rbf'")
         if per not in ("layer", "group"):
             raise ValueError(f"per={per!r} is unknown; choose 'layer' or 'group'")
-        if budget is not None and not isinstance(budget, Budget):
-            raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
         importance_weights(np.zeros(1), beta)  # checks it
         self.importance, self.beta, self.estimator, self.kernel = inner, beta, estimator, kernel
         if budget is not None:
-            budget.require_counted("ITPrunerImportance without a pruner")
+            checked_budget(budget).require_counted("ITPrunerImportance without a pruner")
         self.objective, self.budget, self.pool = checked_objective(objective), budget, pool
         self.per = per
         self.needs_labels = isinstance(inner, StatisticalImportance) and inner.needs_labels
@@ -283,14 +285,15 @@ class ITPruner(BudgetPruner):
             pool=pool,
             per=per,
         )
-        program = weighted.allocator(solver)
+        if allocator is None or (isinstance(allocator, str) and allocator == "program"):
+            allocator = weighted.allocator(solver)
         super().__init__(
             model,
             example_inputs,
             loader,
             budget=budget,
             importance=weighted,
-            allocator=program if allocator is None else allocator,
+            allocator=allocator,
             **options,
         )
 

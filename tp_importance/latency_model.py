@@ -149,14 +149,12 @@ class LatencyModel:
 
     def of(self, groups: PrunableGroups) -> LatencyModel:
         """The same times and calibration for the groups of the network after a surgery."""
-        found = {call.name: widths for call, _, widths in _timed(groups)}
-        again = LatencyModel(
-            groups,
-            self._layers,
-            self._grids,
-            [found[name] for name in self._layers],
-            self.dense,
-        )
+        widths: dict[str, list[tuple[_Width, _Width]]] = {}
+        for call, _, at in _timed(groups):
+            widths.setdefault(call.name, []).append(at)
+        turns = {name: iter(calls) for name, calls in widths.items()}  # a shared module runs several times
+        after = [next(turns[name]) for name in self._layers]
+        again = LatencyModel(groups, self._layers, self._grids, after, self.dense)
         again.overhead_ms, again.scale, again.calibration = self.overhead_ms, self.scale, self.calibration
         return again
 

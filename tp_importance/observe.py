@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .arguments import checked_model
 from .batches import (
     ForwardFn,
     iterate,
     layer_input,
     reference_tensor,
     run_batch,
+    single_label,
     split_batch,
     tensors_in,
     trainable_inputs,
 )
 from .guards import preserved
+from .patches import require_batched
 
 __all__ = [
     "LabelFn",
@@ -32,8 +35,10 @@ __all__ = [
     "at_least_float",
     "batch_labels",
     "check_range",
+    "counted",
     "labels_per_row",
     "observe",
+    "require_classes",
     "wanted_classes",
 ]
 
@@ -41,6 +46,8 @@ LabelFn = Callable[[Any], Tensor]
 """``label_fn(batch)``: the labels of a batch as the loader gave it, 1-D integers."""
 
 WatchFn = Callable[[Tensor, Tensor, Tensor], None]
+
+_BATCHED = "if it gives single samples, pass DataLoader(dataset, batch_size=64)"
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ def observe(
     Raises:
         ValueError: no batches, no labels, labels that are not 1-D, of the wrong number or out of range, fewer than
             two classes.
-        TypeError: labels that are not integers, batches of an unknown form.
+        TypeError: labels that are not integers, batches of an unknown form, a model that is none or compiled.
 
     Example:
         >>> net, sizes = nn.Linear(3, 2), []
@@ -120,7 +127,7 @@ def observe(
     current: list[Tensor] = []
     counts = torch.zeros(0, dtype=torch.int64)
     batches = 0
-    reference = reference_tensor(model)
+    reference = reference_tensor(checked_model(model))
     device = reference.device if reference is not None else torch.device("cpu")
     with preserved(model), ExitStack() as stack, torch.set_grad_enabled(gradients):
         model.eval()
@@ -138,16 +145,12 @@ def observe(
             output = run_batch(model, batch, forward_fn)
             if need_labels:
                 check_range(labels, output)
-            seen = torch.bincount(labels[labels >= 0], minlength=len(counts))
-            seen[: len(counts)] += counts
-            counts = seen
+            counts = counted(labels, counts)
             batches += 1
     if not batches:
         raise ValueError("the loader gave no batch; a re-iterable of batches is needed (a generator runs only once)")
+    require_classes(wanted, counts)
     present = int((counts > 0).sum())
-    if wanted is not None and present < len(wanted):
-        missing = [c for c in wanted.tolist() if c >= len(counts) or counts[c] == 0]
-        raise ValueError(f"classes {missing} do not occur in the loader; it has {counts.nonzero().flatten().tolist()}")
     if need_labels and present < 2:
         raise ValueError(f"all {int(counts.sum())} samples are of one class; class-aware statistics need at least two")
     return Observed(int(counts.sum()), batches, counts)
@@ -163,6 +166,34 @@ def wanted_classes(classes: Sequence[int] | None) -> Tensor | None:
     if len(set(values)) != len(values):
         raise ValueError(f"classes={values!r} names a class twice")
     return torch.tensor(values)
+
+
+def counted(labels: Tensor, counts: Tensor) -> Tensor:
+    """Samples per label so far, int64, shape (K,); negative labels do not count.
+
+    Args:
+        labels: of a batch, shape (N,).
+        counts: those before it; K grows as labels come.
+    """
+    seen = torch.bincount(labels[labels >= 0], minlength=len(counts))
+    seen[: len(counts)] += counts
+    return seen
+
+
+def require_classes(wanted: Tensor | None, counts: Tensor) -> None:
+    """Refuse chosen classes of which there is no sample.
+
+    Args:
+        wanted: the chosen labels, ``None`` for all.
+        counts: samples per label, shape (K,).
+
+    Raises:
+        ValueError: naming them and what there is.
+    """
+    missing = [c for c in ([] if wanted is None else wanted.tolist()) if c >= len(counts) or counts[c] == 0]
+    if missing:
+        there = counts.nonzero().flatten().tolist()
+        raise ValueError(f"classes {missing} do not occur in the loader; of the chosen ones it has {there}")
 
 
 def batch_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | None, needed: bool) -> Tensor:
@@ -187,6 +218,8 @@ def _read_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | N
             labels = None
     if labels is None:
         if needed:
+            if single_label(batch):
+                raise ValueError(f"the loader gives one number for the labels of a batch; {_BATCHED}")
             raise ValueError("the loader gives no labels; yield (inputs, labels) or pass label_fn")
         return torch.zeros(_samples(batch), dtype=torch.int64)
     if not isinstance(labels, Tensor):
@@ -194,9 +227,8 @@ def _read_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | N
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels are of dtype {labels.dtype}; integer class indices are needed")
     if labels.dim() != 1:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}; 1-D class indices are needed (one-hot: y.argmax(1))"
-        )
+        remedy = "one-hot: y.argmax(1)" if labels.dim() else _BATCHED
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; 1-D class indices are needed ({remedy})")
     labels = labels.detach().cpu().long()
     if len(labels) and int(labels.min()) < 0:
         raise ValueError(f"label {int(labels.min())} is negative; class indices start at 0")
@@ -229,6 +261,7 @@ def check_range(labels: Tensor, output: Any) -> None:
 def _hook(watch: Watch, current: list[Tensor]) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x, labels = layer_input(args, kwargs), current[0]
+        require_batched(watch.name, watch.module, x)
         with undisturbed(x.device):
             watch.fn(at_least_float(x), at_least_float(output), labels_per_row(watch.name, x, labels))
 

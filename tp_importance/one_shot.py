@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch_pruning as tp
 from torch import nn
 
 from .allocation import Allocator
-from .batches import iterate, tensors_in
+from .arguments import checked_importance
+from .automl.methods import Method, find_criterion
+from .batches import check_loader, iterate, require_reiterable, tensors_in
 from .budget import Budget
-from .catro import CATROImportance
+from .calibrate import has_batch_norm
+from .gradients import loss_gradients
 from .importance import StatisticalImportance
-from .itpruner import ITPruner
-from .obs import OBSImportance
+from .itpruner import ITPruner, ITPrunerImportance
 from .pruner import BudgetPruner
-from .psap_importance import PSAPImportance
 from .refitting import Compensation
 from .report import PruningReport
 
-__all__ = ["METHODS", "OneShot", "prune"]
-
-METHODS: dict[str, Callable[[], Any]] = {
-    "obs": OBSImportance,
-    "catro": CATROImportance,
-    "psap": PSAPImportance,
-    "l1": lambda: tp.importance.MagnitudeImportance(p=1),
-    "l2": lambda: tp.importance.MagnitudeImportance(p=2),
-    "random": tp.importance.RandomImportance,
-}
-"""Criteria by name; ``"itpruner"`` brings its own allocation, too."""
+__all__ = ["OneShot", "prune"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +67,14 @@ def prune(
         example_inputs: tensor, tuple or dict, batch dimension first.
         loader: re-iterable of batches like those the network will see; labels are needed only by methods that use them.
         budget: what the network may cost.
-        method: ``"obs"``, ``"catro"``, ``"itpruner"``, ``"psap"`` (in one shot), ``"l1"``, ``"l2"``, ``"random"``, or
-            any importance of this package or of Torch-Pruning.
-        allocator: see :mod:`tp_importance.allocation`; default: ``"greedy"``, and ``"uniform"`` for criteria of
-            Torch-Pruning.
+        method: any importance of this package or of Torch-Pruning, or a name: ``"obs"``, ``"catro"``, ``"itpruner"``,
+            ``"psap"`` (in one shot), ``"l1"``, ``"l2"`` (also ``"magnitude"``), ``"fpgm"``, ``"taylor"`` (gradients of
+            the cross entropy over the samples), ``"random"`` (seed 0; others:
+            :class:`~tp_importance.automl.RandomImportance`), or what
+            :func:`~tp_importance.automl.register_method` added for channels.
+        allocator: ``"greedy"``, ``"lagrange"``, ``"program"``, ``"uniform"`` or a function, see
+            :mod:`tp_importance.allocation`; default (also ``"default"``): ``"greedy"``, ``"uniform"`` for criteria of
+            Torch-Pruning, and for ``"itpruner"`` its own program.
         compensate: see :func:`~tp_importance.compensation.compensate`; ``"parallel"`` is faster and less accurate.
             With it, or with ``None``, batch norm statistics are re-estimated afterwards.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
@@ -92,6 +87,7 @@ def prune(
     Raises:
         BudgetError: if the budget cannot be reached.
         TracingError: if the network cannot be traced.
+        TypeError: for a model, method, budget, allocator or loader that is none; before anything runs.
         ValueError: for bad data or options. After any exception the model is as before.
 
     Example:
@@ -107,10 +103,26 @@ def prune(
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise ValueError(f"samples={samples!r} must be a positive integer, e.g. 512, or None for all of the loader")
     settings = Compensation.of(compensate)
+    require_reiterable(loader)
+    check_loader(loader)
     data = loader if samples is None else _First(loader, samples)
-    pruner = _pruner(model, example_inputs, data, budget, method, allocator, options)
-    report = pruner.step(compensate=settings, recalibrate=_has_batch_norm(model))
+    criterion = find_criterion(method) if isinstance(method, str) else None
+    importance = checked_importance(method, "method") if criterion is None else _made(criterion)
+    if isinstance(allocator, str) and allocator == "default":
+        allocator = None
+    pruner = _pruner(model, example_inputs, data, budget, importance, allocator, options)
+    with ExitStack() as stack:
+        if criterion is not None and criterion.needs_gradients:
+            run, labels = options.get("forward_fn"), options.get("label_fn")
+            stack.enter_context(loss_gradients(model, data, forward_fn=run, label_fn=labels))
+        report = pruner.step(compensate=settings, recalibrate=has_batch_norm(model))
     return OneShot(model, report, pruner)
+
+
+def _made(criterion: Method) -> Any:
+    """The importance of a criterion; ITPruner's brings an allocation, too, and so its own pruner."""
+    assert criterion.make is not None
+    return None if criterion.make is ITPrunerImportance else criterion.make()
 
 
 def _pruner(
@@ -118,26 +130,17 @@ def _pruner(
     example_inputs: Any,
     data: Iterable[Any],
     budget: Budget,
-    method: Any,
+    importance: Any,
     allocator: str | Allocator | None,
     options: dict[str, Any],
 ) -> BudgetPruner:
-    if method == "itpruner":
+    if importance is None:
         return ITPruner(model, example_inputs, data, budget=budget, allocator=allocator, **options)
-    if isinstance(method, str) and method not in METHODS:
-        raise ValueError(
-            f"method={method!r} is unknown; known: {sorted([*METHODS, 'itpruner'])}, or pass an importance"
-        )
-    importance = METHODS[method]() if isinstance(method, str) else method
     if allocator is None:
         allocator = "greedy" if isinstance(importance, StatisticalImportance) else "uniform"
     return BudgetPruner(
         model, example_inputs, data, importance=importance, budget=budget, allocator=allocator, **options
     )
-
-
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in model.modules())
 
 
 class _First:

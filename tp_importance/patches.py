@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from .tracing import CONV
 
-__all__ = ["bn_gain", "feature_channels", "reader_weight", "sampled_output", "set_reader_weight", "unfolded_input"]
+__all__ = [
+    "bn_gain",
+    "feature_channels",
+    "reader_weight",
+    "require_batched",
+    "sampled_output",
+    "set_reader_weight",
+    "unfolded_input",
+]
 
 
 def unfolded_input(
@@ -55,6 +63,25 @@ def unfolded_input(
     patches = x.flatten(2).gather(2, index.flatten(1).unsqueeze(1).expand(-1, c, -1)).view(n, c, q, taps)
     patches = patches * inside.unsqueeze(1).to(patches.dtype)
     return patches.permute(0, 2, 1, 3).reshape(n, q, module.groups, c // module.groups * taps)
+
+
+def require_batched(name: str, module: nn.Module, x: Tensor) -> None:
+    """Refuse a single sample, which convolutions and linear layers take as well.
+
+    Args:
+        name: of the layer.
+        module: the layer.
+        x: its input.
+
+    Raises:
+        ValueError: if it has no batch dimension.
+    """
+    least = len(module.kernel_size) + 2 if isinstance(module, CONV) else 2
+    if isinstance(module, (*CONV, nn.Linear)) and x.dim() < least:
+        raise ValueError(
+            f"layer {name} gets an input of shape {tuple(x.shape)} without a batch dimension: the loader must give "
+            "batches, e.g. DataLoader(dataset, batch_size=64) or [(X, Y)]"
+        )
 
 
 def sampled_output(module: nn.Module, out: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:

@@ -8,16 +8,36 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .allocation import Curves, Ints, Limits, WidthSpace, fill_up, require_reachable
+from .allocation import (
+    ALLOCATORS,
+    Allocator,
+    Curves,
+    Ints,
+    Limits,
+    WidthSpace,
+    fill_up,
+    find_allocator,
+    require_reachable,
+)
 from .cost import COST_FIELDS, CostModel
 from .curves import Floats
 from .functional.geometric import Posynomial, Solution, condense, solve, solve_cvxpy
 
-__all__ = ["Objective", "ProgramAllocator", "Solver", "checked_objective", "implied_weights", "posynomials"]
+__all__ = [
+    "Objective",
+    "ProgramAllocator",
+    "Solver",
+    "checked_objective",
+    "implied_weights",
+    "named_allocator",
+    "posynomials",
+    "program",
+]
 
 Objective = Literal["gp", "linear"]
 Solver = Literal["direct", "cvxpy"]
 Weights = Mapping[str, float]
+WeightSource = Weights | Callable[[], Weights | None] | None
 
 
 class ProgramAllocator:
@@ -57,7 +77,7 @@ class ProgramAllocator:
 
     def __init__(
         self,
-        weights: Weights | Callable[[], Weights] | None = None,
+        weights: WeightSource = None,
         *,
         objective: Objective = "gp",
         solver: Solver = "direct",
@@ -102,6 +122,29 @@ class ProgramAllocator:
             **{f"multiplier_{f}": v for f, v in zip(limits, solution.multipliers, strict=True)},
         }
         return {key: float(value) for key, value in found.items() if np.isfinite(value)}
+
+
+def program(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
+    """:class:`ProgramAllocator` with equal weights; args and returns as for ``greedy``."""
+    return ProgramAllocator()(curves, cost, space, limits)
+
+
+ALLOCATORS["program"] = program
+
+
+def named_allocator(choice: str | Allocator, weights: WeightSource = None) -> Allocator:
+    """Look an allocator up by name, for somebody who has weights; functions pass through.
+
+    Args:
+        choice: a name in :data:`~tp_importance.allocation.ALLOCATORS`, or a function.
+        weights: those that ``"program"`` takes, see :class:`ProgramAllocator`.
+
+    Raises:
+        TypeError: for what is neither a name nor a function.
+        ValueError: for an unknown name.
+    """
+    found = find_allocator(choice)
+    return ProgramAllocator(weights) if found is program else found
 
 
 def posynomials(cost: CostModel, limits: Limits) -> list[Posynomial]:

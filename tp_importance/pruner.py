@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocation import Allocator, WidthSpace, allocate, find_allocator
+from .allocation import Allocator, WidthSpace, allocate
+from .arguments import checked_budget, checked_importance, checked_model
+from .batches import check_loader, require_reiterable
 from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
 from .compensation import Compensation
@@ -26,6 +28,7 @@ from .latency_model import LatencyModel
 from .latency_table import LatencyTable
 from .observe import LabelFn
 from .plan import Plan
+from .program import named_allocator
 from .report import CompensationReport, GroupRow, PruningReport
 from .surgery import remove_units
 from .tracing import count_ops, trace
@@ -46,10 +49,12 @@ class BudgetPruner:
         example_inputs: tensor, tuple or dict, batch dimension first.
         loader: re-iterable of batches for data-driven importances and recalibration; collected at the first
             :meth:`plan` or :meth:`step` and again after every step.
-        importance: a :class:`~tp_importance.importance.StatisticalImportance` or any ``tp.importance.Importance``.
+        importance: a :class:`~tp_importance.importance.StatisticalImportance` or any ``tp.importance.Importance``; or
+            ``None``, and the attribute ``importance`` is set before the first plan.
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
             ``latency`` and ``latency_ms`` are those of ``example_inputs`` as they are, on a quiet machine.
-        allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"`` or a function, see :mod:`tp_importance.allocation`.
+        allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"``, ``"program"`` (with the weights of the importance, if it
+            has some) or a function, see :mod:`tp_importance.allocation`.
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.
         max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.
@@ -67,7 +72,8 @@ class BudgetPruner:
         progress: show progress bars.
 
     Raises:
-        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`.
+        TypeError: for a model, importance, budget or allocator that is none, a class where an object is needed, or a
+            compiled model; before anything runs.
         TracingError: if the network cannot be traced.
         ValueError: for bad options.
 
@@ -106,10 +112,13 @@ class BudgetPruner:
         verify: bool | Verifier = True,
         progress: bool = False,
     ) -> None:
-        self.budget = _checked(budget)
-        self.model, self.importance, self.loader = model, importance, loader
+        self.model, self.budget = checked_model(model), checked_budget(budget)
+        self.importance = None if importance is None else checked_importance(importance)
         self.example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
-        self._allocate = find_allocator(allocator)
+        self._allocate = named_allocator(allocator, self._weights)
+        if loader is not None:
+            check_loader(loader)
+        self.loader = loader
         table = latency_table if isinstance(latency_table, LatencyTable) else LatencyTable(latency_table)
         self._latency_table = table
         self._latency: LatencyModel | None = None
@@ -199,7 +208,7 @@ class BudgetPruner:
         Args:
             budget: default: the pruner's.
         """
-        chosen = _checked(self.budget if budget is None else budget)
+        chosen = checked_budget(self.budget if budget is None else budget)
         counts: dict[str, float] = dict(chosen.limits(self.dense))
         if not chosen.is_measured:
             return counts
@@ -279,7 +288,7 @@ class BudgetPruner:
             RuntimeError: if the pruned network does not cost what was planned; the model is then as before.
             ValueError: as :meth:`plan`, or if compensation or recalibration has no loader.
         """
-        self._require_loader(Compensation.of(compensate) is not None, recalibrate)
+        self._require_loader(Compensation.of(compensate), recalibrate)
         return self.apply(self.plan(budget), compensate=compensate, recalibrate=recalibrate)
 
     def apply(
@@ -300,7 +309,7 @@ class BudgetPruner:
             ValueError: if the plan is of another network, or compensation or recalibration has no loader.
         """
         settings = Compensation.of(compensate)
-        self._require_loader(settings is not None, recalibrate)
+        self._require_loader(settings, recalibrate)
         report = self._report(plan)
         if plan.is_noop:
             warnings.warn(f"the network already meets the budget ({plan.cost}); nothing is pruned", stacklevel=2)
@@ -382,13 +391,25 @@ class BudgetPruner:
             progress=self._progress,
         )
 
-    def _require_loader(self, compensate: bool, recalibrate: bool) -> None:
-        if self.loader is None and (compensate or recalibrate):
-            asked = "compensate" if compensate else "recalibrate=True"
+    def _require_loader(self, settings: Compensation | None, recalibrate: bool) -> None:
+        if settings is None and not recalibrate:
+            return
+        if self.loader is None:
+            asked = "recalibrate=True" if settings is None else "compensate"
             raise ValueError(f"{asked} needs data: pass loader= to the pruner")
+        collects = isinstance(self.importance, StatisticalImportance) and self._curves is None
+        parallel = settings is not None and settings.mode == "parallel"
+        refits = settings is not None and not (parallel and hasattr(self.importance, "reader_statistics"))
+        recalibrates = recalibrate and (settings is None or parallel)  # else as it refits
+        if collects + refits + recalibrates > 1:
+            require_reiterable(self.loader)
+
+    def _weights(self) -> Mapping[str, float] | None:
+        return getattr(self.importance, "weights", None) if hasattr(self.importance, "curves") else None
 
     def _value(self) -> dict[str, Curve]:
         self.groups.require_some()
+        checked_importance(self.importance)  # it may have been set later
         if not isinstance(self.importance, StatisticalImportance):
             return value_curves(self.importance, self.groups)  # weights and gradients may have changed: never kept
         if self._curves is None:
@@ -438,12 +459,6 @@ class BudgetPruner:
             criterion=type(self.importance).__name__,
             latency_ms=dict(plan.latency_ms),
         )
-
-
-def _checked(budget: Any) -> Budget:
-    if not isinstance(budget, Budget):
-        raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
-    return budget
 
 
 def bytes_per_parameter(model: nn.Module) -> float:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .batches import ForwardFn, iterate, layer_input, run_batch
+from .batches import ForwardFn, iterate, layer_input, require_reiterable, run_batch
 from .calibrate import Moments as NormMoments
 from .calibrate import write_statistics
 from .dataflow import Flow
@@ -28,8 +28,17 @@ from .errors import TracingError
 from .functional.refit import Shortfall, residual_energy
 from .groups import PrunableGroups
 from .guards import preserved
-from .observe import LabelFn, at_least_float, batch_labels, labels_per_row, undisturbed, wanted_classes
-from .patches import bn_gain, sampled_output, unfolded_input
+from .observe import (
+    LabelFn,
+    at_least_float,
+    batch_labels,
+    counted,
+    labels_per_row,
+    require_classes,
+    undisturbed,
+    wanted_classes,
+)
+from .patches import bn_gain, require_batched, sampled_output, unfolded_input
 from .readers import checked_moments
 from .refitting import Compensation, Refit
 from .report import RefitRow
@@ -89,12 +98,14 @@ class SequentialRefit:
     passes: int = field(default=0, init=False)
     _flow: Flow | None = field(default=None, init=False)
     _sums: dict[int, int] = field(default_factory=dict, init=False)
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), init=False)
 
     def run(self, loader: Iterable[Any]) -> list[RefitRow]:
         """Refit all readers; ``passes`` then says how many (cut-off) passes over the data it took.
 
         Raises:
-            ValueError: for bad data, a reader that did not run, or weights that are not finite.
+            ValueError: for bad data, a class without samples, a reader that did not run, or weights that are not
+                finite.
         """
         model = self.groups.trace.model
         wanted_classes(self.classes)
@@ -105,12 +116,14 @@ class SequentialRefit:
             if batch is not None:
                 self.passes = 2
                 return self._sweep(model, batch)
+            require_reiterable(loader)
             return self._one_by_one(model, loader)
 
     # -- one pass
 
     def _sweep(self, model: nn.Module, batch: Any) -> list[RefitRow]:
         labels, rows = self._labels(batch), dict[str, RefitRow]()
+        require_classes(wanted_classes(self.classes), self._counts)
         targets: dict[int, _Seen] = {}
         dense, pruned = dict[int, Tensor](), dict[int, Tensor]()
 
@@ -190,6 +203,7 @@ class SequentialRefit:
                 self._add(sums, i, x, seen, labels, ours)
             calls.clear()
             inputs.clear()
+        require_classes(wanted_classes(self.classes), self._counts)
         return self._solve(r, sums)
 
     def _recalibrate(self, model: nn.Module, name: str, loader: Iterable[Any]) -> None:
@@ -259,6 +273,7 @@ class SequentialRefit:
     def _target(self, i: int, x: Tensor, out: Tensor, generator: torch.Generator) -> _Seen:
         """What the reader, whose weight is still the dense one, gives at the sampled positions."""
         r = self.refits[i]
+        require_batched(r.name, r.module, x)
         u = unfolded_input(r.module, x, out, self.settings.sampled, generator)
         return _Seen(torch.einsum("nqgd,god->nqgo", u, r.weight.to(u)), tuple(out.shape))
 
@@ -299,7 +314,9 @@ class SequentialRefit:
         if wanted is None:
             return None
         labels = batch_labels(batch, self.label_fn, self.forward_fn, True)
-        return torch.where(torch.isin(labels, wanted), labels, -1)
+        labels = torch.where(torch.isin(labels, wanted), labels, -1)
+        self._counts = counted(labels, self._counts)
+        return labels
 
     def _generator(self, i: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + i)

@@ -12,7 +12,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from .batches import call_model, trainable_inputs
+from .arguments import checked_model
+from .batches import call_model, misplaced, trainable_inputs
 from .errors import TracingError
 from .guards import preserved
 
@@ -187,6 +188,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
         The :class:`Trace`.
 
     Raises:
+        TypeError: if the model is none, or compiled.
         TracingError: if the forward pass or Torch-Pruning's graph construction fails.
 
     Example:
@@ -194,6 +196,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
         >>> sum(c.macs for c in trace(net, torch.zeros(1, 3, 8, 8)).calls)
         12384
     """
+    checked_model(model)
     n = batch_size(example_inputs)
     # the graph keeps autograd's nodes for their shapes; without the hooks, every activation would stay with them
     nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda _tensor: None, lambda nothing: nothing)
@@ -225,9 +228,12 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
                 ignored_params=list(options.ignored_params),
             )
         except Exception as error:
+            remedy = misplaced(model, example_inputs) or (
+                "Check that the model runs on example_inputs (device, dtype, shape); give forward_fn or "
+                "output_transform for unusual signatures"
+            )
             raise TracingError(
-                f"could not trace {type(model).__name__}: {type(error).__name__}: {error}. Check that the model runs "
-                "on example_inputs (device, dtype, shape); give forward_fn or output_transform for unusual signatures"
+                f"could not trace {type(model).__name__}: {type(error).__name__}: {error}. {remedy}"
             ) from error
         finally:
             recorder.remove()
@@ -253,10 +259,14 @@ def count_ops(
     Returns:
         ``(macs, params)``: MACs per sample and the number of parameters.
 
+    Raises:
+        TypeError: if the model is none, or compiled: compiled code hides its layers.
+
     Example:
         >>> count_ops(nn.Linear(10, 5), torch.zeros(4, 10))
         (50, 55)
     """
+    checked_model(model)
     n = batch_size(example_inputs)
     with preserved(model), torch.no_grad():
         model.eval()

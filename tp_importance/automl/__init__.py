@@ -5,7 +5,7 @@ The adapters for Optuna and Ray Tune are :mod:`.optuna_study` and :mod:`.ray_tun
 """
 
 from .builder import search_space
-from .methods import METHODS, Job, Method, Train, channel_method, find_method, register_method
+from .methods import METHODS, Job, Method, RandomImportance, Train, channel_method, find_method, register_method
 from .optuna_study import optuna_objective, requeue_interrupted
 from .problem import BudgetProblem
 from .ray_tune import ray_trainable
@@ -25,6 +25,7 @@ __all__ = [
     "Job",
     "Method",
     "Parameter",
+    "RandomImportance",
     "SearchExhaustedError",
     "SearchSpace",
     "Train",

@@ -1,10 +1,12 @@
-"""The methods a search can choose from; a new one is registered here, and nowhere else."""
+"""The methods that searches and :func:`~tp_importance.prune` know by name; a new one is registered here only."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -12,24 +14,24 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from ..allocation import Allocator, Curves, Ints, Limits, WidthSpace, find_allocator
-from ..batches import iterate, run_batch, split_batch, to_model
+from ..allocation import Allocator, Curves, Ints, Limits, WidthSpace
 from ..budget import Budget
-from ..calibrate import recalibrate_batchnorm
+from ..calibrate import has_batch_norm, recalibrate_batchnorm
 from ..catro import CATROImportance
 from ..cost import CostModel
 from ..curves import value_curves
 from ..errors import SearchSpaceError
+from ..gradients import loss_gradients
 from ..groups import PrunableGroups
-from ..guards import preserved
 from ..importance import StatisticalImportance
 from ..itpruner import ITPrunerImportance
 from ..obs import OBSImportance
-from ..program import ProgramAllocator
+from ..program import named_allocator
 from ..pruner import BudgetPruner
 from ..psap import PSAPPruner
 from ..psap_importance import PSAPImportance
 from ..psap_schedule import PSAPSchedule
+from ..refitting import Compensation
 from ..resconv import ResConvPruner, fuse
 from .space import Choice, Domain, Float, Int, check_names
 from .statistics import CurveStore, Valuation
@@ -38,8 +40,10 @@ __all__ = [
     "METHODS",
     "Job",
     "Method",
+    "RandomImportance",
     "Train",
     "channel_method",
+    "find_criterion",
     "find_method",
     "own_allocator",
     "register_method",
@@ -75,6 +79,7 @@ class Job:
         store: shared statistics, or None.
         loss_fn: for criteria that need gradients.
         pruner_options: further arguments of the pruner, such as ``ignored_layers``; use :attr:`arguments`.
+        compensate: refit the layers that read removed channels, on the loader, or None.
     """
 
     model: nn.Module
@@ -89,6 +94,7 @@ class Job:
     store: CurveStore | None = None
     loss_fn: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy
     pruner_options: dict[str, Any] = field(default_factory=dict)
+    compensate: Compensation | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -176,6 +182,20 @@ def find_method(name: Any) -> Method:
     return METHODS[name]
 
 
+def find_criterion(name: str) -> Method:
+    """The method of that name, if it is one that chooses channels.
+
+    Raises:
+        ValueError: if there is none; names those there are.
+    """
+    known = sorted(n for n, m in METHODS.items() if m.make is not None)
+    if name not in known:
+        other = {"resconv": "use ResConvPruner", "psap_training": "use PSAPPruner"}.get(name)
+        why = "is unknown" if name not in METHODS else f"is no criterion for channels: {other or 'use prune_trial'}"
+        raise ValueError(f"method={name!r} {why}; known: {known}, or pass an importance")
+    return METHODS[name]
+
+
 def channel_method(
     name: str,
     make: Callable[..., Any],
@@ -217,9 +237,11 @@ def channel_method(
         found.append(value_network(method, job, pruner.groups))
         pruner.importance = found[0]
         plan = pruner.plan()
+        refits = job.compensate is not None and not plan.is_noop  # which takes care of the batch norms, too
         if not plan.is_noop:
-            pruner.apply(plan)
-        _recover(job)
+            calibrates = refits and job.calibrates and has_batch_norm(job.model)
+            pruner.apply(plan, compensate=job.compensate, recalibrate=calibrates)
+        _recover(job, calibrated=refits)
 
     method = Method(name, prune, dict(options or {}), make, allocator, gradients)
     return method
@@ -231,10 +253,10 @@ def own_allocator(method: Method, valuation: Valuation, choice: str | None = Non
     Args:
         method: the method.
         valuation: its curves and weights.
-        choice: ``"greedy"``, ``"uniform"``, ``"program"``; default: the method's own.
+        choice: a name in :data:`~tp_importance.allocation.ALLOCATORS`; default: the method's own.
     """
     name = choice or method.allocator or ("program" if valuation.weights else "greedy")
-    return ProgramAllocator(valuation.weights) if name == "program" else find_allocator(name)
+    return named_allocator(name, valuation.weights)
 
 
 def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation:
@@ -263,13 +285,13 @@ def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation
             ) from error
         if job.loader is None and (method.needs_gradients or isinstance(importance, StatisticalImportance)):
             raise ValueError(f"method {method.name!r} looks at data: pass loader=")
+        run, gradients = groups.options.forward_fn, ExitStack()
         if isinstance(importance, StatisticalImportance):
-            run = groups.options.forward_fn
             importance.collect(job.model, job.example_inputs, job.loader or (), groups=groups, forward_fn=run)
         elif method.needs_gradients:
-            _collect_gradients(job)
-        curves = value_curves(importance, groups)
-        job.model.zero_grad(set_to_none=True)
+            gradients.enter_context(loss_gradients(job.model, job.loader or (), job.loss_fn, forward_fn=run))
+        with gradients:
+            curves = value_curves(importance, groups)
         return Valuation(curves, getattr(importance, "weights", None), time.perf_counter() - start)
 
     if job.store is None:
@@ -277,21 +299,8 @@ def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation
     return job.store.get(method.name, {**job.options, "groups": groups.widths}, collect)
 
 
-def _collect_gradients(job: Job) -> None:
-    """Gradients of the mean loss over the loader, summed over batches, in eval mode."""
-    with preserved(job.model), torch.enable_grad():
-        job.model.eval().requires_grad_(True)
-        job.model.zero_grad(set_to_none=True)
-        for batch in iterate(job.loader or ()):
-            labels = split_batch(batch)[2]
-            if labels is None:
-                raise ValueError("gradients of the loss need labels: the loader must give (inputs, labels)")
-            output = run_batch(job.model, batch)
-            job.loss_fn(output, to_model(job.model, labels)).backward()
-
-
-def _recover(job: Job) -> None:
-    if job.calibrates and job.loader is not None:
+def _recover(job: Job, calibrated: bool = False) -> None:
+    if job.calibrates and job.loader is not None and not calibrated:
         recalibrate_batchnorm(job.model, job.loader)
     if job.train is not None:
         job.train(job.model)
@@ -332,6 +341,8 @@ def _prune_while_training(job: Job) -> None:
 def _needed(job: Job, name: str) -> Budget:
     if job.allocate is not None or job.allocator is not None:
         raise SearchSpaceError(f"method {name!r} takes no widths and no allocator per group; it needs a budget")
+    if job.compensate is not None:
+        raise SearchSpaceError(f"method {name!r} has no readers of removed channels to refit; give compensate=None")
     if job.budget is None:
         raise ValueError(f"method {name!r} needs a budget: pass budget=, or search over 'budget:macs'")
     return job.budget
@@ -356,6 +367,8 @@ register_method(Method("resconv", _prune_layers, {"importance": Choice(("output"
 register_method(
     channel_method("magnitude", tp.importance.MagnitudeImportance, {"p": Choice((1, 2))}, allocator=_UNIFORM)
 )
+for _p in (1, 2):  # by the names that are short for it
+    register_method(channel_method(f"l{_p}", partial(tp.importance.MagnitudeImportance, p=_p), allocator=_UNIFORM))
 register_method(channel_method("fpgm", tp.importance.FPGMImportance, allocator=_UNIFORM))
 register_method(channel_method("taylor", tp.importance.TaylorImportance, gradients=True))
 register_method(channel_method("random", RandomImportance, allocator=_UNIFORM))

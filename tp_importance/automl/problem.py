@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..allocation import Ints, WidthSpace, require_reachable
+from ..arguments import checked_budget
 from ..budget import Budget
 from ..cost import COST_FIELDS, CostModel
 from ..curves import Curve
@@ -90,7 +91,7 @@ class BudgetProblem:
             BudgetError: if the budget cannot be reached; names the least reachable cost.
             SearchSpaceError: for an unknown method, or one that takes no widths.
         """
-        budget.require_counted("the budget surface of a search")
+        checked_budget(budget).require_counted("the budget surface of a search")
         given = {m: dict(methods[m]) for m in methods} if isinstance(methods, Mapping) else {m: {} for m in methods}
         chosen = {name: find_method(name) for name in given}
         for method in chosen.values():

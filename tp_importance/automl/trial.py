@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..allocation import Allocator, Curves, Ints, Limits, WidthSpace, proportional, round_down
+from ..allocation import ALLOCATORS, Allocator, Curves, Ints, Limits, WidthSpace, proportional, round_down
+from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
 from ..cost import CostModel
 from ..errors import BudgetError, SearchSpaceError
 from ..latency import measure_latency
 from ..program import ProgramAllocator
+from ..refitting import Compensation
 from ..tracing import count_ops
 from .methods import Job, Train, find_method
 from .space import check_names, flatten, parameters_noted
@@ -40,6 +42,7 @@ class TrialParameters:
         family: ``"ratio"``, ``"weight"``, ``"width"``, or None if there is nothing per group.
         per_group: the values of that family by group name.
         budget: fractions of the budget that the search chose.
+        compensate: mode of the refit, ``False`` for none, or ``None`` if the search leaves it open.
     """
 
     method: str = "magnitude"
@@ -48,15 +51,16 @@ class TrialParameters:
     family: str | None = None
     per_group: dict[str, float] = field(default_factory=dict)
     budget: dict[str, float] = field(default_factory=dict)
+    compensate: str | bool | None = None
 
     @classmethod
     def parse(cls, params: Mapping[str, Any]) -> TrialParameters:
         """Sort the parameters of a trial by what they are.
 
         Args:
-            params: ``"method"``, ``"<method>.<option>"``, ``"allocator"``, ``"budget:macs"``, ``"budget:params"`` and
-                one of ``"ratio:<group>"``, ``"weight:<group>"``, ``"width:<group>"``. Options of other methods are
-                dropped, as flat search spaces have them.
+            params: ``"method"``, ``"<method>.<option>"``, ``"allocator"``, ``"compensate"``, ``"budget:macs"``,
+                ``"budget:params"`` and one of ``"ratio:<group>"``, ``"weight:<group>"``, ``"width:<group>"``. Options
+                of other methods are dropped, as flat search spaces have them.
 
         Raises:
             SearchSpaceError: for names or values that are not understood.
@@ -71,7 +75,8 @@ class TrialParameters:
         options: dict[str, Any] = {}
         budget: dict[str, float] = {}
         groups: dict[str, dict[str, float]] = {}
-        allocator = flat.pop("allocator", None)
+        allocator = checked_allocator(flat.pop("allocator", "default"))
+        compensate = (checked_mode(flat.pop("compensate")) or False) if "compensate" in flat else None
         for key, value in flat.items():
             prefix, colon, rest = key.partition(":")
             if colon and prefix == "budget" and rest in BUDGETS:
@@ -86,20 +91,22 @@ class TrialParameters:
             else:
                 raise SearchSpaceError(
                     f"parameter {key!r} is not understood; there are 'method', '<method>.<option>', 'allocator', "
-                    "'budget:macs', 'budget:params', and per group 'ratio:<group>', 'weight:<group>', 'width:<group>'"
+                    "'compensate', 'budget:macs', 'budget:params', and per group 'ratio:<group>', 'weight:<group>', "
+                    "'width:<group>'"
                 )
         if len(groups) > 1:
             raise SearchSpaceError(f"a trial has {' and '.join(sorted(groups))} per group; give one of them")
         family = next(iter(groups), None)
-        if family is not None and allocator not in (None, "default"):
+        if family is not None and allocator is not None:
             raise SearchSpaceError(f"allocator={allocator!r} chooses widths, and so does {family}:<group>; drop one")
         return cls(
             name,
             options,
-            None if allocator == "default" else allocator,
+            allocator,
             family,
             groups[family] if family is not None else {},
             budget,
+            compensate,
         )
 
     def allocate(self, limited: bool) -> Allocator | None:
@@ -125,6 +132,30 @@ class TrialParameters:
         return allocator
 
 
+def checked_allocator(choice: Any) -> str | None:
+    """Name of an allocator in the parameters of a search, ``None`` for ``"default"``, the method's own.
+
+    Raises:
+        SearchSpaceError: for anything else.
+    """
+    if choice is None or choice == "default":
+        return None
+    if not isinstance(choice, str) or choice not in ALLOCATORS:
+        raise SearchSpaceError(f"allocator={choice!r} is unknown; choose from {['default', *sorted(ALLOCATORS)]}")
+    return choice
+
+
+def checked_mode(mode: Any) -> str | None:
+    """Mode of the refit in the parameters of a search.
+
+    Raises:
+        SearchSpaceError: if it is none.
+    """
+    if mode is not None and mode not in ("parallel", "sequential"):
+        raise SearchSpaceError(f"compensate={mode!r} is unknown; choose None, 'parallel' or 'sequential'")
+    return mode
+
+
 def prune_trial(
     model: nn.Module,
     params: Mapping[str, Any],
@@ -135,6 +166,7 @@ def prune_trial(
     budget: Budget | None = None,
     train: Train | None = None,
     recalibrate: bool = True,
+    compensate: Compensation | str | bool | None = None,
     statistics: Any = None,
     loss_fn: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy,
     latency_seconds: float | None = 0.2,
@@ -157,6 +189,8 @@ def prune_trial(
             be given.
         train: fine-tuning, see :class:`~tp_importance.automl.methods.Train`; default: none.
         recalibrate: re-estimate the batch norms on ``loader`` after surgery.
+        compensate: refit the layers that read removed channels on ``loader`` before training, see
+            :func:`~tp_importance.compensate`; a ``"compensate"`` among the parameters goes first.
         statistics: folder for statistics that trials share, see
             :class:`~tp_importance.automl.statistics.CurveStore`; default: collected in every trial.
         loss_fn: ``loss_fn(output, labels)`` for criteria that need gradients.
@@ -171,6 +205,7 @@ def prune_trial(
     Raises:
         BudgetError: if the budget cannot be reached, or the widths exceed it.
         SearchSpaceError: if the parameters are not understood.
+        TypeError: for a model or budget that is none, or a compiled model.
         ValueError: for bad data, or a metric that is not a finite number.
 
     Every exception has a note with the parameters.
@@ -185,8 +220,12 @@ def prune_trial(
     """
     with parameters_noted(params), torch.random.fork_rng():
         torch.manual_seed(seed)
+        checked_model(model)
+        if budget is not None:
+            checked_budget(budget)
         clone, options = copy.deepcopy((model, pruner_options))  # layers in the options are then those of the copy
         job = Job(clone, example_inputs, loader, budget, train=train, recalibrate=recalibrate, loss_fn=loss_fn)
+        job.compensate = Compensation.of(compensate)
         job.store = None if statistics is None else CurveStore(statistics, model)
         job.pruner_options = options
         return _run(TrialParameters.parse(params), job, evaluate, latency_seconds, keep)
@@ -207,6 +246,10 @@ def _run(
             "the trial has no budget: pass budget=, search over 'budget:macs', or give ratio:<group> or width:<group>"
         )
     job.options, job.allocator = dict(params.options), params.allocator
+    if params.compensate is not None:
+        job.compensate = Compensation.of(params.compensate)
+    if job.compensate is not None and job.loader is None:
+        raise ValueError("compensate needs data: pass loader=")
     job.allocate = params.allocate(limited=job.budget is not None)
     run = job.pruner_options.get("forward_fn")
     dense = Cost(*count_ops(job.model, x, forward_fn=run))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked_model
 from ..checkpoint import register_rebuilt
 from ..dataflow import Flow, is_batchnorm, record
 from ..functional.resconv import fused_kernel
@@ -202,6 +203,7 @@ def convert_to_resconv(
         The same model.
 
     Raises:
+        TypeError: if the model is none, or compiled.
         ValueError: if nothing is eligible, the model was converted before, ``s`` or ``a`` is not finite, ``a`` is
             negative, or the model does not call what was put in (it keeps its layers in a plain list, say); the model
             is then as before.
@@ -212,6 +214,7 @@ def convert_to_resconv(
         >>> type(convert_to_resconv(net, torch.randn(1, 3, 8, 8))[2]).__name__, net.resconv_report.left_out
         ('ResConv2d', {'0': "reads the network's input"})
     """
+    checked_model(model)
     if resconv_layers(model):
         raise ValueError(
             f"the model was converted before ({next(iter(resconv_layers(model)))} is a ResConv2d); convert it once, or "

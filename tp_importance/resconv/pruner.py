@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
 from ..calibrate import recalibrate_batchnorm
 from ..errors import BudgetError
@@ -100,7 +101,7 @@ class ResConvPruner:
         history: reports of the steps so far.
 
     Raises:
-        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`.
+        TypeError: if ``budget`` is no :class:`~tp_importance.budget.Budget`, or the model is none or compiled.
         ValueError: for bad options, or if no convolution is eligible.
 
     Example:
@@ -130,7 +131,8 @@ class ResConvPruner:
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         min_run_time: float = 0.5,
     ) -> None:
-        self.budget = _checked(budget)
+        checked_model(model)
+        self.budget = checked_budget(budget)
         if isinstance(reg, bool) or not isinstance(reg, (int, float)) or not 0 <= reg < float("inf"):
             raise ValueError(f"reg={reg!r} must be a finite number >= 0, e.g. 1e-3")
         if not callable(importance) and importance not in LOSSES:
@@ -234,7 +236,7 @@ class ResConvPruner:
             BudgetError: if the budget cannot be reached; names the least reachable cost.
             RuntimeError: after the model was fused.
         """
-        chosen = _checked(self.budget if budget is None else budget)
+        chosen = checked_budget(self.budget if budget is None else budget)
         losses, costs = self.losses(), LayerCosts.of(self.model, self._example_inputs, self._forward_fn)
         limits, least = chosen.limits(self.dense), costs.without(list(losses)).as_dict()
         for f, limit in limits.items():
@@ -412,12 +414,6 @@ def _renew_buffers(model: nn.Module) -> None:
     for module in model.modules():
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else new[buffer]
-
-
-def _checked(budget: Any) -> Budget:
-    if not isinstance(budget, Budget):
-        raise TypeError(f"budget must be a Budget, e.g. Budget(macs=0.5), not {budget!r}")
-    return budget
 
 
 def _stop_momentum(state: Mapping[str, Any], s: Tensor) -> None:
