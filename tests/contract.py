@@ -101,7 +101,10 @@ class Snapshot:
 
 
 def same_values(a: nn.Module, b: nn.Module) -> bool:
-    first, second = a.state_dict(), b.state_dict()
+    return same_tensors(a.state_dict(), b.state_dict())
+
+
+def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
 
 
