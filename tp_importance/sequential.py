@@ -293,8 +293,7 @@ class SequentialRefit:
         target = (r.plain.to(mean) @ mean.unsqueeze(2)).squeeze(2) + lacking
         new, after = r.plain, error
         if bool((error > 0).any()):  # else bit for bit what it was
-            products = second @ r.plain.to(second).mT + cross
-            new = r.rounded(refit(second, r.weight, r.kept, self.settings.ridge, products))
+            new = r.rounded(refit(second, r.weight, r.kept, self.settings.ridge, missing=cross))
             step = new.to(second) - r.plain.to(second)
             after = residual_energy(second, step, cross, error)
         return r.adopt(new, error, after, energy, mean, target)

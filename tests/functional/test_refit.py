@@ -48,7 +48,8 @@ def test_targets_of_another_network():
     u, weight, kept = problem()
     y = torch.einsum("ngd,god->ngo", u, weight) + torch.randn(200, 2, 4, generator=torch.Generator().manual_seed(1))
     cross = torch.einsum("ngd,ngo->gdo", u, y) / len(u)
-    new = refit(second(u), weight, kept, 0.0, cross)
+    missing = cross - second(u) @ (weight * kept.unsqueeze(1)).mT
+    new = refit(second(u), weight, kept, 0.0, missing)
     for g in range(2):
         direct = torch.linalg.lstsq(u[:, g, kept[g]], y[:, g]).solution
         torch.testing.assert_close(new[g, :, kept[g]], direct.T)
@@ -59,7 +60,8 @@ def test_targets_of_another_network():
 def test_own_outputs_as_targets_are_the_default():
     u, weight, kept = problem()
     p = second(u)
-    torch.testing.assert_close(refit(p, weight, kept, 1e-2, p @ weight.mT), refit(p, weight, kept, 1e-2))
+    missing = p @ (weight * ~kept.unsqueeze(1)).mT
+    torch.testing.assert_close(refit(p, weight, kept, 1e-2, missing), refit(p, weight, kept, 1e-2))
 
 
 def test_nothing_removed_nothing_changed():
@@ -121,3 +123,5 @@ def test_errors():
         refit(second(u), weight, kept, -1.0)
     with pytest.raises(ValueError, match="moments of shape"):
         refit(second(u)[:1], weight, kept, 1e-3)
+    with pytest.raises(ValueError, match=r"missing of shape \(2, 9, 4\), not \(2, 4, 9\)"):
+        refit(second(u), weight, kept, 1e-3, weight)

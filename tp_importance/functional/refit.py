@@ -23,22 +23,22 @@ SINGULAR = 1e-12
 """Without a ridge, eigenvalues below this fraction of the largest count as zero."""
 
 
-def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, cross: Tensor | None = None) -> Tensor:
+def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, missing: Tensor | None = None) -> Tensor:
     r"""Weights of the kept features that best restore the outputs.
 
-    .. math:: W'_k = W_k + (P_{kk} + \epsilon I)^{-1} (C_k - P_{kk} W_k), \qquad
+    .. math:: W'_k = W_k + (P_{kk} + \epsilon I)^{-1} M_k, \qquad
               \epsilon = \mathrm{ridge} \cdot \mathrm{mean}\,\mathrm{diag}\,P_{kk}
 
-    minimises :math:`\overline{|y - W'^\top u_k|^2} + \epsilon |W'_k - W_k|^2`, with C the covariance of inputs and
-    targets y. By default the targets are the reader's own outputs, C = P W, and the bracket is
-    :math:`P_{kr} W_r`: its error on the data is then never larger than that of :math:`W_k`.
+    minimises :math:`\overline{|y - W'^\top u_k|^2} + \epsilon |W'_k - W_k|^2`, with M the moments of the inputs and of
+    what :math:`W_k` lacks, :math:`y - W_k^\top u_k`. By default the targets y are the reader's own outputs and
+    :math:`M_k = P_{kr} W_r`: the error on the data is then never larger than that of :math:`W_k`.
 
     Args:
         second: P, second moments of the inputs (centred if a bias follows the means), shape (G, d, d).
         weight: W per conv group, shape (G, O, d).
         kept: features that stay, bool, shape (G, d).
         ridge: fraction ≥ 0; 0 solves by the pseudoinverse.
-        cross: C, shape (G, d, O); default: own outputs.
+        missing: M, shape (G, d, O), as :meth:`Shortfall.moments` gives them; default: own outputs.
 
     Returns:
         shape (G, O, d), 0 at removed features; float64, but ``weight`` itself if own outputs lose no feature.
@@ -54,14 +54,15 @@ def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, cross: Ten
         tensor([[[4., 5., 0.]]], dtype=torch.float64)
     """
     g, o, d = weight.shape
-    if second.shape != (g, d, d) or kept.shape != (g, d) or (cross is not None and cross.shape != (g, d, o)):
+    if second.shape != (g, d, d) or kept.shape != (g, d) or (missing is not None and missing.shape != (g, d, o)):
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} needs moments of shape {(g, d, d)} and kept of shape {(g, d)}, "
             f"not {tuple(second.shape)} and {tuple(kept.shape)}"
+            + ("" if missing is None else f"; and missing of shape {(g, d, o)}, not {tuple(missing.shape)}")
         )
     if not ridge >= 0:
         raise ValueError(f"ridge={ridge!r} must be a fraction, at least 0")
-    if cross is None and bool(kept.all()):
+    if missing is None and bool(kept.all()):
         return weight
     p_all, w_all = _double(second), _double(weight)
     kept = kept.to(p_all.device)
@@ -69,11 +70,8 @@ def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, cross: Ten
     result = torch.zeros_like(w_all)
     for i, (p, w, k) in enumerate(zip(p_all, w_all, kept, strict=True)):
         gram = p[k][:, k]
-        if cross is None:
-            missing = p[k][:, ~k] @ w[:, ~k].T
-        else:
-            missing = _double(cross[i])[k] - gram @ w[:, k].T
-        result[i, :, k] = w[:, k] + _solve(gram, missing, ridge).T
+        lacking = p[k][:, ~k] @ w[:, ~k].T if missing is None else _double(missing[i])[k]
+        result[i, :, k] = w[:, k] + _solve(gram, lacking, ridge).T
     return result
 
 
