@@ -374,7 +374,7 @@ def test_search_keeps_the_budget_never_repeats_and_improves(problem, strategy):
 
     search, seen = BudgetSearch(problem, strategy=strategy, seed=1), set()
     waiting = []
-    for i in range(60):
+    for i in range(40):
         waiting.append(search.ask())
         units = problem.units(waiting[-1])
         assert problem.fits(units)

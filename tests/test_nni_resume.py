@@ -31,7 +31,7 @@ class Driver:
     """A running tests/nni_driver.py and what it prints."""
 
     def __init__(self, folder, *args):
-        self.home = str(folder / "home")
+        self.folder, self.home = folder, str(folder / "home")
         env = {
             **os.environ,
             "HOME": self.home,
@@ -87,18 +87,20 @@ class Driver:
         return not left
 
 
-@pytest.fixture
-def start(tmp_path):
-    (tmp_path / "home").mkdir()
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """``start(seconds of a trial)``: a new experiment; ``start(seconds, old, id)``: an old driver's, resumed."""
     torch.manual_seed(0)
     x, methods = torch.randn(2, 3, 16, 16), ["magnitude", "fpgm"]
-    BudgetProblem.prepare(residual().eval(), x, budget=Budget(macs=0.5), methods=methods).save(
-        tmp_path / "problem.json"
-    )
+    problem = BudgetProblem.prepare(residual().eval(), x, budget=Budget(macs=0.5), methods=methods)
     drivers = []
 
-    def begin(*args):
-        drivers.append(Driver(tmp_path, *args))
+    def begin(seconds, old=None, *resume):
+        if old is None:
+            folder = tmp_path_factory.mktemp("experiment")
+            (folder / "home").mkdir()
+            problem.save(folder / "problem.json")
+        drivers.append(Driver(folder if old is None else old.folder, str(seconds), *resume))
         return drivers[-1]
 
     yield begin
@@ -106,6 +108,12 @@ def start(tmp_path):
         for process in [driver.process, *driver.family()]:
             process.kill()
         driver.process.wait()
+
+
+@pytest.fixture(scope="module")
+def running(start):
+    """An experiment for every signal to come; they start together, as that is what takes time."""
+    return {number: start(LONGEST) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
 
 
 def states(line):
@@ -117,14 +125,15 @@ def free(port):
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.usefixtures("running")  # to start meanwhile
 def test_killed_and_resumed_no_trial_is_lost(start):
-    first = start()
+    first = start(2)
     before = first.wait(lambda line: states(line)["SUCCEEDED"] >= 2 and states(line)["RUNNING"])
     assert states(before)["FAILED"] == 1
     for process in (first.server(), first.process):
         process.send_signal(signal.SIGKILL)  # trials and tuner may live on
     first.process.wait()
-    second = start(before["id"])
+    second = start(2, first, before["id"])
     after = second.wait(lambda line: line["ended"])
     assert second.process.wait(LONGEST) == 0
     assert second.gone()
@@ -144,8 +153,8 @@ def test_killed_and_resumed_no_trial_is_lost(start):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_trials_and_server(start, number):
-    driver = start()
+def test_a_signal_stops_trials_and_server(running, number):
+    driver = running[number]
     line = driver.wait(lambda line: states(line)["RUNNING"])
     assert driver.server() is not None and not free(line["port"])
     driver.process.send_signal(number)
@@ -154,7 +163,7 @@ def test_a_signal_stops_trials_and_server(start, number):
 
 
 def test_a_signal_while_the_server_starts(start):
-    driver = start()
+    driver = start(2)
     end = time.monotonic() + LONGEST
     while driver.server() is None:
         assert time.monotonic() < end and driver.process.poll() is None, driver.errors.read_text()
@@ -164,8 +173,8 @@ def test_a_signal_while_the_server_starts(start):
     assert driver.gone()
 
 
-def test_the_server_ends_itself_when_python_is_killed(start):
-    driver = start()
+def test_the_server_ends_itself_when_python_is_killed(running):
+    driver = running[signal.SIGKILL]
     line = driver.wait(lambda line: states(line)["RUNNING"])
     driver.process.kill()
     driver.process.wait()

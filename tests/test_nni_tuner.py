@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -152,11 +151,15 @@ def test_registration_in_python_leaves_nothing_behind(problem, tmp_path, config_
     )
 
 
-def test_nnictl_registers_and_unregisters(config_dir):
+@pytest.mark.filterwarnings("ignore:pkg_resources")
+def test_nnictl_registers_and_unregisters(config_dir, monkeypatch, capsys):
+    """In this process; tests/test_wheel.py calls the command."""
+    from nni.tools.nnictl.nnictl import parse_args
+
     def nnictl(*args):
-        command = [sys.executable, "-W", "ignore", "-m", "nni.tools.nnictl.nnictl", "algo", *args]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-        return done.stdout + done.stderr
+        monkeypatch.setattr(sys, "argv", ["nnictl", "algo", *args])
+        parse_args()
+        return capsys.readouterr().out
 
     assert "PruningBudget registered" in nnictl("register", "--meta", str(nni_plugins.ALGORITHMS))
     assert get_algo_meta("PruningBudget").validator_class_name == "nni_plugins.tuner.BudgetTunerValidator"

@@ -27,13 +27,13 @@ from tp_importance.resconv.costs import LayerCosts
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("TP_IMPORTANCE_DATA", ROOT.parent / "shared" / "data"))
 
-NETWORKS = {"resnet50": 14, "vgg16_bn": 9, "mobilenet_v2": 13, "densenet121": 2, "googlenet": 1, "resnet18": 13}
+NETWORKS = {"resnet50": 14, "vgg16_bn": 9, "mobilenet_v2": 13, "densenet": 2, "googlenet": 1, "resnet18": 13}
 """How many layers are converted; of ResNet-50 13 of the 3×3 convolutions and one 1×1."""
 
 
 def fresh(name: str) -> nn.Module:
     model = ZOO[name]()
-    if name == "vgg16_bn":  # ONNX cannot pool 2×2 to 7×7, and the large classifier would only take time
+    if name == "vgg16_bn":  # ONNX cannot pool 2×2 to 7×7
         model.avgpool = nn.Identity()
         model.classifier = nn.Sequential(nn.Linear(512 * 4, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 10))
     return model

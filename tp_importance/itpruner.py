@@ -14,11 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .allocation import Allocator, Ints, WidthSpace
-<<<<<<< HEAD
-from .batches import ForwardFn
-=======
 from .arguments import checked_budget, checked_importance
->>>>>>> robust
+from .batches import ForwardFn
 from .budget import Budget
 from .cost import CostModel
 from .curves import Curve, Floats, curve_from_scores, host_scores

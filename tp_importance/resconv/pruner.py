@@ -45,6 +45,7 @@ class LayerPlan:
         limits: absolute limits of the budget.
         controls: per removed layer what it hands on, see :func:`.removal_controls`; empty without data.
         latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` (sum of layers) and ``measured``.
+        savings: per cost field, what the removal of each layer saves of the fused network.
     """
 
     removed: list[str]
@@ -54,6 +55,7 @@ class LayerPlan:
     limits: dict[str, int]
     controls: dict[str, float]
     latency_ms: dict[str, float] = field(default_factory=dict)
+    savings: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class ResConvPruner:
@@ -249,7 +251,8 @@ class ResConvPruner:
         if chosen.is_measured:
             return self._timed_plan(chosen, losses, costs, needed, limits)
         gone = _cheapest(losses, costs.savings, needed)
-        return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, self._controls(gone))
+        controls = self._controls(gone)
+        return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, controls, savings=costs.savings)
 
     @torch.inference_mode(False)  # what is made there could take no gradient
     def step(self, budget: Budget | None = None, *, fuse: bool = True, recalibrate: bool = False) -> LayerReport:
@@ -351,14 +354,13 @@ class ResConvPruner:
         return removal_controls(self.model, chosen, self.loader, self._example_inputs, self._forward_fn)
 
     def _rows(self, plan: LayerPlan) -> list[LayerRow]:
-        saved = LayerCosts.of(self.model, self._example_inputs, self._forward_fn).savings
         return [
             LayerRow(
                 name,
                 layer.s.item(),
                 layer.a.item(),
-                saved["macs"][name],
-                saved["params"][name],
+                plan.savings["macs"][name],
+                plan.savings["params"][name],
                 plan.losses[name],
                 name in plan.removed,
             )
@@ -390,7 +392,8 @@ class ResConvPruner:
             if measured <= limit:
                 found = {"dense": self._dense_ms, "limit": limit, "predicted": predicted, "measured": measured}
                 controls = self._controls(gone)
-                return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, controls, found)
+                left = costs.without(gone)
+                return LayerPlan(gone, losses, left, self.dense, limits, controls, found, costs.savings)
             if len(gone) == len(losses):
                 break
             short = now - predicted + max(measured - limit, 0.5 * min(each[n] for n in losses if n not in gone))
