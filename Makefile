@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-nni demo-plain test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-energy bench-psap \
+.PHONY: help venv demo demo-nni demo-plain test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-psap \
 	bench-psap-cifar bench-psap-overhead bench-resconv bench-automl host-tests clean
 
 help: ## show this list
@@ -69,8 +69,8 @@ bench-itpruner-cost: $(STAMP) ## measure what ITPruner costs (ARGS=...)
 bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
 	$(PY) benchmarks/cifar_subtask.py $(ARGS)
 
-bench-energy: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
-	$(PY) benchmarks/cifar_energy.py $(ARGS)
+bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
+	$(PY) benchmarks/cifar_exponent.py $(ARGS)
 
 .PHONY: bench-compensation bench-imagenette bench-one-shot
 bench-one-shot: $(STAMP) ## measure what a whole one-shot pruning costs (ARGS=...)

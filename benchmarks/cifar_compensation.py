@@ -8,9 +8,11 @@ Run again, it goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from common import Cells, add_data_arguments, environment, flat, markdown, parse
 from torch import nn
 
 from tp_importance import Budget, BudgetPruner, CATROImportance, ITPruner, OBSImportance, PSAPImportance, count_ops
+from tp_importance.readers import ReaderStatistics
 
 Make = Callable[..., BudgetPruner]
 MODES = {"none": None, "parallel": "parallel", "sequential": "sequential"}
@@ -62,9 +65,22 @@ ARMS: dict[str, Make] = {  # every criterion under the widths that suit it bette
     "CATRO reader, greedy": _ours(CATROImportance),
     "OBS, uniform": _ours(OBSImportance, "uniform"),
     "OBS, greedy": _ours(OBSImportance),
+    "OBS by outputs, greedy": _ours(OBSImportance),
 }
 SHORT = ["L2, uniform", "Taylor, greedy", "CATRO reader, greedy", "OBS, greedy"]
 """Arms for further networks and budgets."""
+
+
+@contextmanager
+def by_outputs() -> Iterator[None]:
+    """OBS as it was first: losses relative to energy^¾ of the reader's own output, not to that of the residual sum."""
+
+    def relative(statistics: ReaderStatistics, name: str) -> float:
+        return statistics.energy(name) ** -0.75
+
+    without = mock.patch.object(ReaderStatistics, "sums", lambda self, forward_fn=None: nullcontext())
+    with without, mock.patch.object(ReaderStatistics, "relative", relative):
+        yield
 
 
 def run(net: Network, arm: str, mode: str, draw: int, macs: float, args: Any, data: Cifar10) -> dict[str, Any]:
@@ -82,7 +98,8 @@ def run(net: Network, arm: str, mode: str, draw: int, macs: float, args: Any, da
         ignored_layers=[model.get_submodule(n) for n in net.ignored],
         verify=False,  # done once in Network
     )
-    report = pruner.step(compensate=MODES[mode], recalibrate=True)
+    with by_outputs() if "by outputs" in arm else nullcontext():
+        report = pruner.step(compensate=MODES[mode], recalibrate=True)
     seconds = time.perf_counter() - start
     return {
         "top1": round(data.accuracy(model, args.n_test, args.device), 3),

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from cifar_energy import relative_to
+from cifar_compensation import by_outputs
 from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from imagenette import CLASSES, Batches, Imagenette, efficientnet_lite0
 from torch import nn
@@ -50,12 +51,10 @@ ARMS: dict[str, tuple[Callable[[nn.Module, Batches], Any], str, bool]] = {
     "CATRO subtask": (lambda model, batches: CATROImportance(), "greedy", True),
     "OBS blind": (lambda model, batches: OBSImportance(), "greedy", False),
     "OBS subtask": (lambda model, batches: OBSImportance(), "greedy", True),
-    "OBS subtask, relative to outputs, ¾": (lambda model, batches: OBSImportance(), "greedy", True),
+    "OBS subtask, by outputs": (lambda model, batches: OBSImportance(), "greedy", True),
     "OBS subtask, θ = 0.8": (lambda model, batches: OBSImportance(class_weight=0.8), "greedy", True),
 }
 """Importance, allocator, and whether the classifier is cut before."""
-MEASURES = {"OBS subtask, relative to outputs, ¾": "output, ¾"}
-"""What losses are relative to, if it is not the library's measure."""
 MODES = ("none", "parallel", "sequential")
 
 
@@ -71,7 +70,7 @@ def run(arm: str, mode: str, macs: float, args: Any, data: Imagenette) -> dict[s
     budget = Budget(macs=macs if first else _equal_share(macs, x))
     importance = make(model, batches)
     pruner = BudgetPruner(model, x, batches, importance=importance, budget=budget, allocator=allocator)
-    with relative_to(MEASURES.get(arm, "sum")):
+    with by_outputs() if "by outputs" in arm else nullcontext():
         plan = pruner.plan()
     model.zero_grad()
     how = None if mode == "none" else Compensation(mode, memory_limit=args.memory << 30)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import ForwardFn
 from .budget import Budget
 from .curves import Curve, Floats, Ints
 from .functional.reader import Moments, eliminate
@@ -36,9 +34,9 @@ class CATROImportance(StatisticalImportance):
               S = 2\,(\theta S_b + (1 - \theta) S_w)
 
     with :math:`c_{i,o}` channel i's contribution to output o of the reader, g the gain of the batch norm behind it
-    and θ = ``class_weight``; :math:`1_R^\top S 1_R` is what a set R of channels loses, as a fraction
-    of the variance of the reader's output or of the residual sum that it is added to. Channels go by
-    backward elimination; θ = ½ is the total scatter :math:`S_t = S_b + S_w`.
+    and θ = ``class_weight``; a set R of channels loses :math:`1_R^\top S 1_R`, over :math:`(1^\top S 1)^{3/4}`, the
+    energy of the whole group there. Channels go by backward elimination; θ = ½ is the total scatter
+    :math:`S_t = S_b + S_w`.
 
     ``space="channel"`` (the literal form): :math:`b_i, w_i` per channel and the set of d channels with the largest
     :math:`\sum b / \sum w`. On real networks it is at the level of random pruning (docs/benchmarks.md).
@@ -98,13 +96,6 @@ class CATROImportance(StatisticalImportance):
             self._readers = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
             return self._readers.watches()
         return _channel_watches(groups, self._scatter, self.pool)
-
-    def _alongside(self, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
-        return nullcontext() if self._readers is None else self._readers.sums(forward_fn)
-
-    def _before_batch(self, labels: Tensor) -> None:
-        if self._readers is not None:
-            self._readers.labels = labels
 
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
         if self.space == "reader":
