@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from catro_cases import PLANTED, X, dead, planted_loader, planted_net
 from networks import class_loader, make_network
-from test_catro import PLANTED, X, dead, planted_loader, planted_net
 from tp_importance import Budget, BudgetPruner, CATROImportance, OBSImportance, OBSPruner
 from tp_importance.functional.reader import Moments
 

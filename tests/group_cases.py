@@ -1,0 +1,47 @@
+"""What the groups of the small networks are, and wrong ones, for tests."""
+
+import dataclasses
+
+import numpy as np
+
+from tp_importance.groups import PrunableGroups
+
+# name: width, or (width, unit size, fewest units)
+EXPECTED = {
+    "plain": {"0.0": 8, "1.0": 12, "2.0": 16},
+    "residual": {"0.0": 8, "1.body.0.0": 12, "2.body.0.0": 16, "2.body.1.0": 24},
+    "concat": {"stem.0": 8, "left.0": 12, "right.0": 16, "tail.0.0": 24},
+    "dense": {"0": 12, "1.conv": 8, "2.conv": 8, "3.conv": 8},
+    "depthwise": {"0.0": 8, "1.body.0": 24, "2.body.0": 32, "2.body.6": 16},
+    "grouped": {"0.0": 12, "1.body.0.0": (16, 4, 1), "1.body.1.0": (16, 4, 2), "2.0": 24},
+    "split": {"stem.0/0": 8, "stem.0/1": 12, "left.0": 16, "right.0": 24},
+    "split_swapped": {"left.0": 16, "right.0": 24},
+    "flatten": {"0.0": 8, "1.0": 12, "3": 24},
+    "se": {"0.0": 12, "1.gate.1": 6, "2.0": 16, "3.gate.1": 8},
+    "shared_input": {"stem.0": 12, "a.0": 16, "c.0": 8},
+    "transposed": {"encoder.0": 8, "bottom.0": 24, "up.0": 12, "tail.0.0": 16},
+    "transformer_mlp": {"blocks.0.mlp.1": 40, "blocks.1.mlp.1": 48},
+    "padded_shortcut": {"features.1.body.0.0": 8, "features.2.body.0.0": 12, "features.3.body.0.0": 16},
+    "no_bn": {"0": 8, "2": 12, "5": 16},
+    "preact": {"0": 8, "1.conv1": 12, "2.shortcut": 24, "2.conv1": 16},
+}
+
+
+def whole(groups):
+    return {
+        g.name: g.width if g.unit_size == 1 and g.min_units == 1 else (g.width, g.unit_size, g.min_units)
+        for g in groups
+    }
+
+
+def shifted(groups):
+    """The groups with every position moved by one: a surgery that is off by one, as seen from the gates."""
+    twins = []
+    for group in groups:
+        members = [dataclasses.replace(m, channels=np.roll(m.channels, 1)) for m in group.members]
+        twins.append(dataclasses.replace(group, members=tuple(members)))
+    return PrunableGroups(twins, groups.excluded, groups.trace, groups.options)
+
+
+def bits(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}

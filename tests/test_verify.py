@@ -1,0 +1,105 @@
+"""The oracle: masked is removed."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from contract import removal, topology, zoo
+from group_cases import shifted
+from networks import TOPOLOGIES, ZOO, conv_bn_relu, head
+from tp_importance import prunable_groups
+from tp_importance.verify import masked_equals_removed, sample_units
+
+# --- masked = removed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_masked_is_removed(name, seed):
+    case = topology(name)
+    removed = removal(case.groups, seed)
+    assert masked_equals_removed(case.groups, case.x, removed) is None
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_oracle_notices_a_shift_by_one(name):
+    case = topology(name)
+    problem = masked_equals_removed(case.groups, case.x, sample_units(case.groups), gated=shifted(case.groups))
+    assert problem is not None and "differs by" in problem
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_oracle_notices_a_shift_in_any_single_group(name):
+    case = topology(name)
+    wrong = shifted(case.groups)
+    for group in case.groups:
+        only = case.groups.exclude({n: "" for n in case.groups.names if n != group.name})
+        removed = sample_units(only, seed=3)
+        assert masked_equals_removed(only, case.x, removed) is None
+        assert "differs by" in masked_equals_removed(only, case.x, removed, gated=wrong)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo(name):
+    case = zoo(name)
+    assert [e.reason for e in case.groups.excluded] == ["produces the network's output"]
+    assert len(case.groups) >= 10
+    problem = masked_equals_removed(case.groups, case.x, sample_units(case.groups), gated=shifted(case.groups))
+    assert problem is not None and "differs by" in problem
+
+
+def test_oracle_compares_the_cost():
+    case = topology("plain")
+    wrong = copy.copy(case.groups)
+    first = case.groups["0.0"]
+    fewer = tuple(m for m in first.members if m.kind != "carrier")  # forgets a batch norm
+    wrong.groups = [dataclasses.replace(first, members=fewer), *case.groups.groups[1:]]
+    assert "the cost model says" in masked_equals_removed(wrong, case.x, {"0.0": [1]})
+
+
+def test_oracle_removes_numbers_that_no_division_into_parts_can_share():
+    for name in TOPOLOGIES:
+        groups = topology(name).groups
+        for unit_name, units in sample_units(groups).items():
+            group = groups[unit_name]
+            assert 0 < len(units) <= group.n_units - group.min_units
+            assert np.gcd(len(units), group.n_units) == 1
+
+
+class HalvesOfChunk(nn.Module):
+    """Equal halves whatever the width: right only if both lose the same number of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv_bn_relu(3, 16)
+        self.left, self.right = conv_bn_relu(8, 8), conv_bn_relu(8, 8)
+        self.head = head(16)
+
+    def forward(self, x):
+        left, right = self.stem(x).chunk(2, dim=1)
+        return self.head(torch.cat([self.left(left), self.right(right)], 1))
+
+
+def test_chunks_that_could_lose_unequal_numbers_are_refused():
+    groups = prunable_groups(HalvesOfChunk().eval(), torch.randn(2, 3, 8, 8))
+    assert groups.names == ["left.0", "right.0"]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.PixelShuffle(2), conv_bn_relu(4, 6)],
+        [nn.ConvTranspose2d(16, 12, 2, stride=2, groups=4), nn.ReLU(), conv_bn_relu(12, 6)],
+    ],
+    ids=["PixelShuffle", "grouped transposed convolution"],
+)
+def test_what_torch_pruning_cannot_do_is_refused_and_the_rest_is_pruned(layers):
+    model, x = nn.Sequential(conv_bn_relu(3, 16), *layers, head(6)).eval(), torch.randn(2, 3, 8, 8)
+    groups = prunable_groups(model, x)
+    assert groups.names == [f"{len(layers)}.0"]
+    assert "0.0" in {e.name for e in groups.excluded}
+    assert masked_equals_removed(groups, x, sample_units(groups)) is None
