@@ -21,11 +21,20 @@ from cifar_oneshot import CRITERIA, Network
 from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from torch import nn
 
-from tp_importance import Budget, BudgetPruner, CATROImportance, ITPruner, OBSImportance, PSAPImportance, count_ops
+from tp_importance import (
+    Budget,
+    BudgetPruner,
+    CATROImportance,
+    Compensation,
+    ITPruner,
+    OBSImportance,
+    PSAPImportance,
+    count_ops,
+)
 from tp_importance.readers import ReaderStatistics
 
 Make = Callable[..., BudgetPruner]
-MODES = {"none": None, "parallel": "parallel", "sequential": "sequential"}
+MODES = ("none", "parallel", "sequential")
 
 
 def _host(criterion: str, allocator: str) -> Make:
@@ -99,7 +108,8 @@ def run(net: Network, arm: str, mode: str, draw: int, macs: float, args: Any, da
         verify=False,  # done once in Network
     )
     with by_outputs() if "by outputs" in arm else nullcontext():
-        report = pruner.step(compensate=MODES[mode], recalibrate=True)
+        how = None if mode == "none" else Compensation(mode, ridge=args.ridge)  # type: ignore[arg-type]
+        report = pruner.step(compensate=how, recalibrate=True)
     seconds = time.perf_counter() - start
     return {
         "top1": round(data.accuracy(model, args.n_test, args.device), 3),
@@ -139,12 +149,15 @@ def main() -> None:
     p.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="seeds of the images")
     p.add_argument("--images", type=int, default=500, help="images per draw")
     p.add_argument("--macs", type=float, nargs="+", default=[0.5], help="fractions of the MACs that are kept at most")
+    p.add_argument("--ridge", type=lambda s: s if s == "auto" else float(s), default="auto", help="of the refit")
     p.add_argument("--n-test", type=int, default=5_000)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     if not args.table:
         torch.set_num_threads(args.threads)
-        cells = Cells(args.out, {"images": args.images, "n_test": args.n_test}, environment(args.device, args.date))
+        settings = {"images": args.images, "n_test": args.n_test}
+        settings |= {} if args.ridge == "auto" else {"ridge": args.ridge}
+        cells = Cells(args.out, settings, environment(args.device, args.date))
         data = Cifar10.load(args.data_root, args.npz)
         for name in args.networks:
             net = Network(args.data_root, name, args.device)
