@@ -343,18 +343,20 @@ class SequentialRefit:
         return {n for n in [*(r.name for r in self.refits), *(n for n, _ in self._norms())] if counts[n] > 1}
 
     def _bytes_per_sample(self) -> int:
-        """Estimate: twice the largest input and output of a layer (what else is alive), targets, one reader's rows."""
+        """Estimate: all targets, and at the worst layer its rows and twice its input and output (what else is alive)."""
         trace, item = self.groups.trace, 4
-        n, calls = trace.batch_size, {call.name: call for call in trace.calls}
-        largest = max(math.prod(c.in_shape) + math.prod(c.out_shape) for c in trace.calls) / n
-        targets, rows = 0, 0
-        for r in self.refits:
-            groups, outputs, d = r.weight.shape
-            total = math.prod(calls[r.name].out_shape) // (n * groups * outputs)
-            q = total if self.settings.sampled is None else min(self.settings.sampled, total)
-            targets += q * groups * outputs * (3 if self.settings.residual else 1)
-            rows = max(rows, q * groups * (d + outputs))
-        return int(item * (2 * largest + targets + 3 * rows))
+        index, targets, worst = {r.name: i for i, r in enumerate(self.refits)}, 0, 0.0
+        for call in trace.calls:
+            here = 2 * (math.prod(call.in_shape) + math.prod(call.out_shape)) / trace.batch_size
+            if call.name in index:
+                i = index[call.name]
+                groups, outputs, d = self.refits[i].weight.shape
+                total = math.prod(call.out_shape) // (trace.batch_size * groups * outputs)
+                q = total if self.settings.sampled is None else min(self.settings.sampled, total)
+                targets += q * groups * outputs * (3 if i in self._sums else 1)  # with those of the sum, both networks'
+                here += 3 * q * groups * (d + outputs)
+            worst = max(worst, here)
+        return int(item * (worst + targets))
 
 
 def _joined(loader: Iterable[Any], bytes_per_sample: int, limit: int) -> Any | None:
