@@ -343,7 +343,7 @@ class SequentialRefit:
         return {n for n in [*(r.name for r in self.refits), *(n for n, _ in self._norms())] if counts[n] > 1}
 
     def _bytes_per_sample(self) -> int:
-        """Estimate: all targets, and at the worst layer its rows and twice its input and output (what else is alive)."""
+        """Estimate: all targets, and at the worst layer its rows and twice what goes in and out."""
         trace, item = self.groups.trace, 4
         index, targets, worst = {r.name: i for i, r in enumerate(self.refits)}, 0, 0.0
         for call in trace.calls:
