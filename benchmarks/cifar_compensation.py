@@ -82,12 +82,12 @@ SHORT = ["L2, uniform", "Taylor, greedy", "CATRO reader, greedy", "OBS, greedy"]
 
 @contextmanager
 def by_outputs() -> Iterator[None]:
-    """OBS as it was first: losses relative to energy^¾ of the reader's own output, not to that of the residual sum."""
+    """OBS with losses relative to energy^¾ of the reader's own output, not to the energy of the residual sum."""
 
     def relative(statistics: ReaderStatistics, name: str) -> float:
-        return statistics.energy(name) ** -0.75
+        return (statistics.energy(name) or float("inf")) ** -0.75
 
-    without = mock.patch.object(ReaderStatistics, "sums", lambda self, forward_fn=None: nullcontext())
+    without = mock.patch.object(ReaderStatistics, "sums", lambda *_: nullcontext())
     with without, mock.patch.object(ReaderStatistics, "relative", relative):
         yield
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -313,7 +315,7 @@ def sums_of(model, loader, x, labels=None, forward_fn=None):
     def begin(y):
         statistics.labels = y if labels is None else torch.where(torch.isin(y, torch.tensor(labels)), y, -1)
 
-    with statistics.sums(forward_fn):
+    with statistics.sums(x, forward_fn):
         observe(model, loader, statistics.watches(), before_batch=begin, forward_fn=forward_fn)
     return statistics
 
@@ -366,3 +368,59 @@ def test_other_operations_on_the_data_are_said_and_sums_not_used():
         statistics = sums_of(model, loader, loader[0][0][:2])
     rows = outputs(model, loader, "linear")
     assert statistics.energy("linear") == pytest.approx(float(rows.var(0, unbiased=False).sum()), rel=1e-6)
+
+
+def test_a_parameter_that_is_broadcast_later_is_no_sum():
+    class Positions(Sums):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(10 * torch.randn(1, 36, 6))
+
+        def forward(self, x):
+            x = self.linear(self.stem(x).relu().flatten(2).mT) + self.position
+            return self.last(x.mean(1))
+
+    torch.manual_seed(0)
+    loader = [(x.double(), y) for x, y in class_loader(n=24, shape=(3, 6, 6), batch_size=7)]
+    model = Positions().double().eval()
+    energies = [sums_of(model, loader, loader[0][0][:n]).energy("linear") for n in (1, 4)]
+    assert energies[0] == energies[1]  # whatever the batch of the example inputs
+    assert energies[0] == pytest.approx(float(outputs(model, loader, "linear").var(0, unbiased=False).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_what_hardly_varies_about_its_mean_does_not_count_as_much(norm):
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+    with torch.no_grad():
+        first.bias.fill_(50.0)  # sigmoids of it do not vary
+    behind = [nn.BatchNorm2d(4)] if norm else []
+    model = nn.Sequential(first, nn.Sigmoid(), second, *behind, nn.ReLU(), nn.Conv2d(4, 2, 1))
+    loader = [(x.double(), y) for x, y in class_loader(n=24, shape=(3, 6, 6), batch_size=7)]
+    model = model.double().eval()
+    statistics = sums_of(model, loader, loader[0][0][:2])
+    rows = outputs(model, loader, "3" if norm else "2")
+    assert rows.var(0).sum() < 1e-20 < statistics.energy("2")
+    assert statistics.energy("2") == pytest.approx(1e-4 * float(rows.mean(0).square().sum()), rel=1e-6)
+
+
+def test_a_sum_that_is_not_finite_is_an_error():
+    class Burst(Sums):
+        def forward(self, x):
+            x = self.stem(x).relu()
+            return self.last((x / 0.0 + self.norm(self.second(self.first(x).relu()))).tanh().mean((2, 3)))
+
+    torch.manual_seed(0)
+    loader = class_loader(n=24, shape=(3, 6, 6), batch_size=7)
+    statistics = sums_of(Burst().eval(), loader, loader[0][0][:2])
+    with pytest.raises(ValueError, match="what layer second gives is not finite"):
+        statistics.relative("second")
+
+
+def test_statistics_can_be_copied():
+    torch.manual_seed(0)
+    model, x = make_network("residual")
+    loader = class_loader(n=24, shape=x.shape[1:], batch_size=7)
+    statistics = sums_of(model, loader, x)
+    name = "1.body.1.0"
+    assert copy.deepcopy(statistics).energy(name) == statistics.energy(name)

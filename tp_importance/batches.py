@@ -378,7 +378,7 @@ def _explain(error: Exception, batch: Any) -> None:
         return
     shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(batch)]
     error.add_note(
-        f"the model was run on a batch of the loader with tensors of shape {', '.join(shapes) or 'none'}. Inputs must "
-        "be like example_inputs, batch dimension first: DataLoader(dataset, batch_size=64), or [(X, Y)] for tensors "
-        "of all samples"
+        f"the model was run on a batch of the loader with tensors of shape {', '.join(shapes) or 'none'}. If that is "
+        "the cause: inputs must be like example_inputs, batch dimension first: DataLoader(dataset, batch_size=64), or "
+        "[(X, Y)] for tensors of all samples"
     )

@@ -49,8 +49,11 @@ def loss_gradients(
     """
     before = [(p, p.grad) for p in model.parameters()]
     try:
-        with preserved(model), torch.enable_grad():
-            model.eval().requires_grad_(True)
+        with preserved(model), torch.inference_mode(False), torch.enable_grad():
+            model.eval()
+            for parameter, _ in before:
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
             model.zero_grad(set_to_none=True)
             batches = 0
             for batch in iterate(loader):

@@ -51,7 +51,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
         """Value curves from what the accumulators hold."""
 
-    def _alongside(self, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+    def _alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
         """What is to be open during the pass."""
         return nullcontext()
 
@@ -93,7 +93,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             groups = prunable_groups(model, example_inputs, ignored_layers, forward_fn=forward_fn)
         groups.require_some()
         watches = self._watches(groups)
-        with self._alongside(forward_fn):
+        with self._alongside(groups, forward_fn):
             observed = observe(
                 model,
                 loader,

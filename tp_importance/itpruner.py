@@ -160,9 +160,9 @@ class ITPrunerImportance(StatisticalImportance):
         inner = self.importance._watches(groups) if isinstance(self.importance, StatisticalImportance) else []
         return [*self._grams.watches(), *inner]
 
-    def _alongside(self, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+    def _alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
         inner = self.importance
-        return inner._alongside(forward_fn) if isinstance(inner, StatisticalImportance) else nullcontext()
+        return inner._alongside(groups, forward_fn) if isinstance(inner, StatisticalImportance) else nullcontext()
 
     def _before_batch(self, labels: Tensor) -> None:
         assert self._grams is not None

@@ -84,9 +84,9 @@ class OBSImportance(StatisticalImportance):
         self._collecting = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
         return self._collecting.watches()
 
-    def _alongside(self, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+    def _alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
         assert self._collecting is not None
-        return self._collecting.sums(forward_fn)
+        return self._collecting.sums(groups.trace.example_inputs, forward_fn)
 
     def _before_batch(self, labels: Tensor) -> None:
         assert self._collecting is not None

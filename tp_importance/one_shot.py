@@ -73,8 +73,9 @@ def prune(
             :class:`~tp_importance.automl.RandomImportance`), or what
             :func:`~tp_importance.automl.register_method` added for channels.
         allocator: ``"greedy"``, ``"lagrange"``, ``"program"``, ``"uniform"`` or a function, see
-            :mod:`tp_importance.allocation`; default (also ``"default"``): ``"greedy"``, ``"uniform"`` for criteria of
-            Torch-Pruning, and for ``"itpruner"`` its own program.
+            :mod:`tp_importance.allocation`; default (also ``"default"``): that of the named method (for
+            ``"itpruner"`` its own program, for ``"l1"``, ``"l2"``, ``"fpgm"``, ``"psap"``, ``"random"`` uniform, else
+            greedy); for an importance object greedy, or uniform if it is Torch-Pruning's.
         compensate: see :func:`~tp_importance.compensation.compensate`; ``"parallel"`` is faster and less accurate.
             With it, or with ``None``, batch norm statistics are re-estimated afterwards.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
@@ -110,6 +111,8 @@ def prune(
     importance = checked_importance(method, "method") if criterion is None else _made(criterion)
     if isinstance(allocator, str) and allocator == "default":
         allocator = None
+    if allocator is None and criterion is not None and importance is not None:
+        allocator = criterion.allocator or "greedy"
     pruner = _pruner(model, example_inputs, data, budget, importance, allocator, options)
     with ExitStack() as stack:
         if criterion is not None and criterion.needs_gradients:

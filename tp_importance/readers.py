@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ MAX_FEATURES = 4608
 
 ENERGY_EXPONENT = 0.75
 """How far CATRO's losses are taken relative to the energy a group sends to a reader; chosen by measurement."""
+
+STEADY = 1e-4
+"""Below this fraction of its squared mean, the variance of a tensor does not count: it is a constant."""
 
 SKETCH = 64
 """Outputs a wider reader is summarised by; exact if it has no more."""
@@ -64,13 +68,13 @@ class ReaderStatistics:
     """
 
     def __init__(self, groups: PrunableGroups, *, positions: int | None = 8, seed: int = 0) -> None:
-        self._trace = groups.trace
         self._model = groups.trace.model
         self._names = list(dict.fromkeys(r.name for g in groups for r in g.readers))
         self._gains = {}
+        self._norms = {name: groups.trace.batch_norm_behind(name) for name in self._names}
         for name in self._names:
             weight = reader_weight(self._model.get_submodule(name))
-            gain = bn_gain(groups.trace.batch_norm_behind(name), weight.shape[0] * weight.shape[1])
+            gain = bn_gain(self._norms[name], weight.shape[0] * weight.shape[1])
             self._gains[name] = gain.view(weight.shape[:2]).to(weight.device)
         self._positions = positions
         self._seed = seed
@@ -95,21 +99,22 @@ class ReaderStatistics:
         ]
 
     @contextmanager
-    def sums(self, forward_fn: ForwardFn | None = None) -> Iterator[None]:
+    def sums(self, example_inputs: Any, forward_fn: ForwardFn | None = None) -> Iterator[None]:
         """While the model runs over the data, also see what the outputs of readers are added up to, for :meth:`energy`.
 
         Samples whose entry in ``labels``, to be set before each batch, is negative do not count.
 
         Args:
-            forward_fn: how the model is called; also with the example inputs of the trace.
+            example_inputs: what the groups were traced with.
+            forward_fn: how the model is called; also with the example inputs.
 
         Warns:
             UserWarning: if the model does other operations than on its example inputs; no sum is used then.
         """
-        flow = recording(self._model, self._trace.example_inputs, forward_fn)
+        flow = recording(self._model, example_inputs, forward_fn)
         readers: dict[int, list[str]] = {}
         for name in self._names:
-            op = None if flow is None else addition(flow, name, self._trace.batch_norm_behind(name))
+            op = None if flow is None else addition(flow, name, self._norms[name])
             if op is not None:
                 readers.setdefault(op.outputs[0], []).append(name)
         if flow is None or not readers:
@@ -132,23 +137,46 @@ class ReaderStatistics:
             yield
         if lost:
             self._sums.clear()
-            warnings.warn(f"{lost[0]}; losses are taken relative to single layers, not to residual sums", stacklevel=2)
+            warnings.warn(f"{lost[0]}; losses are taken relative to single layers, not to residual sums", stacklevel=4)
 
     def energy(self, name: str) -> float:
         """Variance, summed over channels, of what errors of reader ``name`` disturb.
 
-        That is its output behind the batch norm, or the sum this is added up to, if :meth:`sums` saw one.
+        That is its output behind the batch norm, or the sum this is added up to, if :meth:`sums` saw one; at least
+        :data:`STEADY` of its squared mean.
+
+        Raises:
+            ValueError: as :meth:`moments`, and if it is not finite.
         """
-        if name in self._sums:
-            seen = self._sums[name]
-            return float((seen.m2 / seen.count).sum())
         if name not in self._energies:
-            module, p = self._model.get_submodule(name), self.moments(name).total()
-            weight = p.new_ones(p.shape[0], 1, p.shape[1])
-            if not _is_wide(module):
-                weight = reader_weight(module).to(p) * self._gains[name].to(p).unsqueeze(2)
-            self._energies[name] = float(((weight @ p) * weight).sum())
+            if name in self._sums:
+                seen = self._sums[name]
+                variance, mean = seen.m2 / seen.count, seen.mean
+            else:
+                variance, mean = self._output(name)
+            # what hardly varies about a large mean, such as a saturated gate, must not count as much as any other
+            energy = float(torch.maximum(variance.sum(), STEADY * mean.square().sum()))
+            if not math.isfinite(energy):
+                raise ValueError(f"what layer {name} gives is not finite; check the data and the model")
+            self._energies[name] = energy
         return self._energies[name]
+
+    def _output(self, name: str) -> tuple[Tensor, Tensor]:
+        """Variance and mean of the outputs of a reader behind its batch norm."""
+        module, moments = self._model.get_submodule(name), self.moments(name)
+        p, mean = moments.total(), moments.mean()
+        if _is_wide(module):  # summed up over the channels already
+            return p.sum((1, 2)), mean.sum(1)
+        gain = self._gains[name].to(p)
+        weight = reader_weight(module).to(p) * gain.unsqueeze(2)
+        output = (weight @ mean.unsqueeze(2)).flatten()
+        norm = self._norms[name]
+        if isinstance(module.bias, Tensor):
+            output = output + gain.flatten() * module.bias.detach().to(p)
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+            output = output - gain.flatten() * norm.running_mean.to(p)
+            output = output if norm.bias is None else output + norm.bias.detach().to(p)
+        return ((weight @ p) * weight).sum(2).flatten(), output
 
     def relative(self, name: str) -> float:
         """Factor that makes a loss at reader ``name`` a fraction of :meth:`energy`; 0 where nothing varies. Ours."""

@@ -148,7 +148,7 @@ class Refit:
         if ridge == "auto":
             gain = bn_gain(self.batch_norm, self.outputs.numel()).view(self.outputs.shape)
             shares = gain.square().to(error) * self.outputs.to(error)
-            ridge = choose_ridge(second, self.kept, missing, error, rows, shares)
+            ridge = choose_ridge(second, self.kept, missing, error, rows, shares, constant=self.centred)
         return self.rounded(refit(second, self.weight, self.kept, ridge, missing=missing)), ridge
 
     def adopt(

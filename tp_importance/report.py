@@ -64,7 +64,8 @@ class RefitRow:
         if self.before is None or self.after is None:
             return f"not refitted: {self.name}: {self.skipped}"
         left = f"{self.kept} of {self.kept + self.removed} features" if self.removed else "inputs changed"
-        return f"refitted: {self.name} ({left}): output error {self.before:.4f} → {self.after:.4f}"
+        pull = "" if self.ridge is None else f", ridge {self.ridge:g}"
+        return f"refitted: {self.name} ({left}{pull}): output error {self.before:.4f} → {self.after:.4f}"
 
 
 @dataclass(frozen=True)

@@ -47,17 +47,19 @@ def addition(flow: Flow, name: str, norm: nn.Module | None = None) -> Op | None:
         norm: the batch norm that may stand between, if any.
 
     Returns:
-        ``None`` if the output of the layer (behind ``norm``, if given) goes anywhere else, or s is broadcast.
+        ``None`` if the output of the layer (behind ``norm``, if given) goes anywhere else, or s is broadcast or behind
+        no layer, as a parameter is.
 
     Example:
         >>> class Block(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.layer = nn.Linear(2, 2)
+        ...         self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
         ...     def forward(self, x):
-        ...         return x + self.layer(x)
+        ...         x = self.first(x)
+        ...         return x + self.second(x)
         >>> flow = record(Block(), torch.zeros(1, 2))
-        >>> addition(flow, "layer").outputs == flow.outputs
+        >>> addition(flow, "second").outputs == flow.outputs
         True
     """
     found = _added(flow, name, norm)
@@ -74,7 +76,7 @@ def added_to(flow: Flow, name: str, norm: nn.Module | None = None) -> int | None
 
     Returns:
         The tensor's number in ``flow``; ``None`` if the layer runs more than once, its output (behind ``norm``, if
-        given) goes anywhere else, or s is made later, broadcast, or an input of the network.
+        given) goes anywhere else, or s is made later, broadcast, or behind no layer: an input or a parameter.
 
     Example:
         >>> class Block(nn.Module):
@@ -108,7 +110,22 @@ def _added(flow: Flow, name: str, norm: nn.Module | None) -> tuple[Op, int] | No
     if op is None or op.kind != "add" or len(op.inputs) != 2 or len(set(op.inputs)) != 2:
         return None
     other = next(v for v in op.inputs if v != value)
-    return (op, other) if flow.shapes[other] == flow.shapes[value] else None
+    return (op, other) if flow.shapes[other] == flow.shapes[value] and _behind_a_layer(flow, other) else None
+
+
+def _behind_a_layer(flow: Flow, value: int) -> bool:
+    """Whether a tensor depends on the data through a layer; a parameter of the same shape, say, is broadcast later."""
+    made = {v: op for op in flow.ops for v in op.outputs}
+    seen, todo = set[int](), [value]
+    while todo:
+        op = made.get(todo.pop())
+        if op is None or id(op) in seen:
+            continue
+        if op.module is not None:
+            return True
+        seen.add(id(op))
+        todo += op.inputs
+    return False
 
 
 def _only_reader(flow: Flow, value: int) -> tuple[int, Op | None]:

@@ -151,9 +151,12 @@ def checked_mode(mode: Any) -> str | None:
     Raises:
         SearchSpaceError: if it is none.
     """
-    if mode is not None and mode not in ("parallel", "sequential"):
-        raise SearchSpaceError(f"compensate={mode!r} is unknown; choose None, 'parallel' or 'sequential'")
-    return mode
+    if mode is not None and mode is not False:
+        try:
+            return Compensation(mode).mode
+        except ValueError as error:
+            raise SearchSpaceError(str(error)) from error
+    return None
 
 
 def prune_trial(

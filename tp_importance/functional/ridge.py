@@ -4,11 +4,12 @@ With few rows for the many features of a reader, least squares fits their noise.
 what a refit with ridge ε is worth on other rows without keeping any:
 
 .. math:: \mathrm{GCV}(\epsilon) = \sum_o s_o
-          \frac{\overline{(y_o - w_o^\top u)^2}}{\bigl(1 - (\mathrm{df}(\epsilon) + 1)/n\bigr)^2}, \qquad
+          \frac{\overline{(y_o - w_o^\top u)^2}}{\bigl(1 - (\mathrm{df}(\epsilon) + c)/n\bigr)^2}, \qquad
           \mathrm{df} = \operatorname{tr} P_{kk} (P_{kk} + \epsilon I)^{-1}
 
-with n rows and a share s_o for every output. Rows from positions of one sample count as independent, which they are
-not; it chose well all the same (docs/benchmarks.md). Source: Golub, Heath and Wahba 1979; its use here is ours.
+with n rows, c = 1 if a constant is fitted as well, and a share s_o for every output. Rows from positions of one sample
+count as independent, which they are not; it chose well all the same (docs/benchmarks.md). Source: Golub, Heath and
+Wahba 1979; its use here is ours.
 """
 
 from __future__ import annotations
@@ -24,8 +25,19 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates, relative to the mean second moment of the kept features."""
 
 
+ALIKE = 1e-3
+"""Scores that differ by less than this fraction are alike."""
+
+
 def choose_ridge(
-    second: Tensor, kept: Tensor, missing: Tensor, error: Tensor, rows: float, shares: Tensor | None = None
+    second: Tensor,
+    kept: Tensor,
+    missing: Tensor,
+    error: Tensor,
+    rows: float,
+    shares: Tensor | None = None,
+    *,
+    constant: bool = True,
 ) -> float:
     r"""The candidate of :data:`RIDGES` with the least generalised cross-validation.
 
@@ -36,9 +48,11 @@ def choose_ridge(
         error: mean squares of what they lack, shape (G, O).
         rows: n, how many rows the moments are means of.
         shares: s, shape (G, O); default: all 1.
+        constant: whether a constant is fitted as well (the moments are centred).
 
     Returns:
-        The ridge; the smallest if nothing is lacking.
+        The ridge; the smallest if nothing is lacking, the largest of those that score alike (all do if there are too
+        few rows to tell).
 
     Example:
         25 rows of 20 features: targets they explain need no pull, targets that are noise a strong one.
@@ -55,30 +69,20 @@ def choose_ridge(
     e = error.to(p)
     if shares is not None:
         e, m = e * shares.to(p), m * shares.to(p).sqrt().unsqueeze(1)
-    if kept.shape[0] == 1:
+    if len(kept) == 1:
         p, m, kept = p[:, kept[0]][:, :, kept[0]], m[:, kept[0]], kept[:, kept[0]]
     size = p.diagonal(dim1=1, dim2=2).sum(1) / kept.sum(1).clamp_min(1)
-    identity, best, least = torch.eye(p.shape[1]).to(p), RIDGES[0], float("inf")
+    values, vectors = torch.linalg.eigh(p)
+    values, parts = values.clamp_min(0), (vectors.mT @ m).square().sum(2)
+    scores = []
     for ridge in RIDGES:
-        epsilon = (ridge * size).view(-1, 1, 1)
-        shift = torch.where(epsilon > 0, epsilon, 1.0)  # nothing varies there, nothing is learnt
-        factor, failed = torch.linalg.cholesky_ex(p + shift * identity)
-        if bool(failed.any()):
-            continue
-        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(p), upper=False)
-        half = inverse @ m
-        step = inverse.mT @ half
-        left = e.sum(1) - half.square().sum((1, 2)) - epsilon.flatten() * step.square().sum((1, 2))
-        freedom = (kept.sum(1) - shift.flatten() * _trace(inverse, kept)) + 1
-        free = 1 - freedom / rows
-        score = float((left.clamp_min(0) / free.clamp_min(1e-6).square()).sum())
-        if score < least:
-            best, least = ridge, score
-        elif bool((freedom < rows / 2).all()):  # it only rises from here
-            break
-    return best
-
-
-def _trace(factor: Tensor, kept: Tensor) -> Tensor:
-    """Trace of LᵀL over the kept features, shape (G,)."""
-    return (factor.square().sum(1) * kept).sum(1)
+        shrunk = values + (ridge * size).unsqueeze(1)
+        inverse = torch.where(shrunk > 0, 1 / shrunk, 0.0)  # nothing varies there, nothing is learnt
+        left = e.sum(1) - (parts * (2 - values * inverse) * inverse).sum(1)
+        free = 1 - ((values * inverse).sum(1) + constant) / rows
+        score = torch.where(free > 0, left.clamp_min(0) / free.square(), torch.inf)
+        scores.append(float(torch.where(e.sum(1) > 0, score, 0.0).sum()))
+    least = min(scores)
+    if least == 0:  # nothing is lacking
+        return RIDGES[0]
+    return max(r for r, score in zip(RIDGES, scores, strict=True) if score <= least * (1 + ALIKE))
