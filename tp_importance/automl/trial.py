@@ -155,7 +155,8 @@ def checked_mode(mode: Any) -> str | None:
         try:
             return Compensation(mode).mode
         except ValueError as error:
-            raise SearchSpaceError(str(error)) from error
+            known = "None, 'parallel' or 'sequential'"
+            raise SearchSpaceError(f"compensate={mode!r} is unknown; choose {known}") from error
     return None
 
 
