@@ -448,9 +448,12 @@ def test_budget_above_the_dense_latency_removes_nothing():
 def test_a_busy_machine_is_noticed(monkeypatch):
     this = pruner(budget=Budget(latency=0.9))
     timed = this.measure_latency()
+    limit = 0.9 * timed.dense.median_ms
     monkeypatch.setattr(timed, "dense", replace(timed.dense, median_ms=10 * timed.dense.median_ms))
-    with pytest.warns(UserWarning, match="the machine was busy"):
+    with pytest.raises(BudgetError, match="above the limit.*predicts.*busy"):  # by the table nothing has to go
         this.plan()
+    with pytest.warns(UserWarning, match="the machine was busy"):
+        this.plan(Budget(latency_ms=limit))
 
 
 @pytest.mark.parametrize("kind", [CATROPruner, ITPruner])

@@ -340,7 +340,7 @@ def require_reachable(
     cost: CostModel,
     space: WidthSpace,
     limits: Limits,
-    remedy: str = "lower round_to or max_pruning_ratio's floor, or ignore fewer layers",
+    remedy: str = "raise max_pruning_ratio, lower round_to or min_widths, or ignore fewer layers",
 ) -> None:
     """Refuse limits that the floor exceeds.
 

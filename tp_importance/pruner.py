@@ -21,6 +21,7 @@ from .compensation import Compensation
 from .compensation import compensate as compensate_readers
 from .cost import LATENCY, CostModel
 from .curves import Curve, value_curves
+from .errors import BudgetError
 from .groups import PrunableGroups, Verifier, build_groups, prunable_groups
 from .guards import preserved, transaction, written
 from .importance import StatisticalImportance
@@ -233,7 +234,8 @@ class BudgetPruner:
             The :class:`Plan`.
 
         Raises:
-            BudgetError: if the budget cannot be reached; names the least reachable cost.
+            BudgetError: if the budget cannot be reached; names the least reachable cost. Also if the network itself is
+                measured above a latency limit and predicted within it.
             ValueError: for bad data, or if nothing can be pruned.
         """
         limits = self.limits(budget)
@@ -255,7 +257,14 @@ class BudgetPruner:
         predicted = self.cost_model.timed.predict(self.cost_model.units(widths))
         dense = self.measure_latency().dense
         now = self.cost_model.timed.predict(self.cost_model.full)
-        if self.groups.widths == self.initial_widths and not 0.5 < now / dense.median_ms < 2:
+        untouched = self.groups.widths == self.initial_widths
+        if untouched and now <= limit < dense.median_ms:
+            raise BudgetError(
+                f"the network took {dense.median_ms:.3f} ms, above the limit of {limit:.3f}, but the latency model "
+                f"predicts {now:.3f} for it: the machine was busy at one of these times. Measure again on a quiet one, "
+                "without the file given as latency_table"
+            )
+        if untouched and not 0.5 < now / dense.median_ms < 2:
             warnings.warn(
                 f"the dense network took {dense.median_ms:.3f} ms (IQR {dense.iqr_ms:.3f}), {now:.3f} are "
                 "predicted: the machine was busy at one of these times. Measure on a quiet one",
@@ -312,7 +321,8 @@ class BudgetPruner:
         self._require_loader(settings, recalibrate)
         report = self._report(plan)
         if plan.is_noop:
-            warnings.warn(f"the network already meets the budget ({plan.cost}); nothing is pruned", stacklevel=2)
+            time = f", {plan.latency_ms['predicted']:.3f} ms predicted" if plan.latency_ms else ""
+            warnings.warn(f"the network already meets the budget ({plan.cost}{time}); nothing is pruned", stacklevel=2)
             if recalibrate and self.loader is not None:
                 recalibrate_batchnorm(self.model, self.loader, forward_fn=self.groups.options.forward_fn)
             return self._timed(report)
