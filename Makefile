@@ -29,8 +29,9 @@ demo: $(STAMP) ## run the quick start
 demo-sweep: $(STAMP) ## show ITPruner's widths for many budgets
 	$(PY) examples/sweep.py $(ARGS)
 
-test: $(STAMP) ## run all tests and doctests (ARGS="-k name")
-	$(PY) -m pytest $(ARGS)
+JOBS ?= 2
+test: $(STAMP) ## run all tests and doctests, in two processes (ARGS="-k name", JOBS=1)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(PY) -m ruff check .

@@ -177,9 +177,10 @@ def example():
 def servers():
     import psutil
 
-    found = set()
-    for process in psutil.process_iter(["cmdline"]):
-        if any("nni_node" in part for part in process.info["cmdline"] or ()):
+    worker, found = os.environ.get("PYTEST_XDIST_WORKER"), set()  # other test processes have servers of their own
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        ours = (process.info["environ"] or {}).get("PYTEST_XDIST_WORKER") == worker
+        if ours and any("nni_node" in part for part in process.info["cmdline"] or ()):
             found.add(process.pid)
     return found
 
