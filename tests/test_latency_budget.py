@@ -450,7 +450,7 @@ def test_a_busy_machine_is_noticed(monkeypatch):
     timed = this.measure_latency()
     limit = 0.9 * timed.dense.median_ms
     monkeypatch.setattr(timed, "dense", replace(timed.dense, median_ms=10 * timed.dense.median_ms))
-    with pytest.raises(BudgetError, match="above the limit.*predicts.*busy"):  # by the table nothing has to go
+    with pytest.raises(BudgetError, match=r"above the limit.*predicts.*busy"):  # by the table nothing has to go
         this.plan()
     with pytest.warns(UserWarning, match="the machine was busy"):
         this.plan(Budget(latency_ms=limit))
