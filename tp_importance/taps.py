@@ -115,10 +115,9 @@ def _added(flow: Flow, name: str, norm: nn.Module | None) -> tuple[Op, int] | No
 
 def _behind_a_layer(flow: Flow, value: int) -> bool:
     """Whether a tensor depends on the data through a layer; a parameter of the same shape, say, is broadcast later."""
-    made = {v: op for op in flow.ops for v in op.outputs}
     seen, todo = set[int](), [value]
     while todo:
-        op = made.get(todo.pop())
+        op = flow.maker.get(todo.pop())
         if op is None or id(op) in seen:
             continue
         if op.module is not None:
