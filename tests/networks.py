@@ -30,6 +30,15 @@ def plain() -> nn.Module:
     return nn.Sequential(conv_bn_relu(3, 8), conv_bn_relu(8, 12, stride=2), conv_bn_relu(12, 16), head(16))
 
 
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = conv_bn_relu(3, 8), conv_bn_relu(3, 12), head(20)
+
+    def forward(self, left, right):
+        return self.head(torch.cat([self.a(left), self.b(right)], 1))
+
+
 class Residual(nn.Module):
     """`relu(body(x) + shortcut(x))`."""
 

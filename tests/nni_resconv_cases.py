@@ -19,6 +19,11 @@ CONVS = [{"op_types": ["Conv2d"]}]
 LAYERS = ["1.0", "2.0", "3.body.0.0", "3.body.1.0", "4.body.1.0"]
 LOADER = class_loader(shape=(3, 10, 10))
 HALF = Budget(macs=0.6)
+MARKS = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:layer .* has a=0"),  # training may put it there
+    pytest.mark.filterwarnings("ignore:.*step.* has been overridden"),  # by NNI, on purpose
+]
 
 
 def network(seed=0):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from catro_cases import SPACES, X, planted_loader, planted_net
-from networks import MLPBlock, class_loader, conv_bn_relu, head, make_network
+from networks import MLPBlock, TwoInputs, class_loader, conv_bn_relu, head, make_network
 from tp_importance import Budget, CATROImportance, CATROPruner, count_ops, prunable_groups, slice_classifier
 
 # --- loaders and batches ----------------------------------------------------------------------------------------------
@@ -20,15 +20,6 @@ class NoLength:
 
     def __iter__(self):
         return iter(self.batches)
-
-
-class TwoInputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.head = conv_bn_relu(3, 8), conv_bn_relu(3, 12), head(20)
-
-    def forward(self, left, right):
-        return self.head(torch.cat([self.a(left), self.b(right)], 1))
 
 
 @dataclass

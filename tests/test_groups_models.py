@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from group_cases import EXPECTED, bits, whole
-from networks import conv_bn_relu, head, make_network
+from networks import TwoInputs, conv_bn_relu, head, make_network
 from tp_importance import TracingError, count_ops, prunable_groups
 from tp_importance.surgery import remove_units
 from tp_importance.verify import masked_equals_removed, sample_units
@@ -81,15 +81,6 @@ def test_other_precisions(name, dtype):
     remove_units(groups, sample_units(groups))
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model(x).dtype == dtype
-
-
-class TwoInputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.head = conv_bn_relu(3, 8), conv_bn_relu(3, 12), head(20)
-
-    def forward(self, left, right):
-        return self.head(torch.cat([self.a(left), self.b(right)], 1))
 
 
 def test_inputs_of_several_tensors():

@@ -11,15 +11,11 @@ nni = pytest.importorskip("nni")
 
 from networks import NUM_CLASSES, class_loader  # noqa: E402
 from nni_catro_cases import CONVS, catro, widths  # noqa: E402
-from nni_contract import assert_masked_is_removed, assert_unchanged, case, output, snapshot, threads, wrappers  # noqa: E402
+from nni_contract import assert_masked_is_removed, assert_unchanged, case, output, snapshot, wrappers  # noqa: E402
 from nni_plugins import CATROPruner, speedup  # noqa: E402
 from tp_importance import Budget  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- config_list: what is selected, and how much of it goes

@@ -27,17 +27,12 @@ from nni_contract import (  # noqa: E402
     output,
     removed_filters,
     snapshot,
-    threads,
     wrappers,
 )
 from nni_plugins import CATROPruner, ImportancePruner, OBSPruner, speedup  # noqa: E402
 from tp_importance import Budget, BudgetError, CATROImportance, Cost, Latency, LatencyTable, count_ops  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestCATROPruner(NNIPrunerContract):

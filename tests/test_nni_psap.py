@@ -22,7 +22,6 @@ from nni_contract import (  # noqa: E402
     output,
     removed_filters,
     snapshot,
-    threads,
     wrappers,
 )
 from nni_plugins import PSAPPruner, speedup  # noqa: E402
@@ -33,10 +32,7 @@ CONVS = [{"op_types": ["Conv2d"]}]
 SCHEDULE = PSAPSchedule(prune_steps=2, begin=0.2, end=0.6, pulse=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name="residual", config=None, **options):

@@ -11,22 +11,24 @@ from torch import nn
 nni = pytest.importorskip("nni")
 
 from networks import head  # noqa: E402
-from nni_contract import assert_same_masks, assert_unchanged, hooks, output, relative_error, snapshot, threads, wrappers  # noqa: E402
+from nni_contract import assert_same_masks, assert_unchanged, hooks, output, relative_error, snapshot, wrappers  # noqa: E402
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
-from nni_resconv_cases import CONVS, HALF, LAYERS, LOADER, assert_sped_up, evaluator_of, network, pruner_of, scale  # noqa: E402
+from nni_resconv_cases import (  # noqa: E402
+    CONVS,
+    HALF,
+    LAYERS,
+    LOADER,
+    MARKS,
+    assert_sped_up,
+    evaluator_of,
+    network,
+    pruner_of,
+    scale,
+)
 from tp_importance import Budget, BudgetError, Cost, convert_to_resconv, count_ops, load_pruned, save_pruned  # noqa: E402
 from tp_importance.resconv import resconv_layers  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:layer .* has a=0"),  # training may put it there
-    pytest.mark.filterwarnings("ignore:.*step.* has been overridden"),  # by NNI, on purpose
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = MARKS
 
 
 # -- conversion, selected by config_list

@@ -8,22 +8,13 @@ nni = pytest.importorskip("nni")
 from nni.compression.speedup import ModelSpeedup  # noqa: E402
 from nni.compression.speedup.error_code import EmptyLayerError  # noqa: E402
 
-from nni_contract import assert_unchanged, output, relative_error, snapshot, threads  # noqa: E402
+from nni_contract import assert_unchanged, output, relative_error, snapshot  # noqa: E402
 from nni_plugins import CATROPruner, ResConvPruner, speedup  # noqa: E402
-from nni_resconv_cases import CONVS, HALF, LOADER, assert_sped_up, network, pruner_of  # noqa: E402
+from nni_resconv_cases import CONVS, HALF, LOADER, MARKS, assert_sped_up, network, pruner_of  # noqa: E402
 from tp_importance import ResConv2d, count_ops  # noqa: E402
 from tp_importance.resconv import resconv_layers  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:layer .* has a=0"),  # training may put it there
-    pytest.mark.filterwarnings("ignore:.*step.* has been overridden"),  # by NNI, on purpose
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = MARKS
 
 
 # -- speedup

@@ -19,26 +19,27 @@ from nni_contract import (  # noqa: E402
     output,
     relative_error,
     snapshot,
-    threads,
     training_step,
     wrappers,
 )
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
 from nni_plugins.states import _groups  # noqa: E402
-from nni_resconv_cases import CONVS, HALF, LAYERS, LOADER, assert_sped_up, evaluator_of, network, pruner_of, scale  # noqa: E402
+from nni_resconv_cases import (  # noqa: E402
+    CONVS,
+    HALF,
+    LAYERS,
+    LOADER,
+    MARKS,
+    assert_sped_up,
+    evaluator_of,
+    network,
+    pruner_of,
+    scale,
+)
 from tp_importance import Budget, Cost, convert_to_resconv, count_ops  # noqa: E402
 from tp_importance.resconv import resconv_layers  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:layer .* has a=0"),  # training may put it there
-    pytest.mark.filterwarnings("ignore:.*step.* has been overridden"),  # by NNI, on purpose
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = MARKS
 
 
 # -- with training
