@@ -113,14 +113,17 @@ class Cifar10:
         x, y = self.images(seed, n)
         return list(zip(normalised(x).split(batch_size), torch.from_numpy(y).split(batch_size), strict=True))
 
-    def accuracy(self, model: nn.Module, n_test: int = 10_000, device: str = "cpu", batch_size: int = 1000) -> float:
-        """Top-1 on the first ``n_test`` test images, in percent; the model ends up in eval mode on ``device``."""
+    def accuracy(
+        self, model: nn.Module, n_test: int = 10_000, device: str = "cpu", batch_size: int = 1000, start: int = 0
+    ) -> float:
+        """Top-1 on ``n_test`` test images from ``start`` on, in percent; the model ends up in eval mode on `device`."""
         model.eval().to(device, memory_format=torch.channels_last)  # 1.2-1.4 times faster on a CPU
-        labels = torch.from_numpy(self.y_test[:n_test]).to(device)
+        chosen = slice(start, start + n_test)
+        labels = torch.from_numpy(self.y_test[chosen]).to(device)
         if self._test is None or self._test.device != labels.device:
             self._test = normalised(self.x_test).to(device).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():  # the model moves outside: parameters made inside could never be trained again
-            guesses = [model(batch).argmax(1) for batch in self._test[:n_test].split(batch_size)]
+            guesses = [model(batch).argmax(1) for batch in self._test[chosen].split(batch_size)]
         return 100.0 * float((torch.cat(guesses) == labels).double().mean())
 
 

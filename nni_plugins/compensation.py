@@ -48,7 +48,7 @@ def compensate_masks(
         example_inputs: tensor, tuple or dict, batch dimension first.
         how: settings, or a mode, see :func:`tp_importance.compensate`.
         groups: groups of the model, if they are at hand.
-        recalibrate: in sequential mode, re-estimate batch norms as it goes, see :func:`tp_importance.compensate`.
+        recalibrate: in sequential mode, move batch norm statistics as it goes, see :func:`tp_importance.compensate`.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
         progress: show a progress bar.

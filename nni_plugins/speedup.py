@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tp_importance.guards import HOOKS
+from tp_importance.guards import HOOKS, transaction
 from tp_importance.resconv import resconv_layers
 
 from ._compat import import_nni, legacy_tracer_shim
@@ -111,10 +111,13 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
         _check_widths(trial, full_masks)
         _compare(before, _run(trial, inputs))
         changes = _changes(model, trial, replaced)
-    for module, attributes, parameters, buffers in changes:
-        vars(module).update(attributes)
-        module._parameters.update(parameters)
-        module._buffers.update(buffers)
+    step = transaction(model)
+    with step:
+        step.commit()
+        for module, attributes, parameters, buffers in changes:
+            vars(module).update(attributes)
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
     return model
 
 

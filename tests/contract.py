@@ -49,6 +49,25 @@ class Case:
         return Case(model, self.x, fresh.exclude({n: "" for n in fresh.names if n not in self.groups.names}))
 
 
+def norm_inputs(model: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
+    """What a batch norm receives while all of them use the statistics of each batch, shape (C, elements)."""
+    twin, seen = copy.deepcopy(model).eval(), []
+    for module in twin.modules():
+        module.training = isinstance(module, nn.BatchNorm2d)
+    twin.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0].double()))
+    with torch.no_grad():
+        for batch in batches:
+            twin(batch)
+    return torch.cat(seen).transpose(0, 1).flatten(1)
+
+
+def moved_statistics(norm: nn.BatchNorm2d, keep: list[int], dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics of a batch norm, moved by the change between two networks; inputs of shape (C, elements)."""
+    ratio = pruned.var(1) / dense[keep].var(1)
+    mean = pruned.mean(1) + ratio.sqrt() * (norm.running_mean[keep] - dense[keep].mean(1))
+    return mean.float(), (norm.running_var[keep] * ratio).float()
+
+
 @cache
 def topology(name: str) -> Case:
     model, x = make_network(name)
@@ -588,12 +607,20 @@ class PrunerContract:
     def test_recalibration(self) -> None:
         pruner, model, x = self.fresh("residual")
         plain, other, _ = self.fresh("residual")
+        dense, groups, removed = copy.deepcopy(model), pruner.groups, pruner.plan().removed
         plain.step()
         pruner.step(recalibrate=True)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-        assert not torch.equal(model[2].body[0][1].running_mean, other[2].body[0][1].running_mean)
-        images = torch.cat([a for a, _ in loader_for(x)])
-        torch.testing.assert_close(model[0][1].running_mean, model[0][0](images).mean((0, 2, 3)))
+        batches = [a for a, _ in loader_for(x)]
+        for name, norm in dense.named_modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                gone = [p for g in groups for m in g.members if m.name == name for p in m.positions(removed[g.name])]
+                keep = sorted(set(range(norm.num_features)) - set(gone))
+                mean, var = moved_statistics(norm, keep, *(norm_inputs(net, name, batches) for net in (dense, other)))
+                torch.testing.assert_close(model.get_submodule(name).running_mean, mean)
+                torch.testing.assert_close(model.get_submodule(name).running_var, var)
+        assert torch.equal(model[0][1].running_mean, other[0][1].running_mean)  # nothing before it was pruned
+        assert not torch.equal(model[2].body[1][1].running_mean, other[2].body[1][1].running_mean)
         model, x = make_network("residual")
         pruner = self.make_pruner(model, x, None, Budget(macs=0.5))
         snapshot = Snapshot(model)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.models import resnet18
 
-from tp_importance.calibrate import Moments, recalibrate_batchnorm
+from tp_importance.calibrate import recalibrate_batchnorm
+from tp_importance.functional.batchnorm import Moments
 
 
 @pytest.fixture(autouse=True)

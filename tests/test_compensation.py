@@ -199,12 +199,14 @@ def naive_sequence(dense, model, groups, removed, data, recalibrate, downstream)
                     r.batch_norm.running_mean.sub_(shift.flatten())
             elif recalibrate and isinstance(module, nn.BatchNorm2d) and order[name] > first and module not in own:
                 seen = []
-                handle = module.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
-                model(data)
-                handle.remove()
-                variance, mean = torch.var_mean(seen[0], (0, 2, 3))
-                module.running_mean.copy_(mean)
-                module.running_var.copy_(variance)
+                for net in (dense, model):
+                    layer = net.get_submodule(name)
+                    handle = layer.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
+                    net(data)
+                    handle.remove()
+                (var_d, mean_d), (var_p, mean_p) = (torch.var_mean(x, (0, 2, 3)) for x in seen)
+                module.running_mean.copy_(mean_p + (var_p / var_d).sqrt() * (module.running_mean - mean_d))
+                module.running_var.mul_(var_p / var_d)
 
 
 @pytest.mark.parametrize("name", ["plain", "residual", "grouped", "depthwise", "concat", "transposed"])

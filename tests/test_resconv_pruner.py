@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from contract import Snapshot, same_tensors
+from contract import Snapshot, moved_statistics, norm_inputs, same_tensors
 from networks import class_loader, conv_bn_relu
 from resconv_cases import X32, conv, fresh, resnet, train, vgg
 from tp_importance import Budget, BudgetError, Cost, count_ops
@@ -190,10 +190,19 @@ def test_a_cost_that_is_not_the_planned_one(monkeypatch):
 
 
 def test_recalibration():
-    pruner = fresh(loader=LOADER)
-    pruner.step(recalibrate=True)
-    images = torch.cat([x for x, _ in LOADER])
-    torch.testing.assert_close(pruner.model[0][1].running_mean, pruner.model[0][0](images).mean((0, 2, 3)))
+    pruner, plain = fresh(loader=LOADER), fresh(loader=LOADER)
+    dense = copy.deepcopy(pruner.model)
+    plain.step(fuse=False)
+    pruner.step(fuse=False, recalibrate=True)
+    batches, compared = [x for x, _ in LOADER], 0
+    for name, norm in pruner.model.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            both = (norm_inputs(net, name, batches) for net in (dense, plain.model))
+            mean, var = moved_statistics(dense.get_submodule(name), list(range(norm.num_features)), *both)
+            torch.testing.assert_close(norm.running_mean, mean)
+            torch.testing.assert_close(norm.running_var, var)
+            compared += not torch.equal(norm.running_mean, plain.model.get_submodule(name).running_mean)
+    assert compared and torch.equal(pruner.model[0][1].running_mean, dense[0][1].running_mean)
     pruner = fresh()
     snapshot = Snapshot(pruner.model)
     with pytest.raises(ValueError, match="pass loader="):

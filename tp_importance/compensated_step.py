@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import ForwardFn, call_model, tensors_in
-from .calibrate import recalibrate_batchnorm
+from .calibrate import DenseReference, is_calibrated, recalibrate_batchnorm
 from .compensation import compensate
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .guards import preserved, transaction, written
@@ -81,7 +81,8 @@ def compensated_step(
         example_inputs: those the pruner was built with.
         loader: re-iterable of batches.
         how: settings, or a mode, see :func:`~tp_importance.compensation.compensate`.
-        recalibrate: re-estimate the batch norm statistics on the loader afterwards; in sequential mode as it goes.
+        recalibrate: move the batch norm statistics by the change on the loader, see
+            :func:`~tp_importance.recalibrate_batchnorm`; in sequential mode as it goes.
         forward_fn: ``forward_fn(model, batch)``; as given to the pruner.
         output_transform: as given to the pruner.
         label_fn: ``label_fn(batch)``.
@@ -139,6 +140,7 @@ def compensated_step(
         survivors.settle(named_tensors(dense), model)
         groups = _groups(dense, example_inputs, options, heads)
         what = removal(groups, lambda name: survivors.alive(f"{name}.weight"))
+        reference = DenseReference(copy.deepcopy(dense), _left(dense, survivors)) if recalibrate else None
         report = compensate(
             dense,
             example_inputs,
@@ -155,9 +157,14 @@ def compensated_step(
         with torch.no_grad():
             for name, tensor in named_tensors(dense).items():
                 named_tensors(model)[name].copy_(survivors.take(name, tensor))
-        if recalibrate and settings.mode == "parallel":
-            recalibrate_batchnorm(model, loader, forward_fn=forward_fn)
+        if reference is not None and settings.mode == "parallel":
+            recalibrate_batchnorm(model, loader, reference=reference, forward_fn=forward_fn)
     return what.added_to(report)
+
+
+def _left(dense: nn.Module, survivors: Survivors) -> dict[str, Tensor]:
+    """Channels of every batch norm that are left."""
+    return {n: survivors.index[f"{n}.running_mean"] for n, m in dense.named_modules() if is_calibrated(m)}
 
 
 def _require_host(pruner: Any) -> None:

@@ -60,8 +60,9 @@ def compensate(
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
-        recalibrate: in sequential mode, re-estimate every batch norm as soon as its input is final, but for those
-            behind a refitted layer: least squares has set their means, and rescaling would enlarge its errors.
+        recalibrate: in sequential mode, move the statistics of every batch norm by the change of its input (see
+            :func:`~tp_importance.recalibrate_batchnorm`) as soon as that is final, but for those behind a refitted
+            layer: least squares has set their means, and rescaling would enlarge its errors.
         progress: show a progress bar.
 
     Returns:

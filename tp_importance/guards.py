@@ -1,15 +1,19 @@
-"""Leave the model as it was found: modes, gradient flags and hooks."""
+"""Leave the model as it was found: modes, gradient flags, hooks, structure and values, also after Ctrl-C."""
 
 from __future__ import annotations
 
+import signal
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["full_precision", "preserved", "transaction", "written"]
+__all__ = ["Guard", "full_precision", "preserved", "transaction", "written"]
 
 HOOKS = (
     "_forward_hooks",
@@ -23,8 +27,74 @@ HOOKS = (
 """The dictionaries, keyed by hook id, in which a module of torch keeps its hooks."""
 
 
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[nn.Module]:
+class Guard(ABC):
+    """A block after which something is put back, and never half of it.
+
+    Ctrl-C raises ``KeyboardInterrupt`` inside the block as ever. While the guard takes its notes or puts things back,
+    and after :meth:`commit`, it is held and raised when the guard is done. Only the main thread receives interrupts;
+    in others, and where the handler of SIGINT is not a Python function, there is nothing to hold.
+    """
+
+    def __init__(self, given: Any = None) -> None:
+        """Make a guard; its block yields ``given``."""
+        self._given = given
+        self._held = self._pending = False
+        self._handler: Any = None
+
+    def commit(self) -> None:
+        """Hold interrupts from here to the end of the block: what follows belongs together."""
+        self._held = True
+
+    @abstractmethod
+    def _note(self) -> None:
+        """Take down what may have to be put back."""
+
+    @abstractmethod
+    def _restore(self, failed: bool) -> None:
+        """Put back; ``failed``: the block raised."""
+
+    def __enter__(self) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                self._handler = handler
+                signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            self._note()
+        except BaseException:
+            self._release()
+            raise
+        return self._given
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._held = True  # before any call: an interrupt cannot come between
+        try:
+            self._restore(kind is not None)
+        finally:
+            self._release()
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._held or (frame is not None and frame.f_code in _EDGES):
+            self._pending = True
+        else:
+            self._handler(number, frame)
+
+    def _release(self) -> None:
+        if self._handler is None:
+            return
+        handler, self._handler = self._handler, None
+        signal.signal(signal.SIGINT, handler)
+        if self._pending:
+            handler(signal.SIGINT, None)
+
+
+_EDGES: set[CodeType] = {Guard.__enter__.__code__, Guard.__exit__.__code__, Guard.commit.__code__}
+"""Where an interrupt would come too early or too late for the guard to act on it."""
+
+
+class preserved(Guard):
     """Restore training flags, ``requires_grad`` and hooks of ``model`` on every exit.
 
     Modules and parameters are followed by identity, so the flags also come back after the model was rebuilt around
@@ -46,22 +116,29 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         >>> net[1].training, net[0].weight.requires_grad
         (True, True)
     """
-    modules = [(m, m.training, m._is_full_backward_hook, _hook_ids(m)) for m in model.modules()]
-    parameters = [(n, p, p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)]
-    try:
-        yield model
-    finally:
-        for module, training, full, hook_ids in modules:
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._model = model
+
+    def _note(self) -> None:
+        model = self._model
+        self._modules = [(m, m.training, m._is_full_backward_hook, _hook_ids(m)) for m in model.modules()]
+        named = model.named_parameters(remove_duplicate=False)
+        self._parameters = [(n, p, p.requires_grad) for n, p in named]
+
+    def _restore(self, failed: bool) -> None:
+        for module, training, full, hook_ids in self._modules:
             module.training = training
             module._is_full_backward_hook = full
             for key in HOOKS:
                 hooks = getattr(module, key)
                 for hook_id in [i for i in hooks if i not in hook_ids[key]]:
                     del hooks[hook_id]
-        flags = {name: flag for name, _, flag in parameters}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        flags = {name: flag for name, _, flag in self._parameters}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
             _set_flag(parameter, flags.get(name, parameter.requires_grad))
-        for _, parameter, flag in parameters:  # last: identity goes before name
+        for _, parameter, flag in self._parameters:  # last: identity goes before name
             _set_flag(parameter, flag)
 
 
@@ -70,15 +147,16 @@ def _set_flag(parameter: nn.Parameter, flag: bool) -> None:
         parameter.requires_grad_(flag)
 
 
-@contextmanager
-def transaction(model: nn.Module) -> Iterator[nn.Module]:
+class transaction(Guard):
     """Put the structure of ``model`` back if the block raises: modules, parameters, buffers and attributes.
 
-    Made for surgery, which replaces tensors and never writes into them: values changed *in place* inside the block
-    stay changed. Costs no copy of any tensor.
+    Surgery replaces tensors and never writes into them, so that costs no copy. Tensors that are written into *in
+    place* are named by ``values``; of these copies are held. A step that changes more than the model ends with
+    :meth:`commit` and those assignments: Ctrl-C cannot come between.
 
     Args:
         model: the network.
+        values: parameters and buffers whose values are put back, too; ``None`` is skipped.
 
     Yields:
         The same model.
@@ -93,22 +171,31 @@ def transaction(model: nn.Module) -> Iterator[nn.Module]:
         ...     net.weight.shape
         torch.Size([2, 3])
     """
-    before = [(m, {k: v.copy() if isinstance(v, dict) else v for k, v in vars(m).items()}) for m in model.modules()]
-    try:
-        yield model
-    except BaseException:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-        raise
+
+    def __init__(self, model: nn.Module, values: Iterable[Tensor | None] = ()) -> None:
+        super().__init__(model)
+        self._model, self._values = model, values
+
+    def _note(self) -> None:
+        self._attributes = [
+            (m, {k: v.copy() if isinstance(v, dict) else v for k, v in vars(m).items()}) for m in self._model.modules()
+        ]
+        self._copies = _copies(self._values)
+
+    def _restore(self, failed: bool) -> None:
+        if failed:
+            for module, attributes in self._attributes:
+                vars(module).clear()
+                vars(module).update(attributes)
+            _put_back(self._copies)
 
 
-@contextmanager
-def written(tensors: Iterable[Tensor | None]) -> Iterator[None]:
+class written(Guard):
     """Put the values of ``tensors`` back if the block, which writes into them, raises.
 
     Args:
         tensors: parameters and buffers; ``None`` is skipped. Their copies are held until the block is left.
+        always: put them back in any case.
 
     Example:
         >>> x = torch.zeros(2)
@@ -119,14 +206,27 @@ def written(tensors: Iterable[Tensor | None]) -> Iterator[None]:
         ...     x.tolist()
         [0.0, 0.0]
     """
-    before = [(t, t.detach().clone()) for t in {id(t): t for t in tensors if t is not None}.values()]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, values in before:
-                tensor.copy_(values)
-        raise
+
+    def __init__(self, tensors: Iterable[Tensor | None], *, always: bool = False) -> None:
+        super().__init__()
+        self._tensors, self._always = tensors, always
+
+    def _note(self) -> None:
+        self._copies = _copies(self._tensors)
+
+    def _restore(self, failed: bool) -> None:
+        if failed or self._always:
+            _put_back(self._copies)
+
+
+def _copies(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    return [(t, t.detach().clone()) for t in {id(t): t for t in tensors if t is not None}.values()]
+
+
+def _put_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, values in copies:
+            tensor.copy_(values)
 
 
 @contextmanager

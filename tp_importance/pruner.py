@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,14 @@ from .allocation import Allocator, WidthSpace, allocate
 from .arguments import checked_budget, checked_importance, checked_model
 from .batches import check_loader, require_reiterable
 from .budget import Budget, Cost
-from .calibrate import recalibrate_batchnorm
+from .calibrate import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
 from .compensation import Compensation
 from .compensation import compensate as compensate_readers
 from .cost import LATENCY, CostModel
 from .curves import Curve, value_curves
 from .errors import BudgetError
 from .groups import PrunableGroups, Verifier, build_groups, prunable_groups
-from .guards import preserved, transaction, written
+from .guards import preserved, transaction
 from .importance import StatisticalImportance
 from .latency_model import LatencyModel
 from .latency_table import LatencyTable
@@ -147,6 +147,7 @@ class BudgetPruner:
         self.space  # noqa: B018 - checks the options
         self._curves: dict[str, Curve] | None = None
         self._history: list[Any] = []
+        self._reference: DenseReference | None = None
 
     def collect(self) -> BudgetPruner:
         """Collect the statistics of the importance now; :meth:`plan` and :meth:`step` do it when needed.
@@ -199,8 +200,9 @@ class BudgetPruner:
                     "the network was pruned before its latency was measured: call measure_latency() before the first "
                     "step, or build a new pruner"
                 )
-            self._latency = LatencyModel.measure(self.groups, self.example_inputs, self._latency_table)
-            self.cost_model = replace(self.cost_model, latency=self._latency)
+            latency = LatencyModel.measure(self.groups, self.example_inputs, self._latency_table)
+            timed = replace(self.cost_model, latency=latency)
+            self._latency, self.cost_model = latency, timed
         return self._latency
 
     def limits(self, budget: Budget | None = None) -> dict[str, float]:
@@ -286,16 +288,21 @@ class BudgetPruner:
             compensate: refit the layers that read removed channels, on the pruner's loader, see
                 :func:`~tp_importance.compensation.compensate`: settings, a mode, or ``True``. Best measured:
                 ``"sequential"``.
-            recalibrate: re-estimate the batch norm statistics on the pruner's loader afterwards; in a sequential
-                compensation as it goes, where that is of use.
+            recalibrate: move the batch norm statistics by the change that the step makes on the pruner's loader, from
+                the network as given (or as training has left it since), see
+                :func:`~tp_importance.recalibrate_batchnorm`; in a sequential compensation as it goes, where that is
+                of use. For that the pruner keeps a copy of the network.
 
         Returns:
             The :class:`~tp_importance.report.PruningReport`.
 
         Raises:
             BudgetError: if the budget cannot be reached.
-            RuntimeError: if the pruned network does not cost what was planned; the model is then as before.
+            RuntimeError: if the pruned network does not cost what was planned.
             ValueError: as :meth:`plan`, or if compensation or recalibration has no loader.
+
+        After any exception, Ctrl-C included, model and pruner are as before; a step that changes nothing changes no
+        statistics either.
         """
         self._require_loader(Compensation.of(compensate), recalibrate)
         return self.apply(self.plan(budget), compensate=compensate, recalibrate=recalibrate)
@@ -314,32 +321,33 @@ class BudgetPruner:
             The :class:`~tp_importance.report.PruningReport`.
 
         Raises:
-            RuntimeError: if the pruned network does not cost what was planned; the model is then as before.
+            RuntimeError: if the pruned network does not cost what was planned.
             ValueError: if the plan is of another network, or compensation or recalibration has no loader.
         """
         settings = Compensation.of(compensate)
         self._require_loader(settings, recalibrate)
-        report = self._report(plan)
+        report, run = self._report(plan), self.groups.options.forward_fn
         if plan.is_noop:
             time = f", {plan.latency_ms['predicted']:.3f} ms predicted" if plan.latency_ms else ""
             warnings.warn(f"the network already meets the budget ({plan.cost}{time}); nothing is pruned", stacklevel=2)
-            if recalibrate and self.loader is not None:
-                recalibrate_batchnorm(self.model, self.loader, forward_fn=self.groups.options.forward_fn)
             return self._timed(report)
-        values = () if settings is None else (*self.model.parameters(), *self.model.buffers())
-        with written(values), self._surgery():
+        reference = self._reference_after(plan.removed)
+        values = () if settings is None else self.model.parameters()
+        step = self.surgery(values)
+        with step, torch.inference_mode(False):
             if settings is not None:
                 report = replace(report, compensation=self._compensate(plan, settings, recalibrate))
             remove_units(self.groups, plan.removed)
-            counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
+            counted = count_ops(self.model, self.example_inputs, forward_fn=run)
             if Cost(*counted) != plan.cost:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
             if recalibrate and self.loader is not None and (settings is None or settings.mode == "parallel"):
-                recalibrate_batchnorm(self.model, self.loader, forward_fn=self.groups.options.forward_fn)
-            history = list(self.groups.trace.graph.pruning_history())
-            groups = self._retrace()
-        self._history += history
-        self._adopt(groups)
+                recalibrate_batchnorm(self.model, self.loader, reference=reference, forward_fn=run)
+            state = self._adopting(self._retrace(), self.groups.trace.graph.pruning_history())
+            if reference is not None:
+                state["_reference"] = reference.stamped(self.model)
+            step.commit()
+            vars(self).update(state)
         return self._timed(report)
 
     def pruning_history(self) -> list[Any]:
@@ -356,7 +364,8 @@ class BudgetPruner:
         """
         entries = [list(entry) for entry in history]
         try:
-            with self._surgery(), preserved(self.model):
+            step = self.surgery()
+            with preserved(self.model), step, torch.inference_mode(False):
                 groups = self.groups
                 for entry in entries:  # a fresh graph each: Torch-Pruning's keeps stale offsets behind a split
                     groups.trace.graph.load_pruning_history([list(entry)])
@@ -364,23 +373,21 @@ class BudgetPruner:
                 counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
                 if Cost(*counted) != CostModel.from_groups(groups).dense:
                     raise ValueError(f"after it the network costs {Cost(*counted)}, its widths say otherwise")
+                state = self._adopting(groups, entries)
+                step.commit()
+                vars(self).update(state)
         except Exception as error:
             raise ValueError(
                 f"the history does not fit {type(self.model).__name__} as it is now ({type(error).__name__}: {error})"
             ) from error
-        self._history += entries
-        self._adopt(groups)
 
-    @contextmanager
-    def _surgery(self) -> Iterator[None]:
-        """All or nothing: on an exception the model is put back and the graph, which it has changed, built anew."""
-        try:
-            with torch.inference_mode(False), transaction(self.model):
-                yield
-        except BaseException:
-            options = self.groups.options
-            self.groups = replace(self.groups, trace=trace(self.model, self.example_inputs, options))
-            raise
+    def surgery(self, values: Iterable[torch.Tensor] = ()) -> Surgery:
+        """A block in which the model is changed; if it raises, model and pruner are as before.
+
+        Args:
+            values: parameters that are written into, rather than replaced.
+        """
+        return Surgery(self, values)
 
     def _compensate(self, plan: Plan, settings: Compensation, recalibrate: bool) -> CompensationReport:
         assert self.loader is not None
@@ -433,12 +440,33 @@ class BudgetPruner:
         groups = build_groups(traced, self._ignored_layers, self._num_heads, self.groups.options)
         return groups.exclude({n: r for n, r in self._left_out.items() if n in groups.names})
 
-    def _adopt(self, groups: PrunableGroups) -> None:
-        if self._latency is not None:
-            self._latency = self._latency.of(groups)
-        self.groups = groups
-        self.cost_model = replace(CostModel.from_groups(groups), latency=self._latency)
-        self._curves = None
+    def _adopting(self, groups: PrunableGroups, history: Sequence[Any]) -> dict[str, Any]:
+        """What changes in the pruner when it goes on with ``groups`` after a surgery."""
+        latency = None if self._latency is None else self._latency.of(groups)
+        return {
+            "groups": groups,
+            "cost_model": replace(CostModel.from_groups(groups), latency=latency),
+            "_latency": latency,
+            "_curves": None,
+            "_history": [*self._history, *history],
+        }
+
+    def _reference_after(self, removed: Mapping[str, Sequence[int]]) -> DenseReference | None:
+        """The network that batch norms are compared with, and what of it is left when ``removed`` has gone.
+
+        It is the network as given, or as somebody else, training say, has left it since the last step.
+        """
+        if self.loader is None or not has_batch_norm(self.model):
+            return None
+        known = self._reference
+        if known is None or not known.is_of(self.model):
+            known = DenseReference.of(self.model)
+        layers, gone = dict(self.model.named_modules()), defaultdict[str, list[int]](list)
+        for group in self.groups:
+            for m in group.members:
+                if m.kind == "carrier" and m.role == "out" and is_calibrated(layers.get(m.name)):
+                    gone[m.name] += m.positions(removed.get(group.name, ())).tolist()
+        return known.after(gone)
 
     def _timed(self, report: PruningReport) -> PruningReport:
         """The report with the measured latency of the network, if it was limited."""
@@ -469,6 +497,29 @@ class BudgetPruner:
             criterion=type(self.importance).__name__,
             latency_ms=dict(plan.latency_ms),
         )
+
+
+class Surgery(transaction):
+    """A block in which a pruner changes its model; if it raises, both are as before."""
+
+    def __init__(self, pruner: BudgetPruner, values: Iterable[torch.Tensor] = ()) -> None:
+        """``values``: parameters that are written into; buffers, which are few, always come back."""
+        super().__init__(pruner.model, (*values, *pruner.model.buffers()))
+        self._pruner = pruner
+
+    def _note(self) -> None:
+        super()._note()
+        self._state = dict(vars(self._pruner))
+
+    def _restore(self, failed: bool) -> None:
+        super()._restore(failed)
+        if failed:
+            pruner = self._pruner
+            vars(pruner).clear()
+            vars(pruner).update(self._state)
+            # the host's surgery has changed the graph
+            traced = trace(pruner.model, pruner.example_inputs, pruner.groups.options)
+            pruner.groups = replace(pruner.groups, trace=traced)
 
 
 def bytes_per_parameter(model: nn.Module) -> float:

@@ -208,17 +208,19 @@ class PSAPPruner:
         removed = self._soft.removed
         before = named_tensors(self.model)
         self._planner.example_inputs = to_model(self.model, self._planner.example_inputs)  # it may have moved
-        with self._soft.paused(), torch.inference_mode(False):
+        step = self._planner.surgery()
+        with self._soft.paused(), torch.inference_mode(False), step:
             survivors = Survivors.of(self.groups, removed, self._planner.example_inputs)
             for each in averages:
                 survivors.require_fit(each)
             report = self._planner.apply(self._planner.plan_of(removed, self._soft.limits))
-        survivors.settle(before, self.model)
-        for optimizer in self._soft.optimizers:
-            survivors.remap_optimizer(optimizer, before, self.model)
-        for each in averages:
-            survivors.remap_twin(each, self.model)
-        self._finished = True
+            survivors.settle(before, self.model)
+            step.commit()
+            for optimizer in self._soft.optimizers:
+                survivors.remap_optimizer(optimizer, before, self.model)
+            for each in averages:
+                survivors.remap_twin(each, self.model)
+            self._finished = True
         return report
 
     # -- to look at

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .batches import ForwardFn
-from .calibrate import Moments as NormMoments
 from .errors import TracingError
+from .functional.batchnorm import Moments as NormMoments
 from .functional.reader import Moments, reader_scatter
 from .groups import ChannelGroup, PrunableGroups
 from .observe import Watch, at_least_float, labels_per_row, undisturbed

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .batches import ForwardFn, iterate, layer_input, require_reiterable, run_batch
-from .calibrate import Moments as NormMoments
-from .calibrate import write_statistics
+from .calibrate import is_calibrated, move_statistics
 from .dataflow import Flow
 from .errors import TracingError
+from .functional.batchnorm import Moments as NormMoments
 from .functional.refit import Shortfall, residual_energy
 from .groups import PrunableGroups
 from .guards import preserved
@@ -49,8 +49,6 @@ __all__ = ["SequentialRefit"]
 
 NEGLIGIBLE_GAIN = 1e-3
 """Batch norm gains below this fraction of the largest: what stands behind them cannot make up for anything."""
-
-BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class SequentialRefit:
         refits: readers to be refitted, in execution order.
         settings: of the refit.
         example_inputs: what the groups were traced with.
-        recalibrate: re-estimate every batch norm on its input before the layers behind it are refitted.
+        recalibrate: move the statistics of every batch norm by the change of its input, before what follows is refit.
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
@@ -126,6 +124,7 @@ class SequentialRefit:
         require_classes(wanted_classes(self.classes), self._counts)
         targets: dict[int, _Seen] = {}
         dense, pruned = dict[int, Tensor](), dict[int, Tensor]()
+        before: dict[str, NormMoments] = {}
 
         def look(i: int, x: Tensor, out: Tensor) -> None:
             targets[i] = self._target(i, x, out, self._generator(i))
@@ -143,12 +142,17 @@ class SequentialRefit:
             self._add(sums, i, x, seen, labels, self._generator(i))
             rows[r.name] = self._solve(r, sums)
 
+        def measure(name: str, x: Tensor) -> None:
+            before[name] = NormMoments.of(x)
+
         def calibrate(name: str, norm: nn.Module, x: Tensor) -> None:
-            write_statistics(norm, name, NormMoments.of(x), 1)
+            move_statistics(norm, name, before.pop(name), NormMoments.of(x))
 
         with ExitStack() as stack:
             for i, r in enumerate(self.refits):
                 stack.callback(_after(r.module, partial(look, i)))
+            for name, norm in self._norms():
+                stack.callback(_before(norm, partial(measure, name)))
             stack.enter_context(self._taps(model, {i: (dense, self._generator(i)) for i in self._sums}))
             self._forward(model, batch)
         with gates(model, self.groups, _lists(self.removed)), ExitStack() as stack:
@@ -171,11 +175,11 @@ class SequentialRefit:
         stops = [*index, *(name for name, _ in self._norms())]
         with gates(model, self.groups, _lists(self.removed)):
             for name in sorted(stops, key=lambda n: order.get(n, 0)):
-                self.passes += 2 if name in index else 1
+                self.passes += 2
                 if name in index:
                     rows.append(self._refit_alone(model, dense, index[name], loader))
                 else:
-                    self._recalibrate(model, name, loader)
+                    self._recalibrate(model, dense, name, loader)
         return rows
 
     def _refit_alone(self, model: nn.Module, dense: nn.Module, i: int, loader: Iterable[Any]) -> RefitRow:
@@ -206,20 +210,23 @@ class SequentialRefit:
         require_classes(wanted_classes(self.classes), self._counts)
         return self._solve(r, sums)
 
-    def _recalibrate(self, model: nn.Module, name: str, loader: Iterable[Any]) -> None:
-        norm, pooled, batches = model.get_submodule(name), list[NormMoments](), 0
+    def _recalibrate(self, model: nn.Module, dense: nn.Module, name: str, loader: Iterable[Any]) -> None:
+        networks = (dense, model)
+        pooled: list[list[NormMoments]] = [[], []]
 
-        def look(x: Tensor) -> None:
+        def look(found: list[NormMoments], x: Tensor) -> None:
             new = NormMoments.of(x)
-            pooled[:] = [pooled[0].merged(new) if pooled else new]
+            found[:] = [found[0].merged(new) if found else new]
 
         with ExitStack() as stack:
-            stack.callback(_before(norm, look, name not in self._repeated))
+            for network, found in zip(networks, pooled, strict=True):
+                norm = network.get_submodule(name)
+                stack.callback(_before(norm, partial(look, found), name not in self._repeated))
             for batch in iterate(loader):
-                self._forward(model, batch)
-                batches += 1
-        if pooled:
-            write_statistics(norm, name, pooled[0], batches)
+                for network in networks:
+                    self._forward(network, batch)
+        if all(pooled):
+            move_statistics(model.get_submodule(name), name, pooled[0][0], pooled[1][0])
 
     # -- sums
 
@@ -329,11 +336,7 @@ class SequentialRefit:
         return [
             (name, m)
             for name, m in self.groups.trace.model.named_modules()
-            if self.recalibrate
-            and isinstance(m, BatchNorm)
-            and m.running_mean is not None
-            and order.get(name, -1) > first
-            and m not in own
+            if self.recalibrate and is_calibrated(m) and order.get(name, -1) > first and m not in own
         ]
 
     @cached_property

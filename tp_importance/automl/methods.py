@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..allocation import Allocator, Curves, Ints, Limits, WidthSpace
 from ..budget import Budget
-from ..calibrate import has_batch_norm, recalibrate_batchnorm
+from ..calibrate import has_batch_norm
 from ..catro import CATROImportance
 from ..cost import CostModel
 from ..curves import value_curves
@@ -75,7 +75,7 @@ class Job:
         allocate: widths given by the search, as an allocator; None leaves them to the method.
         allocator: name of the allocator the search chose, or None.
         train: fine-tuning, or None.
-        recalibrate: re-estimate batch norms on the loader after surgery.
+        recalibrate: move the batch norm statistics by the change that the surgery makes on the loader.
         store: shared statistics, or None.
         loss_fn: for criteria that need gradients.
         pruner_options: further arguments of the pruner, such as ``ignored_layers``; use :attr:`arguments`.
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def calibrates(self) -> bool:
-        """Whether batch norms are re-estimated."""
+        """Whether batch norms are recalibrated."""
         return self.recalibrate and self.loader is not None
 
     @property
@@ -237,11 +237,10 @@ def channel_method(
         found.append(value_network(method, job, pruner.groups))
         pruner.importance = found[0]
         plan = pruner.plan()
-        refits = job.compensate is not None and not plan.is_noop  # which takes care of the batch norms, too
         if not plan.is_noop:
-            calibrates = refits and job.calibrates and has_batch_norm(job.model)
-            pruner.apply(plan, compensate=job.compensate, recalibrate=calibrates)
-        _recover(job, calibrated=refits)
+            pruner.apply(plan, compensate=job.compensate, recalibrate=job.calibrates and has_batch_norm(job.model))
+        if job.train is not None:
+            job.train(job.model)
 
     method = Method(name, prune, dict(options or {}), make, allocator, gradients)
     return method
@@ -299,13 +298,6 @@ def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation
     return job.store.get(method.name, {**job.options, "groups": groups.widths}, collect)
 
 
-def _recover(job: Job, calibrated: bool = False) -> None:
-    if job.calibrates and job.loader is not None and not calibrated:
-        recalibrate_batchnorm(job.model, job.loader)
-    if job.train is not None:
-        job.train(job.model)
-
-
 def _prune_layers(job: Job) -> None:
     """ResConv: whole layers go, the rest is trained with its shortcuts and fused."""
     pruner = ResConvPruner(
@@ -333,9 +325,7 @@ def _prune_while_training(job: Job) -> None:
     budget = _needed(job, "psap_training")
     pruner = PSAPPruner(job.model, job.example_inputs, budget=budget, schedule=schedule, **options, **job.arguments)
     job.train(job.model, start=pruner.start, step=pruner.step)
-    pruner.finish()
-    if job.calibrates and job.loader is not None:
-        recalibrate_batchnorm(job.model, job.loader)
+    pruner.finish()  # removes what was masked while the batch norms learned: they fit
 
 
 def _needed(job: Job, name: str) -> Budget:

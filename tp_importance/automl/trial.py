@@ -192,7 +192,8 @@ def prune_trial(
         budget: limit; ``budget:macs`` and ``budget:params`` of the trial replace its fields. Without one, widths must
             be given.
         train: fine-tuning, see :class:`~tp_importance.automl.methods.Train`; default: none.
-        recalibrate: re-estimate the batch norms on ``loader`` after surgery.
+        recalibrate: move the batch norm statistics by the change that the surgery makes on ``loader``, see
+            :func:`~tp_importance.recalibrate_batchnorm`.
         compensate: refit the layers that read removed channels on ``loader`` before training, see
             :func:`~tp_importance.compensate`; a ``"compensate"`` among the parameters goes first.
         statistics: folder for statistics that trials share, see

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
-from ..calibrate import recalibrate_batchnorm
+from ..calibrate import DenseReference, has_batch_norm, recalibrate_batchnorm
 from ..errors import BudgetError
 from ..functional.resconv import cheapest_removal, soft_threshold
 from ..guards import transaction
@@ -264,7 +264,8 @@ class ResConvPruner:
             budget: default: the pruner's.
             fuse: turn the layers that stay into ordinary convolutions. With ``False`` they keep shortcut and batch
                 norm, so that training can go on; call :func:`~tp_importance.fuse` at the end.
-            recalibrate: re-estimate the batch norms before fusing, on the pruner's loader.
+            recalibrate: move the batch norm statistics by the change that the removal makes on the pruner's loader,
+                before fusing; see :func:`~tp_importance.recalibrate_batchnorm`.
 
         Returns:
             :class:`~tp_importance.resconv.LayerReport`.
@@ -287,21 +288,21 @@ class ResConvPruner:
         if not plan.removed:
             warnings.warn(f"the network already meets the budget ({plan.cost}); no layer is removed", stacklevel=2)
         done = RemovalReport([], {}, {})
-        with transaction(self.model):
+        step = transaction(self.model, self.model.buffers())  # statistics are written in place
+        with step:
             if plan.removed:
+                reference = DenseReference.of(self.model) if recalibrate and has_batch_norm(self.model) else None
                 done = remove_layers(self.model, self._example_inputs, plan.controls or plan.removed, forward_fn=run)
-            if recalibrate and self.loader is not None:
-                _renew_buffers(self.model)  # statistics are written in place: keep the old ones for a way back
-                recalibrate_batchnorm(self.model, self.loader, forward_fn=run)
+                if reference is not None and self.loader is not None:
+                    recalibrate_batchnorm(self.model, self.loader, reference=reference, forward_fn=run)
             if fuse and self.layers:
                 fuse_layers(self.model.eval())
             cost = Cost(*count_ops(self.model, self._example_inputs, forward_fn=run))
             if cost.macs != plan.cost.macs or (fuse and cost != plan.cost):
                 raise RuntimeError(f"the network costs {cost} without the layers, planned were {plan.cost}")
-        for name, module in self.model.named_modules():
-            module.training = modes[name]
-        self.history.append(
-            LayerReport(
+            for name, module in self.model.named_modules():
+                module.training = modes[name]
+            report = LayerReport(
                 rows=rows,
                 dense=self.dense,
                 cost=cost,
@@ -312,8 +313,9 @@ class ResConvPruner:
                 kept_scales=done.kept_scales,
                 latency_ms=plan.latency_ms,
             )
-        )
-        return self.history[-1]
+            step.commit()
+            self.history.append(report)
+        return report
 
     def report(self) -> LayerReport:
         """Report of the last :meth:`step`.
@@ -410,13 +412,6 @@ def _cheapest(
     names = list(losses)
     rows = {f: [saving[n] for n in names] for f, saving in savings.items()}
     return [names[i] for i in cheapest_removal(list(losses.values()), rows, needed)]
-
-
-def _renew_buffers(model: nn.Module) -> None:
-    new = {buffer: buffer.clone() for buffer in model.buffers()}
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            module._buffers[key] = None if buffer is None else new[buffer]
 
 
 def _stop_momentum(state: Mapping[str, Any], s: Tensor) -> None:
