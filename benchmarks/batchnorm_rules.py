@@ -156,11 +156,11 @@ def main() -> None:
     )
     p.add_argument("--refits", nargs="+", choices=["none", "parallel"], default=["none", "parallel"])
     p.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="seeds of the images")
-    p.add_argument("--n-test", type=int, default=2_500, help="test images of each half; EfficientNet: 500")
+    p.add_argument("--n-test", type=int, default=1_000, help="test images of each half; EfficientNet: 500")
     args = p.parse_args()
     if not args.table:
         torch.set_num_threads(args.threads)
-        cells = Cells(args.out, {"images": 500}, environment("cpu", args.date))
+        cells = Cells(args.out, {"images": 500, "n_test": args.n_test}, environment("cpu", args.date))
         for name in args.networks:
             case = (EfficientNet if name == EFFICIENTNET else Cifar)(name, args)
             cells.fill({"network": name, "rule": "dense"}, lambda case=case: case.judged(case.dense()))

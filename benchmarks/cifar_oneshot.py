@@ -28,7 +28,6 @@ from tp_importance import (
     PrunableGroups,
     count_ops,
     prunable_groups,
-    recalibrate_batchnorm,
 )
 from tp_importance.curves import value_curves
 
@@ -127,8 +126,7 @@ def run(net: Network, criterion: str, allocator: str, draw: int, args: Any, data
     pruner.importance = _score(CRITERIA[criterion].make(model, batches, net.layers), model, net, batches, pruner.groups)
     scoring = _now(args.device) - start
     model.zero_grad()
-    report = pruner.step()
-    recalibrate_batchnorm(model, batches)
+    report = pruner.step(recalibrate=True)
     return {
         "top1": round(data.accuracy(model, args.n_test, args.device), 3),
         "macs": report.cost.macs,

@@ -61,7 +61,7 @@ def run(net: Network, arm: str, classes: list[int], draw: int, args: Any, data: 
         verify=False,  # done once in Network
     )
     report = pruner.step()
-    recalibrate_batchnorm(model, loader)
+    recalibrate_batchnorm(model, loader, reference=net.model)
     slice_classifier(model, classes)
     return {"top1": round(accuracy(model.eval(), data, classes, args.device), 3), "macs": report.cost.macs}
 

@@ -110,7 +110,7 @@ class Draw:
         macs, params = count_ops(model, self.net.inputs)
         if key not in self._measured:
             if removed:
-                recalibrate_batchnorm(model, self.batches)
+                recalibrate_batchnorm(model, self.batches, reference=self.net.model)
             self._measured[key] = round(data.accuracy(model, n_test, self.net.device, batch_size=100), 3)
         return {"top1": self._measured[key], "macs": macs, "params": params}
 

@@ -330,7 +330,7 @@ def main() -> None:
         model = copy.deepcopy(dense)
         prune(model)
         if name not in refitted:
-            tp_importance.recalibrate_batchnorm(model, calibration)
+            tp_importance.recalibrate_batchnorm(model, calibration, reference=dense)
         one_shot = accuracy(model, test)
         train(model, training, 2, 0.02, args.seed)
         if any(isinstance(module, tp_importance.ResConv2d) for module in model.modules()):

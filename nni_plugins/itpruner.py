@@ -93,6 +93,6 @@ class ITPruner(ImportancePruner):
             importance=weighted,
             budget=budget,
             example_inputs=example_inputs,
-            allocator=weighted.allocator(solver) if allocator is None else allocator,
+            allocator=weighted.allocator(solver, allocator),
             **options,
         )

@@ -334,7 +334,7 @@ def test_taylor_takes_the_gradients_of_the_samples_and_leaves_none():
     twin, data = copy.deepcopy(model).eval(), class_loader(32)
     for images, labels in data:
         nn.functional.cross_entropy(twin(images), labels).backward()
-    prune(model, x, data, budget=HALF, method="taylor", allocator="uniform")
+    prune(model, x, data, budget=HALF, method="taylor")
     prune(twin, x, data, budget=HALF, method=tp.importance.TaylorImportance())
     assert torch.equal(weights(model), weights(twin))
     assert all(p.grad is None for p in model.parameters())

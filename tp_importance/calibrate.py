@@ -272,7 +272,8 @@ def _recognised(name: str, before: Any, now: Any) -> Tensor:
     if doubtful or len(channels) < len(left):
         raise ValueError(
             f"layer {name!r}: its {len(new)} channels cannot be told among the {len(old)} of the reference. "
-            "Recalibrate right after pruning, before any training, with a copy made right before it; or without reference="
+            "Recalibrate right after pruning, before any training, with a copy made right before it, or without "
+            "reference="
         )
     return torch.tensor(channels)
 

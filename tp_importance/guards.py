@@ -30,9 +30,9 @@ HOOKS = (
 class Guard(ABC):
     """A block after which something is put back, and never half of it.
 
-    Ctrl-C raises ``KeyboardInterrupt`` inside the block as ever. While the guard takes its notes or puts things back,
-    and after :meth:`commit`, it is held and raised when the guard is done. Only the main thread receives interrupts;
-    in others, and where the handler of SIGINT is not a Python function, there is nothing to hold.
+    Ctrl-C raises ``KeyboardInterrupt`` inside the block as ever. While the guard puts things back, and after
+    :meth:`commit`, it is held and raised when the guard is done. Only the main thread receives interrupts; in others,
+    and where the handler of SIGINT is not a Python function, there is nothing to hold.
     """
 
     def __init__(self, given: Any = None) -> None:

@@ -80,6 +80,7 @@ class ITPrunerImportance(StatisticalImportance):
     """
 
     needs_labels = False
+    default_allocator = "program"
 
     def __init__(
         self,
@@ -151,9 +152,16 @@ class ITPrunerImportance(StatisticalImportance):
         other._units = other._allocated(self.groups, other._cached_curves, self.relevance)
         return other
 
-    def allocator(self, solver: Solver = "direct") -> ProgramAllocator:
-        """The program with the weights of this importance, whenever they are collected."""
-        return ProgramAllocator(lambda: self.weights, objective=self.objective, solver=solver)
+    def allocator(self, solver: Solver = "direct", choice: str | Allocator | None = None) -> str | Allocator:
+        """The program with the weights of this importance, whenever they are collected.
+
+        Args:
+            solver: see :class:`~tp_importance.program.ProgramAllocator`.
+            choice: what a user asked for; it comes back if it is another allocator.
+        """
+        if choice is None or (isinstance(choice, str) and choice in ("default", "program")):
+            return ProgramAllocator(lambda: self.weights, objective=self.objective, solver=solver)
+        return choice
 
     def _watches(self, groups: PrunableGroups) -> list[Watch]:
         self._grams = GramStatistics(groups, kernel=self.kernel, estimator=self.estimator, pool=self.pool)
@@ -282,15 +290,13 @@ class ITPruner(BudgetPruner):
             pool=pool,
             per=per,
         )
-        if allocator is None or (isinstance(allocator, str) and allocator == "program"):
-            allocator = weighted.allocator(solver)
         super().__init__(
             model,
             example_inputs,
             loader,
             budget=budget,
             importance=weighted,
-            allocator=allocator,
+            allocator=weighted.allocator(solver, allocator),
             **options,
         )
 

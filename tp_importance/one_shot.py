@@ -16,7 +16,6 @@ from .batches import check_loader, iterate, require_reiterable, tensors_in
 from .budget import Budget
 from .calibrate import has_batch_norm
 from .gradients import loss_gradients
-from .importance import StatisticalImportance
 from .itpruner import ITPruner, ITPrunerImportance
 from .pruner import BudgetPruner
 from .refitting import Compensation
@@ -73,9 +72,8 @@ def prune(
             :class:`~tp_importance.automl.RandomImportance`), or what
             :func:`~tp_importance.automl.register_method` added for channels.
         allocator: ``"greedy"``, ``"lagrange"``, ``"program"``, ``"uniform"`` or a function, see
-            :mod:`tp_importance.allocation`; default (also ``"default"``): that of the named method (for
-            ``"itpruner"`` its own program, for ``"l1"``, ``"l2"``, ``"fpgm"``, ``"psap"``, ``"random"`` uniform, else
-            greedy); for an importance object greedy, or uniform if it is Torch-Pruning's.
+            :mod:`tp_importance.allocation`; default (also ``"default"``): what suits the importance, see
+            :func:`~tp_importance.program.default_allocator`.
         compensate: see :func:`~tp_importance.compensation.compensate`; ``"parallel"`` is faster and less accurate.
             With it, or with ``None``, batch norm statistics are re-estimated afterwards.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
@@ -109,10 +107,6 @@ def prune(
     data = loader if samples is None else _First(loader, samples)
     criterion = find_criterion(method) if isinstance(method, str) else None
     importance = checked_importance(method, "method") if criterion is None else _made(criterion)
-    if isinstance(allocator, str) and allocator == "default":
-        allocator = None
-    if allocator is None and criterion is not None and importance is not None:
-        allocator = criterion.allocator or "greedy"
     pruner = _pruner(model, example_inputs, data, budget, importance, allocator, options)
     with ExitStack() as stack:
         if criterion is not None and criterion.needs_gradients:
@@ -139,8 +133,6 @@ def _pruner(
 ) -> BudgetPruner:
     if importance is None:
         return ITPruner(model, example_inputs, data, budget=budget, allocator=allocator, **options)
-    if allocator is None:
-        allocator = "greedy" if isinstance(importance, StatisticalImportance) else "uniform"
     return BudgetPruner(
         model, example_inputs, data, importance=importance, budget=budget, allocator=allocator, **options
     )

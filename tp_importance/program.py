@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch_pruning as tp
 from numpy.typing import ArrayLike
 
 from .allocation import (
@@ -28,6 +29,7 @@ __all__ = [
     "ProgramAllocator",
     "Solver",
     "checked_objective",
+    "default_allocator",
     "implied_weights",
     "named_allocator",
     "posynomials",
@@ -132,17 +134,48 @@ def program(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) 
 ALLOCATORS["program"] = program
 
 
-def named_allocator(choice: str | Allocator, weights: WeightSource = None) -> Allocator:
+COMPARABLE = (tp.importance.TaylorImportance,)
+"""Importances of Torch-Pruning whose scores, in units of the loss, compare across layers."""
+
+
+def default_allocator(importance: Any) -> str:
+    """Where the widths come from if nobody says: the one rule, for names, objects, both hosts and searches.
+
+    What the importance declares as its ``default_allocator``; else ``"greedy"`` where scores compare across layers: it
+    has value curves, or is in :data:`COMPARABLE`; else ``"uniform"``. Scores such as magnitudes compare within a layer
+    only, and greedy widths by them lose many points (docs/benchmarks.md).
+
+    Args:
+        importance: any importance.
+
+    Returns:
+        A name in :data:`~tp_importance.allocation.ALLOCATORS`.
+
+    Example:
+        >>> default_allocator(tp.importance.MagnitudeImportance()), default_allocator(tp.importance.TaylorImportance())
+        ('uniform', 'greedy')
+    """
+    declared = getattr(importance, "default_allocator", None)
+    if declared is not None:
+        return str(declared)
+    return "greedy" if hasattr(importance, "curves") or isinstance(importance, COMPARABLE) else "uniform"
+
+
+def named_allocator(choice: str | Allocator | None, weights: WeightSource = None, importance: Any = None) -> Allocator:
     """Look an allocator up by name, for somebody who has weights; functions pass through.
 
     Args:
-        choice: a name in :data:`~tp_importance.allocation.ALLOCATORS`, or a function.
+        choice: a name in :data:`~tp_importance.allocation.ALLOCATORS`, or a function; ``None`` or ``"default"`` for
+            the :func:`default_allocator` of the importance.
         weights: those that ``"program"`` takes, see :class:`ProgramAllocator`.
+        importance: what values the channels.
 
     Raises:
         TypeError: for what is neither a name nor a function.
         ValueError: for an unknown name.
     """
+    if choice is None or (isinstance(choice, str) and choice == "default"):
+        choice = default_allocator(importance)
     found = find_allocator(choice)
     return ProgramAllocator(weights) if found is program else found
 

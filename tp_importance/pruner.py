@@ -55,7 +55,9 @@ class BudgetPruner:
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
             ``latency`` and ``latency_ms`` are those of ``example_inputs`` as they are, on a quiet machine.
         allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"``, ``"program"`` (with the weights of the importance, if it
-            has some) or a function, see :mod:`tp_importance.allocation`.
+            has some) or a function, see :mod:`tp_importance.allocation`. Default (also ``"default"``): what suits the
+            importance, see :func:`~tp_importance.program.default_allocator`: its own choice, ``"greedy"`` where its
+            scores compare across layers, else ``"uniform"``.
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.
         max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.
@@ -97,7 +99,7 @@ class BudgetPruner:
         *,
         importance: Any,
         budget: Budget,
-        allocator: str | Allocator = "greedy",
+        allocator: str | Allocator | None = None,
         ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
         round_to: int | None = None,
         max_pruning_ratio: float | Mapping[str, float] = 1.0,
@@ -116,7 +118,8 @@ class BudgetPruner:
         self.model, self.budget = checked_model(model), checked_budget(budget)
         self.importance = None if importance is None else checked_importance(importance)
         self.example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
-        self._allocate = named_allocator(allocator, self._weights)
+        named_allocator(allocator)  # checks it
+        self._allocator = allocator
         if loader is not None:
             check_loader(loader)
         self.loader = loader
@@ -242,9 +245,10 @@ class BudgetPruner:
         """
         limits = self.limits(budget)
         curves = self._value()
-        units = allocate(self._allocate, curves, self.cost_model, self.space, limits)
+        allocator = named_allocator(self._allocator, self._weights, self.importance)
+        units = allocate(allocator, curves, self.cost_model, self.space, limits)
         removed = {n: curves[n].removed(int(u)) for n, u in zip(self.cost_model.names, units, strict=True)}
-        return replace(self.plan_of(removed, limits), certificate=dict(getattr(self._allocate, "certificate", {})))
+        return replace(self.plan_of(removed, limits), certificate=dict(getattr(allocator, "certificate", {})))
 
     def plan_of(self, removed: Mapping[str, Sequence[int]], limits: Mapping[str, float] | None = None) -> Plan:
         """The :class:`Plan` that removes given units, at whatever cost."""

@@ -50,6 +50,7 @@ class PSAPImportance(StatisticalImportance):
     """
 
     needs_gradients = True
+    default_allocator = "uniform"  # norms relative to the layer do not compare across layers
 
     def __init__(self, *, ratio: float = 0.5, loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         super().__init__()

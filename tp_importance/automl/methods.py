@@ -26,7 +26,7 @@ from ..groups import PrunableGroups
 from ..importance import StatisticalImportance
 from ..itpruner import ITPrunerImportance
 from ..obs import OBSImportance
-from ..program import named_allocator
+from ..program import default_allocator, named_allocator
 from ..pruner import BudgetPruner
 from ..psap import PSAPPruner
 from ..psap_importance import PSAPImportance
@@ -45,7 +45,6 @@ __all__ = [
     "channel_method",
     "find_criterion",
     "find_method",
-    "own_allocator",
     "register_method",
     "value_network",
 ]
@@ -116,7 +115,6 @@ class Method:
         prune: prunes ``job.model`` in place, and trains it if ``job.train`` is there.
         options: the method's hyper-parameters with the domains that a search takes by default.
         make: the importance, for methods that choose channels; they take widths from the search. None: they do not.
-        allocator: where widths come from if the search gives none; default: the importance's own program, or greedy.
         needs_gradients: whether ``make()`` wants gradients of the loss collected first.
         needs_training: whether it can do nothing without ``train``.
     """
@@ -125,7 +123,6 @@ class Method:
     prune: Callable[[Job], None]
     options: Mapping[str, Domain] = field(default_factory=dict)
     make: Callable[..., Any] | None = None
-    allocator: str | None = None
     needs_gradients: bool = False
     needs_training: bool = False
 
@@ -201,16 +198,17 @@ def channel_method(
     make: Callable[..., Any],
     options: Mapping[str, Domain] | None = None,
     *,
-    allocator: str | None = None,
     gradients: bool = False,
 ) -> Method:
     """A method that is an importance: ours, or any ``tp.importance.Importance``.
+
+    If the search gives no widths, they come from the :func:`~tp_importance.program.default_allocator` of the
+    importance.
 
     Args:
         name: how a search calls it.
         make: ``make(**options)`` gives the importance.
         options: domains of the options.
-        allocator: where widths come from if the search gives none; default: the importance's own program, or greedy.
         gradients: collect gradients of the loss over the loader first.
 
     Example:
@@ -222,7 +220,7 @@ def channel_method(
         found: list[Valuation] = []
 
         def allocate(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
-            chosen = job.allocate or own_allocator(method, found[0], job.allocator)
+            chosen = job.allocate or named_allocator(job.allocator, found[0].weights, found[0])
             return chosen(curves, cost, space, limits)
 
         pruner = BudgetPruner(
@@ -242,20 +240,8 @@ def channel_method(
         if job.train is not None:
             job.train(job.model)
 
-    method = Method(name, prune, dict(options or {}), make, allocator, gradients)
+    method = Method(name, prune, dict(options or {}), make, gradients)
     return method
-
-
-def own_allocator(method: Method, valuation: Valuation, choice: str | None = None) -> Allocator:
-    """Where a channel method takes its widths from.
-
-    Args:
-        method: the method.
-        valuation: its curves and weights.
-        choice: a name in :data:`~tp_importance.allocation.ALLOCATORS`; default: the method's own.
-    """
-    name = choice or method.allocator or ("program" if valuation.weights else "greedy")
-    return named_allocator(name, valuation.weights)
 
 
 def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation:
@@ -291,7 +277,8 @@ def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation
             gradients.enter_context(loss_gradients(job.model, job.loader or (), job.loss_fn, forward_fn=run))
         with gradients:
             curves = value_curves(importance, groups)
-        return Valuation(curves, getattr(importance, "weights", None), time.perf_counter() - start)
+        weights, seconds = getattr(importance, "weights", None), time.perf_counter() - start
+        return Valuation(curves, weights, default_allocator(importance), seconds)
 
     if job.store is None:
         return collect()
@@ -338,13 +325,10 @@ def _needed(job: Job, name: str) -> Budget:
     return job.budget
 
 
-# scores of these compare within a layer only: equal kept fractions are their natural widths
-_UNIFORM = "uniform"
-
 register_method(channel_method("catro", CATROImportance, {"class_weight": Float(0.0, 1.0)}))
 register_method(channel_method("obs", OBSImportance, {"class_weight": Float(0.0, 1.0)}))
 register_method(channel_method("itpruner", ITPrunerImportance, {"beta": Float(-10.0, 10.0)}))
-register_method(channel_method("psap", PSAPImportance, {"ratio": Float(0.2, 0.8)}, allocator=_UNIFORM))
+register_method(channel_method("psap", PSAPImportance, {"ratio": Float(0.2, 0.8)}))
 register_method(
     Method(
         "psap_training",
@@ -354,11 +338,9 @@ register_method(
     )
 )
 register_method(Method("resconv", _prune_layers, {"importance": Choice(("output", "scale"))}))
-register_method(
-    channel_method("magnitude", tp.importance.MagnitudeImportance, {"p": Choice((1, 2))}, allocator=_UNIFORM)
-)
+register_method(channel_method("magnitude", tp.importance.MagnitudeImportance, {"p": Choice((1, 2))}))
 for _p in (1, 2):  # by the names that are short for it
-    register_method(channel_method(f"l{_p}", partial(tp.importance.MagnitudeImportance, p=_p), allocator=_UNIFORM))
-register_method(channel_method("fpgm", tp.importance.FPGMImportance, allocator=_UNIFORM))
+    register_method(channel_method(f"l{_p}", partial(tp.importance.MagnitudeImportance, p=_p)))
+register_method(channel_method("fpgm", tp.importance.FPGMImportance))
 register_method(channel_method("taylor", tp.importance.TaylorImportance, gradients=True))
-register_method(channel_method("random", RandomImportance, allocator=_UNIFORM))
+register_method(channel_method("random", RandomImportance))

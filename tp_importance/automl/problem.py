@@ -21,9 +21,9 @@ from ..cost import COST_FIELDS, CostModel
 from ..curves import Curve
 from ..errors import SearchSpaceError
 from ..files import written_at_once
-from ..program import ProgramAllocator, implied_weights
+from ..program import ProgramAllocator, implied_weights, named_allocator
 from ..pruner import BudgetPruner
-from .methods import Job, find_method, own_allocator, value_network
+from .methods import Job, find_method, value_network
 from .space import Choice, Int, Parameter, SearchSpace
 from .statistics import CurveStore
 from .trial import checked_number
@@ -108,7 +108,7 @@ class BudgetProblem:
             job = Job(clone, example_inputs, loader, budget, given[name], store=store, loss_fn=loss_fn)
             found = value_network(method, job, pruner.groups)
             curves = found.curves(pruner.groups)
-            starts[name] = own_allocator(method, found)(curves, cost, space, limits)
+            starts[name] = named_allocator(None, found.weights, found)(curves, cost, space, limits)
             losses[name] = [curves[g].loss.tolist() for g in cost.names]
         return cls(cost, space, limits, losses, starts, given)
 

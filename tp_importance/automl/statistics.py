@@ -33,11 +33,13 @@ class Valuation:
         curves: value curve per group name; also the importance that a
             :class:`~tp_importance.pruner.BudgetPruner` takes.
         weights: weights of the convex program per group name, for methods that have some.
+        default_allocator: where the widths come from if the search gives none.
         seconds: what it took to collect.
     """
 
     values: Mapping[str, Curve]
     weights: Mapping[str, float] | None = None
+    default_allocator: str = "greedy"
     seconds: float = field(default=0.0, compare=False)
 
     def curves(self, groups: PrunableGroups | None = None) -> dict[str, Curve]:
@@ -167,6 +169,7 @@ def _write(path: Path, found: Valuation, header: dict[str, Any]) -> None:
             arrays |= {f"kept{i}": np.concatenate([curve.kept[w] for w in widths]), f"widths{i}": np.array(widths)}
     weights = None if found.weights is None else dict(found.weights)
     text = {**header, "format": FORMAT, "groups": list(found.values), "weights": weights, "seconds": found.seconds}
+    text["allocator"] = found.default_allocator
     with written_at_once(path) as file:
         np.savez_compressed(file, header=np.array(json.dumps(text, default=str)), **arrays)
 
@@ -178,9 +181,9 @@ def _read(path: Path) -> Valuation:
             if header.get("format") != FORMAT:
                 raise ValueError("it is no file of this package")
             values = {name: _curve(file, i) for i, name in enumerate(header["groups"])}
+            return Valuation(values, header["weights"], header["allocator"], header["seconds"])
     except Exception as error:
         raise _damaged(path, error) from error
-    return Valuation(values, header["weights"], header["seconds"])
 
 
 def _curve(file: Any, i: int) -> Curve:
