@@ -105,7 +105,7 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     content["digests"] = content_digests(content)
     check_content(content, content["digests"])
-    with written_at_once(target) as file, _checksums_written():
+    with written_at_once(target) as file, checksums_written():
         torch.save(content, file)
 
 
@@ -171,6 +171,17 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
     return model.eval()
 
 
+@contextmanager
+def checksums_written() -> Iterator[None]:
+    """``torch.save`` writes CRC-32s, also where the user has turned that off."""
+    old = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(old)
+
+
 def _checked_path(path: Any) -> str:
     if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"path must be a str or os.PathLike, not {type(path).__name__}")
@@ -213,17 +224,6 @@ def _compare(given: Any, found: dict[str, str]) -> None:
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise ValueError(f"its entries {', '.join(odd[:3])}{more} were changed, added or taken away after it was saved")
-
-
-@contextmanager
-def _checksums_written() -> Iterator[None]:
-    """``torch.save`` writes CRC-32s, also where the user has turned that off."""
-    old = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(old)
 
 
 def _first_names(items: dict[str, Any]) -> dict[str, str]:

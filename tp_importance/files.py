@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import re
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +22,7 @@ try:
 except ImportError:  # Windows: an open file cannot be renamed, and there is nothing to lock it with
     fcntl = None
 
-__all__ = ["check_archive", "written_at_once"]
+__all__ = ["check_archive", "json_digest", "read_json", "write_json", "written_at_once"]
 
 HOUR = 3600.0
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
@@ -95,6 +97,58 @@ def check_archive(file: BinaryIO) -> None:
     if damaged is not None:
         raise zipfile.BadZipFile(f"member {damaged} is damaged")
     file.seek(0)
+
+
+def json_digest(content: Any) -> str:
+    """SHA-256 of plain data, the same before and after it went through JSON.
+
+    Example:
+        >>> json_digest({"a": (1, 2.0), "b": 3}) == json_digest({"b": 3, "a": [1, 2.0]})
+        True
+    """
+    normal = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(normal.encode()).hexdigest()
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write plain data as JSON, in one step, with its digest as ``sha256``.
+
+    Args:
+        path: name of the file.
+        content: what JSON can hold.
+
+    Raises:
+        OSError: if writing fails; the old file is kept.
+
+    Example:
+        >>> import tempfile
+        >>> write_json(path := Path(tempfile.mkdtemp(), "x"), {"a": 1})
+        >>> read_json(path)
+        {'a': 1}
+    """
+    with written_at_once(path) as file:
+        file.write((json.dumps({**content, "sha256": json_digest(content)}) + "\n").encode())
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote.
+
+    Args:
+        path: name of the file.
+
+    Returns:
+        The content, without the digest.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no JSON, or its content is not what was written.
+    """
+    content = json.loads(Path(path).read_bytes())
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise ValueError("it is no dict with a digest")
+    if content.pop("sha256") != json_digest(content):
+        raise ValueError("it is damaged or was changed by hand: the digest is not that of its content")
+    return content
 
 
 def _opened(target: Path) -> tuple[BinaryIO, Path]:
