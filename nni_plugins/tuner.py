@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -13,7 +12,7 @@ from typing import Any
 
 from tp_importance.automl import BudgetProblem, BudgetSearch, SearchExhaustedError, flatten
 from tp_importance.errors import SearchSpaceError
-from tp_importance.files import written_at_once
+from tp_importance.files import read_json, write_json
 
 from ._compat import import_nni, report_resumed_trials, report_tuner_errors
 
@@ -139,18 +138,27 @@ class BudgetTuner(_Tuner):
         if (folder := self.get_checkpoint_path()) is not None:  # None outside an experiment
             failed = [params for params, value in self.search.history if value is None]
             content = {"next_parameter_id": self.next_parameter_id, "failed": failed}
-            with written_at_once(Path(folder, CHECKPOINT)) as file:
-                file.write(json.dumps(content).encode())
+            write_json(Path(folder, CHECKPOINT), content)
 
     def load_checkpoint(self) -> None:
-        """Read it; NNI calls this in a resumed experiment, before anything else."""
+        """Read it; NNI calls this in a resumed experiment, before anything else.
+
+        Raises:
+            ValueError: if the file is damaged; names it.
+        """
         report_resumed_trials(self)
         path = Path(self.get_checkpoint_path() or "", CHECKPOINT)
         if path.is_file():  # else it was stopped before the first trial
-            content = json.loads(path.read_text(encoding="utf-8"))
-            self.next_parameter_id = content["next_parameter_id"]
-            for parameters in content["failed"]:
-                self.search.tell(parameters, None)
+            try:
+                content = read_json(path)
+                self.next_parameter_id = int(content["next_parameter_id"])
+                for parameters in content["failed"]:
+                    self.search.tell(parameters, None)
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path} cannot be read ({type(error).__name__}: {error}); delete it to resume without the trials "
+                    "that failed, which may then be proposed again"
+                ) from error
 
 
 class BudgetTunerValidator(_nni.ClassArgsValidator):

@@ -127,7 +127,7 @@ def test_file_is_plain(path):
     model.sizes = [torch.tensor(3).numpy()[()], 1]  # a NumPy integer, as pruning code leaves them
     save_pruned(model, path)
     content = torch.load(path, weights_only=True)
-    assert content["format"] == "tp_importance.pruned" and content["version"] == 1
+    assert content["format"] == "tp_importance.pruned" and content["version"] == 2
     assert content["torch"] == str(torch.__version__)
     assert content["modules"][""]["config"] == {"sizes": [3, 1], "counts": (3, 1), "enabled": True}
     assert [type(n) for n in content["modules"][""]["config"]["sizes"]] == [int, int]

@@ -1,4 +1,5 @@
 import sys
+import zipfile
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -167,6 +168,15 @@ def test_hugging_face_resumes(monkeypatch, tmp_path):
     assert same_values(model, again) and pruner.masked == third.masked
     with pytest.raises(ValueError, match=r"psap.pt is missing"):
         huggingface_callback(network()[2], resume_from=tmp_path)
+    state = tmp_path / "b" / "checkpoint-4" / "psap.pt"
+    assert [entry.name for entry in state.parent.iterdir()] == ["psap.pt"]
+    whole = state.read_bytes()
+    with zipfile.ZipFile(state) as archive:
+        at = max(member.header_offset for member in archive.infolist() if "/data/" in member.filename) + 200
+    for damaged in (whole[: len(whole) // 2], b"", whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"psap.pt cannot be read .*may be damaged: resume from another"):
+            huggingface_callback(network()[2], resume_from=state.parent)
 
 
 @pytest.mark.parametrize("make", [lightning_callback, huggingface_callback])

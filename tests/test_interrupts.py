@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from contract import Snapshot, loader_for
+from contract import Snapshot, loader_for, same_values
 from networks import make_network
 from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_batchnorm
 from tp_importance.guards import Guard, preserved, transaction, written

@@ -91,6 +91,21 @@ def test_tuner_resumes_with_failures_and_with_what_runs_again(problem, tmp_path,
     assert all(second.generate_parameters(5 + i) not in known for i in range(8))
 
 
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"next_parameter_id": 3, "failed": []}', None])
+def test_a_damaged_checkpoint_is_named(problem, tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("NNI_CHECKPOINT_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr("nni_plugins.tuner.report_resumed_trials", lambda tuner: None)
+    tuner = BudgetTuner(str(tmp_path / "problem.json"))
+    tuner.generate_parameters(0)
+    path = tmp_path / "pruning_budget.json"
+    tuner.load_checkpoint()
+    assert tuner.next_parameter_id == 1
+    other = path.read_bytes().replace(b'"next_parameter_id": 1', b'"next_parameter_id": 9')
+    path.write_bytes(other if damage is None else damage)
+    with pytest.raises(ValueError, match=r"pruning_budget.json cannot be read .*delete it to resume"):
+        BudgetTuner(str(tmp_path / "problem.json")).load_checkpoint()
+
+
 def test_tuner_ends_when_nothing_is_left(tmp_path):
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 3))
     BudgetProblem.prepare(net, torch.randn(1, 3, 9, 9), budget=Budget(macs=0.5), methods=["magnitude"]).save(

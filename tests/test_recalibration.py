@@ -1,4 +1,4 @@
-"""Batch norm statistics moved by the change that pruning makes: the reference, its channels, and a change of nothing."""
+"""Batch norm statistics moved by the change that pruning makes: the reference, its channels, and no change."""
 
 import copy
 import warnings

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked_model
 from .batches import reference_tensor
-from .files import written_at_once
+from .checkpoint_content import check_content, check_layers, content_digests, is_shadowing, plain, tensor_sizes
+from .files import check_archive, written_at_once
 
 __all__ = ["load_pruned", "register_rebuilt", "save_pruned"]
 
 FORMAT = "tp_importance.pruned"
-VERSION = 1
+VERSION = 2
 
 _PLAIN = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
@@ -48,26 +51,31 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a pruned network to ``path`` for :func:`load_pruned`.
 
     The file is one dict of tensors and plain values, readable with ``torch.load(path, weights_only=True)``:
-    ``format``, ``version``, ``torch`` (version that wrote it), ``state_dict``, ``outside`` (parameters and buffers
-    that are not in the state dict, such as non-persistent buffers), ``parameters`` and ``buffers`` (name → first name
-    of the same tensor, so that tied ones stay tied), ``requires_grad`` (by parameter) and ``modules``: by name the
-    class, the first name of the same module, and the configuration. That is every public attribute that is an
-    ``int`` or a tuple or list of them (widths, groups, heads, the user's own such as split sizes); for the layers
-    in ``REBUILT`` also the other arguments of their constructors. Other attributes come from the factory on loading.
+    ``format``, ``version``, ``torch`` (version that wrote it), ``state_dict``, ``metadata`` (of the state dict: the
+    versions of its modules), ``outside`` (parameters and buffers that are not in the state dict, such as
+    non-persistent buffers), ``parameters`` and ``buffers`` (name → first name of the same tensor, so that tied ones
+    stay tied), ``requires_grad`` (by parameter) and ``modules``: by name the class, the first name of the same
+    module, and the configuration. That is every public attribute that is an ``int`` or a tuple or list of them
+    (widths, groups, heads, the user's own such as split sizes); for the layers in ``REBUILT`` also the other
+    arguments of their constructors. Widths of layers of ``torch.nn`` are those of their tensors, even if somebody
+    sliced a weight and left ``in_features`` as it was. Other attributes come from the factory on loading.
+    ``digests`` has the SHA-256 of every entry (:func:`~tp_importance.checkpoint_content.content_digests`).
 
-    The file appears under its name only when it is complete; an old one is replaced in one step, or kept.
+    The file appears under its name only when it is complete; an old one is replaced in one step, or kept. What a
+    killed save left behind is removed by the next save to the same name.
 
     Args:
         model: the network; not wrapped by ``DataParallel`` or ``torch.compile``.
         path: the file to write; its folder exists.
 
     Raises:
-        TypeError: if ``model`` or ``path`` are of another type.
-        ValueError: if ``path`` is or lies in no proper folder, or a module has extra state that is not a tensor.
+        TypeError: if ``model`` or ``path`` are of another type, or the model is compiled.
+        ValueError: if ``path`` is or lies in no proper folder, a module has extra state that is not a tensor, a tensor
+            has no values (meta device), or a layer of ``torch.nn`` contradicts itself and cannot run, such as seven
+            groups of eight channels.
         OSError: if writing fails.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    checked_model(model)
     target = Path(os.path.realpath(_checked_path(path)))
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"cannot write {target}: it must be a file name in a folder that exists; create the folder")
@@ -76,15 +84,17 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if not isinstance(value, Tensor):
             owner = key.rpartition(".")[0]
             raise ValueError(f"layer {owner!r} has extra state of type {type(value).__name__}; return a tensor from it")
+    check_layers(model, stale=True)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
     first = _first_names(modules)
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "torch": str(torch.__version__),
-        "state_dict": state,
+        "state_dict": dict(state),
+        "metadata": {n: dict(m) for n, m in getattr(state, "_metadata", {}).items()},
         "outside": {n: t.detach() for n, t in (parameters | buffers).items() if n not in state},
         "parameters": _first_names(parameters),
         "buffers": _first_names(buffers),
@@ -93,7 +103,9 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
             n: {"class": _class_name(m), "same_as": first[n], "config": _config(m)} for n, m in modules.items()
         },
     }
-    with written_at_once(target) as file:
+    content["digests"] = content_digests(content)
+    check_content(content, content["digests"])
+    with written_at_once(target) as file, checksums_written():
         torch.save(content, file)
 
 
@@ -105,6 +117,13 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
     ``REBUILT``), it is built anew: an ``nn.Identity`` in place of a normalisation, say. A layer of ``torch.nn`` may
     gain or lose its bias.
 
+    Nothing is believed of the file. Two checks find damage, such as one flipped bit: every member of the archive is
+    compared with its CRC-32 before it is read, and every entry with its SHA-256 afterwards. They also find a change by
+    hand, unless the digests were computed again: they are no signature, so load files of people you trust. Then the
+    entries must agree with each other, and each layer of ``torch.nn`` must agree with its own tensors. Whether one
+    layer fits the next is not known without running the network: for a file with new digests, the first forward pass
+    says it.
+
     Args:
         factory: class or function without arguments that builds the network, pruned or not, of any width.
         path: a file written by :func:`save_pruned`.
@@ -115,7 +134,8 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
 
     Raises:
         TypeError: if ``factory`` is not callable, is a module itself or builds none; if ``path`` is no path.
-        ValueError: if the file cannot be read as such a checkpoint, or the network of ``factory`` has other layers.
+        ValueError: if the file cannot be read as such a checkpoint, is damaged or was changed, contradicts itself, or
+            the network of ``factory`` has other layers; names the file, and the entry or layer.
 
     Example:
         >>> import tempfile, torch_pruning as tp
@@ -138,10 +158,28 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
         raise TypeError(f"factory built a {type(model).__name__}, not a torch.nn.Module")
     like = reference_tensor(model)
     content = _read(path, "cpu" if like is None or like.is_meta else like.device)
-    _match_modules(model, content)
-    _set_tensors(model, content)
-    model.load_state_dict(content["state_dict"], strict=True)
+    try:
+        _match_modules(model, content)
+        _set_tensors(model, content)
+        state = OrderedDict(content["state_dict"])
+        state._metadata = content["metadata"]  # type: ignore[attr-defined]
+        model.load_state_dict(state, strict=True)
+        check_layers(model)
+    except Exception as error:  # modules of the user's are asked as well, which raise whatever they like
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{os.fspath(path)} does not fit the factory's model: {kind}{error}") from error
     return model.eval()
+
+
+@contextmanager
+def checksums_written() -> Iterator[None]:
+    """``torch.save`` writes CRC-32s, also where the user has turned that off."""
+    old = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(old)
 
 
 def _checked_path(path: Any) -> str:
@@ -156,14 +194,36 @@ def _read(path: Any, device: Any) -> dict[str, Any]:
     if not os.path.isfile(name):
         raise ValueError(f"{name} is not a file; {remedy}")
     try:
-        content = torch.load(name, map_location=device, weights_only=True)
+        with open(name, "rb") as file:  # once: what is checked is what is read
+            check_archive(file)
+            content = torch.load(file, map_location=device, weights_only=True, mmap=False)
     except Exception as error:
-        raise ValueError(f"{name} cannot be read ({type(error).__name__}); it may be damaged: {remedy}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(
+            f"{name} cannot be read ({type(error).__name__}: {error}); it may be damaged: {remedy}"
+        ) from error
+    if type(content) is not dict or content.get("format") != FORMAT:
         raise ValueError(f"{name} is not a checkpoint of a pruned network (a plain state_dict, perhaps); {remedy}")
-    if content.get("version") != VERSION:
-        raise ValueError(f"{name} has format version {content.get('version')}, not {VERSION}; update tp-importance")
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{name} has format version {version}, not {VERSION}; update tp-importance")
+    try:
+        digests = content_digests(content)
+        _compare(content.get("digests"), digests)
+        check_content(content, digests)
+    except Exception as error:
+        raise ValueError(f"{name} is not as save_pruned wrote it: {error}; {remedy}") from error
     return content
+
+
+def _compare(given: Any, found: dict[str, str]) -> None:
+    """Raise ``ValueError`` if the digests in a file are not those of its entries."""
+    if type(given) is not dict:
+        raise ValueError(f"its entry 'digests' is a {type(given).__name__}, not a dict")
+    odd = [n for n, digest in found.items() if type(given.get(n)) is not str or given[n] != digest]
+    odd += [str(name) for name in given if name not in found]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ValueError(f"its entries {', '.join(odd[:3])}{more} were changed, added or taken away after it was saved")
 
 
 def _first_names(items: dict[str, Any]) -> dict[str, str]:
@@ -176,19 +236,10 @@ def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _plain(value: Any) -> Any:
-    """``value`` if it is an integer or a tuple or list of them, as builtin types, else ``None``."""
-    if isinstance(value, Integral):
-        return value if isinstance(value, bool) else int(value)
-    if isinstance(value, (tuple, list)):
-        items = [_plain(item) for item in value]
-        return None if None in items else items if isinstance(value, list) else tuple(items)
-    return None
-
-
 def _config(module: nn.Module) -> dict[str, Any]:
     public = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
-    config = {k: _plain(v) for k, v in public.items() if _plain(v) is not None}
+    config = {k: plain(v) for k, v in public.items() if plain(v) is not None}
+    config |= {k: v for k, v in tensor_sizes(module).items() if k in config}
     cls = REBUILT.get(_class_name(module))
     if cls is not None:  # such as eps, momentum, padding_mode
         arguments = inspect.signature(cls).parameters
@@ -213,7 +264,7 @@ def _match_modules(model: nn.Module, content: dict[str, Any]) -> None:
             found = f"{_class_name(present[name])} (the module {aliases[name]!r}) in the factory's model"
             raise ValueError(f"layer {name!r} is a {cls} (the module {first!r}) in the file but a {found}; {remedy}")
         parent, _, leaf = name.rpartition(".")
-        setattr(present[parent], leaf, _built(entry) if first == name else present[first])
+        setattr(present[parent], leaf, _built(name, entry) if first == name else present[first])
         present = dict(model.named_modules(remove_duplicate=False))
         aliases = _first_names(present)
     for name, module in present.items():
@@ -222,13 +273,26 @@ def _match_modules(model: nn.Module, content: dict[str, Any]) -> None:
                 f"layer {name!r} ({_class_name(module)}) of the factory's model is not in the file; {remedy}"
             )
         for key, value in saved[name]["config"].items():
-            if value is None or _plain(vars(module).get(key)) != value:
+            if is_shadowing(module, key):
+                raise ValueError(
+                    f"layer {name!r} has {key}={value!r} in its config, which would hide {key!r} of "
+                    f"{_class_name(module)}; {remedy}, or save it without that attribute"
+                )
+            if value is None or plain(vars(module).get(key)) != value:
                 module.__dict__[key] = value
 
 
-def _built(entry: dict[str, Any]) -> nn.Module:
+def _built(name: str, entry: dict[str, Any]) -> nn.Module:
     cls = REBUILT[entry["class"]]
-    return cls(**{k: v for k, v in entry["config"].items() if k in inspect.signature(cls).parameters})
+    arguments = {k: v for k, v in entry["config"].items() if k in inspect.signature(cls).parameters}
+    # Without memory for tensors, which come from the file; other people's classes may hold some that do not.
+    place = torch.device("meta") if cls in _PLAIN else nullcontext()
+    try:
+        with place:
+            return cls(**arguments)
+    except Exception as error:
+        said = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+        raise ValueError(f"layer {name!r} cannot be built as {cls.__name__}({said}): {error}") from error
 
 
 def _set_tensors(model: nn.Module, content: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from .checkpoint import checksums_written
+from .files import check_archive, written_at_once
 from .psap import PSAPPruner
 from .report import PruningReport
 
@@ -64,7 +66,7 @@ def huggingface_callback(
     Raises:
         RuntimeError: if ``transformers`` cannot be imported.
         TypeError: if ``pruner`` is no :class:`PSAPPruner`.
-        ValueError: for another ``finish``, or a checkpoint without ``psap.pt``.
+        ValueError: for another ``finish``, or a checkpoint without ``psap.pt`` or with a damaged one.
 
     Example:
         >>> pruner = PSAPPruner(model, inputs, budget=Budget(macs=0.5))  # doctest: +SKIP
@@ -76,7 +78,16 @@ def huggingface_callback(
         path = Path(resume_from) / STATE_FILE
         if not path.is_file():
             raise ValueError(f"{path} is missing: the checkpoint was not written with this callback")
-        pruner.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            with open(path, "rb") as file:
+                check_archive(file)
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); it may be damaged: resume from another "
+                "checkpoint"
+            ) from error
+        pruner.load_state_dict(state)
     return callback
 
 
@@ -146,7 +157,8 @@ class _HuggingFaceHooks(_Hooks):
         if self.report is None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.pruner.state_dict(), folder / STATE_FILE)
+            with written_at_once(folder / STATE_FILE) as file, checksums_written():
+                torch.save(self.pruner.state_dict(), file)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._end()

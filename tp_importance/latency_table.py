@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import reference_tensor, tensors_in
-from .files import written_at_once
+from .files import json_digest, written_at_once
 from .functional.latency import Grid, knots, stair
 from .latency import Latency, device_name, least_latency, measure_latency
 from .tracing import CONV, Call, is_depthwise
@@ -26,7 +26,7 @@ CHANNELWISE = {
 }
 """Where modules live that work on each channel by itself; those with parameters are not timed, except batch norms."""
 
-FORMAT, VERSION = "tp_importance.latency_table", 1
+FORMAT, VERSION = "tp_importance.latency_table", 2
 Build = Callable[[int, int], tuple[nn.Module, tuple[int, ...]]]
 
 
@@ -54,7 +54,8 @@ class TimedLayer:
 class LatencyTable:
     """Layer times by micro-runs, shared by all networks, batches and budgets with the same conditions.
 
-    Conditions are device, CPU threads, torch version, dtype and memory format; the file names them.
+    Conditions are device, CPU threads, torch version, dtype and memory format; the file names them. The digest of what
+    was measured is in the file, too: damaged times are not used.
 
     Args:
         path: JSON file to read, and to write what is measured to; ``None`` keeps the table in memory.
@@ -63,7 +64,7 @@ class LatencyTable:
         measure: the clock, as :func:`~tp_importance.latency.measure_latency`.
 
     Raises:
-        ValueError: if ``path`` is no such file, or ``min_run_time`` is not positive.
+        ValueError: if ``path`` is no such file or damaged, or ``min_run_time`` is not positive.
 
     Example:
         >>> table = LatencyTable(min_run_time=0.001).use(conditions_of(nn.Linear(2, 2), torch.zeros(1, 2)))
@@ -148,6 +149,7 @@ class LatencyTable:
             "conditions": self.conditions,
             "stairs": self._steps,
             "ms": self._ms,
+            "sha256": json_digest([self._steps, self._ms]),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with written_at_once(self.path) as file:
@@ -170,9 +172,17 @@ class LatencyTable:
             raise ValueError(f"{path} is no latency table ({error}); delete it or give another path") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
             raise ValueError(f"{path} is no latency table of version {VERSION}; delete it or give another path")
-        self.conditions = content["conditions"]
-        self._steps = {family: (int(i), int(o)) for family, (i, o) in content["stairs"].items()}
-        self._ms = content["ms"]
+        measured = [content.get("stairs"), content.get("ms")]
+        if content.get("sha256") != json_digest(measured):
+            raise ValueError(
+                f"{path} is damaged, or its times were changed by hand (the digest differs); delete it to measure again"
+            )
+        try:
+            self.conditions = dict(content["conditions"])
+            self._steps = {family: (int(i), int(o)) for family, (i, o) in content["stairs"].items()}
+            self._ms = {key: {w: float(ms) for w, ms in times.items()} for key, times in content["ms"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is malformed ({type(error).__name__}: {error}); delete it") from error
 
 
 def conditions_of(model: nn.Module, example_inputs: Any) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from ..budget import Budget
 from ..cost import COST_FIELDS, CostModel
 from ..curves import Curve
 from ..errors import SearchSpaceError
-from ..files import written_at_once
+from ..files import read_json, write_json
 from ..program import ProgramAllocator, implied_weights, named_allocator
 from ..pruner import BudgetPruner
 from .methods import Job, find_method, value_network
@@ -191,18 +189,17 @@ class BudgetProblem:
             "starts": {name: units.tolist() for name, units in self.starts.items()},
             "options": self.options,
         }
-        with written_at_once(path) as file:
-            file.write(json.dumps(content).encode())
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BudgetProblem:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: if there is no such file, or it is something else.
+            ValueError: if there is no such file, it is something else, or it is damaged.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
             names = tuple(content["cost"].pop("names"))
@@ -210,9 +207,31 @@ class BudgetProblem:
             cost = CostModel(names, **arrays)
             space = WidthSpace(tuple(np.array(levels, np.int64) for levels in content["levels"]))
             starts = {name: np.array(units, np.int64) for name, units in content["starts"].items()}
-            return cls(cost, space, content["limits"], content["losses"], starts, content["options"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            found = cls(cost, space, content["limits"], content["losses"], starts, content["options"])
+            found._check()
+            return found
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"{path} is no search problem ({type(error).__name__}: {error}); write one by "
                 "BudgetProblem.prepare(model, ...).save(path)"
             ) from error
+
+    def _check(self) -> None:
+        """Check what was read: one value per group everywhere, of every method.
+
+        Raises:
+            ValueError: names the field.
+        """
+        groups = len(self.cost.names)
+        if len(self.space.levels) != groups or any(levels.ndim != 1 for levels in self.space.levels):
+            raise ValueError(f"its levels are not of {groups} groups")
+        for name, value in self.limits.items():
+            if name not in COST_FIELDS or type(value) is not int:
+                raise ValueError(f"its limit {name}={value!r} is no cost")
+        for name, units in self.starts.items():
+            losses, options = self.losses[name], self.options[name]
+            flat = [float(loss) for of_group in losses for loss in of_group]
+            if units.shape != (groups,) or len(losses) != groups or not np.isfinite(flat).all():
+                raise ValueError(f"its units and losses of {name!r} are not of {groups} groups")
+            if not isinstance(options, dict):
+                raise ValueError(f"its options of {name!r} are {options!r}, not a dict")

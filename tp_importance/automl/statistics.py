@@ -16,7 +16,7 @@ from torch import nn
 
 from ..curves import Curve
 from ..errors import StaleStatisticsError
-from ..files import written_at_once
+from ..files import read_json, write_json, written_at_once
 from ..groups import PrunableGroups
 from ..verify import verify_groups
 
@@ -133,13 +133,15 @@ class CurveStore:
         path = self.folder / f"verified-{digest.hexdigest()[:16]}.json"
         if path.exists():
             try:
-                return dict(json.loads(path.read_bytes()))
+                known = read_json(path).get("reasons")
+                if not isinstance(known, dict) or not all(isinstance(reason, str) for reason in known.values()):
+                    raise ValueError("it has no reason per group")
+                return known
             except ValueError as error:
                 raise _damaged(path, error) from error
         reasons = verify_groups(groups, example_inputs)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with written_at_once(path) as file:
-            file.write(json.dumps(reasons).encode())
+        write_json(path, {"reasons": dict(reasons)})
         return reasons
 
 
