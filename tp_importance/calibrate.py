@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .arguments import checked_model
 from .batches import ForwardFn, iterate, run_batch
 from .guards import preserved
+from .progress import track
 
 __all__ = ["Moments", "has_batch_norm", "recalibrate_batchnorm", "write_statistics"]
 
@@ -138,7 +138,9 @@ def recalibrate_batchnorm(
                 layer.training = True
                 layer.register_forward_pre_hook(_collector(pooled, name), with_kwargs=True)
             count = 0
-            for batch in tqdm(batches, "recalibrate", length_hint(loader) or None) if progress else batches:
+            for batch in track(
+                batches, "recalibrating batch norms", length_hint(loader), unit="batch", progress=progress
+            ):
                 run_batch(model, batch, forward_fn)
                 count += 1
         if not count:
