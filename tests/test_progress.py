@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,6 +27,7 @@ from tp_importance import (
     PSAPPruner,
     PSAPSchedule,
     ResConvPruner,
+    compensated_step,
     prune,
     recalibrate_batchnorm,
 )
@@ -99,6 +101,14 @@ def by_resconv_latency(progress):
     ResConvPruner(model, x, budget=budget, a=0.5, min_run_time=1e-3, progress=progress).plan(Budget(latency_ms=1e4))
 
 
+def by_host(progress):
+    model, x = residual()
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    importance = tp.importance.MagnitudeImportance()
+    host = tp.pruner.BasePruner(model, x, importance, pruning_ratio=0.5, ignored_layers=heads)
+    compensated_step(host, x, LOADER, recalibrate=True, progress=progress)
+
+
 def by_trial(progress):
     model, x = residual()
     options = {"example_inputs": x, "loader": LOADER, "evaluate": lambda net: 0.5, "budget": HALF}
@@ -132,9 +142,17 @@ RUNS = {
     "PSAP": (by_psap, [*FIRST, "prune step 1 of 2", "prune step 2 of 2", "removing channels"]),
     "ResConv": (
         by_resconv,
-        ["leaving out single layers", "ordering layers", "choosing layers", "collecting", "removing layers"],
+        [
+            "converting",
+            "leaving out single layers",
+            "ordering layers",
+            "choosing layers",
+            "collecting",
+            "removing layers",
+        ],
     ),
     "ResConv, latency": (by_resconv_latency, ["measuring latency", "timing layers", "collecting"]),
+    "host": (by_host, ["removing channels", *FIRST, "collecting", "refitting", "recalibrating batch norms"]),
     "trial": (
         by_trial,
         [*FIRST, "computing gradients", *REST, "recalibrating batch norms", "evaluating", "measuring latency"],

@@ -148,7 +148,10 @@ class ResConvPruner:
         self._example_inputs, self._forward_fn, self._min_run_time = example_inputs, forward_fn, min_run_time
         self._importance = importance
         if not resconv_layers(model):
-            convert_to_resconv(model, example_inputs, s=s, a=a, ignored_layers=ignored_layers, forward_fn=forward_fn)
+            left, run = ignored_layers, forward_fn
+            with phase("converting", progress=progress) as running:
+                convert_to_resconv(model, example_inputs, s=s, a=a, ignored_layers=left, forward_fn=run)
+                running.note(layers=len(self.layers))
         by_hand = ConversionReport(list(self.layers), {}, {})
         self.conversion: ConversionReport = getattr(model, "resconv_report", by_hand)
         self.dense: Cost = LayerCosts.of(model, example_inputs, forward_fn).dense
