@@ -235,6 +235,7 @@ class SoftPruning:
     # -- one prune step
 
     def _prune(self, pulse: int) -> None:
+        self._weights.require_unchanged()
         self._step += 1
         with phase(f"prune step {self._step} of {len(self._iterations)}") as running:
             self._mask(pulse)
