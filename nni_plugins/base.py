@@ -51,7 +51,7 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
         budget: what the pruned network may cost; a latency is predicted for ``example_inputs`` as they are, and
             ``plan.latency_ms`` says what. Time the network after speedup yourself.
         example_inputs: default: the first samples of the loader.
-        **options: ``round_to``, ``allocator``, ``label_fn``, ... of :class:`tp_importance.BudgetPruner`.
+        **options: ``round_to``, ``allocator``, ``label_fn``, ``progress``, ... of :class:`tp_importance.BudgetPruner`.
 
     Attributes:
         left_out: groups that were selected and cannot be pruned, with the reason.

@@ -72,7 +72,7 @@ def compensate_masks(
     require_unwrapped(model)
     full = checked_masks(model, masks)
     if groups is None:
-        groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
+        groups = prunable_groups(model, example_inputs, forward_fn=forward_fn, progress=progress)
     what = _removal(groups, full)
     report = compensate(
         model,

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from tp_importance import Budget, PSAPHistory, PSAPImportance
+from tp_importance.progress import Phase, phase
 from tp_importance.psap_schedule import PSAPSchedule
 from tp_importance.soft_pruning import Ratios, SoftPruning
 
@@ -88,6 +89,7 @@ class PSAPPruner(ImportancePruner):
         }
         self._loader, self._total_steps = loader, total_steps
         self._duration: tuple[int | None, int | None] = (None, None)
+        self._running = Phase("training")
         super().__init__(
             model,
             config_list,
@@ -135,7 +137,8 @@ class PSAPPruner(ImportancePruner):
             raise ValueError("say how long to train: compress(max_steps=...) or compress(max_epochs=...)")
         self._duration = (max_steps, max_epochs)
         try:
-            super()._fusion_compress(max_steps, max_epochs)
+            with phase("training", max_steps, unit="step", progress=self._planner._progress) as self._running:
+                super()._fusion_compress(max_steps, max_epochs)
         except BaseException:
             self._soft.close()
             if self.evaluator.model is not None:
@@ -147,7 +150,11 @@ class PSAPPruner(ImportancePruner):
             raise RuntimeError("PSAP brings its own schedule: pass schedule=PSAPSchedule(...) instead of NNI's pruner")
         self._soft = self._fresh()
         self._soft.start(list(getattr(evaluator, "_optimizers", None) or ()), self._steps())
-        evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[self._soft.step])
+        evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[self._soft_step])
+
+    def _soft_step(self) -> None:
+        self._running.advance()
+        self._soft.step()
 
     def _fuse_postprocess(self, evaluator: Any) -> None:
         if not self._soft.frozen:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tp_importance import Budget, ResConv2d
 from tp_importance import ResConvPruner as LayerPruner
 from tp_importance.guards import transaction
+from tp_importance.progress import Phase, phase
 from tp_importance.resconv import LayerImportance, LayerPlan, resconv_layers
 
 from ._compat import import_nni
@@ -70,7 +71,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
         importance: see :class:`tp_importance.ResConvPruner`.
         s: initial layer scaling factor.
         a: initial information control; 1 for training from scratch.
-        **options: ``forward_fn``, ``min_run_time`` of :class:`tp_importance.ResConvPruner`.
+        **options: ``forward_fn``, ``min_run_time``, ``progress`` of :class:`tp_importance.ResConvPruner`.
 
     Attributes:
         left_out: selected convolutions that cannot hold a shortcut, with the reason.
@@ -139,7 +140,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
             super().__init__(model, config, evaluator, existed_wrappers)
         self.plan: LayerPlan | None = None
         self._handed_on: dict[str, float] = {}
-        self._steps = 0
+        self._steps, self._progress, self._running = 0, bool(options.get("progress")), Phase("training")
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Train, then mask layers until the budget is met.
@@ -170,7 +171,8 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
         try:
             with unchanged_on_error(self.bound_model, self.evaluator):
                 if train:
-                    self._fusion_compress(max_steps, max_epochs)
+                    with phase("training", max_steps, unit="step", progress=self._progress) as self._running:
+                        self._fusion_compress(max_steps, max_epochs)
                 else:
                     self._fuse_postprocess(None)
         except BaseException:
@@ -188,6 +190,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
             with on_modules(self._planner.layers.values(), LAYER_TARGET):
                 self._planner.regularize(evaluator._optimizers[0])
             self._steps += 1
+            self._running.advance()
 
         self._steps = 0
         evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[proximal])

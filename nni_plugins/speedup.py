@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tp_importance.guards import HOOKS, transaction
+from tp_importance.progress import phase
 from tp_importance.resconv import resconv_layers
+from tp_importance.stale_optimizers import replacing
 
 from ._compat import import_nni, legacy_tracer_shim
 from .layers import remove_masked_layers
@@ -100,9 +102,10 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
     if wrapped is not None:
         raise RuntimeError(f"the model is still wrapped by NNI, at {wrapped!r}; call pruner.unwrap_model() first")
     if resconv_layers(model):
-        return remove_masked_layers(model, example_inputs, _as_masks(masks))
+        with phase("removing layers"), replacing(model):
+            return remove_masked_layers(model, example_inputs, _as_masks(masks))
     full_masks = checked_masks(model, masks)
-    with torch.inference_mode(False), torch.enable_grad(), _isolated(model):
+    with phase("removing channels"), torch.inference_mode(False), torch.enable_grad(), _isolated(model):
         inputs = _bind(model, example_inputs)
         trial = _trial_copy(model)
         _apply(trial, full_masks)
@@ -112,7 +115,7 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
         _compare(before, _run(trial, inputs))
         changes = _changes(model, trial, replaced)
     step = transaction(model)
-    with step:
+    with step, replacing(model):
         step.commit()
         for module, attributes, parameters, buffers in changes:
             vars(module).update(attributes)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from contract import Snapshot, loader_for, same_values
+from contract import Snapshot, loader_for
 from networks import make_network
 from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_batchnorm
 from tp_importance.guards import Guard, preserved, transaction, written
@@ -86,7 +86,7 @@ def test_an_exception_at_any_call_of_a_step_undoes_it(options):
             assert known(pruner) == before
             continue
         break
-    assert {"remove_units", "count_ops", "_retrace", "_adopting"} <= names
+    assert {"remove_units", "count_ops", "_adopting"} <= names
     assert ("recalibrate_batchnorm" in names) is ("recalibrate" in options)
     assert pruner.groups.widths == plan.widths  # the same pruner then prunes
     pruner.model.train()(pruner.example_inputs).sum().backward()

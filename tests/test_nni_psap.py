@@ -238,3 +238,11 @@ def test_pruned_network_costs_what_the_history_says():
     small = speedup(pruner.bound_model, this.x, masks)
     assert Cost(*count_ops(small, this.x)).as_dict() == pruner.history[-1].cost
     assert prunable_groups(small, this.x).widths == {r.group: r.width for r in pruner.history[-1].rows}
+
+
+def test_progress_names_the_training_and_its_prune_steps(capfd):
+    make(budget=Budget(macs=0.6), progress=True)[0].compress(max_steps=10, max_epochs=None)
+    err = capfd.readouterr().err
+    assert [p for p in ("tracing", "verifying", "training", "10/10", "prune step 1 of 2") if p not in err] == []
+    make(budget=Budget(macs=0.6))[0].compress(max_steps=10, max_epochs=None)
+    assert "training" not in capfd.readouterr().err

@@ -291,3 +291,13 @@ def test_a_pruner_of_channels_is_refused():
     with pytest.raises(ValueError, match=r"layer 0\.0 has masks of another pruner"):
         ResConvPruner.from_compressor(pruner, CONVS, budget=HALF, example_inputs=x)
     assert not resconv_layers(model) and wrappers(model) == ["0.0._nni_wrapper"]
+
+
+def test_progress_names_the_training_and_what_follows(capfd):
+    pruner, _ = pruner_of(train=True, progress=True)
+    pruner.compress(max_steps=4)
+    err = capfd.readouterr().err
+    assert [p for p in ("training", "4/4", "collecting", "choosing layers") if p not in err] == []
+    pruner, _ = pruner_of(train=True)
+    pruner.compress(max_steps=4)
+    assert "training" not in capfd.readouterr().err

@@ -4,6 +4,8 @@ The way through the package is one-directional: loader → statistics (:mod:`.ob
 (:mod:`.curves`) → widths under a budget (:mod:`.allocation`) → surgery by the host (:mod:`.surgery`) → report.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from .allocation import ALLOCATORS, WidthSpace, greedy, greedy_path, uniform
 from .budget import Budget, Cost
 from .calibrate import recalibrate_batchnorm
@@ -46,6 +48,11 @@ from .resconv import (
 from .subtask import slice_classifier
 from .sweep import plot_sweep, sweep_frame
 from .tracing import count_ops
+
+try:
+    __version__ = version("tp-importance")  # that of pyproject.toml, as it was installed
+except PackageNotFoundError:  # a source tree on the path
+    __version__ = "0+unknown"
 
 __all__ = [
     "ALLOCATORS",
@@ -91,6 +98,7 @@ __all__ = [
     "TracingError",
     "Watch",
     "WidthSpace",
+    "__version__",
     "compensate",
     "compensated_step",
     "convert_to_resconv",

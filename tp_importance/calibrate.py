@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .arguments import checked_model
 from .batches import ForwardFn, iterate, run_batch
 from .functional.batchnorm import Moments, follow_change
 from .guards import preserved, written
+from .progress import track
 
 __all__ = [
     "DenseReference",
@@ -232,7 +232,8 @@ def _batch_moments(
             for name, layer in layers.items():
                 layer.training = True
                 layer.register_forward_pre_hook(_collector(mine, name), with_kwargs=True)
-        for batch in tqdm(batches, "recalibrate", length_hint(loader) or None) if progress else batches:
+        total = length_hint(loader)
+        for batch in track(batches, "recalibrating batch norms", total, unit="batch", progress=progress):
             for network in networks:
                 run_batch(network, batch, forward_fn)
             count += 1

@@ -17,6 +17,7 @@ from .group_weights import filter_norms
 from .groups import ChannelGroup, PrunableGroups
 from .importance import StatisticalImportance
 from .observe import Watch, WatchFn
+from .progress import track
 from .pruner import BudgetPruner
 from .readers import ReaderStatistics, check_reading
 
@@ -101,8 +102,8 @@ class CATROImportance(StatisticalImportance):
         if self.space == "reader":
             assert self._readers is not None
             readers = self._readers
-            return {g.name: self._reader_curve(readers, groups, g) for g in groups}
-        return {g.name: _channel_curve(groups, g, self._scatter[g.readers[0].name], self.ratio) for g in groups}
+            return {g.name: self._reader_curve(readers, groups, g) for g in _each(groups)}
+        return {g.name: _channel_curve(groups, g, self._scatter[g.readers[0].name], self.ratio) for g in _each(groups)}
 
     def _reader_curve(self, readers: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
         total = readers.scatter(group, Moments.total)
@@ -166,6 +167,10 @@ class CATROPruner(BudgetPruner):
             seed=seed,
         )
         super().__init__(model, example_inputs, loader, budget=budget, importance=importance, **options)
+
+
+def _each(groups: PrunableGroups) -> Iterator[ChannelGroup]:
+    return track(groups, "ordering channels", unit="group")
 
 
 def _channel_curve(

@@ -18,10 +18,12 @@ from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .guards import preserved, transaction, written
 from .observe import LabelFn
 from .patches import feature_channels, reader_weight
+from .progress import phase, shown
 from .pruner import BudgetPruner
 from .refitting import Compensation
 from .remap import Survivors, named_tensors
 from .report import CompensationReport, RefitRow
+from .stale_optimizers import replacing
 from .tracing import CONV, TraceOptions, is_depthwise
 
 __all__ = ["Removal", "compensated_step", "removal"]
@@ -125,9 +127,9 @@ def compensated_step(
     options = options.on_copy(model, dense)
     known = len(graph.pruning_history())
     values = (*model.parameters(), *model.buffers())
-    with torch.inference_mode(False), written(values), transaction(model):
+    with shown(progress), torch.inference_mode(False), written(values), transaction(model), replacing(model):
         outputs = _output_shapes(dense, example_inputs, forward_fn)
-        with preserved(model):
+        with preserved(model), phase("removing channels"):
             pruner.step()
         if (cut := _output_shapes(model, example_inputs, forward_fn)) != outputs:
             made = [e.name for e in _groups(dense, example_inputs, options, heads, False).excluded if _is_output(e)]

@@ -13,6 +13,7 @@ from .functional.refit import output_energy
 from .groups import PrunableGroups, prunable_groups
 from .guards import written
 from .observe import LabelFn, observe
+from .progress import shown, track
 from .readers import ReaderStatistics
 from .refitting import Compensation, Refit, Ridge, refittable, touched
 from .report import CompensationReport, RefitRow
@@ -85,7 +86,7 @@ def compensate(
     if settings is None:
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     if groups is None:
-        groups = prunable_groups(model, example_inputs, forward_fn=forward_fn)
+        groups = prunable_groups(model, example_inputs, forward_fn=forward_fn, progress=progress)
     elif groups.trace.model is not model:
         raise ValueError(f"the groups are of another {type(groups.trace.model).__name__} than the model")
     downstream = settings.mode == "sequential" and settings.downstream
@@ -103,7 +104,7 @@ def compensate(
             forward_fn=forward_fn,
             label_fn=label_fn,
         )
-        with written((*model.parameters(), *model.buffers())):
+        with written((*model.parameters(), *model.buffers())), shown(progress):
             rows += sequence.run(loader)
         passes = sequence.passes
     elif refits:
@@ -120,7 +121,8 @@ def compensate(
                 progress=progress,
             )
             passes = 1
-        rows += _in_parallel(refits, statistics, settings.ridge)
+        with shown(progress):
+            rows += _in_parallel(refits, statistics, settings.ridge)
     order = groups.trace.first_call()
     return CompensationReport(settings.mode, passes, sorted(rows, key=lambda r: order.get(r.name, len(order))))
 
@@ -128,7 +130,7 @@ def compensate(
 def _in_parallel(refits: Sequence[Refit], statistics: ReaderStatistics, ridge: Ridge) -> list[RefitRow]:
     rows = []
     with written(t for r in refits for t in r.tensors()):
-        for r in refits:
+        for r in track(refits, "refitting", unit="layer"):
             rows.append(_refit_one(r, statistics.moments(r.name), ridge))
     return rows
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .groups import ChannelGroup, PrunableGroups
+from .progress import track
 
 __all__ = ["Curve", "convex_envelope", "curve_from_scores", "host_scores", "value_curves"]
 
@@ -98,7 +99,10 @@ def value_curves(importance: Any, groups: PrunableGroups) -> dict[str, Curve]:
     """
     if hasattr(importance, "curves"):
         return importance.curves(groups)
-    return {g.name: curve_from_scores(host_scores(importance, groups, g)) for g in groups}
+    return {
+        g.name: curve_from_scores(host_scores(importance, groups, g))
+        for g in track(groups, "ordering channels", unit="group")
+    }
 
 
 def host_scores(importance: Any, groups: PrunableGroups, group: ChannelGroup) -> Floats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .batches import ForwardFn, iterate, run_batch, split_batch, to_model
 from .guards import preserved
 from .observe import LabelFn
+from .progress import track
 
 __all__ = ["loss_gradients"]
 
@@ -56,7 +58,7 @@ def loss_gradients(
                     parameter.requires_grad_(True)
             model.zero_grad(set_to_none=True)
             batches = 0
-            for batch in iterate(loader):
+            for batch in track(iterate(loader), "computing gradients", length_hint(loader), unit="batch"):
                 labels = split_batch(batch)[2] if label_fn is None else label_fn(batch)
                 if labels is None:
                     raise ValueError("gradients of the loss need labels: the loader must give (inputs, labels)")

@@ -20,6 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
+from .progress import phase, shown
 from .tracing import CONV, Trace, TraceOptions, is_depthwise, trace
 
 __all__ = [
@@ -194,6 +195,7 @@ def prunable_groups(
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     output_transform: Callable[[Any], Any] | None = None,
     verify: bool | Verifier = True,
+    progress: bool = False,
 ) -> PrunableGroups:
     """Find the coupled channel groups of any network, and keep only those that can be pruned safely.
 
@@ -215,6 +217,7 @@ def prunable_groups(
         output_transform: applied to the network's output before tracing.
         verify: compare masked and pruned copies (default). Costs one deep copy, one more trace and two passes. Or a
             function that knows the verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
+        progress: show progress bars.
 
     Returns:
         :class:`PrunableGroups`.
@@ -239,10 +242,13 @@ def prunable_groups(
         customized_pruners,
         [p for p in ignored_layers or () if isinstance(p, nn.Parameter)],
     )
-    groups = build_groups(trace(model, example_inputs, options), ignored_layers, num_heads, options)
+    with phase("tracing", progress=progress) as running:
+        groups = build_groups(trace(model, example_inputs, options), ignored_layers, num_heads, options)
+        running.note(groups=len(groups), left_out=len(groups.excluded))
     if not verify or not len(groups):
         return groups
-    return groups.exclude((verify if callable(verify) else verify_groups)(groups, example_inputs))
+    with shown(progress):
+        return groups.exclude((verify if callable(verify) else verify_groups)(groups, example_inputs))
 
 
 def build_groups(

@@ -19,6 +19,7 @@ from .curves import Curve, Floats
 from .errors import NotCollectedError, StaleStatisticsError
 from .groups import PrunableGroups, Role, prunable_groups
 from .observe import LabelFn, Observed, Watch, observe
+from .progress import shown
 
 __all__ = ["StatisticalImportance"]
 
@@ -90,7 +91,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             ValueError: for an empty loader, missing or malformed labels, non-finite activations, or no prunable group.
         """
         if groups is None:
-            groups = prunable_groups(model, example_inputs, ignored_layers, forward_fn=forward_fn)
+            groups = prunable_groups(model, example_inputs, ignored_layers, forward_fn=forward_fn, progress=progress)
         groups.require_some()
         watches = self._watches(groups)
         with self._alongside(groups, forward_fn):
@@ -106,7 +107,8 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
                 before_batch=self._before_batch,
                 gradients=self.needs_gradients,
             )
-        curves = self._curves(groups)
+        with shown(progress):
+            curves = self._curves(groups)
         self.observed, self._groups, self._cached_curves, self._ranks = observed, groups, curves, {}
         return self
 

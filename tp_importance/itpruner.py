@@ -26,6 +26,7 @@ from .importance import StatisticalImportance
 from .observe import Watch
 from .plan import Plan
 from .program import Objective, ProgramAllocator, Solver, checked_objective
+from .progress import phase
 from .pruner import BudgetPruner
 
 __all__ = ["ITPruner", "ITPrunerImportance", "Per"]
@@ -180,7 +181,8 @@ class ITPrunerImportance(StatisticalImportance):
 
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
         assert self._grams is not None
-        nhsic = self._grams.nhsic()
+        with phase("comparing layers"):
+            nhsic = self._grams.nhsic()
         shared = dict(zip(groups.names, relevance(nhsic).tolist(), strict=True))
         if isinstance(self.importance, StatisticalImportance):
             orders = self.importance._curves(groups)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from .batches import call_model, reference_tensor, tensors_in
 from .guards import preserved
@@ -77,6 +76,8 @@ def measure_latency(
         >>> measure_latency(nn.Linear(10, 10), torch.zeros(4, 10), min_run_time=0.01).batch
         4
     """
+    from torch.utils.benchmark import Timer  # prints "No CUDA runtime is found" on machines without one
+
     if not min_run_time > 0:
         raise ValueError(f"min_run_time={min_run_time} must be positive seconds, e.g. 0.5")
     run, like = forward_fn or call_model, reference_tensor(model)

@@ -18,6 +18,7 @@ from .groups import PrunableGroups
 from .guards import preserved
 from .latency import Latency
 from .latency_table import LatencyTable, TimedLayer, conditions_of, timed_layer
+from .progress import phase, track
 from .surgery import remove_units
 from .tracing import CONV, Call
 from .verify import same_groups
@@ -115,11 +116,12 @@ class LatencyModel:
         def clock(model: nn.Module) -> Latency:
             return table.network(model, example_inputs, run)
 
-        with preserved(traced.model), torch.inference_mode(False):
+        with preserved(traced.model), torch.inference_mode(False), phase("measuring latency"):
             dense = clock(traced.model)
             found = _timed(groups)
             order = sorted(found, key=lambda entry: -entry[0].macs)  # stairs are looked for in the largest of a family
-            grids = {(call.name, layer.key): table.grid(layer) for call, layer, _ in order}
+            each = track(order, "timing layers", unit="layer")
+            grids = {(call.name, layer.key): table.grid(layer) for call, layer, _ in each}
             model = cls(
                 groups,
                 [call.name for call, _, _ in found],
@@ -168,7 +170,7 @@ class LatencyModel:
         full = np.array([g.n_units for g in groups])
         least = np.array([g.min_units for g in groups])
         measured, widths = {1.0: self.dense.median_ms}, {1.0: full}
-        for fraction in FRACTIONS:
+        for fraction in track(FRACTIONS, "timing narrowed copies", unit="network"):
             units = np.maximum(np.ceil(full * fraction).astype(int), least)
             if any((units == known).all() for known in widths.values()):
                 continue

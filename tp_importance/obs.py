@@ -19,6 +19,7 @@ from .group_weights import filter_norms
 from .groups import ChannelGroup, PrunableGroups
 from .importance import StatisticalImportance
 from .observe import Watch
+from .progress import track
 from .pruner import BudgetPruner
 from .readers import ReaderStatistics, check_reading
 
@@ -95,7 +96,7 @@ class OBSImportance(StatisticalImportance):
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
         statistics = self._collecting
         assert statistics is not None
-        curves = {g.name: self._curve(statistics, groups, g) for g in groups}
+        curves = {g.name: self._curve(statistics, groups, g) for g in track(groups, "ordering channels", unit="group")}
         self.reader_statistics = statistics  # not before: a failed pass leaves the old ones
         return curves
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .arguments import checked_model
 from .batches import (
@@ -26,6 +25,7 @@ from .batches import (
 )
 from .guards import preserved
 from .patches import require_batched
+from .progress import phase
 
 __all__ = [
     "LabelFn",
@@ -133,9 +133,8 @@ def observe(
         model.eval()
         for watch in watches:
             stack.callback(watch.module.register_forward_hook(_hook(watch, current), with_kwargs=True).remove)
-        total = length_hint(loader) or None
-        bar = tqdm(iterate(loader), total=total, disable=not progress, desc="collecting", unit="batch", leave=False)
-        for batch in map(trainable_inputs, bar) if gradients else bar:
+        running = stack.enter_context(phase("collecting", length_hint(loader) or None, unit="batch", progress=progress))
+        for batch in map(trainable_inputs, iterate(loader)) if gradients else iterate(loader):
             labels = batch_labels(batch, label_fn, forward_fn, need_labels)
             if wanted is not None:
                 labels = torch.where(torch.isin(labels, wanted), labels, -1)
@@ -147,6 +146,8 @@ def observe(
                 check_range(labels, output)
             counts = counted(labels, counts)
             batches += 1
+            running.advance()
+        running.note(batches=batches, samples=int(counts.sum()))
     if not batches:
         raise ValueError("the loader gave no batch; a re-iterable of batches is needed (a generator runs only once)")
     require_classes(wanted, counts)

@@ -17,6 +17,7 @@ from .budget import Budget
 from .calibrate import has_batch_norm
 from .gradients import loss_gradients
 from .itpruner import ITPruner, ITPrunerImportance
+from .progress import shown
 from .pruner import BudgetPruner
 from .refitting import Compensation
 from .report import PruningReport
@@ -52,6 +53,7 @@ def prune(
     allocator: str | Allocator | None = None,
     compensate: Compensation | str | bool | None = "sequential",
     samples: int | None = 512,
+    progress: bool = False,
     **options: Any,
 ) -> OneShot:
     r"""Prune ``model`` in place to a budget that is met exactly, and make up for it by least squares; no training.
@@ -65,7 +67,8 @@ def prune(
         model: the network.
         example_inputs: tensor, tuple or dict, batch dimension first.
         loader: re-iterable of batches like those the network will see; labels are needed only by methods that use them.
-        budget: what the network may cost.
+        budget: what the network may cost. Fractions refer to ``model`` as given to this call: pruned twice to 0.5, a
+            quarter is left. Further steps of the pruner that is returned refer to the network before the first.
         method: any importance of this package or of Torch-Pruning, or a name: ``"obs"``, ``"catro"``, ``"itpruner"``,
             ``"psap"`` (in one shot), ``"l1"``, ``"l2"`` (also ``"magnitude"``), ``"fpgm"``, ``"taylor"`` (gradients of
             the cross entropy over the samples), ``"random"`` (seed 0; others:
@@ -78,6 +81,7 @@ def prune(
             With it, or with ``None``, batch norm statistics are re-estimated afterwards.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
             hundred cost accuracy (docs/benchmarks.md).
+        progress: show a progress bar for every phase, see :mod:`tp_importance.progress`.
         **options: see :class:`~tp_importance.pruner.BudgetPruner`: ``ignored_layers``, ``round_to``, ``forward_fn``.
 
     Returns:
@@ -107,8 +111,9 @@ def prune(
     data = loader if samples is None else _First(loader, samples)
     criterion = find_criterion(method) if isinstance(method, str) else None
     importance = checked_importance(method, "method") if criterion is None else _made(criterion)
+    options["progress"] = progress
     pruner = _pruner(model, example_inputs, data, budget, importance, allocator, options)
-    with ExitStack() as stack:
+    with shown(progress), ExitStack() as stack:
         if criterion is not None and criterion.needs_gradients:
             run, labels = options.get("forward_fn"), options.get("label_fn")
             stack.enter_context(loss_gradients(model, data, forward_fn=run, label_fn=labels))

@@ -30,7 +30,9 @@ from .latency_table import LatencyTable
 from .observe import LabelFn
 from .plan import Plan
 from .program import named_allocator
+from .progress import phase, shown, shows_progress
 from .report import CompensationReport, GroupRow, PruningReport
+from .stale_optimizers import replacing
 from .surgery import remove_units
 from .tracing import count_ops, trace
 
@@ -72,7 +74,7 @@ class BudgetPruner:
         latency_table: layer times for latency budgets, or the file to keep them in; default: measured afresh.
         verify: leave out groups for which removal is not masking, see
             :func:`~tp_importance.groups.prunable_groups`.
-        progress: show progress bars.
+        progress: show a progress bar for every phase, see :mod:`tp_importance.progress`.
 
     Raises:
         TypeError: for a model, importance, budget or allocator that is none, a class where an object is needed, or a
@@ -139,6 +141,7 @@ class BudgetPruner:
             forward_fn=forward_fn,
             output_transform=output_transform,
             verify=verify,
+            progress=progress,
         )
         self._left_out = {e.name: e.reason for e in self.groups.excluded}
         self.initial_widths = self.groups.widths
@@ -190,6 +193,7 @@ class BudgetPruner:
             max_widths=self._max_widths,
         )
 
+    @shows_progress
     def measure_latency(self) -> LatencyModel:
         """The latency model of the model as given, measured when first asked for; :meth:`plan` does it when needed.
 
@@ -246,7 +250,9 @@ class BudgetPruner:
         limits = self.limits(budget)
         curves = self._value()
         allocator = named_allocator(self._allocator, self._weights, self.importance)
-        units = allocate(allocator, curves, self.cost_model, self.space, limits)
+        with phase("allocating", progress=self._progress) as running:
+            units = allocate(allocator, curves, self.cost_model, self.space, limits)
+            running.note(cost=self.cost_model.cost(self.cost_model.widths(units)))
         removed = {n: curves[n].removed(int(u)) for n, u in zip(self.cost_model.names, units, strict=True)}
         return replace(self.plan_of(removed, limits), certificate=dict(getattr(allocator, "certificate", {})))
 
@@ -338,10 +344,11 @@ class BudgetPruner:
         reference = self._reference_after(plan.removed)
         values = () if settings is None else self.model.parameters()
         step = self.surgery(values)
-        with step, torch.inference_mode(False):
+        with shown(self._progress), step, replacing(self.model), torch.inference_mode(False):
             if settings is not None:
                 report = replace(report, compensation=self._compensate(plan, settings, recalibrate))
-            remove_units(self.groups, plan.removed)
+            with phase("removing channels", before=self.cost_model.dense, after=plan.cost):
+                remove_units(self.groups, plan.removed)
             counted = count_ops(self.model, self.example_inputs, forward_fn=run)
             if Cost(*counted) != plan.cost:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
@@ -369,7 +376,8 @@ class BudgetPruner:
         entries = [list(entry) for entry in history]
         try:
             step = self.surgery()
-            with preserved(self.model), step, torch.inference_mode(False):
+            running = phase("repeating a history", steps=len(entries), progress=self._progress)
+            with preserved(self.model), running, step, replacing(self.model), torch.inference_mode(False):
                 groups = self.groups
                 for entry in entries:  # a fresh graph each: Torch-Pruning's keeps stale offsets behind a split
                     groups.trace.graph.load_pruning_history([list(entry)])
@@ -428,6 +436,7 @@ class BudgetPruner:
     def _weights(self) -> Mapping[str, float] | None:
         return getattr(self.importance, "weights", None) if hasattr(self.importance, "curves") else None
 
+    @shows_progress
     def _value(self) -> dict[str, Curve]:
         self.groups.require_some()
         checked_importance(self.importance)  # it may have been set later
@@ -438,6 +447,7 @@ class BudgetPruner:
         assert self._curves is not None
         return self._curves
 
+    @phase("tracing")
     def _retrace(self) -> PrunableGroups:
         """Groups of the pruned model; what was left out before stays out."""
         traced = trace(self.model, self.example_inputs, self.groups.options)
@@ -472,11 +482,13 @@ class BudgetPruner:
                     gone[m.name] += m.positions(removed.get(group.name, ())).tolist()
         return known.after(gone)
 
+    @shows_progress
     def _timed(self, report: PruningReport) -> PruningReport:
         """The report with the measured latency of the network, if it was limited."""
         if not report.latency_ms:
             return report
-        found = self._latency_table.network(self.model, self.example_inputs, self.groups.options.forward_fn)
+        with phase("measuring latency"):
+            found = self._latency_table.network(self.model, self.example_inputs, self.groups.options.forward_fn)
         times = {**report.latency_ms, "measured": found.median_ms, "measured_iqr": found.iqr_ms}
         return replace(report, latency_ms=times)
 

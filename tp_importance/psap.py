@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .batches import to_model
 from .budget import Budget, Cost
 from .groups import PrunableGroups, Verifier
+from .progress import shown
 from .pruner import BudgetPruner
 from .psap_history import PSAPHistory
 from .psap_importance import PSAPImportance
@@ -62,6 +63,7 @@ class PSAPPruner:
         forward_fn: ``forward_fn(model, example_inputs)``.
         output_transform: as in Torch-Pruning.
         verify: as for :func:`~tp_importance.groups.prunable_groups`.
+        progress: show a progress bar for every prune step and every long phase; the training loop is yours.
 
     Raises:
         BudgetError: if the budget cannot be reached within ``max_pruning_ratio``.
@@ -106,6 +108,7 @@ class PSAPPruner:
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         output_transform: Callable[[Any], Any] | None = None,
         verify: bool | Verifier = True,
+        progress: bool = False,
     ) -> None:
         if isinstance(budget, Budget):
             budget.require_counted("PSAP's schedule")
@@ -124,7 +127,9 @@ class PSAPPruner:
             forward_fn=forward_fn,
             output_transform=output_transform,
             verify=verify,
+            progress=progress,
         )
+        self._progress = progress
         self.groups.require_some()
         self.dense: Cost = self._planner.dense
         self._soft = SoftPruning(
@@ -169,9 +174,13 @@ class PSAPPruner:
             RuntimeError: before :meth:`start`, after :meth:`finish`, or if no gradient came through the network
                 during a pulse.
             StaleStatisticsError: if the model's layers were changed meanwhile.
+
+        Warns:
+            UserWarning: once, if the model is trained in eval mode, where a training diverges.
         """
         self._require_unfinished()
-        self._soft.step()
+        with shown(self._progress):
+            self._soft.step()
 
     def finish(self, *, average: Any = None, at_once: bool = False) -> PruningReport:
         """Remove the masked channels from the model, in place, and carry the optimizer over.
@@ -209,7 +218,7 @@ class PSAPPruner:
         before = named_tensors(self.model)
         self._planner.example_inputs = to_model(self.model, self._planner.example_inputs)  # it may have moved
         step = self._planner.surgery()
-        with self._soft.paused(), torch.inference_mode(False), step:
+        with shown(self._progress), self._soft.paused(), torch.inference_mode(False), step:
             survivors = Survivors.of(self.groups, removed, self._planner.example_inputs)
             for each in averages:
                 survivors.require_fit(each)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from .observe import (
     wanted_classes,
 )
 from .patches import bn_gain, require_batched, sampled_output, unfolded_input
+from .progress import Phase, phase, track
 from .readers import checked_moments
 from .refitting import Compensation, Refit
 from .report import RefitRow
@@ -96,6 +98,7 @@ class SequentialRefit:
     passes: int = field(default=0, init=False)
     _flow: Flow | None = field(default=None, init=False)
     _sums: dict[int, int] = field(default_factory=dict, init=False)
+    _running: Phase = field(default=Phase("refitting"), init=False)
     _counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), init=False)
 
     def run(self, loader: Iterable[Any]) -> list[RefitRow]:
@@ -105,11 +108,11 @@ class SequentialRefit:
             ValueError: for bad data, a class without samples, a reader that did not run, or weights that are not
                 finite.
         """
-        model = self.groups.trace.model
+        model, n = self.groups.trace.model, len(self.refits)
         wanted_classes(self.classes)
         self._find_sums(model)
         batch = None if self._repeated else _joined(loader, self._bytes_per_sample(), self.settings.memory_limit)
-        with preserved(model), torch.no_grad():
+        with preserved(model), torch.no_grad(), phase("refitting", n, unit="layer", layers=n) as self._running:
             model.eval()
             if batch is not None:
                 self.passes = 2
@@ -298,6 +301,7 @@ class SequentialRefit:
 
     def _solve(self, r: Refit, sums: Shortfall) -> RefitRow:
         checked_moments(r.name, sums.inputs)
+        self._running.advance()
         second, mean, cross, error, energy, lacking = sums.moments(r.centred)
         if not torch.isfinite(energy.sum()):
             raise ValueError(f"the input of layer {r.name} is not finite; check the data and the model")
@@ -365,7 +369,7 @@ class SequentialRefit:
 def _joined(loader: Iterable[Any], bytes_per_sample: int, limit: int) -> Any | None:
     """All batches of a loader as one, or ``None`` if that takes too much memory or they do not fit together."""
     batches, samples, spec = [], 0, None
-    for batch in iterate(loader):
+    for batch in track(iterate(loader), "reading", length_hint(loader), unit="batch"):
         leaves, this = tree_flatten(batch)
         sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves}
         if len(sizes) != 1 or None in sizes or (spec is not None and this != spec):

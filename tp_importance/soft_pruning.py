@@ -35,6 +35,8 @@ from .functional.psap import (
 from .gates import ChannelGates
 from .group_weights import GroupWeights, ParametersOf, own_parameters
 from .groups import ChannelGroup, PrunableGroups
+from .guards import warn_in_eval_mode
+from .progress import phase
 from .psap_history import GroupStep, PruneStep, PSAPHistory
 from .psap_schedule import PSAPSchedule
 from .remap import check_optimizer
@@ -105,7 +107,7 @@ class SoftPruning:
         self._pulse_sum: Tensor | None = None
         self._iterations: list[int] = []
         self._pulse = 0
-        self._frozen = False
+        self._frozen = self._seen_in_eval = False
         self._gates: ChannelGates | None = None
         self.optimizers: list[Optimizer] = []
 
@@ -153,9 +155,14 @@ class SoftPruning:
         Raises:
             RuntimeError: before :meth:`start`, or if no gradient came through the network during a pulse.
             StaleStatisticsError: if the network's layers have changed.
+
+        Warns:
+            UserWarning: once, if the network is trained in eval mode, where a training diverges.
         """
         gates = self._started()
         self._iteration += 1
+        if not self._seen_in_eval:
+            self._seen_in_eval = warn_in_eval_mode(self.groups.trace.model, stacklevel=4)
         if self._frozen:
             return
         if self._pulse_left:
@@ -228,9 +235,15 @@ class SoftPruning:
     # -- one prune step
 
     def _prune(self, pulse: int) -> None:
-        gates, steps = self._started(), len(self._iterations)
         self._weights.require_unchanged()
         self._step += 1
+        with phase(f"prune step {self._step} of {len(self._iterations)}") as running:
+            self._mask(pulse)
+            masked = sum(int(mask.sum()) for mask in self.masked.values())
+            running.note(after=f"{self._iteration} optimizer steps", masked=masked, cost=self.cost)
+
+    def _mask(self, pulse: int) -> None:
+        gates, steps = self._started(), len(self._iterations)
         limits = self._limits_at(self._step, steps)
         sparsity = {
             g.name: weight_sparsity([f for f, _ in self._weights.filters(g, ~self.masked[g.name])], self.threshold)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .stale_optimizers import replacing
+
 __all__ = ["slice_classifier"]
 
 
@@ -42,9 +44,10 @@ def slice_classifier(model: nn.Module, classes: Sequence[int], *, layer: nn.Line
     if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= layer.out_features:
         raise ValueError(f"classes={chosen} must be different labels in 0..{layer.out_features - 1}")
     index = torch.tensor(chosen, device=layer.weight.device)
-    for name in ("weight", "bias"):
-        old = getattr(layer, name)
-        if old is not None:
-            setattr(layer, name, nn.Parameter(old.detach()[index].clone(), requires_grad=old.requires_grad))
+    with replacing(model):
+        for name in ("weight", "bias"):
+            old = getattr(layer, name)
+            if old is not None:
+                setattr(layer, name, nn.Parameter(old.detach()[index].clone(), requires_grad=old.requires_grad))
     layer.out_features = len(chosen)
     return model

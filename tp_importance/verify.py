@@ -24,6 +24,7 @@ from .cost import CostModel
 from .gates import channel_dim, with_input
 from .groups import Index, PrunableGroups
 from .guards import full_precision, preserved
+from .progress import phase
 from .surgery import remove_units
 from .tracing import COUNTED, TraceOptions, count_ops, is_depthwise, trace
 
@@ -141,7 +142,9 @@ def verify_groups(groups: PrunableGroups, example_inputs: Any, *, seed: int = 0)
 
     def test(names: list[str]) -> str | None:
         subset = groups.exclude({n: "" for n in groups.names if n not in names})
-        return masked_equals_removed(subset, inputs, {n: removed[n] for n in names})
+        problem = masked_equals_removed(subset, inputs, {n: removed[n] for n in names})
+        running.advance()
+        return problem
 
     def safe(names: list[str]) -> list[str]:
         problem = test(names) if names else None
@@ -162,7 +165,9 @@ def verify_groups(groups: PrunableGroups, example_inputs: Any, *, seed: int = 0)
                 reasons[name] = f"removal together with other groups is not masking: {problem}"
         return first
 
-    safe(groups.names)
+    with phase("verifying", unit="test", groups=len(groups)) as running:
+        safe(groups.names)
+        running.note(unsafe=len(reasons))
     return reasons
 
 

@@ -18,6 +18,7 @@ from ..cost import CostModel
 from ..errors import BudgetError, SearchSpaceError
 from ..latency import measure_latency
 from ..program import ProgramAllocator
+from ..progress import phase, shown
 from ..refitting import Compensation
 from ..tracing import count_ops
 from .methods import Job, Train, find_method
@@ -176,6 +177,7 @@ def prune_trial(
     latency_seconds: float | None = 0.2,
     seed: int = 0,
     keep: Callable[[nn.Module], None] | None = None,
+    progress: bool = False,
     **pruner_options: Any,
 ) -> dict[str, float]:
     """Prune a copy of a network as the parameters of one trial say, train it if asked to, and measure it.
@@ -202,6 +204,7 @@ def prune_trial(
         latency_seconds: how long to measure; None leaves the latency out.
         seed: of torch during the trial; the generator of the caller is not touched.
         keep: called with the pruned network, to save it say.
+        progress: show a progress bar for every phase, see :mod:`tp_importance.progress`.
         **pruner_options: of the pruner, such as ``ignored_layers`` or ``round_to``; layers are named by ``model``.
 
     Returns:
@@ -223,7 +226,7 @@ def prune_trial(
         >>> sorted(found), net[0].out_channels
         (['default', 'macs', 'params'], 8)
     """
-    with parameters_noted(params), torch.random.fork_rng():
+    with parameters_noted(params), torch.random.fork_rng(), shown(progress):
         torch.manual_seed(seed)
         checked_model(model)
         if budget is not None:
@@ -266,9 +269,13 @@ def _run(
                 f"method {params.method!r} left {getattr(cost, name)} {name}, more than the limit {limit}"
             )
     job.model.eval()
-    found = {"default": _metric(evaluate(job.model)), "macs": float(cost.macs), "params": float(cost.params)}
+    with phase("evaluating") as running:
+        value = _metric(evaluate(job.model))
+        running.note(default=value)
+    found = {"default": value, "macs": float(cost.macs), "params": float(cost.params)}
     if latency_seconds is not None:
-        found["latency"] = measure_latency(job.model, x, forward_fn=run, min_run_time=latency_seconds).median_ms
+        with phase("measuring latency"):
+            found["latency"] = measure_latency(job.model, x, forward_fn=run, min_run_time=latency_seconds).median_ms
     if keep is not None:
         keep(job.model)
     return found

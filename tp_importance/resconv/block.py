@@ -20,6 +20,7 @@ from ..dataflow import Flow, is_batchnorm, record
 from ..functional.resconv import fused_kernel
 from ..groups import ignored_modules
 from ..guards import transaction
+from ..stale_optimizers import replacing
 
 __all__ = ["ConversionReport", "ResConv2d", "Scale", "convert_to_resconv", "fuse", "replace_module", "resconv_layers"]
 
@@ -337,7 +338,7 @@ def fuse(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no ResConv2d to fuse: it was fused, all were removed, or it was never "
             "converted; call convert_to_resconv first, or leave fuse out"
         )
-    with transaction(model), torch.no_grad():
+    with transaction(model), torch.no_grad(), replacing(model):
         for name, layer in layers.items():
             try:
                 replace_module(model, name, layer.fused())

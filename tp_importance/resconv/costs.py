@@ -16,6 +16,7 @@ from ..budget import Cost
 from ..dataflow import record
 from ..latency import least_latency, measure_latency
 from ..latency_table import LatencyTable, conditions_of, timed_layer
+from ..progress import track
 from ..tracing import Call, batch_size, count_ops
 from .block import ResConv2d, fuse, replace_module, resconv_layers
 from .removal import LAYERS, remove_layers
@@ -101,7 +102,8 @@ class LayerClock:
         table = LatencyTable(min_run_time=self._seconds / 5, measure=measure_latency)
         table.use(conditions_of(self._model, self._inputs))
         times: dict[str, float] = {}
-        for op in flow.ops:
+        layers = [op for op in flow.ops if isinstance(op.module, ResConv2d)]
+        for op in track(layers, "timing layers", unit="layer"):
             if isinstance(op.module, ResConv2d):
                 shapes = (flow.shapes[op.inputs[0]], flow.shapes[op.outputs[0]])
                 layer = timed_layer(copy.deepcopy(op.module).eval().fused(), Call(op.name, *shapes, 0))

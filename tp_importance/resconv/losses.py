@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..dataflow import record
 from ..functional.resconv import layer_loss
 from ..guards import preserved
 from ..observe import LabelFn, Watch, WatchFn, observe
+from ..progress import phase, track
 from ..tracing import batch_size
 from .block import ResConv2d
 from .removal import LAYERS
@@ -118,7 +119,7 @@ def output_losses(
     controls = removal_controls(model, layers, loader, example_inputs, forward_fn)
     batches, run, _ = _batches(loader, example_inputs, forward_fn)
     found: dict[str, float] = {}
-    with preserved(model), torch.no_grad(), _scalars_kept(layers):
+    with preserved(model), torch.no_grad(), _scalars_kept(layers), ExitStack() as stack:
         model.eval()
         dense = [tensors_in(run_batch(model, batch, run))[0].double() for batch in iterate(batches)]
         total = max(sum(float(y.square().sum()) for y in dense), 1e-300)
@@ -131,13 +132,14 @@ def output_losses(
             _set(layers[name], s, a)
             return error
 
-        known = {name: error_without(name) for name in layers}
+        known = {name: error_without(name) for name in track(layers, "leaving out single layers", unit="layer")}
         for name, error in known.items():
             if not math.isfinite(error):
                 raise ValueError(
                     f"the output changes by {error} without layer {name}; look for NaN in the weights and the batches"
                 )
         worst = 0.0
+        running = stack.enter_context(phase("ordering layers", len(known), unit="layer"))
         while known:
             chosen = min(known, key=known.__getitem__)
             if worst <= 1.0 and found:  # what comes next must be fresh
@@ -149,6 +151,7 @@ def output_losses(
             error = known.pop(chosen)
             worst = max(worst, error if error < MOST else MOST)  # NaN: the network has overflown
             found[chosen] = worst
+            running.advance()
             _set(layers[chosen], 0.0, controls[chosen])
             if worst <= 1.0:
                 block = chosen.rpartition(".")[0]

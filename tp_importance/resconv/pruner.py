@@ -16,8 +16,10 @@ from ..budget import Budget, Cost
 from ..calibrate import DenseReference, has_batch_norm, recalibrate_batchnorm
 from ..errors import BudgetError
 from ..functional.resconv import cheapest_removal, soft_threshold
-from ..guards import transaction
+from ..guards import transaction, warn_in_eval_mode
+from ..progress import phase, shown, shows_progress
 from ..pruner import bytes_per_parameter
+from ..stale_optimizers import replacing
 from ..tracing import count_ops
 from .block import ConversionReport, ResConv2d, convert_to_resconv, resconv_layers
 from .block import fuse as fuse_layers
@@ -96,6 +98,7 @@ class ResConvPruner:
         ignored_layers: modules, parameters or module types to leave alone.
         forward_fn: ``forward_fn(model, example_inputs)``, also called with the loader's batches.
         min_run_time: seconds per latency measurement.
+        progress: show a progress bar for every phase, see :mod:`tp_importance.progress`.
 
     Attributes:
         dense: cost of the network before conversion.
@@ -132,8 +135,10 @@ class ResConvPruner:
         ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         min_run_time: float = 0.5,
+        progress: bool = False,
     ) -> None:
         checked_model(model)
+        self._progress, self._seen_in_eval = progress, False
         self.budget = checked_budget(budget)
         if isinstance(reg, bool) or not isinstance(reg, (int, float)) or not 0 <= reg < float("inf"):
             raise ValueError(f"reg={reg!r} must be a finite number >= 0, e.g. 1e-3")
@@ -143,7 +148,10 @@ class ResConvPruner:
         self._example_inputs, self._forward_fn, self._min_run_time = example_inputs, forward_fn, min_run_time
         self._importance = importance
         if not resconv_layers(model):
-            convert_to_resconv(model, example_inputs, s=s, a=a, ignored_layers=ignored_layers, forward_fn=forward_fn)
+            left, run = ignored_layers, forward_fn
+            with phase("converting", progress=progress) as running:
+                convert_to_resconv(model, example_inputs, s=s, a=a, ignored_layers=left, forward_fn=run)
+                running.note(layers=len(self.layers))
         by_hand = ConversionReport(list(self.layers), {}, {})
         self.conversion: ConversionReport = getattr(model, "resconv_report", by_hand)
         self.dense: Cost = LayerCosts.of(model, example_inputs, forward_fn).dense
@@ -188,6 +196,9 @@ class ResConvPruner:
         Raises:
             TypeError: if ``optimizer`` is none.
             ValueError: if it does not hold the factors (it was built before the conversion).
+
+        Warns:
+            UserWarning: once, if the network is trained in eval mode, where a training diverges.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -195,6 +206,8 @@ class ResConvPruner:
                 "optimizer.step()"
             )
         rate = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+        if not self._seen_in_eval:
+            self._seen_in_eval = warn_in_eval_mode(self.model, stacklevel=4)
         layers = self._require_layers()
         missing = [name for name, layer in layers.items() if layer.s.requires_grad and id(layer.s) not in rate]
         if missing:
@@ -208,6 +221,7 @@ class ResConvPruner:
                 _stop_momentum(optimizer.state.get(layer.s, {}), layer.s)
             layer.a.clamp_(min=0)
 
+    @shows_progress
     def losses(self) -> dict[str, float]:
         """What is lost with each layer, in the order of the network.
 
@@ -250,7 +264,8 @@ class ResConvPruner:
         needed = {f: float(costs.fused.as_dict()[f] - limit) for f, limit in limits.items()}
         if chosen.is_measured:
             return self._timed_plan(chosen, losses, costs, needed, limits)
-        gone = _cheapest(losses, costs.savings, needed)
+        with phase("choosing layers", progress=self._progress, layers=len(losses)):
+            gone = _cheapest(losses, costs.savings, needed)
         controls = self._controls(gone)
         return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, controls, savings=costs.savings)
 
@@ -289,10 +304,12 @@ class ResConvPruner:
             warnings.warn(f"the network already meets the budget ({plan.cost}); no layer is removed", stacklevel=2)
         done = RemovalReport([], {}, {})
         step = transaction(self.model, self.model.buffers())  # statistics are written in place
-        with step:
+        with shown(self._progress), step, replacing(self.model):
             if plan.removed:
                 reference = DenseReference.of(self.model) if recalibrate and has_batch_norm(self.model) else None
-                done = remove_layers(self.model, self._example_inputs, plan.controls or plan.removed, forward_fn=run)
+                with phase("removing layers", layers=len(plan.removed), before=self.dense, after=plan.cost):
+                    factors = plan.controls or plan.removed
+                    done = remove_layers(self.model, self._example_inputs, factors, forward_fn=run)
                 if reference is not None and self.loader is not None:
                     recalibrate_batchnorm(self.model, self.loader, reference=reference, forward_fn=run)
             if fuse and self.layers:
@@ -348,6 +365,7 @@ class ResConvPruner:
             raise RuntimeError("the model has no ResConv2d any more (it was fused); make a new pruner to go on")
         return layers
 
+    @shows_progress
     def _controls(self, removed: list[str]) -> dict[str, float]:
         """Factors of layers to remove; empty without data, where those with a = 0 become the identity."""
         if self.loader is None:
@@ -369,6 +387,8 @@ class ResConvPruner:
             for name, layer in self.layers.items()
         ]
 
+    @shows_progress
+    @phase("measuring latency")
     def _timed_plan(
         self,
         budget: Budget,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..batches import call_model, reference_tensor, tensors_in
 from ..dataflow import Flow, Kind, Span, record
 from ..guards import preserved, transaction
+from ..stale_optimizers import replacing
 from ..verify import difference
 from .block import ResConv2d, Scale, replace_module
 from .folding import fold_scales
@@ -97,7 +98,7 @@ def remove_layers(
     def again() -> Flow:
         return record(model, example_inputs, layers=LAYERS, forward_fn=run)
 
-    with transaction(model), preserved(model), torch.no_grad():
+    with transaction(model), preserved(model), torch.no_grad(), replacing(model):
         idle = _idle_activations(model, again())
         for name, factor in factors.items():
             layer = model.get_submodule(name)
