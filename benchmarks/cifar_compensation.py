@@ -19,6 +19,7 @@ import torch
 from cifar import BLOCKS, Batches, Cifar10
 from cifar_oneshot import CRITERIA, Network
 from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from host_criteria import accumulate_gradients
 from torch import nn
 
 from tp_importance import (
@@ -31,6 +32,7 @@ from tp_importance import (
     PSAPImportance,
     count_ops,
 )
+from tp_importance.automl.methods import METHODS
 from tp_importance.readers import ReaderStatistics
 
 Make = Callable[..., BudgetPruner]
@@ -48,6 +50,19 @@ def _host(criterion: str, allocator: str) -> Make:
 def _ours(importance: Callable[[], Any], allocator: str = "greedy") -> Make:
     def make(model: nn.Module, inputs: Any, batches: Batches, layers: list[str], **options: Any) -> BudgetPruner:
         return BudgetPruner(model, inputs, batches, importance=importance(), allocator=allocator, **options)
+
+    return make
+
+
+def _named(method: str, allocator: str) -> Make:
+    """What `prune(method=...)` takes, scores as their host normalises them."""
+
+    def make(model: nn.Module, inputs: Any, batches: Batches, layers: list[str], **options: Any) -> BudgetPruner:
+        found = METHODS[method]
+        if found.needs_gradients:
+            accumulate_gradients(model, batches)
+        assert found.make is not None
+        return BudgetPruner(model, inputs, batches, importance=found.make(), allocator=allocator, **options)
 
     return make
 
@@ -75,7 +90,14 @@ ARMS: dict[str, Make] = {  # every criterion under the widths that suit it bette
     "OBS, uniform": _ours(OBSImportance, "uniform"),
     "OBS, greedy": _ours(OBSImportance),
     "OBS by outputs, greedy": _ours(OBSImportance),
+    **{
+        f'method "{name}", {allocator}': _named(name, allocator)
+        for name in ("l1", "l2", "fpgm", "taylor", "psap")
+        for allocator in ("uniform", "greedy")
+    },
 }
+DEFAULTS = [arm for arm in ARMS if arm.startswith("method")]
+"""Arms that decide which widths a method takes by default."""
 SHORT = ["L2, uniform", "Taylor, greedy", "CATRO reader, greedy", "OBS, greedy"]
 """Arms for further networks and budgets."""
 
@@ -144,7 +166,7 @@ def main() -> None:
     p = parser(__doc__, "cifar_compensation.json")
     add_data_arguments(p)
     p.add_argument("--networks", nargs="+", choices=BLOCKS, default=["resnet20", "resnet56"])
-    p.add_argument("--arms", nargs="+", choices=[*ARMS, "short"], default=list(ARMS))
+    p.add_argument("--arms", nargs="+", choices=[*ARMS, "short", "defaults"], default=list(ARMS))
     p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     p.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="seeds of the images")
     p.add_argument("--images", type=int, default=500, help="images per draw")
@@ -155,7 +177,7 @@ def main() -> None:
     args = p.parse_args()
     if not args.table:
         torch.set_num_threads(args.threads)
-        settings = {"images": args.images, "n_test": args.n_test}
+        settings = {"images": args.images, "n_test": args.n_test, "batch_norms": "followed"}
         settings |= {} if args.ridge == "auto" else {"ridge": args.ridge}
         cells = Cells(args.out, settings, environment(args.device, args.date))
         data = Cifar10.load(args.data_root, args.npz)
@@ -165,7 +187,7 @@ def main() -> None:
             cells.fill(key, partial(_dense, net, args, data))
             for draw in args.draws:
                 for macs in args.macs:
-                    for arm in SHORT if args.arms == ["short"] else args.arms:
+                    for arm in {"short": SHORT, "defaults": DEFAULTS}.get(args.arms[0], args.arms):
                         for mode in args.modes:
                             key = {"network": name, "arm": arm, "mode": mode, "draw": draw, "macs_kept": macs}
                             cells.fill(key, partial(run, net, arm, mode, draw, macs, args, data))
