@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import ForwardFn, call_model, tensors_in
+from .batches import ForwardFn, run_model, tensors_in
 from .calibrate import recalibrate_batchnorm
 from .compensation import compensate
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
@@ -23,6 +23,7 @@ from .refitting import Compensation
 from .remap import Survivors, named_tensors
 from .report import CompensationReport, RefitRow
 from .tracing import CONV, TraceOptions, is_depthwise
+from .untouched import untouched
 
 __all__ = ["Removal", "compensated_step", "removal"]
 
@@ -188,8 +189,8 @@ def _is_output(excluded: Excluded) -> bool:
 
 
 def _output_shapes(model: nn.Module, x: Any, forward_fn: ForwardFn | None) -> list[tuple[int, ...]]:
-    with preserved(model), torch.no_grad():
-        return [tuple(t.shape) for t in tensors_in((forward_fn or call_model)(model.eval(), x))]
+    with untouched(model), torch.no_grad():
+        return [tuple(t.shape) for t in tensors_in(run_model(model.eval(), x, forward_fn))]
 
 
 def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .arguments import checked_model
 from .batches import (
     ForwardFn,
+    fresh_inputs,
     iterate,
     layer_input,
     reference_tensor,
@@ -22,10 +23,9 @@ from .batches import (
     single_label,
     split_batch,
     tensors_in,
-    trainable_inputs,
 )
-from .guards import preserved
 from .patches import require_batched
+from .untouched import untouched
 
 __all__ = [
     "LabelFn",
@@ -129,13 +129,13 @@ def observe(
     batches = 0
     reference = reference_tensor(checked_model(model))
     device = reference.device if reference is not None else torch.device("cpu")
-    with preserved(model), ExitStack() as stack, torch.set_grad_enabled(gradients):
+    with untouched(model), ExitStack() as stack, torch.set_grad_enabled(gradients):
         model.eval()
         for watch in watches:
             stack.callback(watch.module.register_forward_hook(_hook(watch, current), with_kwargs=True).remove)
         total = length_hint(loader) or None
         bar = tqdm(iterate(loader), total=total, disable=not progress, desc="collecting", unit="batch", leave=False)
-        for batch in map(trainable_inputs, bar) if gradients else bar:
+        for batch in map(fresh_inputs, bar) if gradients else bar:
             labels = batch_labels(batch, label_fn, forward_fn, need_labels)
             if wanted is not None:
                 labels = torch.where(torch.isin(labels, wanted), labels, -1)

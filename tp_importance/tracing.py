@@ -13,9 +13,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .arguments import checked_model
-from .batches import call_model, misplaced, trainable_inputs
+from .batches import call_model, fresh_inputs, misplaced, run_model
 from .errors import TracingError
-from .guards import preserved
+from .untouched import untouched
 
 __all__ = ["COUNTED", "Call", "Trace", "TraceOptions", "batch_size", "count_ops", "is_depthwise", "trace"]
 
@@ -177,7 +177,8 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
 
     Torch-Pruning needs gradients and trainable parameters and leaves the model in eval mode, with its hooks
     in place if the forward pass raises. Here gradients are enabled for the trace only, frozen parameters are
-    thawed and frozen again, and modes and hooks are restored on every exit.
+    thawed and frozen again, and modes, hooks and all that the forward pass writes into the model (caches, counters,
+    buffers) are restored on every exit. The network runs on clones of the example inputs.
 
     Args:
         model: the network.
@@ -201,7 +202,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
     # the graph keeps autograd's nodes for their shapes; without the hooks, every activation would stay with them
     nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda _tensor: None, lambda nothing: nothing)
     with (
-        preserved(model),
+        untouched(model),
         torch.inference_mode(False),
         torch.enable_grad(),
         nothing_saved,
@@ -220,7 +221,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
         try:
             graph = tp.DependencyGraph().build_dependency(
                 model,
-                example_inputs=trainable_inputs(example_inputs),
+                example_inputs=fresh_inputs(example_inputs),
                 forward_fn=options.forward_fn or call_model,
                 output_transform=options.output_transform,
                 unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,
@@ -268,11 +269,11 @@ def count_ops(
     """
     checked_model(model)
     n = batch_size(example_inputs)
-    with preserved(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
         model.eval()
         recorder = _Recorder(model)
         try:
-            (forward_fn or call_model)(model, example_inputs)
+            run_model(model, example_inputs, forward_fn)
         finally:
             recorder.remove()
     macs = sum(call.macs for call in recorder.calls)

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import call_model, layer_input, tensors_in, to_model
+from .batches import call_model, fresh_inputs, layer_input, tensors_in, to_model
 from .cost import CostModel
 from .gates import channel_dim, with_input
 from .groups import Index, PrunableGroups
-from .guards import full_precision, preserved
+from .guards import full_precision
 from .surgery import remove_units
 from .tracing import COUNTED, TraceOptions, count_ops, is_depthwise, trace
+from .untouched import untouched
 
 __all__ = ["difference", "gates", "masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
 
@@ -196,7 +197,7 @@ def _scrambled_copy(model: nn.Module) -> nn.Module:
 def _layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list[tuple[str, Tensor]], Any]:
     """Inputs of every counted layer in call order, and the network's output."""
     seen: list[tuple[str, Tensor]] = []
-    with preserved(model), ExitStack() as stack:
+    with untouched(model), ExitStack() as stack:
         model.eval()
         for name, module in model.named_modules():
             if isinstance(module, COUNTED) and not isinstance(module, nn.MultiheadAttention):
@@ -206,7 +207,7 @@ def _layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list
                     with_kwargs=True,
                 )
                 stack.callback(hook.remove)
-        output = run(model, example_inputs)
+        output = run(model, fresh_inputs(example_inputs))
     return seen, output
 
 
