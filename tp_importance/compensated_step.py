@@ -16,6 +16,7 @@ from .calibrate import recalibrate_batchnorm
 from .compensation import compensate
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .guards import preserved, transaction, written
+from .modes import read_in_training_only
 from .observe import LabelFn
 from .patches import feature_channels, reader_weight
 from .pruner import BudgetPruner
@@ -64,6 +65,7 @@ def compensated_step(
     forward_fn: ForwardFn | None = None,
     output_transform: Callable[[Any], Any] | None = None,
     label_fn: LabelFn | None = None,
+    allow_stale: bool = False,
     progress: bool = False,
 ) -> CompensationReport:
     """``pruner.step()``, and the layers that read removed channels are refitted to those that stay.
@@ -74,7 +76,8 @@ def compensated_step(
 
     Torch-Pruning prunes the network's outputs, too, classes say, unless the layers that make them are among the
     pruner's ``ignored_layers``. Nothing could make up for that, so a step that changes the shape of the output is
-    refused.
+    refused. So is one that takes channels which a layer reads in training mode only (an auxiliary head): the host does
+    not follow it, and the network would fail there.
 
     Args:
         pruner: a pruner of Torch-Pruning with any importance (``BasePruner``, ``MetaPruner``, ``BNScalePruner``, ...),
@@ -86,6 +89,7 @@ def compensated_step(
         forward_fn: ``forward_fn(model, batch)``; as given to the pruner.
         output_transform: as given to the pruner.
         label_fn: ``label_fn(batch)``.
+        allow_stale: accept that layers which run in training mode only keep their old width.
         progress: show a progress bar.
 
     Returns:
@@ -94,8 +98,8 @@ def compensated_step(
     Raises:
         TypeError: for a pruner of this package, which refits by ``step(compensate=...)``, or something else.
         RuntimeError: if the pruner's history does not explain what it removed.
-        ValueError: for bad data, or if outputs of the network were cut off. After any exception the model is as before
-            the step; build the pruner anew.
+        ValueError: for bad data, or if outputs of the network, or what training mode alone reads, were cut off. After
+            any exception the model is as before the step; build the pruner anew.
 
     Example:
         >>> import torch_pruning as tp
@@ -140,6 +144,8 @@ def compensated_step(
         survivors.settle(named_tensors(dense), model)
         groups = _groups(dense, example_inputs, options, heads)
         what = removal(groups, lambda name: survivors.alive(f"{name}.weight"))
+        if not allow_stale:
+            _require_no_stale(groups, example_inputs, what)
         report = compensate(
             dense,
             example_inputs,
@@ -180,8 +186,21 @@ def _groups(
         customized_pruners=options.customized_pruners,
         forward_fn=options.forward_fn,
         output_transform=options.output_transform,
+        allow_stale=True,  # the host has removed them already
         verify=verify,
     )
+
+
+def _require_no_stale(groups: PrunableGroups, x: Any, what: Removal) -> None:
+    """Refuse a step that took channels which a layer reads in training mode only: the host does not follow it."""
+    reasons = read_in_training_only(groups, x)
+    lost = {group: reasons[group] for group in what.units if group in reasons}
+    if lost:
+        layers = sorted({m.name for group in lost for m in groups[group].producers})
+        raise ValueError(
+            f"the step removed channels that are read in training mode only ({lost}); the model is as before. Build "
+            f"the pruner with the layers that make them in ignored_layers: {layers}"
+        )
 
 
 def _is_output(excluded: Excluded) -> bool:

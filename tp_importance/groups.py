@@ -193,13 +193,15 @@ def prunable_groups(
     customized_pruners: Mapping[Any, Any] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     output_transform: Callable[[Any], Any] | None = None,
+    allow_stale: bool = False,
     verify: bool | Verifier = True,
 ) -> PrunableGroups:
     """Find the coupled channel groups of any network, and keep only those that can be pruned safely.
 
     The groups come from Torch-Pruning's dependency graph. Left out, each with its reason, are: the network's
     outputs; groups with an ignored layer; groups whose channels are normalised together (LayerNorm, GroupNorm);
-    groups of a single unit; and every group for which removal is not the same as masking. The last test
+    groups of a single unit; groups that some layer reads in training mode only (an auxiliary head, which the surgery
+    would not follow); and every group for which removal is not the same as masking. The last test
     (``verify``, ours) prunes a copy and compares it, at every convolution and linear layer and at the output,
     with the masked original: Torch-Pruning traces some constructions wrongly and prunes them without an error
     (channel padding, uneven chunks).
@@ -213,6 +215,8 @@ def prunable_groups(
         customized_pruners: as in Torch-Pruning.
         forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
         output_transform: applied to the network's output before tracing.
+        allow_stale: also offer channels that layers read in training mode only. These layers keep their old width, and
+            the network fails in training mode once it is pruned.
         verify: compare masked and pruned copies (default). Costs one deep copy, one more trace and two passes. Or a
             function that knows the verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
 
@@ -222,6 +226,7 @@ def prunable_groups(
     Raises:
         TracingError: if the network cannot be traced.
         TypeError: for an ``ignored_layers`` entry that is neither module, parameter nor type.
+        ValueError: if layers do not run in eval mode, and what they read in training mode cannot be found out.
 
     Example:
         >>> import torch
@@ -230,7 +235,8 @@ def prunable_groups(
         >>> [(g.name, g.width) for g in groups], [e.reason for e in groups.excluded]
         ([('0', 8)], ["produces the network's output"])
     """
-    from .verify import verify_groups  # verification needs groups
+    from .modes import read_in_training_only  # both need groups
+    from .verify import verify_groups
 
     options = TraceOptions(
         forward_fn,
@@ -240,6 +246,8 @@ def prunable_groups(
         [p for p in ignored_layers or () if isinstance(p, nn.Parameter)],
     )
     groups = build_groups(trace(model, example_inputs, options), ignored_layers, num_heads, options)
+    if not allow_stale and len(groups):
+        groups = groups.exclude(read_in_training_only(groups, example_inputs))
     if not verify or not len(groups):
         return groups
     return groups.exclude((verify if callable(verify) else verify_groups)(groups, example_inputs))

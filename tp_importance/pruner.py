@@ -68,6 +68,8 @@ class BudgetPruner:
         output_transform: as in Torch-Pruning.
         label_fn: ``label_fn(batch)`` for loaders of unusual form.
         latency_table: layer times for latency budgets, or the file to keep them in; default: measured afresh.
+        allow_stale: also prune what layers read in training mode only, see
+            :func:`~tp_importance.groups.prunable_groups`.
         verify: leave out groups for which removal is not masking, see
             :func:`~tp_importance.groups.prunable_groups`.
         progress: show progress bars.
@@ -110,6 +112,7 @@ class BudgetPruner:
         output_transform: Callable[[Any], Any] | None = None,
         label_fn: LabelFn | None = None,
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
+        allow_stale: bool = False,
         verify: bool | Verifier = True,
         progress: bool = False,
     ) -> None:
@@ -135,6 +138,7 @@ class BudgetPruner:
             customized_pruners=customized_pruners,
             forward_fn=forward_fn,
             output_transform=output_transform,
+            allow_stale=allow_stale,
             verify=verify,
         )
         self._left_out = {e.name: e.reason for e in self.groups.excluded}
