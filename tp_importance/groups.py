@@ -8,9 +8,11 @@ attention head count makes it several.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count, filterfalse
 from typing import Any, Literal
 
 import numpy as np
@@ -71,7 +73,9 @@ class ChannelGroup:
     """Channels that must live or die together.
 
     Attributes:
-        name: the first producer in execution order.
+        name: the first producer in execution order. Where its channels belong to several groups (behind a split, say),
+            ``/0``, ``/1``, ... tell them apart, in the order of the layers they reach. No two groups of a network bear
+            one name, and pruning does not change the names.
         width: number of root channels C_g.
         unit_size: root channels per unit; admissible widths are multiples of it.
         members: everything that changes shape, in execution order.
@@ -134,12 +138,20 @@ class PrunableGroups:
         groups: the groups that may be pruned.
         excluded: the groups that may not, with the reason.
         trace: the trace they come from.
+
+    Raises:
+        ValueError: if two groups, left out or not, bear one name.
     """
 
     groups: list[ChannelGroup]
     excluded: list[Excluded]
     trace: Trace = field(repr=False)
     options: TraceOptions = field(default_factory=TraceOptions, repr=False)
+
+    def __post_init__(self) -> None:
+        twice = [n for n, c in Counter([*self.names, *(e.name for e in self.excluded)]).items() if c > 1]
+        if twice:
+            raise ValueError(f"several groups are called {', '.join(twice)}: names of groups must differ")
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups)
@@ -262,19 +274,41 @@ def build_groups(
     """Groups of a traced network, without verification; see :func:`prunable_groups`."""
     ignored = ignored_modules(traced.model, ignored_layers)
     order = traced.first_call()
-    groups: list[ChannelGroup] = []
-    excluded: list[Excluded] = []
+    found: list[tuple[ChannelGroup, str | None]] = []
     for host_group in traced.graph.get_all_groups(root_module_types=(tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)):
         parts, reason = _convert(traced, host_group, ignored, num_heads or {}, order)
-        for group in parts:
-            small = "at its smallest width" if group.n_units <= group.min_units else None
-            if reason or small:
-                excluded.append(Excluded(group.name, group.width, reason or str(small)))
-            else:
-                groups.append(group)
-    groups.sort(key=lambda g: order.get(g.name.split("/")[0], len(order)))
-    excluded.sort(key=lambda e: order.get(e.name.split("/")[0], len(order)))
+        found += [(group, reason) for group in parts]
+    groups: list[ChannelGroup] = []
+    excluded: list[Excluded] = []
+    for group, reason in _named_apart(found, order):
+        small = "at its smallest width" if group.n_units <= group.min_units else None
+        if reason or small:
+            excluded.append(Excluded(group.name, group.width, reason or str(small)))
+        else:
+            groups.append(group)
     return PrunableGroups(groups, excluded, traced, options)
+
+
+def _named_apart(
+    found: Sequence[tuple[ChannelGroup, str | None]], order: Mapping[str, int]
+) -> Iterator[tuple[ChannelGroup, str | None]]:
+    """The groups in execution order; those that share their first producer are numbered.
+
+    Numbers follow from the layers that the channels reach, in execution order, and only for the same layers from the
+    positions. Removing channels changes neither, so that a network that is traced again has the same names.
+    """
+    late = len(order)
+
+    def place(entry: tuple[ChannelGroup, str | None]) -> Any:
+        group = entry[0]
+        reached = [(order.get(m.name, late), m.name, m.role, len(m.channels) // group.n_units) for m in group.members]
+        first = next((int(m.channels.min()) for m in group.members if m.name == group.name and m.role == "out"), 0)
+        return order.get(group.name, late), group.name, reached, first
+
+    shared = Counter(group.name for group, _ in found)
+    free = {name: filterfalse(order.__contains__, map(f"{name}/{{}}".format, count())) for name in shared}
+    for group, reason in sorted(found, key=place):
+        yield (group if shared[group.name] == 1 else replace(group, name=next(free[group.name]))), reason
 
 
 def ignored_modules(
@@ -406,13 +440,12 @@ def _units(raw: Sequence[_RawMember], width: int) -> tuple[Index, str | None]:
 def _split_by_signature(
     name: str, root: tuple[str, Role], raw: Sequence[_RawMember], units: Index
 ) -> list[ChannelGroup]:
-    """Groups of units that occupy the same number of channels in the same members."""
+    """Groups of units that occupy the same number of channels in the same members; all bear one name still."""
     n_units = int(units.max()) + 1
     counts = [np.bincount(units[m.roots], minlength=n_units) for m in raw]
     signatures, kinds = np.unique(np.stack([np.bincount(units), *counts], axis=1), axis=0, return_inverse=True)
-    first = [int(np.flatnonzero(kinds.ravel() == k)[0]) for k in range(len(signatures))]
     groups = []
-    for part, kind in enumerate(np.argsort(first)):
+    for kind in range(len(signatures)):
         mine = np.flatnonzero(kinds.ravel() == kind)
         local = np.full(n_units, -1, np.int64)
         local[mine] = np.arange(len(mine))
@@ -424,7 +457,7 @@ def _split_by_signature(
                 members.append(Member(m.name, m.role, m.kind, m.channels[at >= 0], at[at >= 0], m.width))
         groups.append(
             ChannelGroup(
-                name if len(signatures) == 1 else f"{name}/{part}",
+                name,
                 int((of_root >= 0).sum()),
                 int(signatures[kind][0]),
                 tuple(members),
