@@ -141,6 +141,7 @@ class BudgetPruner:
             allow_stale=allow_stale,
             verify=verify,
         )
+        warn_of_uncounted(self.groups, stacklevel=3)
         self._left_out = {e.name: e.reason for e in self.groups.excluded}
         self.initial_widths = self.groups.widths
         self.cost_model = CostModel.from_groups(self.groups)
@@ -255,7 +256,9 @@ class BudgetPruner:
         gone = {n: list(units) for n, units in removed.items()}
         counts = {f: int(v) for f, v in (limits or {}).items() if f != LATENCY}
         found = {} if limits is None or LATENCY not in limits else self._times(widths, limits[LATENCY])
-        return Plan(widths, self.cost_model.cost(widths), self.dense, counts, gone, constant, latency_ms=found)
+        uncounted = dict(self.groups.trace.uncounted)
+        cost = self.cost_model.cost(widths)
+        return Plan(widths, cost, self.dense, counts, gone, constant, latency_ms=found, uncounted=uncounted)
 
     def _times(self, widths: Mapping[str, int], limit: float) -> dict[str, float]:
         predicted = self.cost_model.timed.predict(self.cost_model.units(widths))
@@ -472,7 +475,15 @@ class BudgetPruner:
             constant={g: len(u) for g, u in plan.constant.items()},
             criterion=type(self.importance).__name__,
             latency_ms=dict(plan.latency_ms),
+            uncounted=dict(plan.uncounted),
         )
+
+
+def warn_of_uncounted(groups: PrunableGroups, *, stacklevel: int = 2) -> None:
+    """Say which layers multiply and accumulate as often as nobody knows: no budget of MACs holds for them."""
+    if groups.trace.uncounted:
+        named = "; ".join(f"{name}: {reason}" for name, reason in groups.trace.uncounted.items())
+        warnings.warn(f"the MACs of some layers are not known and not counted ({named})", stacklevel=stacklevel)
 
 
 def bytes_per_parameter(model: nn.Module) -> float:
