@@ -281,6 +281,27 @@ def test_what_is_not_counted_is_named_everywhere(layer, reason):
     assert PruningReport.from_dict(json.loads(report.to_json())) == report
 
 
+class Token(nn.Module):
+    """Has a weight that this input does not need."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.mask = nn.Linear(8, 4), nn.Parameter(torch.zeros(1, 8))
+
+    def forward(self, x, masked=None):
+        return self.body(x if masked is None else torch.where(masked, self.mask, x))
+
+
+def test_unused_weights_are_not_named():
+    assert not trace(Token(), torch.randn(4, 8)).uncounted
+    assert trace(OwnKernel(8), torch.randn(4, 8)).uncounted == {"weight": "OwnKernel reads its weight out of sight"}
+
+
+def test_inputs_that_are_drawn_are_data():
+    model = Function(lambda m, x, w: x @ w, (8, 5))
+    assert count_ops(model, torch.zeros(2, 1), forward_fn=lambda m, _: m(torch.randn(2, 6, 8)))[0] == 6 * 8 * 5
+
+
 @pytest.mark.parametrize("name", ["plain", "residual", "se", "transformer_mlp", "depthwise", "transposed"])
 def test_ordinary_networks_have_nothing_to_name(name):
     model, x = make_network(name)

@@ -94,7 +94,6 @@ _COUNTED: dict[str, Macs] = {
 _UNKNOWN = {"addbmm", "cdist", "chain_matmul", "multi_dot", "conv_tbc", "embedding_bag", "solve", "lstsq", "kron"}
 """Functions of torch that multiply and accumulate, and of which we do not say how often."""
 
-
 _WEIGHTS: dict[str, slice] = {
     **{f"conv{n}d": slice(1, 2) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": slice(1, 2) for n in (1, 2, 3)},
@@ -136,13 +135,14 @@ class Operations(TorchFunctionMode):
         """Name the weights of modules that were called and read out of sight, by kernels of their own, say.
 
         Args:
-            called: modules that were called and are not counted as a whole, by name.
+            called: modules that were called, have no others inside and are not counted as a whole, by name. (Weights of
+                larger ones may simply be unused.)
         """
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         for name, module in called.items():
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1 and names[id(parameter)] not in self._read:
-                    self.uncounted.setdefault(name, f"{type(module).__name__} reads its {key} out of sight")
+                    self.uncounted.setdefault(name or key, f"{type(module).__name__} reads its {key} out of sight")
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -151,6 +151,8 @@ class Operations(TorchFunctionMode):
         output = func(*args, **kwargs)
         given, name = tensors_in((args, kwargs)), getattr(func, "__name__", str(func)).strip("_")
         made = [given[0]] if name == "setitem" else tensors_in(output)
+        if not given and name.startswith("rand"):  # noise, or inputs that forward_fn draws: data
+            return output
         if all(id(t) in self._fixed for t in given):
             origin = self._made_of(given)
             self._fixed.update((id(t), (t, origin)) for t in made)

@@ -167,7 +167,7 @@ class _Recorder:
             if isinstance(module, COUNTED):
                 self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
                 self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-            elif module._parameters:
+            elif module._parameters and not module._modules:
                 self._handles.append(module.register_forward_pre_hook(partial(self._meet, name)))
             if isinstance(module, COUNTED) or not any(True for _ in module.children()):
                 self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
