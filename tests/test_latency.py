@@ -1,6 +1,7 @@
 import platform
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -41,9 +42,11 @@ def test_numbers(fake):
 
 
 class Two(nn.Module):
+    seen: ClassVar[list[tuple[bool, bool]]] = []  # lists of the model itself are put back
+
     def __init__(self):
         super().__init__()
-        self.linear, self.seen = nn.Linear(10, 10), []
+        self.linear = nn.Linear(10, 10)
 
     def forward(self, a, b):
         self.seen.append((self.training, torch.is_grad_enabled()))
@@ -54,6 +57,7 @@ class Two(nn.Module):
 def test_inputs_and_modes(fake, inputs):
     model = Two().train()
     snapshot = Snapshot(model)
+    Two.seen.clear()
     assert measure_latency(model, inputs).batch == 4
     assert measure_latency(model, [X, 1], forward_fn=lambda m, x: m(x[0], x[0])).batch == 4
     assert model.seen == [(False, False)] * 2

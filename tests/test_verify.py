@@ -11,7 +11,7 @@ from torch import nn
 from contract import removal, topology, zoo
 from group_cases import shifted
 from networks import TOPOLOGIES, ZOO, conv_bn_relu, head
-from tp_importance import prunable_groups
+from tp_importance import prunable_groups, verify
 from tp_importance.verify import masked_equals_removed, sample_units
 
 # --- masked = removed -------------------------------------------------------------------------------------------------
@@ -103,3 +103,58 @@ def test_what_torch_pruning_cannot_do_is_refused_and_the_rest_is_pruned(layers):
     assert groups.names == [f"{len(layers)}.0"]
     assert "0.0" in {e.name for e in groups.excluded}
     assert masked_equals_removed(groups, x, sample_units(groups)) is None
+
+
+class Magnified(nn.Module):
+    """Sums over fewer channels are rounded otherwise, and here that shows."""
+
+    def __init__(self, cast=False):
+        super().__init__()
+        self.a, self.b, self.c, self.head = conv_bn_relu(3, 64), nn.Conv2d(64, 16, 3), conv_bn_relu(16, 8), head(8)
+        self.cast = cast
+
+    def forward(self, x):
+        x = torch.sin(1e5 * self.b(self.a(x)))
+        return self.head(self.c(x.float() if self.cast else x))
+
+
+def magnified(**options):
+    torch.manual_seed(0)
+    return Magnified(**options).eval(), torch.randn(2, 3, 12, 12)
+
+
+def test_rounding_is_no_difference():
+    model, x = magnified()
+    found = prunable_groups(model, x, verify=False)
+    removed = sample_units(found)
+    single = verify._compare(found, x, removed, found, verify.TOLERANCE, None)
+    assert single.may_be_rounding and "input of c.0: differs by" in single.problem
+    assert masked_equals_removed(found, x, removed) is None
+    assert prunable_groups(model, x).names == ["a.0", "b", "c.0"]
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and x.dtype == torch.float32
+
+
+def test_a_real_difference_stays_one_in_float64():
+    model, x = magnified()
+    groups = prunable_groups(model, x)
+    problem = masked_equals_removed(groups, x, sample_units(groups), gated=shifted(groups))
+    assert "differs by" in problem
+
+
+def test_the_first_verdict_stands_where_float64_does_not_run():
+    model, x = magnified(cast=True)
+    groups = prunable_groups(model, x)
+    reasons = {e.name: e.reason for e in groups.excluded}
+    assert groups.names == ["b", "c.0"] and "input of c.0: differs by" in reasons["a.0"]
+
+
+def test_failures_are_not_repeated(monkeypatch):
+    seen, compare, case = [], verify._compare, topology("plain")
+
+    def fails(*_):
+        raise IndexError("out of range")
+
+    monkeypatch.setattr(verify, "_compare", lambda *args: seen.append(args[-1]) or compare(*args))
+    monkeypatch.setattr(verify, "remove_units", fails)
+    problem = masked_equals_removed(case.groups, case.x, sample_units(case.groups))
+    assert problem == "pruning a copy fails: IndexError: out of range" and seen == [None]

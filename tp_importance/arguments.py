@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .budget import Budget
 
@@ -14,10 +15,11 @@ __all__ = ["checked_budget", "checked_importance", "checked_model"]
 def checked_model(model: Any) -> nn.Module:
     """``model``, if it is a network whose layers can be looked at.
 
-    Compiled code calls no hooks that were added later: what is counted or collected from it may be empty.
+    Compiled code calls no hooks that were added later: what is counted or collected from it may be empty. Lazy layers
+    get their weights, and become other modules, when they run for the first time.
 
     Raises:
-        TypeError: if it is no module, or it or a part of it is compiled.
+        TypeError: if it is no module, or it or a part of it is compiled or lazy and has not run yet.
 
     Example:
         >>> checked_model(lambda x: x)
@@ -39,6 +41,13 @@ def checked_model(model: Any) -> nn.Module:
                 f"{name or 'the model'} is compiled in place by .compile(), and compiled code hides its layers: prune "
                 "first and compile then, or take it back by module._compiled_call_impl = None"
             )
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if is_lazy(tensor):
+                where = f"{name}.{key}" if name else key
+                raise TypeError(
+                    f"{where} of the lazy {type(module).__name__} has no shape yet: run the model once, "
+                    "model(example_inputs), and prune then"
+                )
     return model
 
 

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain
 from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, TensorDataset
 
 __all__ = [
     "ForwardFn",
     "call_model",
     "check_loader",
+    "fresh_inputs",
     "iterate",
     "layer_input",
     "misplaced",
     "reference_tensor",
     "require_reiterable",
     "run_batch",
+    "run_model",
     "single_label",
     "split_batch",
     "tensors_in",
     "to_model",
-    "trainable_inputs",
 ]
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -160,8 +162,9 @@ def run_batch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None)
 
     Args:
         model: the network.
-        batch: see :func:`split_batch`; the labels are dropped, the rest is moved by :func:`to_model`.
-        forward_fn: replaces all that: ``forward_fn(model, batch)`` gets the batch as the loader gave it.
+        batch: see :func:`split_batch`; the labels are dropped, the rest is moved by :func:`to_model`. The network
+            gets clones, so that it may write into its inputs.
+        forward_fn: replaces all that: ``forward_fn(model, batch)`` gets the batch as the loader gave it, cloned.
 
     Returns:
         The output of the model (or of ``forward_fn``).
@@ -170,6 +173,7 @@ def run_batch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None)
         TypeError: if the batch has an unknown form.
         ValueError: if the batch is empty.
     """
+    batch = fresh_inputs(batch)
     if forward_fn is not None:
         return forward_fn(model, batch)
     args, kwargs, _ = split_batch(batch)
@@ -182,15 +186,36 @@ def run_batch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None)
         raise
 
 
-def trainable_inputs(value: Any) -> Any:
-    """``value`` with tensors that were made in inference mode replaced by copies: autograd refuses those."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, Mapping):
-        return {k: trainable_inputs(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_make"):
-        return type(value)(map(trainable_inputs, value))
-    return value
+def fresh_inputs(value: Any) -> Any:
+    """``value`` with all tensors cloned: a network may write into them, and autograd refuses those of inference mode.
+
+    Args:
+        value: tensor or nested tuples (named ones too), lists and dicts of tensors; anything else stays itself.
+
+    Returns:
+        The same structure. A tensor that stands in it twice is cloned once; ``requires_grad`` is kept.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2)
+        >>> _ = fresh_inputs({"x": x})["x"].fill_(1.0)
+        >>> x.tolist()
+        [0.0, 0.0]
+    """
+    clones: dict[int, Tensor] = {}
+
+    def fresh(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            if id(item) not in clones:
+                clones[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
+            return clones[id(item)]
+        if isinstance(item, MutableMapping) and not isinstance(item, dict):  # a batch encoding of a tokenizer, say
+            twin = copy.copy(item)
+            twin.update({key: tree_map(fresh, entry) for key, entry in item.items()})
+            return twin
+        return item
+
+    return tree_map(fresh, value)
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -230,6 +255,20 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
         if (reason := misplaced(model, example_inputs)) and not getattr(error, "__notes__", ()):
             error.add_note(reason)
         raise
+
+
+def run_model(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """Run ``model`` on clones of the example inputs, by ``forward_fn`` if there is one, else by :func:`call_model`.
+
+    Args:
+        model: the network.
+        example_inputs: as for :func:`call_model`.
+        forward_fn: ``forward_fn(model, example_inputs)``.
+
+    Returns:
+        The output.
+    """
+    return (forward_fn or call_model)(model, fresh_inputs(example_inputs))
 
 
 def misplaced(model: nn.Module, example_inputs: Any) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import ForwardFn, call_model, tensors_in
+from .batches import ForwardFn, run_model, tensors_in
 from .calibrate import DenseReference, is_calibrated, recalibrate_batchnorm
 from .compensation import compensate
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .guards import preserved, transaction, written
+from .modes import read_in_training_only
 from .observe import LabelFn
 from .patches import feature_channels, reader_weight
 from .progress import phase, shown
@@ -25,6 +26,7 @@ from .remap import Survivors, named_tensors
 from .report import CompensationReport, RefitRow
 from .stale_optimizers import replacing
 from .tracing import CONV, TraceOptions, is_depthwise
+from .untouched import untouched
 
 __all__ = ["Removal", "compensated_step", "removal"]
 
@@ -65,6 +67,7 @@ def compensated_step(
     forward_fn: ForwardFn | None = None,
     output_transform: Callable[[Any], Any] | None = None,
     label_fn: LabelFn | None = None,
+    allow_stale: bool = False,
     progress: bool = False,
 ) -> CompensationReport:
     """``pruner.step()``, and the layers that read removed channels are refitted to those that stay.
@@ -75,7 +78,8 @@ def compensated_step(
 
     Torch-Pruning prunes the network's outputs, too, classes say, unless the layers that make them are among the
     pruner's ``ignored_layers``. Nothing could make up for that, so a step that changes the shape of the output is
-    refused.
+    refused. So is one that takes channels which a layer reads in training mode only (an auxiliary head): the host does
+    not follow it, and the network would fail there.
 
     Args:
         pruner: a pruner of Torch-Pruning with any importance (``BasePruner``, ``MetaPruner``, ``BNScalePruner``, ...),
@@ -88,6 +92,7 @@ def compensated_step(
         forward_fn: ``forward_fn(model, batch)``; as given to the pruner.
         output_transform: as given to the pruner.
         label_fn: ``label_fn(batch)``.
+        allow_stale: accept that layers which run in training mode only keep their old width.
         progress: show a progress bar.
 
     Returns:
@@ -96,8 +101,8 @@ def compensated_step(
     Raises:
         TypeError: for a pruner of this package, which refits by ``step(compensate=...)``, or something else.
         RuntimeError: if the pruner's history does not explain what it removed.
-        ValueError: for bad data, or if outputs of the network were cut off. After any exception the model is as before
-            the step; build the pruner anew.
+        ValueError: for bad data, or if outputs of the network, or what training mode alone reads, were cut off. After
+            any exception the model is as before the step; build the pruner anew.
 
     Example:
         >>> import torch_pruning as tp
@@ -143,6 +148,8 @@ def compensated_step(
         groups = _groups(dense, example_inputs, options, heads)
         what = removal(groups, lambda name: survivors.alive(f"{name}.weight"))
         reference = DenseReference(copy.deepcopy(dense), _left(dense, survivors)) if recalibrate else None
+        if not allow_stale:
+            _require_no_stale(groups, example_inputs, what)
         report = compensate(
             dense,
             example_inputs,
@@ -188,8 +195,21 @@ def _groups(
         customized_pruners=options.customized_pruners,
         forward_fn=options.forward_fn,
         output_transform=options.output_transform,
+        allow_stale=True,  # the host has removed them already
         verify=verify,
     )
+
+
+def _require_no_stale(groups: PrunableGroups, x: Any, what: Removal) -> None:
+    """Refuse a step that took channels which a layer reads in training mode only: the host does not follow it."""
+    reasons = read_in_training_only(groups, x)
+    lost = {group: reasons[group] for group in what.units if group in reasons}
+    if lost:
+        layers = sorted({m.name for group in lost for m in groups[group].producers})
+        raise ValueError(
+            f"the step removed channels that are read in training mode only ({lost}); the model is as before. Build "
+            f"the pruner with the layers that make them in ignored_layers: {layers}"
+        )
 
 
 def _is_output(excluded: Excluded) -> bool:
@@ -197,8 +217,8 @@ def _is_output(excluded: Excluded) -> bool:
 
 
 def _output_shapes(model: nn.Module, x: Any, forward_fn: ForwardFn | None) -> list[tuple[int, ...]]:
-    with preserved(model), torch.no_grad():
-        return [tuple(t.shape) for t in tensors_in((forward_fn or call_model)(model.eval(), x))]
+    with untouched(model), torch.no_grad():
+        return [tuple(t.shape) for t in tensors_in(run_model(model.eval(), x, forward_fn))]
 
 
 def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:

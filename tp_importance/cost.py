@@ -214,15 +214,17 @@ class _Builder:
             positions[call.name] += call.macs
         for name, macs in positions.items():
             self._add_layer(0, name, modules[name], Fraction(macs, self.trace.batch_size))
+        parameters = dict(self.model.named_parameters())
+        for key, macs in self.trace.functional.items():
+            name = key.rpartition(".")[0]
+            self._add_parameter(0, key, name, modules[name], parameters[key], Fraction(macs, self.trace.batch_size))
         for name, module in modules.items():
             for key, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in counted_params:
                     continue
                 counted_params.add(id(parameter))
-                if key == "weight" and isinstance(module, (*CONV, nn.Linear)):
-                    self._add_layer(1, name, module, Fraction(parameter.numel()))
-                else:
-                    self._add_vector(f"{name}.{key}".lstrip("."), name, module, parameter)
+                full_name = f"{name}.{key}".lstrip(".")
+                self._add_parameter(1, full_name, name, module, parameter, Fraction(parameter.numel()))
         full = np.array([g.n_units for g in self.groups], np.int64)
         return CostModel(
             tuple(g.name for g in self.groups),
@@ -266,17 +268,26 @@ class _Builder:
             for h, m in a_out.items():
                 self.quadratic[field, min(g, h), max(g, h)] += total * n * m
 
-    def _add_vector(self, key: str, name: str, module: nn.Module, parameter: nn.Parameter) -> None:
-        """A parameter with one entry (or row) per channel of the owner's output side."""
+    def _add_parameter(
+        self, field: int, key: str, name: str, module: nn.Module, parameter: nn.Parameter, total: Fraction
+    ) -> None:
+        """A term proportional to the size of a parameter; ``total`` is its dense value."""
+        if key.rpartition(".")[2] == "weight" and isinstance(module, (*CONV, nn.Linear)):
+            self._add_layer(field, name, module, total)
+        else:
+            self._add_vector(field, key, name, parameter, total)
+
+    def _add_vector(self, field: int, key: str, name: str, parameter: nn.Parameter, total: Fraction) -> None:
+        """The same for a parameter with one entry (or row) per channel of the owner's output side."""
         owner = key if (key, "out") in self.sides else name
         member = next((m for g in self.groups for m in g.members if m.name == owner and m.role == "out"), None)
         if member is None or parameter.numel() % member.width:
-            self.constant[1] += parameter.numel()
+            self.constant[field] += total
             return
         k, a = self._side(owner, "out", member.width)
-        self.constant[1] += parameter.numel() * k
+        self.constant[field] += total * k
         for g, n in a.items():
-            self.linear[1, g] += parameter.numel() * n
+            self.linear[field, g] += total * n
 
 
 def _integers(values: object) -> Ints:

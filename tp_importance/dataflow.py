@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .batches import call_model, tensors_in
-from .guards import preserved
+from .batches import call_model, fresh_inputs, tensors_in
 from .tracing import CONV
+from .untouched import untouched
 
 __all__ = [
     "Flow",
@@ -232,13 +232,13 @@ def record(
         >>> [(op.name, op.kind) for op in record(net, torch.zeros(1, 3, 8, 8)).ops]
         [('0', 'layer'), ('relu', 'relu'), ('flatten', 'homogeneous')]
     """
-    recorder = _Recorder()
-    with preserved(model), torch.no_grad(), ExitStack() as stack:
+    recorder, inputs = _Recorder(), fresh_inputs(example_inputs)
+    with untouched(model), torch.no_grad(), ExitStack() as stack:
         model.eval()
         for name, module, kind in watched_modules(model, layers or {}):
             recorder.watch(stack, name, module, kind)
         stack.enter_context(recorder)
-        output = (forward_fn or call_model)(model, example_inputs)
+        output = (forward_fn or call_model)(model, inputs)
     outputs = tuple(recorder.value(t) for t in tensors_in(output))
     return Flow(recorder.ops, recorder.spans, [tuple(t.shape) for t in recorder.tensors], outputs)
 

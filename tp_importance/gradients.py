@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .batches import ForwardFn, iterate, run_batch, split_batch, to_model
-from .guards import preserved
 from .observe import LabelFn
 from .progress import track
+from .untouched import untouched
 
 __all__ = ["loss_gradients"]
 
@@ -51,7 +51,7 @@ def loss_gradients(
     """
     before = [(p, p.grad) for p in model.parameters()]
     try:
-        with preserved(model), torch.inference_mode(False), torch.enable_grad():
+        with untouched(model), torch.inference_mode(False), torch.enable_grad():
             model.eval()
             for parameter, _ in before:
                 if parameter.is_floating_point():

@@ -8,9 +8,11 @@ attention head count makes it several.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count, filterfalse
 from typing import Any, Literal
 
 import numpy as np
@@ -72,7 +74,9 @@ class ChannelGroup:
     """Channels that must live or die together.
 
     Attributes:
-        name: the first producer in execution order.
+        name: the first producer in execution order. Where its channels belong to several groups (behind a split, say),
+            ``/0``, ``/1``, ... tell them apart, in the order of the layers they reach. No two groups of a network bear
+            one name, and pruning does not change the names.
         width: number of root channels C_g.
         unit_size: root channels per unit; admissible widths are multiples of it.
         members: everything that changes shape, in execution order.
@@ -135,12 +139,20 @@ class PrunableGroups:
         groups: the groups that may be pruned.
         excluded: the groups that may not, with the reason.
         trace: the trace they come from.
+
+    Raises:
+        ValueError: if two groups, left out or not, bear one name.
     """
 
     groups: list[ChannelGroup]
     excluded: list[Excluded]
     trace: Trace = field(repr=False)
     options: TraceOptions = field(default_factory=TraceOptions, repr=False)
+
+    def __post_init__(self) -> None:
+        twice = [n for n, c in Counter([*self.names, *(e.name for e in self.excluded)]).items() if c > 1]
+        if twice:
+            raise ValueError(f"several groups are called {', '.join(twice)}: names of groups must differ")
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups)
@@ -194,6 +206,7 @@ def prunable_groups(
     customized_pruners: Mapping[Any, Any] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     output_transform: Callable[[Any], Any] | None = None,
+    allow_stale: bool = False,
     verify: bool | Verifier = True,
     progress: bool = False,
 ) -> PrunableGroups:
@@ -201,7 +214,8 @@ def prunable_groups(
 
     The groups come from Torch-Pruning's dependency graph. Left out, each with its reason, are: the network's
     outputs; groups with an ignored layer; groups whose channels are normalised together (LayerNorm, GroupNorm);
-    groups of a single unit; and every group for which removal is not the same as masking. The last test
+    groups of a single unit; groups that some layer reads in training mode only (an auxiliary head, which the surgery
+    would not follow); and every group for which removal is not the same as masking. The last test
     (``verify``, ours) prunes a copy and compares it, at every convolution and linear layer and at the output,
     with the masked original: Torch-Pruning traces some constructions wrongly and prunes them without an error
     (channel padding, uneven chunks).
@@ -215,6 +229,8 @@ def prunable_groups(
         customized_pruners: as in Torch-Pruning.
         forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
         output_transform: applied to the network's output before tracing.
+        allow_stale: also offer channels that layers read in training mode only. These layers keep their old width, and
+            the network fails in training mode once it is pruned.
         verify: compare masked and pruned copies (default). Costs one deep copy, one more trace and two passes. Or a
             function that knows the verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
         progress: show progress bars.
@@ -225,6 +241,7 @@ def prunable_groups(
     Raises:
         TracingError: if the network cannot be traced.
         TypeError: for an ``ignored_layers`` entry that is neither module, parameter nor type.
+        ValueError: if layers do not run in eval mode, and what they read in training mode cannot be found out.
 
     Example:
         >>> import torch
@@ -233,7 +250,8 @@ def prunable_groups(
         >>> [(g.name, g.width) for g in groups], [e.reason for e in groups.excluded]
         ([('0', 8)], ["produces the network's output"])
     """
-    from .verify import verify_groups  # verification needs groups
+    from .modes import read_in_training_only  # both need groups
+    from .verify import verify_groups
 
     options = TraceOptions(
         forward_fn,
@@ -244,6 +262,8 @@ def prunable_groups(
     )
     with phase("tracing", progress=progress) as running:
         groups = build_groups(trace(model, example_inputs, options), ignored_layers, num_heads, options)
+        if not allow_stale and len(groups):
+            groups = groups.exclude(read_in_training_only(groups, example_inputs))
         running.note(groups=len(groups), left_out=len(groups.excluded))
     if not verify or not len(groups):
         return groups
@@ -260,19 +280,41 @@ def build_groups(
     """Groups of a traced network, without verification; see :func:`prunable_groups`."""
     ignored = ignored_modules(traced.model, ignored_layers)
     order = traced.first_call()
-    groups: list[ChannelGroup] = []
-    excluded: list[Excluded] = []
+    found: list[tuple[ChannelGroup, str | None]] = []
     for host_group in traced.graph.get_all_groups(root_module_types=(tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)):
         parts, reason = _convert(traced, host_group, ignored, num_heads or {}, order)
-        for group in parts:
-            small = "at its smallest width" if group.n_units <= group.min_units else None
-            if reason or small:
-                excluded.append(Excluded(group.name, group.width, reason or str(small)))
-            else:
-                groups.append(group)
-    groups.sort(key=lambda g: order.get(g.name.split("/")[0], len(order)))
-    excluded.sort(key=lambda e: order.get(e.name.split("/")[0], len(order)))
+        found += [(group, reason) for group in parts]
+    groups: list[ChannelGroup] = []
+    excluded: list[Excluded] = []
+    for group, reason in _named_apart(found, order):
+        small = "at its smallest width" if group.n_units <= group.min_units else None
+        if reason or small:
+            excluded.append(Excluded(group.name, group.width, reason or str(small)))
+        else:
+            groups.append(group)
     return PrunableGroups(groups, excluded, traced, options)
+
+
+def _named_apart(
+    found: Sequence[tuple[ChannelGroup, str | None]], order: Mapping[str, int]
+) -> Iterator[tuple[ChannelGroup, str | None]]:
+    """The groups in execution order; those that share their first producer are numbered.
+
+    Numbers follow from the layers that the channels reach, in execution order, and only for the same layers from the
+    positions. Removing channels changes neither, so that a network that is traced again has the same names.
+    """
+    late = len(order)
+
+    def place(entry: tuple[ChannelGroup, str | None]) -> Any:
+        group = entry[0]
+        reached = [(order.get(m.name, late), m.name, m.role, len(m.channels) // group.n_units) for m in group.members]
+        first = next((int(m.channels.min()) for m in group.members if m.name == group.name and m.role == "out"), 0)
+        return order.get(group.name, late), group.name, reached, first
+
+    shared = Counter(group.name for group, _ in found)
+    free = {name: filterfalse(order.__contains__, map(f"{name}/{{}}".format, count())) for name in shared}
+    for group, reason in sorted(found, key=place):
+        yield (group if shared[group.name] == 1 else replace(group, name=next(free[group.name]))), reason
 
 
 def ignored_modules(
@@ -404,13 +446,12 @@ def _units(raw: Sequence[_RawMember], width: int) -> tuple[Index, str | None]:
 def _split_by_signature(
     name: str, root: tuple[str, Role], raw: Sequence[_RawMember], units: Index
 ) -> list[ChannelGroup]:
-    """Groups of units that occupy the same number of channels in the same members."""
+    """Groups of units that occupy the same number of channels in the same members; all bear one name still."""
     n_units = int(units.max()) + 1
     counts = [np.bincount(units[m.roots], minlength=n_units) for m in raw]
     signatures, kinds = np.unique(np.stack([np.bincount(units), *counts], axis=1), axis=0, return_inverse=True)
-    first = [int(np.flatnonzero(kinds.ravel() == k)[0]) for k in range(len(signatures))]
     groups = []
-    for part, kind in enumerate(np.argsort(first)):
+    for kind in range(len(signatures)):
         mine = np.flatnonzero(kinds.ravel() == kind)
         local = np.full(n_units, -1, np.int64)
         local[mine] = np.arange(len(mine))
@@ -422,7 +463,7 @@ def _split_by_signature(
                 members.append(Member(m.name, m.role, m.kind, m.channels[at >= 0], at[at >= 0], m.width))
         groups.append(
             ChannelGroup(
-                name if len(signatures) == 1 else f"{name}/{part}",
+                name,
                 int((of_root >= 0).sum()),
                 int(signatures[kind][0]),
                 tuple(members),

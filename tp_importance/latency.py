@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches import call_model, reference_tensor, tensors_in
-from .guards import preserved
+from .batches import call_model, fresh_inputs, reference_tensor, tensors_in
+from .untouched import untouched
 
 __all__ = ["Latency", "device_name", "least_latency", "measure_latency", "steady_memory"]
 
@@ -84,11 +84,11 @@ def measure_latency(
     device = torch.device("cpu") if like is None else like.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = torch.get_num_threads()
-    with preserved(model), steady_memory(), torch.inference_mode():
+    with untouched(model), steady_memory(), torch.inference_mode():
         model.eval()
         timer = Timer(
             "run(model, inputs)",
-            globals={"run": run, "model": model, "inputs": example_inputs},
+            globals={"run": run, "model": model, "inputs": fresh_inputs(example_inputs)},
             num_threads=threads,
         )
         found = timer.blocked_autorange(min_run_time=min_run_time)

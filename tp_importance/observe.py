@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .arguments import checked_model
 from .batches import (
     ForwardFn,
+    fresh_inputs,
     iterate,
     layer_input,
     reference_tensor,
@@ -21,11 +22,10 @@ from .batches import (
     single_label,
     split_batch,
     tensors_in,
-    trainable_inputs,
 )
-from .guards import preserved
 from .patches import require_batched
 from .progress import phase
+from .untouched import untouched
 
 __all__ = [
     "LabelFn",
@@ -129,12 +129,12 @@ def observe(
     batches = 0
     reference = reference_tensor(checked_model(model))
     device = reference.device if reference is not None else torch.device("cpu")
-    with preserved(model), ExitStack() as stack, torch.set_grad_enabled(gradients):
+    with untouched(model), ExitStack() as stack, torch.set_grad_enabled(gradients):
         model.eval()
         for watch in watches:
             stack.callback(watch.module.register_forward_hook(_hook(watch, current), with_kwargs=True).remove)
         running = stack.enter_context(phase("collecting", length_hint(loader) or None, unit="batch", progress=progress))
-        for batch in map(trainable_inputs, iterate(loader)) if gradients else iterate(loader):
+        for batch in map(fresh_inputs, iterate(loader)) if gradients else iterate(loader):
             labels = batch_labels(batch, label_fn, forward_fn, need_labels)
             if wanted is not None:
                 labels = torch.where(torch.isin(labels, wanted), labels, -1)

@@ -26,6 +26,7 @@ class Plan:
         removed: units to remove per group.
         constant: units that do not vary on the data, per group that has any.
         latency_ms: for a latency budget ``dense`` (measured, with its ``dense_iqr``), ``limit`` and ``predicted``.
+        uncounted: layers whose MACs are not known and in none of the costs, with the reason.
         certificate: what the allocator proves of its widths, see :class:`~tp_importance.program.ProgramAllocator`.
     """
 
@@ -37,6 +38,7 @@ class Plan:
     constant: dict[str, list[int]] = field(default_factory=dict, repr=False)
     certificate: dict[str, float] = field(default_factory=dict, repr=False)
     latency_ms: dict[str, float] = field(default_factory=dict)
+    uncounted: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_noop(self) -> bool:

@@ -72,6 +72,8 @@ class BudgetPruner:
         output_transform: as in Torch-Pruning.
         label_fn: ``label_fn(batch)`` for loaders of unusual form.
         latency_table: layer times for latency budgets, or the file to keep them in; default: measured afresh.
+        allow_stale: also prune what layers read in training mode only, see
+            :func:`~tp_importance.groups.prunable_groups`.
         verify: leave out groups for which removal is not masking, see
             :func:`~tp_importance.groups.prunable_groups`.
         progress: show a progress bar for every phase, see :mod:`tp_importance.progress`.
@@ -114,6 +116,7 @@ class BudgetPruner:
         output_transform: Callable[[Any], Any] | None = None,
         label_fn: LabelFn | None = None,
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
+        allow_stale: bool = False,
         verify: bool | Verifier = True,
         progress: bool = False,
     ) -> None:
@@ -140,9 +143,11 @@ class BudgetPruner:
             customized_pruners=customized_pruners,
             forward_fn=forward_fn,
             output_transform=output_transform,
+            allow_stale=allow_stale,
             verify=verify,
             progress=progress,
         )
+        warn_of_uncounted(self.groups, stacklevel=3)
         self._left_out = {e.name: e.reason for e in self.groups.excluded}
         self.initial_widths = self.groups.widths
         self.cost_model = CostModel.from_groups(self.groups)
@@ -263,7 +268,9 @@ class BudgetPruner:
         gone = {n: list(units) for n, units in removed.items()}
         counts = {f: int(v) for f, v in (limits or {}).items() if f != LATENCY}
         found = {} if limits is None or LATENCY not in limits else self._times(widths, limits[LATENCY])
-        return Plan(widths, self.cost_model.cost(widths), self.dense, counts, gone, constant, latency_ms=found)
+        uncounted = dict(self.groups.trace.uncounted)
+        cost = self.cost_model.cost(widths)
+        return Plan(widths, cost, self.dense, counts, gone, constant, latency_ms=found, uncounted=uncounted)
 
     def _times(self, widths: Mapping[str, int], limit: float) -> dict[str, float]:
         predicted = self.cost_model.timed.predict(self.cost_model.units(widths))
@@ -512,6 +519,7 @@ class BudgetPruner:
             constant={g: len(u) for g, u in plan.constant.items()},
             criterion=type(self.importance).__name__,
             latency_ms=dict(plan.latency_ms),
+            uncounted=dict(plan.uncounted),
         )
 
 
@@ -536,6 +544,13 @@ class Surgery(transaction):
             # the host's surgery has changed the graph
             traced = trace(pruner.model, pruner.example_inputs, pruner.groups.options)
             pruner.groups = replace(pruner.groups, trace=traced)
+
+
+def warn_of_uncounted(groups: PrunableGroups, *, stacklevel: int = 2) -> None:
+    """Say which layers multiply and accumulate as often as nobody knows: no budget of MACs holds for them."""
+    if groups.trace.uncounted:
+        named = "; ".join(f"{name}: {reason}" for name, reason in groups.trace.uncounted.items())
+        warnings.warn(f"the MACs of some layers are not known and not counted ({named})", stacklevel=stacklevel)
 
 
 def bytes_per_parameter(model: nn.Module) -> float:

@@ -62,6 +62,7 @@ class PSAPPruner:
         customized_pruners: as in Torch-Pruning.
         forward_fn: ``forward_fn(model, example_inputs)``.
         output_transform: as in Torch-Pruning.
+        allow_stale: as for :func:`~tp_importance.groups.prunable_groups`.
         verify: as for :func:`~tp_importance.groups.prunable_groups`.
         progress: show a progress bar for every prune step and every long phase; the training loop is yours.
 
@@ -107,6 +108,7 @@ class PSAPPruner:
         customized_pruners: Mapping[Any, Any] | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         output_transform: Callable[[Any], Any] | None = None,
+        allow_stale: bool = False,
         verify: bool | Verifier = True,
         progress: bool = False,
     ) -> None:
@@ -126,6 +128,7 @@ class PSAPPruner:
             customized_pruners=customized_pruners,
             forward_fn=forward_fn,
             output_transform=output_transform,
+            allow_stale=allow_stale,
             verify=verify,
             progress=progress,
         )

@@ -147,6 +147,7 @@ class PruningReport(CostReport):
         compensation: what the refit of the readers did, if there was one.
         latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` and ``measured``; ``dense_iqr`` and
             ``measured_iqr`` are interquartile ranges.
+        uncounted: layers whose MACs are not known and in none of the costs, with the reason.
     """
 
     rows: list[GroupRow]
@@ -160,6 +161,7 @@ class PruningReport(CostReport):
     criterion: str = ""
     compensation: CompensationReport | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
+    uncounted: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max([5, *(len(r.name) for r in self.rows)])
@@ -171,6 +173,8 @@ class PruningReport(CostReport):
         lines += self.cost_lines()
         for name, count in self.constant.items():
             lines.append(f"constant on the data: {count} in {name}")
+        for layer, reason in self.uncounted.items():
+            lines.append(f"not counted: {layer}: {reason}")
         for e in self.excluded:
             lines.append(f"left alone: {e.name} ({e.width}): {e.reason}")
         if self.compensation is not None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .batches import ForwardFn, call_model, tensors_in
+from .batches import ForwardFn, fresh_inputs, run_model, tensors_in
 from .dataflow import Flow, Op, function_name, is_question, made_tensors, record, watched_modules
 from .errors import TracingError
-from .guards import preserved
+from .untouched import untouched
 
 __all__ = ["added_to", "addition", "recording", "tap"]
 
@@ -24,11 +24,13 @@ def recording(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | Non
     That is so if the forward function does not call the model exactly once, or if something in it is scripted.
     """
     calls: list[tuple[Any, Any]] = []
-    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    with preserved(model), torch.no_grad():
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(fresh_inputs((args, kwargs))), with_kwargs=True
+    )
+    with untouched(model), torch.no_grad():
         model.eval()
         try:
-            (forward_fn or call_model)(model, example_inputs)
+            run_model(model, example_inputs, forward_fn)
         finally:
             handle.remove()
     if len(calls) != 1:

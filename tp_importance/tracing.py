@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .arguments import checked_model
-from .batches import call_model, misplaced, trainable_inputs
+from .batches import call_model, fresh_inputs, misplaced
 from .errors import TracingError
-from .guards import preserved
+from .operations import Operations
+from .untouched import untouched
 
 __all__ = ["COUNTED", "Call", "Trace", "TraceOptions", "batch_size", "count_ops", "is_depthwise", "trace"]
 
@@ -32,7 +34,7 @@ class Call:
         name: the module's qualified name.
         in_shape: shape of its first tensor argument.
         out_shape: shape of its (first) output.
-        macs: conv and linear multiply-accumulates of this call, whole batch; 0 for other modules.
+        macs: multiply-accumulates of this call, whole batch, for :data:`COUNTED` modules; 0 for other modules.
     """
 
     name: str
@@ -70,7 +72,13 @@ class TraceOptions:
 
 @dataclass
 class Trace:
-    """A traced network: dependency graph, calls in execution order, the example inputs and their batch size."""
+    """A traced network: dependency graph, calls in execution order, the example inputs and their batch size.
+
+    Attributes:
+        functional: multiply-accumulates of functions that read parameters outside of :data:`COUNTED` modules, whole
+            batch, by name of the parameter.
+        uncounted: reason per module or parameter whose multiply-accumulates are not known.
+    """
 
     model: nn.Module
     graph: Any
@@ -78,6 +86,8 @@ class Trace:
     batch_size: int
     example_inputs: Any
     names: dict[nn.Module | nn.Parameter, str] = field(default_factory=dict)
+    functional: dict[str, int] = field(default_factory=dict)
+    uncounted: dict[str, str] = field(default_factory=dict)
 
     def first_call(self) -> dict[str, int]:
         """Position of the first call of each module in execution order."""
@@ -147,15 +157,44 @@ def _attention_macs(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: 
 
 
 class _Recorder:
-    """Forward hooks that write down every call of every leaf module (and attention)."""
+    """Forward hooks that write down every call of every leaf module (and attention), and what functions cost."""
 
     def __init__(self, model: nn.Module):
         self.calls: list[Call] = []
-        self._handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True)
-            for name, module in model.named_modules()
-            if isinstance(module, COUNTED) or not any(True for _ in module.children())
-        ]
+        self._operations, self._called = Operations(model), dict[str, nn.Module]()
+        self._handles = []
+        for name, module in model.named_modules():
+            if isinstance(module, COUNTED):
+                self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+                self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+            elif module._parameters and not module._modules:
+                self._handles.append(module.register_forward_pre_hook(partial(self._meet, name)))
+            if isinstance(module, COUNTED) or not any(True for _ in module.children()):
+                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+
+    def run(self, model: nn.Module, inputs: Any, forward_fn: Callable[[nn.Module, Any], Any] | None) -> Any:
+        """Run the model and look at the functions that it calls."""
+        with self._operations:
+            return (forward_fn or call_model)(model, inputs)
+
+    def functional(self, n: int) -> tuple[dict[str, int], dict[str, str]]:
+        """Multiply-accumulates of functions per parameter, and reasons for what is not counted."""
+        self._operations.finish(self._called)
+        macs, uncounted = dict(self._operations.macs), dict(self._operations.uncounted)
+        for name in [name for name, count in macs.items() if count % n]:
+            uncounted[name.rpartition(".")[0] or name] = f"the operations on {name} do not grow with the batch"
+            del macs[name]
+        return macs, uncounted
+
+    def _enter(self, *_: Any) -> None:
+        self._operations.inside += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._operations.inside -= 1
+
+    def _meet(self, name: str, module: nn.Module, *_: Any) -> None:
+        if not self._operations.inside:
+            self._called[name] = module
 
     def _hook(self, name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -177,7 +216,8 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
 
     Torch-Pruning needs gradients and trainable parameters and leaves the model in eval mode, with its hooks
     in place if the forward pass raises. Here gradients are enabled for the trace only, frozen parameters are
-    thawed and frozen again, and modes and hooks are restored on every exit.
+    thawed and frozen again, and modes, hooks and all that the forward pass writes into the model (caches, counters,
+    buffers) are restored on every exit. The network runs on clones of the example inputs.
 
     Args:
         model: the network.
@@ -201,7 +241,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
     # the graph keeps autograd's nodes for their shapes; without the hooks, every activation would stay with them
     nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda _tensor: None, lambda nothing: nothing)
     with (
-        preserved(model),
+        untouched(model),
         torch.inference_mode(False),
         torch.enable_grad(),
         nothing_saved,
@@ -220,8 +260,8 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
         try:
             graph = tp.DependencyGraph().build_dependency(
                 model,
-                example_inputs=trainable_inputs(example_inputs),
-                forward_fn=options.forward_fn or call_model,
+                example_inputs=fresh_inputs(example_inputs),
+                forward_fn=partial(recorder.run, forward_fn=options.forward_fn),
                 output_transform=options.output_transform,
                 unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,
                 customized_pruners=dict(options.customized_pruners or {}) or None,
@@ -239,7 +279,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
             recorder.remove()
     names: dict[nn.Module | nn.Parameter, str] = {m: name for name, m in model.named_modules()}
     names.update({p: name for name, p in model.named_parameters()})
-    return Trace(model, graph, recorder.calls, n, example_inputs, names)
+    return Trace(model, graph, recorder.calls, n, example_inputs, names, *recorder.functional(n))
 
 
 def count_ops(
@@ -247,9 +287,11 @@ def count_ops(
 ) -> tuple[int, int]:
     """Count what one sample costs, by running the model.
 
-    MACs are multiply-accumulates of convolutions, linear layers and the projections of
-    ``nn.MultiheadAttention``; bias, normalisation and activations are not counted. A module called twice costs
-    its MACs twice and its parameters once.
+    MACs are multiply-accumulates of data with parameters: of convolutions, linear layers and the projections of
+    ``nn.MultiheadAttention``, of recurrent and bilinear layers, deformable convolutions, and of functions as
+    ``F.conv2d(x, self.weight)``, ``x @ self.weight`` or ``torch.einsum`` with two operands. Bias, normalisation,
+    activations and products of data with data (QKᵀ) are not counted; nor are kernels of other libraries, see
+    :attr:`Trace.uncounted`. A module called twice costs its MACs twice and its parameters once.
 
     Args:
         model: the network.
@@ -268,14 +310,14 @@ def count_ops(
     """
     checked_model(model)
     n = batch_size(example_inputs)
-    with preserved(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
         model.eval()
         recorder = _Recorder(model)
         try:
-            (forward_fn or call_model)(model, example_inputs)
+            recorder.run(model, fresh_inputs(example_inputs), forward_fn)
         finally:
             recorder.remove()
-    macs = sum(call.macs for call in recorder.calls)
+    macs = sum(call.macs for call in recorder.calls) + sum(recorder.functional(n)[0].values())
     return _per_sample(macs, n), sum(math.prod(p.shape) for p in model.parameters())
 
 

@@ -13,25 +13,27 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import call_model, layer_input, tensors_in, to_model
+from .batches import call_model, fresh_inputs, layer_input, reference_tensor, tensors_in, to_model
 from .cost import CostModel
 from .gates import channel_dim, with_input
 from .groups import Index, PrunableGroups
-from .guards import full_precision, preserved
+from .guards import full_precision
 from .progress import phase
 from .surgery import remove_units
 from .tracing import COUNTED, TraceOptions, count_ops, is_depthwise, trace
+from .untouched import untouched
 
 __all__ = ["difference", "gates", "masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
 
 TOLERANCE = 1e-3
-"""Largest difference allowed at any layer input, relative to its largest value there (float32)."""
+"""Largest difference allowed at any layer input, relative to its largest value there (float32, then float64)."""
 
 
 def sample_units(groups: PrunableGroups, seed: int = 0) -> dict[str, list[int]]:
@@ -82,6 +84,9 @@ def masked_equals_removed(
 ) -> str | None:
     """Compare the masked model with a physically pruned copy.
 
+    If values differ, and nothing else, both are compared once more in float64: sums over fewer channels are rounded
+    otherwise, and some networks magnify that. Where the network does not run in float64, the first verdict stands.
+
     Args:
         groups: groups of the model as it is now.
         example_inputs: inputs to compare on.
@@ -92,15 +97,43 @@ def masked_equals_removed(
     Returns:
         ``None`` if both agree and the pruned copy costs what the cost model says, else where and how they differ.
     """
+    found = _compare(groups, example_inputs, removed, gated or groups, tolerance, None)
+    like = reference_tensor(groups.trace.model)
+    if not found.may_be_rounding or like is None or like.dtype == torch.float64:
+        return found.problem
+    try:
+        again = _compare(groups, example_inputs, removed, gated or groups, tolerance, torch.float64)
+    except Exception:  # no float64 on this device, or no memory for it
+        return found.problem
+    return again.problem if again.problem is None or again.may_be_rounding else found.problem
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """How two copies differ, if they do, and whether only in values."""
+
+    problem: str | None
+    may_be_rounding: bool = False
+
+
+def _compare(
+    groups: PrunableGroups,
+    example_inputs: Any,
+    removed: Mapping[str, list[int]],
+    gated: PrunableGroups,
+    tolerance: float,
+    dtype: torch.dtype | None,
+) -> _Verdict:
+    """One comparison, see :func:`masked_equals_removed`, in the precision of the model (float32 if it is less)."""
     model, options = groups.trace.model, groups.options
-    original = _scrambled_copy(model)
+    original = _scrambled_copy(model, dtype)
     example_inputs = to_model(original, example_inputs)  # the copies of half-precision networks are float32
     pruned = copy.deepcopy(original)
     run = options.forward_fn or call_model
     keep = _kept_positions(groups, removed)
     try:
         predicted = CostModel.from_groups(groups)
-        with torch.no_grad(), gates(original, gated or groups, removed):
+        with torch.no_grad(), gates(original, gated, removed):
             masked, masked_out = _layer_inputs(original, example_inputs, run)
         rebuilt = same_groups(pruned, example_inputs, groups)
         remove_units(rebuilt, removed)
@@ -110,22 +143,26 @@ def masked_equals_removed(
     except torch.OutOfMemoryError:  # says nothing about the groups
         raise
     except Exception as error:
-        return f"pruning a copy fails: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        said = str(error).splitlines()[0][:160] if str(error) else ""
+        return _Verdict(f"pruning a copy fails: {type(error).__name__}: {said}")
     if [name for name, _ in masked] != [name for name, _ in left]:
-        return "the pruned copy calls its layers in another order"
-    for (name, a), (_, b) in zip(masked, left, strict=True):
-        problem = difference(_select(original.get_submodule(name), a, keep.get(name)), b, tolerance)
-        if problem:
-            return f"input of {name}: {problem}"
-    for a, b in zip(tensors_in(masked_out), tensors_in(left_out), strict=True):
-        problem = difference(a, b, tolerance)
-        if problem:
-            return f"output of the network: {problem}"
+        return _Verdict("the pruned copy calls its layers in another order")
+    pairs = [
+        (f"input of {name}", _select(original.get_submodule(name), a, keep.get(name)), b)
+        for (name, a), (_, b) in zip(masked, left, strict=True)
+    ]
+    outputs = zip(tensors_in(masked_out), tensors_in(left_out), strict=True)
+    values = None
+    for where, a, b in [*pairs, *(("output of the network", a, b) for a, b in outputs)]:
+        if a.shape != b.shape:
+            return _Verdict(f"{where}: {difference(a, b, tolerance)}")
+        problem = difference(a, b, tolerance) if values is None else None
+        values = f"{where}: {problem}" if problem else values
     sizes = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in groups}
     cost = predicted.cost(sizes)
     if (cost.macs, cost.params) != counted:
-        return f"the pruned copy costs {counted[0]} MACs and {counted[1]} params, the cost model says {cost}"
-    return None
+        return _Verdict(f"the pruned copy costs {counted[0]} MACs and {counted[1]} params, the cost model says {cost}")
+    return _Verdict(values, values is not None)
 
 
 def verify_groups(groups: PrunableGroups, example_inputs: Any, *, seed: int = 0) -> dict[str, str]:
@@ -179,18 +216,22 @@ def same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -
     return PrunableGroups(groups.groups, [], traced, options)
 
 
-def _scrambled_copy(model: nn.Module) -> nn.Module:
-    """A copy whose batch norms do something: at their initial values a wrong surgery can look right."""
+def _scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy whose batch norms do something: at their initial values a wrong surgery can look right.
+
+    In ``dtype``, or where that is ``None`` in float32 for what is of half precision.
+    """
+    halves = (torch.float16, torch.bfloat16)
     twin = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
+            if parameter.is_floating_point() and (dtype is not None or parameter.dtype in halves):
+                parameter.data = parameter.data.to(dtype or torch.float32)
         for buffer_owner in twin.modules():
             for key, buffer in buffer_owner.named_buffers(recurse=False):
-                if buffer.dtype in (torch.float16, torch.bfloat16):
-                    setattr(buffer_owner, key, buffer.float())
+                if buffer.is_floating_point() and (dtype is not None or buffer.dtype in halves):
+                    setattr(buffer_owner, key, buffer.to(dtype or torch.float32))
             if isinstance(buffer_owner, nn.modules.batchnorm._BatchNorm) and buffer_owner.affine:
                 shape = buffer_owner.weight.shape
                 for value, low, high in ((buffer_owner.weight, 0.5, 1.5), (buffer_owner.bias, -0.5, 0.5)):
@@ -201,7 +242,7 @@ def _scrambled_copy(model: nn.Module) -> nn.Module:
 def _layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list[tuple[str, Tensor]], Any]:
     """Inputs of every counted layer in call order, and the network's output."""
     seen: list[tuple[str, Tensor]] = []
-    with preserved(model), ExitStack() as stack:
+    with untouched(model), ExitStack() as stack:
         model.eval()
         for name, module in model.named_modules():
             if isinstance(module, COUNTED) and not isinstance(module, nn.MultiheadAttention):
@@ -211,7 +252,7 @@ def _layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list
                     with_kwargs=True,
                 )
                 stack.callback(hook.remove)
-        output = run(model, example_inputs)
+        output = run(model, fresh_inputs(example_inputs))
     return seen, output
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import call_model, iterate, run_batch, tensors_in
+from ..batches import iterate, run_batch, run_model, tensors_in
 from ..dataflow import record
 from ..functional.resconv import layer_loss
-from ..guards import preserved
 from ..observe import LabelFn, Watch, WatchFn, observe
 from ..progress import phase, track
 from ..tracing import batch_size
+from ..untouched import untouched
 from .block import ResConv2d
 from .removal import LAYERS
 
@@ -119,7 +119,7 @@ def output_losses(
     controls = removal_controls(model, layers, loader, example_inputs, forward_fn)
     batches, run, _ = _batches(loader, example_inputs, forward_fn)
     found: dict[str, float] = {}
-    with preserved(model), torch.no_grad(), _scalars_kept(layers), ExitStack() as stack:
+    with untouched(model), torch.no_grad(), _scalars_kept(layers), ExitStack() as stack:
         model.eval()
         dense = [tensors_in(run_batch(model, batch, run))[0].double() for batch in iterate(batches)]
         total = max(sum(float(y.square().sum()) for y in dense), 1e-300)
@@ -233,5 +233,9 @@ def _batches(
     """The loader, or the example inputs as if they were one."""
     if loader is not None:
         return loader, forward_fn, None
-    n, run = batch_size(example_inputs), forward_fn or call_model
-    return [None], lambda model, _: run(model, example_inputs), lambda _: torch.zeros(n, dtype=torch.int64)
+    n = batch_size(example_inputs)
+    return (
+        [None],
+        lambda model, _: run_model(model, example_inputs, forward_fn),
+        lambda _: torch.zeros(n, dtype=torch.int64),
+    )

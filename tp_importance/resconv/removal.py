@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import call_model, reference_tensor, tensors_in
+from ..batches import call_model, reference_tensor, run_model, tensors_in
 from ..dataflow import Flow, Kind, Span, record
 from ..guards import preserved, transaction
 from ..stale_optimizers import replacing
+from ..untouched import untouched
 from ..verify import difference
 from .block import ResConv2d, Scale, replace_module
 from .folding import fold_scales
@@ -119,9 +120,9 @@ def outputs_of(
     model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], Any] | None = None
 ) -> list[Tensor]:
     """Outputs in eval mode without gradients; modes are restored."""
-    with preserved(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
         model.eval()
-        return [t.clone() for t in tensors_in((run or call_model)(model, example_inputs))]
+        return [t.clone() for t in tensors_in(run_model(model, example_inputs, run))]
 
 
 def require_same(before: list[Tensor], after: list[Tensor], what: str) -> None:
