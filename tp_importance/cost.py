@@ -15,6 +15,7 @@ from torch import nn
 
 from .budget import Cost
 from .groups import PrunableGroups
+from .reparametrised import owner_of, sliced_sides
 from .tracing import CONV, is_depthwise
 
 __all__ = ["COST_FIELDS", "LATENCY", "CostModel", "Timed", "channels_per_unit"]
@@ -221,8 +222,10 @@ class _Builder:
                 counted_params.add(id(parameter))
                 if key == "weight" and isinstance(module, (*CONV, nn.Linear)):
                     self._add_layer(1, name, module, Fraction(parameter.numel()))
+                elif (owner := owner_of(name)) and isinstance(modules[owner[0]], (*CONV, nn.Linear)):
+                    self._add_source(*owner, modules[owner[0]], parameter)
                 else:
-                    self._add_vector(f"{name}.{key}".lstrip("."), name, module, parameter)
+                    self._add_vector(f"{name}.{key}".lstrip("."), name, parameter)
         full = np.array([g.n_units for g in self.groups], np.int64)
         return CostModel(
             tuple(g.name for g in self.groups),
@@ -266,14 +269,26 @@ class _Builder:
             for h, m in a_out.items():
                 self.quadratic[field, min(g, h), max(g, h)] += total * n * m
 
-    def _add_vector(self, key: str, name: str, module: nn.Module, parameter: nn.Parameter) -> None:
+    def _add_source(self, name: str, leaf: str, layer: nn.Module, parameter: nn.Parameter) -> None:
+        """A parameter that the weight or bias of a layer is computed from."""
+        sides = sliced_sides(layer, leaf, parameter)
+        if len(sides) == 2:
+            self._add_layer(1, name, layer, Fraction(parameter.numel()))
+        elif sides:
+            self._add_side(name, sides[0], parameter)
+        else:
+            self.constant[1] += parameter.numel()
+
+    def _add_vector(self, key: str, name: str, parameter: nn.Parameter) -> None:
         """A parameter with one entry (or row) per channel of the owner's output side."""
-        owner = key if (key, "out") in self.sides else name
-        member = next((m for g in self.groups for m in g.members if m.name == owner and m.role == "out"), None)
+        self._add_side(key if (key, "out") in self.sides else name, "out", parameter)
+
+    def _add_side(self, owner: str, role: str, parameter: nn.Parameter) -> None:
+        member = next((m for g in self.groups for m in g.members if m.name == owner and m.role == role), None)
         if member is None or parameter.numel() % member.width:
             self.constant[1] += parameter.numel()
             return
-        k, a = self._side(owner, "out", member.width)
+        k, a = self._side(owner, role, member.width)
         self.constant[1] += parameter.numel() * k
         for g, n in a.items():
             self.linear[1, g] += parameter.numel() * n
