@@ -19,7 +19,9 @@ from tp_importance import Budget, BudgetPruner, ChannelGroup, Plan, StatisticalI
 from tp_importance.allocation import require_reachable
 from tp_importance.batches import iterate, reference_tensor, split_batch, to_model
 from tp_importance.cost import LATENCY
-from tp_importance.groups import build_groups
+from tp_importance.groups import PrunableGroups, Verifier, build_groups
+from tp_importance.reparametrised import computed_tensors
+from tp_importance.verify import verify_groups
 
 from ._compat import import_nni
 from .config import Config, Masks, SharedWrappers, checked_configs, require_unwrapped
@@ -75,6 +77,7 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
         importance: StatisticalImportance,
         budget: Budget | None = None,
         example_inputs: Any = None,
+        verify: bool | Verifier = True,
         **options: Any,
     ) -> None:
         require_unwrapped(model)
@@ -90,6 +93,7 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
             importance=importance,
             budget=budget or Budget(macs=1.0),
             ignored_layers=skipped,
+            verify=_maskable(verify),
             **options,
         )
         groups = self._planner.groups
@@ -301,6 +305,20 @@ def _left_out(planner: BudgetPruner, ratios: Mapping[str, float], num_heads: Any
             reason = f"shares its channels with {', '.join(unselected)}, which config_list does not select"
         left_out[e.name] = reason
     return left_out
+
+
+def _maskable(verify: bool | Verifier) -> Verifier:
+    """``verify`` for groups all of whose layers have plain parameters: NNI masks nothing else and cuts nothing else."""
+
+    def check(groups: PrunableGroups, example_inputs: Any) -> Mapping[str, str]:
+        model = groups.trace.model
+        layers = {n: found[0] for n, m in model.named_modules() if (found := computed_tensors(m))}
+        fixed = {g.name: layers[m.name].reason(m.name) for g in groups for m in g.members if m.name in layers}
+        rest = groups.exclude(fixed)
+        judge = verify if callable(verify) else verify_groups
+        return {**(judge(rest, example_inputs) if verify and len(rest) else {}), **fixed}
+
+    return check
 
 
 def _require_free(groups: Iterable[ChannelGroup], wrappers: Mapping[str, Any]) -> None:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tp_importance.guards import HOOKS, transaction
+from tp_importance.guards import HOOKS, copy_memo, transaction
 from tp_importance.progress import phase
+from tp_importance.reparametrised import computed_tensors
 from tp_importance.resconv import resconv_layers
 from tp_importance.stale_optimizers import replacing
 
@@ -110,7 +111,13 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
         trial = _trial_copy(model)
         _apply(trial, full_masks)
         before = _run(trial, inputs)
-        replaced = _shrink(trial, inputs, full_masks, compat_shim)
+        try:
+            replaced = _shrink(trial, inputs, full_masks, compat_shim)
+        except RuntimeError as error:
+            found = [c.reason(name) for name, module in model.named_modules() for c in computed_tensors(module)]
+            if not found:
+                raise
+            raise RuntimeError(f"{error} NNI knows parameters only: {'; '.join(found)}") from error
         _check_widths(trial, full_masks)
         _compare(before, _run(trial, inputs))
         changes = _changes(model, trial, replaced)
@@ -149,7 +156,7 @@ def checked_masks(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]
         full = {
             target: _checked_mask(f"{name}.{target}", mask, parameters.get(target))
             for target, mask in targets.items()
-            if mask is not None and not (target in modules[name]._parameters and target not in parameters)
+            if mask is not None and not _is_idle(mask, modules[name], target)
         }
         if full:
             checked[name] = full
@@ -159,6 +166,13 @@ def checked_masks(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]
             f"the masks of {len(masks)} modules remove nothing; call pruner.compress() with a higher sparse_ratio"
         )
     return checked
+
+
+def _is_idle(mask: Any, module: nn.Module, target: str) -> bool:
+    """Whether a mask is for a parameter that is ``None``, or leaves a tensor that is none as it is."""
+    if target in module._parameters:
+        return module._parameters[target] is None
+    return isinstance(mask, Tensor) and isinstance(getattr(module, target, None), Tensor) and bool((mask == 1).all())
 
 
 def _checked_mask(name: str, mask: Tensor, parameter: Tensor | None) -> Tensor:
@@ -246,7 +260,7 @@ def _trial_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode, in the working precision and without hooks."""
     no_hooks: dict[int, Any] = {id(getattr(m, key)): OrderedDict() for m in model.modules() for key in HOOKS}
     try:
-        return copy.deepcopy(model, no_hooks).to(_precision(model)).eval()
+        return copy.deepcopy(model, copy_memo(model) | no_hooks).to(_precision(model)).eval()
     except Exception as error:
         raise RuntimeError(
             f"cannot copy {type(model).__name__} to try the removal on: {type(error).__name__}: {error}. Take out "

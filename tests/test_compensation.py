@@ -499,7 +499,7 @@ def test_weights_that_are_shared_or_computed_are_left_alone():
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(4)), nn.Conv2d(8, 2, 3)).eval()
     net[2].weight = net[1].weight
-    nn.utils.parametrizations.weight_norm(net[4])
+    nn.utils.parametrize.register_parametrization(net[4], "weight", nn.Identity())
     groups = prunable_groups(net, images()[:2], verify=False)
     removed = {g.name: [0] for g in groups}
     _, skipped = refittable(groups, removed)

@@ -24,6 +24,7 @@ from .lagrange import LagrangeAllocator, lagrange
 from .latency import Latency, measure_latency
 from .latency_model import LatencyModel
 from .latency_table import LatencyTable
+from .layer_pruners import channel_pruners
 from .obs import OBSImportance, OBSPruner
 from .observe import Observed, Watch, observe
 from .one_shot import OneShot, prune
@@ -99,6 +100,7 @@ __all__ = [
     "Watch",
     "WidthSpace",
     "__version__",
+    "channel_pruners",
     "compensate",
     "compensated_step",
     "convert_to_resconv",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from .arguments import checked_model
 from .batches import ForwardFn, iterate, run_batch
 from .functional.batchnorm import Moments, follow_change
-from .guards import preserved, written
+from .guards import copied, preserved, written
 from .progress import track
 
 __all__ = [
@@ -56,7 +55,7 @@ class DenseReference:
     def of(cls, model: nn.Module) -> DenseReference:
         """A reference for a network that is about to be pruned; holds a copy of it."""
         with torch.inference_mode(False):  # a copy made under it could not be written to
-            return cls(copy.deepcopy(model)).stamped(model)
+            return cls(copied(model)).stamped(model)
 
     def stamped(self, model: nn.Module) -> DenseReference:
         """The reference, with the values that the network has now, by which :meth:`is_of` knows it."""

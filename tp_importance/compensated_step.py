@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +14,8 @@ from .batches import ForwardFn, run_model, tensors_in
 from .calibrate import DenseReference, is_calibrated, recalibrate_batchnorm
 from .compensation import compensate
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
-from .guards import preserved, transaction, written
+from .guards import copied, preserved, transaction, written
+from .layer_pruners import channel_pruners
 from .modes import read_in_training_only
 from .observe import LabelFn
 from .patches import feature_channels, reader_weight
@@ -23,6 +23,7 @@ from .progress import phase, shown
 from .pruner import BudgetPruner
 from .refitting import Compensation
 from .remap import Survivors, named_tensors
+from .reparametrised import computed_tensors, follows, weight_source
 from .report import CompensationReport, RefitRow
 from .stale_optimizers import replacing
 from .tracing import CONV, TraceOptions, is_depthwise
@@ -126,7 +127,7 @@ def compensated_step(
         dict(graph.CUSTOMIZED_PRUNERS) or None,
         list(pruner.ignored_params),
     )
-    dense = copy.deepcopy(model)
+    dense = copied(model)
     names = {m: name for name, m in model.named_modules()}
     heads = {dense.get_submodule(names[m]): n for m, n in pruner.num_heads.items() if m in names}
     options = options.on_copy(model, dense)
@@ -134,9 +135,18 @@ def compensated_step(
     values = (*model.parameters(), *model.buffers())
     with shown(progress), torch.inference_mode(False), written(values), transaction(model), replacing(model):
         outputs = _output_shapes(dense, example_inputs, forward_fn)
-        with preserved(model), phase("removing channels"):
-            pruner.step()
-        if (cut := _output_shapes(model, example_inputs, forward_fn)) != outputs:
+        try:
+            with preserved(model), phase("removing channels"):
+                pruner.step()
+            cut = _output_shapes(model, example_inputs, forward_fn)
+        except Exception as error:
+            if not (found := _beyond_the_host(dense, options)):
+                raise
+            raise RuntimeError(
+                f"Torch-Pruning cannot prune {type(model).__name__} ({type(error).__name__}: {error}); the model is as "
+                f"before. {found}"
+            ) from error
+        if cut != outputs:
             made = [e.name for e in _groups(dense, example_inputs, options, heads, False).excluded if _is_output(e)]
             raise ValueError(
                 f"the step cut off outputs of the network (shapes {outputs} became {cut}); the model is as before. "
@@ -146,8 +156,8 @@ def compensated_step(
         survivors = Survivors.replay(dense, example_inputs, history, options)
         survivors.settle(named_tensors(dense), model)
         groups = _groups(dense, example_inputs, options, heads)
-        what = removal(groups, lambda name: survivors.alive(f"{name}.weight"))
-        reference = DenseReference(copy.deepcopy(dense), _left(dense, survivors)) if recalibrate else None
+        what = removal(groups, lambda name: survivors.alive(f"{name}.{weight_source(dense.get_submodule(name))}"))
+        reference = DenseReference(copied(dense), _left(dense, survivors)) if recalibrate else None
         if not allow_stale:
             _require_no_stale(groups, example_inputs, what)
         report = compensate(
@@ -212,6 +222,19 @@ def _require_no_stale(groups: PrunableGroups, x: Any, what: Removal) -> None:
         )
 
 
+def _beyond_the_host(model: nn.Module, options: TraceOptions) -> str:
+    """What Torch-Pruning by itself cannot cut in a network, and the remedy; empty if there is nothing."""
+    found = []
+    ours = {kind.__name__ for kind in channel_pruners(model) if kind not in (options.customized_pruners or {})}
+    if ours:
+        found.append(
+            f"It cannot cut {', '.join(sorted(ours))} by itself: build the pruner with "
+            "customized_pruners=tp_importance.channel_pruners(model)"
+        )
+    stuck = [(n, c[0]) for n, m in model.named_modules() if (c := computed_tensors(m)) and not follows(m, "in")]
+    return "; ".join([*found, *(what.reason(name) for name, what in stuck)])
+
+
 def _is_output(excluded: Excluded) -> bool:
     return excluded.reason == "produces the network's output"
 
@@ -233,7 +256,7 @@ def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
     """
     result, model = Removal(), groups.trace.model
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear)) and not is_depthwise(m)}
-    left = {n: reader_weight(m, alive(n)) for n, m in layers.items() if "weight" in m._parameters}
+    left = {n: reader_weight(m, alive(n)) for n, m in layers.items() if weight_source(m)}
     inputs = {n: _channels(layers[n], table) for n, table in left.items()}
     outputs = {n: table.any(2).flatten() for n, table in left.items()}
     explained: dict[str, Tensor] = {n: torch.zeros_like(a) for n, a in inputs.items()}

@@ -15,6 +15,7 @@ from torch import nn
 
 from .budget import Cost
 from .groups import PrunableGroups
+from .reparametrised import owner_of, sliced_sides
 from .tracing import CONV, is_depthwise
 
 __all__ = ["COST_FIELDS", "LATENCY", "CostModel", "Timed", "channels_per_unit"]
@@ -224,7 +225,12 @@ class _Builder:
                     continue
                 counted_params.add(id(parameter))
                 full_name = f"{name}.{key}".lstrip(".")
-                self._add_parameter(1, full_name, name, module, parameter, Fraction(parameter.numel()))
+                plain = key == "weight" and isinstance(module, (*CONV, nn.Linear))
+                owner = None if plain else owner_of(name)
+                if owner and isinstance(modules[owner[0]], (*CONV, nn.Linear)):
+                    self._add_source(*owner, modules[owner[0]], parameter)
+                else:
+                    self._add_parameter(1, full_name, name, module, parameter, Fraction(parameter.numel()))
         full = np.array([g.n_units for g in self.groups], np.int64)
         return CostModel(
             tuple(g.name for g in self.groups),
@@ -274,17 +280,26 @@ class _Builder:
         """A term proportional to the size of a parameter; ``total`` is its dense value."""
         if key.rpartition(".")[2] == "weight" and isinstance(module, (*CONV, nn.Linear)):
             self._add_layer(field, name, module, total)
-        else:
-            self._add_vector(field, key, name, parameter, total)
+        else:  # one entry (or row) per channel of the owner's output side
+            self._add_side(field, key if (key, "out") in self.sides else name, "out", parameter, total)
 
-    def _add_vector(self, field: int, key: str, name: str, parameter: nn.Parameter, total: Fraction) -> None:
-        """The same for a parameter with one entry (or row) per channel of the owner's output side."""
-        owner = key if (key, "out") in self.sides else name
-        member = next((m for g in self.groups for m in g.members if m.name == owner and m.role == "out"), None)
+    def _add_source(self, name: str, leaf: str, layer: nn.Module, parameter: nn.Parameter) -> None:
+        """A parameter that the weight or bias of a layer is computed from."""
+        sides, total = sliced_sides(layer, leaf, parameter), Fraction(parameter.numel())
+        if len(sides) == 2:
+            self._add_layer(1, name, layer, total)
+        elif sides:
+            self._add_side(1, name, sides[0], parameter, total)
+        else:
+            self.constant[1] += parameter.numel()
+
+    def _add_side(self, field: int, owner: str, role: str, parameter: nn.Parameter, total: Fraction) -> None:
+        """A term proportional to one side of a layer; ``total`` is its dense value."""
+        member = next((m for g in self.groups for m in g.members if m.name == owner and m.role == role), None)
         if member is None or parameter.numel() % member.width:
             self.constant[field] += total
             return
-        k, a = self._side(owner, "out", member.width)
+        k, a = self._side(owner, role, member.width)
         self.constant[field] += total * k
         for g, n in a.items():
             self.linear[field, g] += total * n

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .groups import ChannelGroup, PrunableGroups
+from .layer_pruners import in_terms_of_the_host
 from .progress import track
 
 __all__ = ["Curve", "convex_envelope", "curve_from_scores", "host_scores", "value_curves"]
@@ -116,7 +117,7 @@ def host_scores(importance: Any, groups: PrunableGroups, group: ChannelGroup) ->
     fn = pruner.prune_out_channels if group.root[1] == "out" else pruner.prune_in_channels
     width = graph.get_out_channels(module) if group.root[1] == "out" else graph.get_in_channels(module)
     with torch.no_grad():
-        scores = importance(graph.get_pruning_group(module, fn, list(range(width))))
+        scores = importance(in_terms_of_the_host(graph.get_pruning_group(module, fn, list(range(width)))))
     if not isinstance(scores, torch.Tensor):
         name = type(importance).__name__
         raise ValueError(

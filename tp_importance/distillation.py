@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from .batches import ForwardFn, call_model, tensors_in, to_model
 from .functional.distillation import check_distillation, distillation_loss, feature_loss
+from .guards import copied
 
 __all__ = ["Distiller", "distillation_loss"]
 
@@ -81,7 +81,7 @@ class Distiller:
         if not 0 <= feature_weight < float("inf"):
             raise ValueError(f"feature_weight={feature_weight} must be finite and at least 0, e.g. 100")
         _layers(teacher, features)
-        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.teacher = copied(teacher).eval().requires_grad_(False)
         self._original: weakref.ref[nn.Module] | None = weakref.ref(teacher)
         self._hooks, self._watched = _count_hooks(teacher), 0
         self.temperature, self.weight, self.forward_fn = temperature, weight, forward_fn

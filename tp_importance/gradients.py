@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from operator import length_hint
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .batches import ForwardFn, iterate, run_batch, split_batch, to_model
 from .observe import LabelFn
 from .progress import track
+from .reparametrised import as_leaves
 from .untouched import untouched
 
 __all__ = ["loss_gradients"]
@@ -28,6 +29,8 @@ def loss_gradients(
     label_fn: LabelFn | None = None,
 ) -> Iterator[None]:
     """Inside the block every parameter has the gradient of the mean losses of all batches, summed, in eval mode.
+
+    Of a weight that is computed from parameters, it is the weight that has the gradient.
 
     Afterwards gradients are what they were; parameters that are new, after a surgery say, have none.
 
@@ -50,7 +53,9 @@ def loss_gradients(
         True
     """
     before = [(p, p.grad) for p in model.parameters()]
+    stack = ExitStack()
     try:
+        stack.enter_context(as_leaves(model))  # until the end of the block
         with untouched(model), torch.inference_mode(False), torch.enable_grad():
             model.eval()
             for parameter, _ in before:
@@ -68,6 +73,7 @@ def loss_gradients(
                 raise ValueError("the loader gave no batch; a re-iterable of labelled batches is needed")
         yield
     finally:
+        stack.close()
         model.zero_grad(set_to_none=True)
         for parameter, gradient in before:
             parameter.grad = gradient

@@ -15,6 +15,7 @@ from .errors import StaleStatisticsError
 from .functional.psap import Bools
 from .gates import scale_inputs, scale_outputs
 from .groups import ChannelGroup, Member, PrunableGroups
+from .layer_pruners import has_channels
 from .remap import check_optimizer
 from .tracing import CONV
 
@@ -128,6 +129,8 @@ def _width(module: Any, member: Member) -> int | None:
         return module.out_channels if member.role == "out" else module.in_channels
     if isinstance(module, nn.Linear):
         return module.out_features if member.role == "out" else module.in_features
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not has_channels(module):
+        return None
     return getattr(module, "num_features", None)
 
 

@@ -22,7 +22,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
+from .layer_pruners import NEIGHBOURS, ParametrisedPruner
 from .progress import phase, shown
+from .reparametrised import computed_tensors
 from .tracing import CONV, Trace, TraceOptions, is_depthwise, trace
 
 __all__ = [
@@ -40,8 +42,8 @@ Role = Literal["in", "out"]
 Kind = Literal["producer", "reader", "carrier"]
 Index = NDArray[np.int64]
 
-# Normalising over channels, attending or recurring: removing one channel changes the others.
-_REFUSED = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.MultiheadAttention, nn.LSTM)
+# Normalising over channels or by neighbours, attending or recurring: removing one channel changes the others.
+_REFUSED = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.MultiheadAttention, nn.LSTM, *NEIGHBOURS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -379,6 +381,8 @@ def _convert(
             reasons.append(f"{traced.names[module]} is in ignored_layers")
         if isinstance(module, _REFUSED):
             reasons.append(f"{traced.names[module]} ({type(module).__name__}) mixes the channels: none can go exactly")
+        if fixed := _computed(traced, module, role):
+            reasons.append(fixed)
         if item.root_idxs is None or any(i is None for i in item.root_idxs):
             reasons.append(f"no index map reaches {traced.names[module]} (grouped-query attention)")
             continue
@@ -396,6 +400,20 @@ def _convert(
         reasons.append("nothing with weights reads it")
     groups = _split_by_signature(next((m.name for m in raw if m.kind == "producer"), root[0]), root, raw, units)
     return groups, reasons[0] if reasons else None
+
+
+def _computed(traced: Trace, module: Any, role: Role) -> str | None:
+    """Why a module cannot lose channels because of what its tensors are computed from, if that is so."""
+    found = computed_tensors(module) if isinstance(module, nn.Module) else []
+    if not found:
+        return None
+    pruner = traced.graph.get_pruner_of_module(module)
+    if not isinstance(pruner, ParametrisedPruner) and pruner not in traced.graph.REGISTERED_PRUNERS.values():
+        return None  # the user's
+    dense = isinstance(module, (*CONV, nn.Linear)) and not is_depthwise(module)
+    found = [c for c in found if c.leaf == "weight" or role == "out" or not dense]  # inputs have no biases
+    possible = not found or (isinstance(pruner, ParametrisedPruner) and pruner.follows[role])
+    return None if possible else found[0].reason(traced.names[module])
 
 
 def _raw_member(traced: Trace, item: Any, role: Role, num_heads: Mapping[nn.Module, int]) -> _RawMember:

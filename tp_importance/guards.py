@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 import warnings
@@ -9,12 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["Guard", "full_precision", "preserved", "transaction", "warn_in_eval_mode", "written"]
+__all__ = ["Guard", "copied", "copy_memo", "full_precision", "preserved", "transaction", "warn_in_eval_mode", "written"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 HOOKS = (
     "_forward_hooks",
@@ -275,6 +280,33 @@ def full_precision() -> Iterator[None]:
     finally:
         for owner, allowed in zip(owners, before, strict=True):
             owner.allow_tf32 = allowed
+
+
+def copied(model: Model) -> Model:
+    """A deep copy of a network, also after a forward pass with gradients left a tensor with a graph in it.
+
+    Args:
+        model: the network; tensors inside of it that are not leaves of the autograd graph, such as the weight under the
+            older ``torch.nn.utils.weight_norm`` or a cached activation, are copied without their graph.
+
+    Example:
+        >>> net = torch.nn.utils.weight_norm(nn.Linear(2, 2))
+        >>> twin = copied(net)
+        >>> net.weight.is_leaf, twin.weight.is_leaf
+        (False, True)
+    """
+    twin = copy.deepcopy(model, copy_memo(model))
+    for module in twin.modules():
+        if is_parametrized(module):  # copies share a class, and removing a parametrization changes the class
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    return twin
+
+
+def copy_memo(model: nn.Module) -> dict[int, Any]:
+    """What :func:`copy.deepcopy` is to take for the tensors of ``model`` that it refuses; see :func:`copied`."""
+    held = (value for module in model.modules() for value in tree_leaves([vars(module), module._buffers]))
+    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
 
 
 def _hook_ids(module: nn.Module) -> dict[str, set[Any]]:

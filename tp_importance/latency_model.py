@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 from .cost import channels_per_unit
 from .functional.latency import Grid, Surfaces, calibrate
 from .groups import PrunableGroups
-from .guards import preserved
+from .guards import copied, preserved
 from .latency import Latency
 from .latency_table import LatencyTable, TimedLayer, conditions_of, timed_layer
 from .progress import phase, track
@@ -174,7 +173,7 @@ class LatencyModel:
             units = np.maximum(np.ceil(full * fraction).astype(int), least)
             if any((units == known).all() for known in widths.values()):
                 continue
-            twin = copy.deepcopy(groups.trace.model)
+            twin = copied(groups.trace.model)
             removed = {g.name: list(range(int(u), g.n_units)) for g, u in zip(groups, units, strict=True)}
             remove_units(same_groups(twin, example_inputs, groups), removed)
             measured[fraction], widths[fraction] = clock(twin).median_ms, units

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .tracing import CONV
+from .tracing import CONV, is_batch_norm
 
 __all__ = [
     "bn_gain",
@@ -19,6 +19,10 @@ __all__ = [
     "set_reader_weight",
     "unfolded_input",
 ]
+
+
+EPS = 1e-5
+"""What batch norms add to variances if they do not say."""
 
 
 def unfolded_input(
@@ -163,7 +167,7 @@ def feature_channels(module: nn.Module) -> Tensor:
 
 def bn_gain(batch_norm: nn.Module | None, outputs: int) -> Tensor:
     r"""Gain :math:`g_o = \gamma_o/\sqrt{\sigma_o^2+\epsilon}` of the batch norm behind a reader, ones without; (O,)."""
-    if not isinstance(batch_norm, nn.modules.batchnorm._BatchNorm) or batch_norm.running_var is None:
+    if batch_norm is None or not is_batch_norm(batch_norm) or not isinstance(batch_norm.running_var, Tensor):
         return torch.ones(outputs)
-    gain = (batch_norm.running_var.detach().double() + batch_norm.eps).rsqrt()
-    return gain if batch_norm.weight is None else gain * batch_norm.weight.detach().double()
+    gain = (batch_norm.running_var.detach().double() + getattr(batch_norm, "eps", EPS)).rsqrt()
+    return gain * batch_norm.weight.detach().double() if isinstance(batch_norm.weight, Tensor) else gain

@@ -173,9 +173,9 @@ class ReaderStatistics:
         norm = self._norms[name]
         if isinstance(module.bias, Tensor):
             output = output + gain.flatten() * module.bias.detach().to(p)
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+        if norm is not None and isinstance(norm.running_mean, Tensor):
             output = output - gain.flatten() * norm.running_mean.to(p)
-            output = output if norm.bias is None else output + norm.bias.detach().to(p)
+            output = output + norm.bias.detach().to(p) if isinstance(norm.bias, Tensor) else output
         return ((weight @ p) * weight).sum(2).flatten(), output
 
     def relative(self, name: str) -> float:

@@ -16,6 +16,7 @@ from .functional.ridge import choose_ridge
 from .groups import Index, PrunableGroups
 from .patches import bn_gain, feature_channels, reader_weight, set_reader_weight
 from .readers import MAX_FEATURES
+from .reparametrised import computed_tensors
 from .report import RefitRow
 from .surgery import checked_units
 from .tracing import CONV, Trace
@@ -294,7 +295,10 @@ def _own_batch_norm(trace: Trace, name: str) -> nn.Module | None:
 
 def _obstacle(module: nn.Module, owners: Counter[int]) -> str:
     if "weight" not in module._parameters:
-        return "its weight is no plain parameter (parametrisation, or a host's wrapper)"
+        by = next(c.by for c in computed_tensors(module) if c.leaf == "weight")
+        return f"its weight is no plain parameter but computed ({by})"
+    if computed_tensors(module):
+        return f"its {computed_tensors(module)[0].leaf} is no plain parameter but computed"
     if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
         return "it shares its parameters with another layer"
     features = _shape(module)[2]

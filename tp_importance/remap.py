@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .checkpoint_content import plain
 from .groups import PrunableGroups
+from .guards import copied
 from .surgery import remove_units
 from .tracing import TraceOptions, trace
 from .verify import same_groups
@@ -49,7 +49,7 @@ class Survivors:
             removed: units to remove, per group name.
             example_inputs: to trace the copy with.
         """
-        coded = copy.deepcopy(groups.trace.model)
+        coded = copied(groups.trace.model)
         rebuilt = same_groups(coded, example_inputs, groups)
         _code(coded)
         remove_units(rebuilt, removed)
@@ -67,7 +67,7 @@ class Survivors:
             history: entries ``[module name, is_out, indices]`` of the surgery.
             options: how the network is traced.
         """
-        coded = copy.deepcopy(model)
+        coded = copied(model)
         graph = trace(coded, example_inputs, options.on_copy(model, coded)).graph
         _code(coded)
         graph.load_pruning_history([list(entry) for entry in history])

@@ -7,7 +7,6 @@ to a dense copy that gives the targets.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from .errors import TracingError
 from .functional.batchnorm import Moments as NormMoments
 from .functional.refit import Shortfall, residual_energy
 from .groups import PrunableGroups
-from .guards import preserved
+from .guards import copied, preserved
 from .observe import (
     LabelFn,
     at_least_float,
@@ -173,7 +172,7 @@ class SequentialRefit:
     # -- one pass per reader
 
     def _one_by_one(self, model: nn.Module, loader: Iterable[Any]) -> list[RefitRow]:
-        dense, rows, order = copy.deepcopy(model), [], self.groups.trace.first_call()
+        dense, rows, order = copied(model), [], self.groups.trace.first_call()
         index = {r.name: i for i, r in enumerate(self.refits)}
         stops = [*index, *(name for name, _ in self._norms())]
         with gates(model, self.groups, _lists(self.removed)):

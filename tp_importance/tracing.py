@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,14 +13,27 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .arguments import checked_model
 from .batches import call_model, fresh_inputs, misplaced
 from .errors import TracingError
+from .layer_pruners import channel_pruners, is_frozen_norm
 from .operations import Operations
+from .reparametrised import as_leaves
 from .untouched import untouched
 
-__all__ = ["COUNTED", "Call", "Trace", "TraceOptions", "batch_size", "count_ops", "is_depthwise", "trace"]
+__all__ = [
+    "COUNTED",
+    "Call",
+    "Trace",
+    "TraceOptions",
+    "batch_size",
+    "count_ops",
+    "is_batch_norm",
+    "is_depthwise",
+    "trace",
+]
 
 CONV = (nn.modules.conv._ConvNd,)
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
@@ -57,7 +71,9 @@ class TraceOptions:
         """The same options, with every module and parameter of ``model`` replaced by its twin in ``copy``."""
         names = {p: name for name, p in model.named_parameters()}
         params = dict(copy.named_parameters())
-        modules = dict(zip(model.modules(), copy.modules(), strict=True))
+        modules: dict[Any, Any] = dict(zip(model.modules(), copy.modules(), strict=True))
+        given = self.customized_pruners or {}
+        types = {type(module): type(twin) for module, twin in modules.items()}  # parametrised layers have their own
 
         def twin(p: nn.Parameter) -> nn.Parameter:
             return params[names[p]]
@@ -65,7 +81,7 @@ class TraceOptions:
         return replace(
             self,
             unwrapped_parameters=[(twin(p), dim) for p, dim in self.unwrapped_parameters or ()] or None,
-            customized_pruners={modules.get(k, k): v for k, v in (self.customized_pruners or {}).items()} or None,
+            customized_pruners={modules.get(k, types.get(k, k)): v for k, v in given.items()} or None,
             ignored_params=[twin(p) for p in self.ignored_params],
         )
 
@@ -100,9 +116,23 @@ class Trace:
         """The batch norm that alone receives the output of a layer, if there is one."""
         node = self.graph.module2node.get(self.model.get_submodule(name))
         followers = [] if node is None else node.outputs
-        if len(followers) == 1 and isinstance(followers[0].module, nn.modules.batchnorm._BatchNorm):
+        if len(followers) != 1:
+            return None
+        frozen = is_frozen_norm(followers[0].module)
+        if is_batch_norm(followers[0].module) and (not frozen or "BatchNorm" in followers[0].grad_fn.name()):
             return followers[0].module
+        behind = followers[0].outputs
+        if len(behind) == 1 and is_frozen_norm(behind[0].module) and len(followers[0].inputs) == 1:
+            # Torch-Pruning sees the last operation of a module as the module: x * scale, then + shift
+            steps = [n.grad_fn.name() for n in (followers[0], behind[0])]
+            if steps == ["MulBackward0", "AddBackward0"] and len(behind[0].inputs) == 1:
+                return behind[0].module
         return None
+
+
+def is_batch_norm(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a batch norm: one of torch, or a frozen one (:func:`.layer_pruners.is_frozen_norm`)."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or (module is not None and is_frozen_norm(module))
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -246,9 +276,14 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
         torch.enable_grad(),
         nothing_saved,
         warnings.catch_warnings(),
+        ExitStack() as stack,
     ):
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         for name, parameter in model.named_parameters():
+            if is_lazy(parameter):
+                raise TracingError(
+                    f"parameter {name} has no shape yet: its layer is lazy. Run the model once before pruning"
+                )
             if parameter.is_inference():
                 raise TracingError(
                     f"parameter {name} was made under torch.inference_mode (by .to() or a load, say) and can take no "
@@ -256,6 +291,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
                 )
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
+        stack.enter_context(as_leaves(model))
         recorder = _Recorder(model)
         try:
             graph = tp.DependencyGraph().build_dependency(
@@ -264,7 +300,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
                 forward_fn=partial(recorder.run, forward_fn=options.forward_fn),
                 output_transform=options.output_transform,
                 unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,
-                customized_pruners=dict(options.customized_pruners or {}) or None,
+                customized_pruners=channel_pruners(model, options.customized_pruners) or None,
                 ignored_params=list(options.ignored_params),
             )
         except Exception as error:

@@ -8,7 +8,6 @@ first reader, however small its trace in the output is.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,15 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .batches import call_model, fresh_inputs, layer_input, reference_tensor, tensors_in, to_model
 from .cost import CostModel
 from .gates import channel_dim, with_input
 from .groups import Index, PrunableGroups
-from .guards import full_precision
+from .guards import copied, full_precision
 from .progress import phase
 from .surgery import remove_units
-from .tracing import COUNTED, TraceOptions, count_ops, is_depthwise, trace
+from .tracing import COUNTED, TraceOptions, count_ops, is_batch_norm, is_depthwise, trace
 from .untouched import untouched
 
 __all__ = ["difference", "gates", "masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
@@ -128,7 +128,7 @@ def _compare(
     model, options = groups.trace.model, groups.options
     original = _scrambled_copy(model, dtype)
     example_inputs = to_model(original, example_inputs)  # the copies of half-precision networks are float32
-    pruned = copy.deepcopy(original)
+    pruned = copied(original)
     run = options.forward_fn or call_model
     keep = _kept_positions(groups, removed)
     try:
@@ -222,7 +222,7 @@ def _scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     In ``dtype``, or where that is ``None`` in float32 for what is of half precision.
     """
     halves = (torch.float16, torch.bfloat16)
-    twin = copy.deepcopy(model).eval()
+    twin = copied(model).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -232,9 +232,11 @@ def _scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
             for key, buffer in buffer_owner.named_buffers(recurse=False):
                 if buffer.is_floating_point() and (dtype is not None or buffer.dtype in halves):
                     setattr(buffer_owner, key, buffer.to(dtype or torch.float32))
-            if isinstance(buffer_owner, nn.modules.batchnorm._BatchNorm) and buffer_owner.affine:
-                shape = buffer_owner.weight.shape
-                for value, low, high in ((buffer_owner.weight, 0.5, 1.5), (buffer_owner.bias, -0.5, 0.5)):
+            norm = is_batch_norm(buffer_owner) or isinstance(buffer_owner, nn.modules.instancenorm._InstanceNorm)
+            for key, low, high in (("weight", 0.5, 1.5), ("bias", -0.5, 0.5)) if norm else ():
+                value = getattr(buffer_owner, key)
+                if isinstance(value, Tensor):
+                    shape = value.shape
                     value.copy_(torch.rand(shape, generator=generator) * (high - low) + low)
     return twin
 
@@ -244,6 +246,7 @@ def _layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list
     seen: list[tuple[str, Tensor]] = []
     with untouched(model), ExitStack() as stack:
         model.eval()
+        stack.enter_context(_StrongNeighbours())
         for name, module in model.named_modules():
             if isinstance(module, COUNTED) and not isinstance(module, nn.MultiheadAttention):
                 # after the gates, which are prepended
@@ -254,6 +257,16 @@ def _layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list
                 stack.callback(hook.remove)
         output = run(model, fresh_inputs(example_inputs))
     return seen, output
+
+
+class _StrongNeighbours(TorchFunctionMode):
+    """Lets local response norms be felt: as usually set, neighbours move a channel by less than the tolerance."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is nn.functional.local_response_norm:
+            args, kwargs = args[:2], {**kwargs, "alpha": 1.0, "beta": 0.75, "k": 1.0}
+        return func(*args, **kwargs)
 
 
 def _kept_positions(groups: PrunableGroups, removed: Mapping[str, list[int]]) -> dict[str, Tensor]:

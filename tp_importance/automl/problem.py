@@ -19,6 +19,7 @@ from ..cost import COST_FIELDS, CostModel
 from ..curves import Curve
 from ..errors import SearchSpaceError
 from ..files import read_json, write_json
+from ..guards import copy_memo
 from ..program import ProgramAllocator, implied_weights, named_allocator
 from ..pruner import BudgetPruner
 from .methods import Job, find_method, value_network
@@ -95,7 +96,7 @@ class BudgetProblem:
         for method in chosen.values():
             if method.make is None:
                 raise SearchSpaceError(f"method {method.name!r} takes no widths per group; leave it out of this search")
-        clone, options = copy.deepcopy((model, pruner_options))
+        clone, options = copy.deepcopy((model, pruner_options), copy_memo(model))
         store = None if statistics is None else CurveStore(statistics, model)
         arguments = Job(clone, example_inputs, loader, budget, store=store, pruner_options=options).arguments
         pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **arguments)

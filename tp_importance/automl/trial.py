@@ -16,6 +16,7 @@ from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
 from ..cost import CostModel
 from ..errors import BudgetError, SearchSpaceError
+from ..guards import copy_memo
 from ..latency import measure_latency
 from ..program import ProgramAllocator
 from ..progress import phase, shown
@@ -231,7 +232,8 @@ def prune_trial(
         checked_model(model)
         if budget is not None:
             checked_budget(budget)
-        clone, options = copy.deepcopy((model, pruner_options))  # layers in the options are then those of the copy
+        # layers in the options are then those of the copy
+        clone, options = copy.deepcopy((model, pruner_options), copy_memo(model))
         job = Job(clone, example_inputs, loader, budget, train=train, recalibrate=recalibrate, loss_fn=loss_fn)
         job.compensate = Compensation.of(compensate)
         job.store = None if statistics is None else CurveStore(statistics, model)

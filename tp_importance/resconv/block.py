@@ -20,6 +20,7 @@ from ..dataflow import Flow, is_batchnorm, record
 from ..functional.resconv import fused_kernel
 from ..groups import ignored_modules
 from ..guards import transaction
+from ..reparametrised import computed_tensors
 from ..stale_optimizers import replacing
 
 __all__ = ["ConversionReport", "ResConv2d", "Scale", "convert_to_resconv", "fuse", "replace_module", "resconv_layers"]
@@ -271,7 +272,8 @@ def _examine(model: nn.Module, flow: Flow, ignored: set[nn.Module]) -> Conversio
 def _reason(conv: nn.Conv2d, calls: list[Any], given: set[int], shared: set[nn.Parameter]) -> str | None:
     plain = all(getattr(type(conv), key) is getattr(nn.Conv2d, key) for key in ("forward", "_conv_forward"))
     if not plain or "forward" in vars(conv) or hasattr(conv, "parametrizations") or "weight" not in conv._parameters:
-        return f"its weight or forward pass is not that of a plain nn.Conv2d ({type(conv).__name__})"
+        by = next((f"its {c.leaf} is computed: {c.by}" for c in computed_tensors(conv)), type(conv).__name__)
+        return f"its weight or forward pass is not that of a plain nn.Conv2d ({by})"
     problem = _entangled(conv, shared)
     if problem:
         return problem

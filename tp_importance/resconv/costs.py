@@ -14,6 +14,7 @@ from torch import nn
 
 from ..budget import Cost
 from ..dataflow import record
+from ..guards import copied
 from ..latency import least_latency, measure_latency
 from ..latency_table import LatencyTable, conditions_of, timed_layer
 from ..progress import track
@@ -82,14 +83,14 @@ class LayerClock:
     @cached_property
     def dense_ms(self) -> float:
         """The network as it was before its conversion."""
-        twin = copy.deepcopy(self._model)
+        twin = copied(self._model)
         for name, layer in resconv_layers(twin).items():  # the same function does not matter here
             replace_module(twin, name, nn.Sequential(layer.conv, layer.bn))
         return self._measure(twin)
 
     def without_ms(self, removed: list[str]) -> float:
         """The fused network without some layers."""
-        twin = copy.deepcopy(self._model).eval()
+        twin = copied(self._model).eval()
         if removed:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a = 0; the pruner says it when it acts
