@@ -196,6 +196,16 @@ def test_the_cost_of_a_parameter_follows_its_width():
     assert cost.cost({"a": 5}) == Cost(*count_ops(model, X)) and len(model.weight) == 5
 
 
+def test_a_parameter_is_followed_over_several_steps():
+    model, importance = RawDepthwise(), tp.importance.MagnitudeImportance(p=1)
+    options = {"unwrapped_parameters": [(model.weight, 0)], "budget": Budget(macs=0.8)}
+    pruner = BudgetPruner(model, X, importance=importance, **options)
+    for macs in (0.8, 0.5):
+        report = pruner.step(Budget(macs=macs))
+        assert report.cost.macs <= macs * report.dense.macs
+        assert len(model.weight) == model.a.out_channels == model.c.in_channels == report.rows[0].after
+
+
 class MixesTokens(nn.Module):
     """Runs once per channel of the layer in front."""
 

@@ -125,3 +125,22 @@ def test_nested_and_within_preserved():
         snapshot.check()
         model[0].bias = None
     assert model[0].bias is None and model[0].out_features == 3
+
+
+def test_handles_of_hooks_still_work_after_a_rollback():
+    net, calls = nn.Linear(2, 2), []
+    handles = [
+        net.register_forward_hook(lambda *_: calls.append("after")),
+        net.register_forward_pre_hook(lambda *_: calls.append("before")),
+        net.register_full_backward_hook(lambda *_: calls.append("backward")),
+    ]
+    with pytest.raises(Stop), transaction(net):
+        net.weight = nn.Parameter(net.weight[:1])
+        net.register_forward_hook(lambda *_: calls.append("new"))
+        raise Stop
+    net(torch.zeros(1, 2, requires_grad=True)).sum().backward()
+    assert sorted(calls) == ["after", "backward", "before"]
+    for handle in handles:
+        handle.remove()
+    net(torch.zeros(1, 2))
+    assert len(calls) == 3 and not net._forward_hooks

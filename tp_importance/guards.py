@@ -183,16 +183,17 @@ class transaction(Guard):
         self._model, self._values = model, values
 
     def _note(self) -> None:
-        self._attributes = [
-            (m, {k: v.copy() if isinstance(v, dict) else v for k, v in vars(m).items()}) for m in self._model.modules()
-        ]
+        attributes = [vars(m) for m in self._model.modules()]
+        inside = [v for items in attributes for v in items.values() if isinstance(v, dict)]
+        # the dicts themselves come back, not their copies: the handle of a hook looks for it there
+        self._items = [(items, items.copy()) for items in (*attributes, *inside)]
         self._copies = _copies(self._values)
 
     def _restore(self, failed: bool) -> None:
         if failed:
-            for module, attributes in self._attributes:
-                vars(module).clear()
-                vars(module).update(attributes)
+            for items, before in self._items:
+                items.clear()
+                items.update(before)
             _put_back(self._copies)
 
 

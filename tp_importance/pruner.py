@@ -457,8 +457,9 @@ class BudgetPruner:
     @phase("tracing")
     def _retrace(self) -> PrunableGroups:
         """Groups of the pruned model; what was left out before stays out."""
-        traced = trace(self.model, self.example_inputs, self.groups.options)
-        groups = build_groups(traced, self._ignored_layers, self._num_heads, self.groups.options)
+        options = self.groups.options.renamed(self.groups.trace.names, self.model)
+        traced = trace(self.model, self.example_inputs, options)
+        groups = build_groups(traced, self._ignored_layers, self._num_heads, options)
         return groups.exclude({n: r for n, r in self._left_out.items() if n in groups.names})
 
     def _adopting(self, groups: PrunableGroups, history: Sequence[Any]) -> dict[str, Any]:

@@ -69,19 +69,28 @@ class TraceOptions:
 
     def on_copy(self, model: nn.Module, copy: nn.Module) -> TraceOptions:
         """The same options, with every module and parameter of ``model`` replaced by its twin in ``copy``."""
-        names = {p: name for name, p in model.named_parameters()}
-        params = dict(copy.named_parameters())
         modules: dict[Any, Any] = dict(zip(model.modules(), copy.modules(), strict=True))
         given = self.customized_pruners or {}
         types = {type(module): type(twin) for module, twin in modules.items()}  # parametrised layers have their own
+        pruners = {modules.get(k, types.get(k, k)): v for k, v in given.items()} or None
+        renamed = self.renamed({p: name for name, p in model.named_parameters()}, copy)
+        return replace(renamed, customized_pruners=pruners)
+
+    def renamed(self, names: Mapping[Any, str], model: nn.Module) -> TraceOptions:
+        """The same options, with every parameter replaced by the one that has its name in ``model`` now.
+
+        Args:
+            names: names of the parameters, those that surgery has replaced among them.
+            model: the network.
+        """
+        now = dict(model.named_parameters())
 
         def twin(p: nn.Parameter) -> nn.Parameter:
-            return params[names[p]]
+            return now.get(names.get(p, ""), p)
 
         return replace(
             self,
             unwrapped_parameters=[(twin(p), dim) for p, dim in self.unwrapped_parameters or ()] or None,
-            customized_pruners={modules.get(k, types.get(k, k)): v for k, v in given.items()} or None,
             ignored_params=[twin(p) for p in self.ignored_params],
         )
 
