@@ -20,6 +20,7 @@ from tp_importance.allocation import require_reachable
 from tp_importance.batches import iterate, reference_tensor, split_batch, to_model
 from tp_importance.cost import LATENCY
 from tp_importance.groups import build_groups
+from tp_importance.processes import warned_once
 
 from ._compat import import_nni
 from .config import Config, Masks, SharedWrappers, checked_configs, require_unwrapped
@@ -123,6 +124,7 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
             raise
         self.interval_steps = 1  # fused without a schedule: prune after the first step (NNI's -1 means never)
 
+    @warned_once()
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Mask the model; returns it, still wrapped, and the masks for :func:`nni_plugins.speedup`."""
         result = super().compress(max_steps, max_epochs)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, TensorDataset
 
+from .processes import warn_of_processes
+
 __all__ = [
     "ForwardFn",
     "call_model",
@@ -280,12 +282,16 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
     Raises:
         TypeError: see :func:`check_loader`; and while iterating, if it is a data set that gives single samples.
 
+    Warns:
+        UserWarning: if ``torch.distributed`` runs several processes: each sees its own batches.
+
     Example:
         >>> import torch
         >>> len(list(iterate([torch.zeros(2, 3), torch.zeros(1, 3)])))
         2
     """
     check_loader(loader)
+    warn_of_processes("batches")
     return _batches_of(loader) if isinstance(loader, Dataset) else iter(loader)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked_model
 from .batches import ForwardFn, call_model, tensors_in
 from .calibrate import recalibrate_batchnorm
 from .compensation import compensate
@@ -18,6 +19,7 @@ from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
 from .guards import preserved, transaction, written
 from .observe import LabelFn
 from .patches import feature_channels, reader_weight
+from .processes import warned_once
 from .pruner import BudgetPruner
 from .refitting import Compensation
 from .remap import Survivors, named_tensors
@@ -53,6 +55,7 @@ class Removal:
         return replace(report, rows=[*report.rows, *(row for row in self.rows if row.name not in listed)])
 
 
+@warned_once()
 def compensated_step(
     pruner: Any,
     example_inputs: Any,
@@ -110,7 +113,7 @@ def compensated_step(
     if settings is None:
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     _require_host(pruner)
-    model, graph = pruner.model, pruner.DG
+    model, graph = checked_model(pruner.model, "pruner.model"), pruner.DG
     options = TraceOptions(
         forward_fn,
         output_transform,

@@ -13,6 +13,7 @@ from .functional.refit import output_energy
 from .groups import PrunableGroups, prunable_groups
 from .guards import written
 from .observe import LabelFn, observe
+from .processes import warned_once
 from .readers import ReaderStatistics
 from .refitting import Compensation, Refit, Ridge, refittable, touched
 from .report import CompensationReport, RefitRow
@@ -21,6 +22,7 @@ from .sequential import SequentialRefit
 __all__ = ["Compensation", "compensate"]
 
 
+@warned_once()
 def compensate(
     model: nn.Module,
     example_inputs: Any,

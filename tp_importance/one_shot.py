@@ -18,6 +18,7 @@ from .calibrate import has_batch_norm
 from .gradients import loss_gradients
 from .importance import StatisticalImportance
 from .itpruner import ITPruner, ITPrunerImportance
+from .processes import warned_once
 from .pruner import BudgetPruner
 from .refitting import Compensation
 from .report import PruningReport
@@ -43,6 +44,7 @@ class OneShot:
         return str(self.report)
 
 
+@warned_once()
 def prune(
     model: nn.Module,
     example_inputs: Any,

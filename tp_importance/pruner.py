@@ -29,6 +29,7 @@ from .latency_model import LatencyModel
 from .latency_table import LatencyTable
 from .observe import LabelFn
 from .plan import Plan
+from .processes import warned_once
 from .program import named_allocator
 from .report import CompensationReport, GroupRow, PruningReport
 from .surgery import remove_units
@@ -186,6 +187,7 @@ class BudgetPruner:
             max_widths=self._max_widths,
         )
 
+    @warned_once()
     def measure_latency(self) -> LatencyModel:
         """The latency model of the model as given, measured when first asked for; :meth:`plan` does it when needed.
 
@@ -224,6 +226,7 @@ class BudgetPruner:
         """Value curve of every group, collected when needed."""
         return self._value()
 
+    @warned_once()
     def plan(self, budget: Budget | None = None) -> Plan:
         """Widths and cost under a budget, without touching the model and, for a second budget, the data.
 
@@ -272,6 +275,7 @@ class BudgetPruner:
             )
         return {"dense": dense.median_ms, "dense_iqr": dense.iqr_ms, "limit": limit, "predicted": predicted}
 
+    @warned_once()
     def step(
         self,
         budget: Budget | None = None,
@@ -300,6 +304,7 @@ class BudgetPruner:
         self._require_loader(Compensation.of(compensate), recalibrate)
         return self.apply(self.plan(budget), compensate=compensate, recalibrate=recalibrate)
 
+    @warned_once()
     def apply(
         self, plan: Plan, *, compensate: Compensation | str | bool | None = None, recalibrate: bool = False
     ) -> PruningReport:

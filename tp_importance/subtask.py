@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .arguments import unwrapped_model
+
 __all__ = ["slice_classifier"]
 
 
@@ -24,6 +26,7 @@ def slice_classifier(model: nn.Module, classes: Sequence[int], *, layer: nn.Line
         ``model``.
 
     Raises:
+        TypeError: if the model is none, or wrapped (``DistributedDataParallel``, ...).
         ValueError: if there is no linear layer, or a class is out of range or named twice.
 
     Example:
@@ -33,6 +36,7 @@ def slice_classifier(model: nn.Module, classes: Sequence[int], *, layer: nn.Line
         >>> torch.allclose(slice_classifier(net, [7, 3])(x), expected)
         True
     """
+    unwrapped_model(model)
     if layer is None:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
         if not linear:

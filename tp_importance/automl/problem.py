@@ -15,12 +15,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..allocation import Ints, WidthSpace, require_reachable
-from ..arguments import checked_budget
+from ..arguments import checked_budget, checked_model
 from ..budget import Budget
 from ..cost import COST_FIELDS, CostModel
 from ..curves import Curve
 from ..errors import SearchSpaceError
 from ..files import written_at_once
+from ..processes import warned_once
 from ..program import ProgramAllocator, implied_weights
 from ..pruner import BudgetPruner
 from .methods import Job, find_method, own_allocator, value_network
@@ -63,6 +64,7 @@ class BudgetProblem:
     options: dict[str, dict[str, Any]]
 
     @classmethod
+    @warned_once()
     def prepare(
         cls,
         model: nn.Module,
@@ -97,6 +99,7 @@ class BudgetProblem:
         for method in chosen.values():
             if method.make is None:
                 raise SearchSpaceError(f"method {method.name!r} takes no widths per group; leave it out of this search")
+        checked_model(model)
         clone, options = copy.deepcopy((model, pruner_options))
         store = None if statistics is None else CurveStore(statistics, model)
         arguments = Job(clone, example_inputs, loader, budget, store=store, pruner_options=options).arguments

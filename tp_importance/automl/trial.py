@@ -17,6 +17,7 @@ from ..budget import Budget, Cost
 from ..cost import CostModel
 from ..errors import BudgetError, SearchSpaceError
 from ..latency import measure_latency
+from ..processes import warned_once
 from ..program import ProgramAllocator
 from ..refitting import Compensation
 from ..tracing import count_ops
@@ -160,6 +161,7 @@ def checked_mode(mode: Any) -> str | None:
     return None
 
 
+@warned_once()
 def prune_trial(
     model: nn.Module,
     params: Mapping[str, Any],

@@ -17,6 +17,7 @@ from ..calibrate import recalibrate_batchnorm
 from ..errors import BudgetError
 from ..functional.resconv import cheapest_removal, soft_threshold
 from ..guards import transaction
+from ..processes import warned_once
 from ..pruner import bytes_per_parameter
 from ..tracing import count_ops
 from .block import ConversionReport, ResConv2d, convert_to_resconv, resconv_layers
@@ -228,6 +229,7 @@ class ResConvPruner:
                 )
         return {name: float(found[name]) for name in layers}
 
+    @warned_once()
     def plan(self, budget: Budget | None = None) -> LayerPlan:
         """Which layers would go; the model is not touched. A latency budget is measured on copies.
 
@@ -254,6 +256,7 @@ class ResConvPruner:
         controls = self._controls(gone)
         return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, controls, savings=costs.savings)
 
+    @warned_once()
     @torch.inference_mode(False)  # what is made there could take no gradient
     def step(self, budget: Budget | None = None, *, fuse: bool = True, recalibrate: bool = False) -> LayerReport:
         """Remove layers, fold what they hand on into their neighbours, and fuse the others; in place.
