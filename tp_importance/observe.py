@@ -285,5 +285,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def at_least_float(x: Tensor) -> Tensor:
-    """Half precision as float32."""
+    """Half precision as float32; what is no tensor, such as the outputs of some networks, stays itself."""
+    if not isinstance(x, Tensor):
+        return x
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

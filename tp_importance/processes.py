@@ -61,8 +61,8 @@ def warn_of_processes(what: str) -> None:
         warned.append(True)
     warnings.warn(
         f"torch.distributed runs {count} processes, and each takes its own {what}: with others it gets another "
-        "network, without an error. Prune in one process before the network is wrapped; or give every process the same batches, "
-        "and afterwards the weights of one: torch.distributed.broadcast of every tensor in model.state_dict()",
+        "network, without an error. Prune in one process before the network is wrapped; or give every process the same "
+        "batches, and afterwards the weights of one: torch.distributed.broadcast of every tensor in model.state_dict()",
         stacklevel=_levels_up(),
     )
 

@@ -108,7 +108,9 @@ class BudgetProblem:
         require_reachable(cost, space, limits)
         losses, starts = {}, {}
         for name, method in chosen.items():
-            job = Job(clone, example_inputs, loader, budget, given[name], store=store, loss_fn=loss_fn)
+            job = Job(
+                clone, example_inputs, loader, budget, given[name], store=store, loss_fn=loss_fn, pruner_options=options
+            )
             found = value_network(method, job, pruner.groups)
             curves = found.curves(pruner.groups)
             starts[name] = own_allocator(method, found)(curves, cost, space, limits)

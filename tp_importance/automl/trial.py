@@ -16,6 +16,7 @@ from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
 from ..cost import CostModel
 from ..errors import BudgetError, SearchSpaceError
+from ..gradients import checked_loss_fn
 from ..latency import measure_latency
 from ..processes import warned_once
 from ..program import ProgramAllocator
@@ -199,7 +200,8 @@ def prune_trial(
             :func:`~tp_importance.compensate`; a ``"compensate"`` among the parameters goes first.
         statistics: folder for statistics that trials share, see
             :class:`~tp_importance.automl.statistics.CurveStore`; default: collected in every trial.
-        loss_fn: ``loss_fn(output, labels)`` for criteria that need gradients.
+        loss_fn: ``loss_fn(output, labels)`` for trials of a criterion that looks at gradients of a loss (``"taylor"``,
+            ``"psap"``); the others, in the same search, have no use for it.
         latency_seconds: how long to measure; None leaves the latency out.
         seed: of torch during the trial; the generator of the caller is not touched.
         keep: called with the pruned network, to save it say.
@@ -227,6 +229,7 @@ def prune_trial(
     with parameters_noted(params), torch.random.fork_rng():
         torch.manual_seed(seed)
         checked_model(model)
+        checked_loss_fn(loss_fn)
         if budget is not None:
             checked_budget(budget)
         clone, options = copy.deepcopy((model, pruner_options))  # layers in the options are then those of the copy
