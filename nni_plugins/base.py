@@ -220,7 +220,14 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
         """Refuse a budget now rather than at the end of a schedule."""
         limits = self._planner.limits(budget)  # measures a latency, which wrapped layers would not have
         require_reachable(
-            self._planner.cost_model, self._space, limits, "select more layers, or raise max_sparse_ratio"
+            self._planner.cost_model,
+            self._space,
+            limits,
+            {
+                "max_pruning_ratio": "raise max_sparse_ratio",
+                "ignored": "select more layers",
+                "reason": "config_list does not select it",
+            },
         )
 
     def _progress(self) -> float:

@@ -117,11 +117,26 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A group that is left alone, and why."""
+    """A group that is left alone, and why.
+
+    Attributes:
+        name: of the group.
+        width: its channels.
+        reason: why.
+        layers: that make the channels.
+        ignored: whether ``ignored_layers`` is the only reason.
+    """
 
     name: str
     width: int
     reason: str
+    layers: Sequence[str] = field(default=(), compare=False)
+    ignored: bool = field(default=False, compare=False)
+
+    @classmethod
+    def of(cls, group: ChannelGroup, reason: str, ignored: bool = False) -> Excluded:
+        """The same for a group."""
+        return cls(group.name, group.width, reason, [m.name for m in group.producers], ignored)
 
 
 @dataclass
@@ -176,7 +191,7 @@ class PrunableGroups:
     def exclude(self, reasons: Mapping[str, str]) -> PrunableGroups:
         """A copy in which the groups named in ``reasons`` are left out."""
         keep = [g for g in self.groups if g.name not in reasons]
-        gone = [Excluded(g.name, g.width, reasons[g.name]) for g in self.groups if g.name in reasons]
+        gone = [Excluded.of(g, reasons[g.name]) for g in self.groups if g.name in reasons]
         return PrunableGroups(keep, self.excluded + gone, self.trace, self.options)
 
 
@@ -257,11 +272,11 @@ def build_groups(
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
     for host_group in traced.graph.get_all_groups(root_module_types=(tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)):
-        parts, reason = _convert(traced, host_group, ignored, num_heads or {}, order)
+        parts, reason, spared = _convert(traced, host_group, ignored, num_heads or {}, order)
         for group in parts:
             small = "at its smallest width" if group.n_units <= group.min_units else None
             if reason or small:
-                excluded.append(Excluded(group.name, group.width, reason or str(small)))
+                excluded.append(Excluded.of(group, reason or str(small), spared and small is None))
             else:
                 groups.append(group)
     groups.sort(key=lambda g: order.get(g.name.split("/")[0], len(order)))
@@ -312,13 +327,13 @@ def _convert(
     ignored: set[nn.Module],
     num_heads: Mapping[nn.Module, int],
     order: Mapping[str, int],
-) -> tuple[list[ChannelGroup], str | None]:
-    """One Torch-Pruning group in our terms, and the reason to leave it out, if there is one.
+) -> tuple[list[ChannelGroup], str | None, bool]:
+    """One Torch-Pruning group in our terms, the reason to leave it out, if there is one, and if that is only asked for.
 
     Channels that a split sends to different readers become groups of their own: only then is the cost a function
     of the widths.
     """
-    graph, reasons = traced.graph, []
+    graph, reasons, asked = traced.graph, list[str](), 0
     raw: list[_RawMember] = []
     for item in host_group:
         module = item.dep.target.module
@@ -329,6 +344,7 @@ def _convert(
             continue
         if role == "out" and module in ignored:
             reasons.append(f"{traced.names[module]} is in ignored_layers")
+            asked += 1
         if isinstance(module, _REFUSED):
             reasons.append(f"{traced.names[module]} ({type(module).__name__}) mixes the channels: none can go exactly")
         if item.root_idxs is None or any(i is None for i in item.root_idxs):
@@ -347,7 +363,7 @@ def _convert(
     if not any(m.kind == "reader" for m in raw):
         reasons.append("nothing with weights reads it")
     groups = _split_by_signature(next((m.name for m in raw if m.kind == "producer"), root[0]), root, raw, units)
-    return groups, reasons[0] if reasons else None
+    return groups, reasons[0] if reasons else None, 0 < asked == len(reasons)
 
 
 def _raw_member(traced: Trace, item: Any, role: Role, num_heads: Mapping[nn.Module, int]) -> _RawMember:

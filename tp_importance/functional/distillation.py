@@ -45,7 +45,8 @@ def distillation_loss(
         Scalar.
 
     Raises:
-        ValueError: for shapes that do not fit, class indices that are no integers, columns that the teacher lacks and values out of range.
+        ValueError: for shapes that do not fit, class indices that are no integers, columns that the teacher
+            lacks and values out of range.
 
     Example:
         >>> student, teacher = torch.zeros(2, 3, requires_grad=True), torch.tensor([[9.0, 0, 0], [0, 0, 9.0]])

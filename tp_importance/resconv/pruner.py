@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..allocation import count_hint
 from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
 from ..calibrate import recalibrate_batchnorm
@@ -248,6 +249,8 @@ class ResConvPruner:
                 raise BudgetError(
                     f"the budget of {limit} {f} cannot be reached by removing layers: with all {len(losses)} removed "
                     f"{least[f]} {f} are left. Give at least {least[f]}, or prune channels after fusing"
+                    + self._left_out()
+                    + count_hint(f, limit, self.dense.as_dict()[f])
                 )
         needed = {f: float(costs.fused.as_dict()[f] - limit) for f, limit in limits.items()}
         if chosen.is_measured:
@@ -403,8 +406,14 @@ class ResConvPruner:
         raise BudgetError(
             f"the latency budget of {limit:.3f} ms cannot be reached by removing layers: {measured:.3f} ms were "
             f"measured with {len(gone)} of {len(losses)} removed (dense: {self._dense_ms:.3f} ms). Allow more, or "
-            "prune channels after fusing"
+            "prune channels after fusing" + self._left_out()
         )
+
+    def _left_out(self) -> str:
+        """The first layers that cannot go, with the reasons."""
+        named = [f"{name} ({reason})" for name, reason in self.conversion.left_out.items()]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        return f". Left out: {', '.join(named[:3])}{more}" if named else ""
 
 
 def _cheapest(
