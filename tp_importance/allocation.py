@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .budget import Absolute
 from .cost import COST_FIELDS, LATENCY, CostModel
 from .curves import Curve, Floats, convex_envelope
 from .errors import BudgetError
@@ -394,16 +395,18 @@ def count_hint(field: str, limit: float, dense: float) -> str:
 
     Args:
         field: of the cost.
-        limit: upper limit of it.
+        limit: upper limit of it, as :meth:`Budget.limits` gives it.
         dense: present cost.
 
     Example:
-        >>> count_hint("macs", 50, 10**6)
+        >>> from tp_importance import Budget, Cost
+        >>> limits = Budget(macs=50).limits(Cost(macs=10**6, params=10**3))
+        >>> count_hint("macs", limits["macs"], 10**6)
         '. A limit of 50 is 50 macs in all; for 50 % of them give Budget(macs=0.5)'
-        >>> count_hint("macs", 50, 60)
+        >>> count_hint("macs", limits["macs"], 60)
         ''
     """
-    if field == LATENCY or not 1 <= limit <= _TINY or dense <= _TINY * limit:
+    if not isinstance(limit, Absolute) or limit > _TINY or dense <= _TINY:
         return ""
     whole = int(limit)
     return f". A limit of {whole} is {whole} {field} in all; for {whole} % of them give Budget({field}={whole / 100})"

@@ -15,6 +15,10 @@ __all__ = ["Budget", "Cost"]
 _LABELS = {"macs": "MACs"}
 
 
+class Absolute(int):
+    """A limit that the user gave as it is, not as a fraction."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one sample costs a network.
@@ -124,7 +128,7 @@ class Budget:
             raise TypeError(f"dense must be a Cost, e.g. Cost(macs=1000, params=100), not {type(dense).__name__}")
         chosen = {name: getattr(self, name) for name in self.fields if name in dense.as_dict()}
         return {
-            name: value if isinstance(value, int) else math.floor(value * getattr(dense, name))
+            name: Absolute(value) if isinstance(value, int) else math.floor(value * getattr(dense, name))
             for name, value in chosen.items()
         }
 
