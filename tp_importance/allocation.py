@@ -395,12 +395,12 @@ def count_hint(field: str, limit: float, dense: float) -> str:
 
     Args:
         field: of the cost.
-        limit: upper limit of it, as :meth:`Budget.limits` gives it.
+        limit: upper limit of it, as :meth:`Budget.marked_limits` gives it.
         dense: present cost.
 
     Example:
         >>> from tp_importance import Budget, Cost
-        >>> limits = Budget(macs=50).limits(Cost(macs=10**6, params=10**3))
+        >>> limits = Budget(macs=50).marked_limits(Cost(macs=10**6, params=10**3))
         >>> count_hint("macs", limits["macs"], 10**6)
         '. A limit of 50 is 50 macs in all; for 50 % of them give Budget(macs=0.5)'
         >>> count_hint("macs", limits["macs"], 60)

@@ -124,6 +124,14 @@ class Budget:
         Raises:
             TypeError: if ``dense`` is not a :class:`Cost`.
         """
+        return {name: int(limit) for name, limit in self.marked_limits(dense).items()}
+
+    def marked_limits(self, dense: Cost) -> dict[str, int]:
+        """:meth:`limits`, of which those that were given as numbers are :class:`Absolute`: errors explain these.
+
+        Args:
+            dense: cost of the model before pruning.
+        """
         if not isinstance(dense, Cost):
             raise TypeError(f"dense must be a Cost, e.g. Cost(macs=1000, params=100), not {type(dense).__name__}")
         chosen = {name: getattr(self, name) for name in self.fields if name in dense.as_dict()}

@@ -210,7 +210,7 @@ class ITPrunerImportance(StatisticalImportance):
             return {}
         cost = CostModel.from_groups(groups)
         allocate = ProgramAllocator(self._weights(groups, shared), objective=self.objective)
-        units: Ints = allocate(curves, cost, WidthSpace.of(groups.groups), self.budget.limits(cost.dense))
+        units: Ints = allocate(curves, cost, WidthSpace.of(groups.groups), self.budget.marked_limits(cost.dense))
         return dict(zip(cost.names, units.tolist(), strict=True))
 
     def _rank(self, groups: PrunableGroups) -> dict[str, Floats]:

@@ -212,7 +212,7 @@ class BudgetPruner:
             budget: default: the pruner's.
         """
         chosen = checked_budget(self.budget if budget is None else budget)
-        counts: dict[str, float] = dict(chosen.limits(self.dense))
+        counts: dict[str, float] = dict(chosen.marked_limits(self.dense))
         if not chosen.is_measured:
             return counts
         model = self.measure_latency()

@@ -104,7 +104,7 @@ class BudgetProblem:
         store = None if statistics is None else CurveStore(statistics, model)
         arguments = Job(clone, example_inputs, loader, budget, store=store, pruner_options=options).arguments
         pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **arguments)
-        cost, space, limits = pruner.cost_model, pruner.space, budget.limits(pruner.dense)
+        cost, space, limits = pruner.cost_model, pruner.space, budget.marked_limits(pruner.dense)
         require_reachable(cost, space, limits)
         losses, starts = {}, {}
         for name, method in chosen.items():

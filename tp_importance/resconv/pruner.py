@@ -243,7 +243,7 @@ class ResConvPruner:
         """
         chosen = checked_budget(self.budget if budget is None else budget)
         losses, costs = self.losses(), LayerCosts.of(self.model, self._example_inputs, self._forward_fn)
-        limits, least = chosen.limits(self.dense), costs.without(list(losses)).as_dict()
+        limits, least = chosen.marked_limits(self.dense), costs.without(list(losses)).as_dict()
         for f, limit in limits.items():
             if least[f] > limit:
                 raise BudgetError(
