@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .arguments import checked_model
-from .batches import ForwardFn, iterate, run_batch
+from .batches import ForwardFn, WholeBatches, run_batch
 from .guards import preserved
 
 __all__ = ["Moments", "has_batch_norm", "recalibrate_batchnorm", "write_statistics"]
@@ -95,7 +95,8 @@ def recalibrate_batchnorm(
     Args:
         model: the network, frozen or not, in any floating dtype.
         loader: iterable of batches, see :func:`~tp_importance.batches.split_batch`; labels are ignored. A few
-            hundred samples usually do; at least two elements per channel in every batch.
+            hundred samples usually do; at least two elements per channel in every batch; a last
+            batch of one sample runs together with the one before it.
         forward_fn: ``forward_fn(model, batch)`` for batches of another form; it moves them itself.
         progress: show a progress bar.
 
@@ -127,7 +128,7 @@ def recalibrate_batchnorm(
     if not layers:
         warnings.warn("the model has no batch normalisation with running statistics: nothing changed", stacklevel=2)
         return model
-    batches = iterate(loader)
+    batches = WholeBatches(loader, 2)
     old = {m: [(b, b.clone()) for b in m._buffers.values() if b is not None] for m in layers}
     pooled: dict[Any, Moments] = {}
     done = False

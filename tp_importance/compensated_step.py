@@ -109,7 +109,7 @@ def compensated_step(
         >>> net[2].in_channels, [(r.name, r.after < r.before) for r in report.rows]
         (4, [('2', True), ('4', True)])
     """
-    settings = Compensation.of(how)
+    settings = Compensation.of(how, "how")
     if settings is None:
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     _require_host(pruner)

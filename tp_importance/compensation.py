@@ -82,7 +82,7 @@ def compensate(
         >>> int((net[2].weight == 0).flatten(2).all(2).all(0).sum())  # ready for the surgery
         2
     """
-    settings = Compensation.of(how)
+    settings = Compensation.of(how, "how")
     if settings is None:
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     if groups is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import ForwardFn, iterate, run_batch, split_batch, to_model
+from .batches import ForwardFn, iterate, keyed_labels, run_batch, split_batch, to_model
 from .guards import preserved
 from .observe import LabelFn
 
@@ -67,6 +67,7 @@ def loss_gradients(
                 if labels is None:
                     raise ValueError(
                         "gradients of the loss need labels: the loader must give (inputs, labels), or pass label_fn"
+                        + keyed_labels(batch)
                     )
                 loss_of(loss_fn, run_batch(model, batch, forward_fn), to_model(model, labels)).backward()
                 batches += 1

@@ -16,6 +16,7 @@ from .arguments import checked_model
 from .batches import (
     ForwardFn,
     iterate,
+    keyed_labels,
     layer_input,
     reference_tensor,
     run_batch,
@@ -220,7 +221,9 @@ def _read_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | N
         if needed:
             if single_label(batch):
                 raise ValueError(f"the loader gives one number for the labels of a batch; {_BATCHED}")
-            raise ValueError("the loader gives no labels; yield (inputs, labels) or pass label_fn")
+            raise ValueError(
+                "the loader gives no labels; yield (inputs, labels) or pass label_fn" + keyed_labels(batch)
+            )
         return torch.zeros(_samples(batch), dtype=torch.int64)
     if not isinstance(labels, Tensor):
         labels = torch.as_tensor(labels)
