@@ -176,7 +176,7 @@ def test_dicts_with_other_keys(use):
     (note,) = error.value.__notes__
     assert "called with the keyword arguments pixels, target" in note
     assert "forward_fn=lambda model, batch: model(batch['pixels'])" in note
-    assert "where labels are needed label_fn=lambda batch: batch['target']" in note
+    assert "Where labels are needed, pass label_fn=lambda batch: batch['target']" in note
     options = {**labelled, "forward_fn": lambda model, batch: model(batch["pixels"])}  # as the note says
     twin = copy.deepcopy(model)
     USES[use](model, {"pixels": x}, loader, **options)
@@ -189,7 +189,7 @@ def test_dicts_inside_of_pairs():
     with pytest.raises(TypeError) as error:
         observe(Image(), loader, [])
     (note,) = error.value.__notes__
-    assert "keyword arguments pixels " in note and "model(batch[0]['pixels'])" in note and "label_fn=" not in note
+    assert "keyword arguments pixels." in note and "model(batch[0]['pixels'])" in note and "label_fn=" not in note
 
 
 # -- compensate=

@@ -308,6 +308,9 @@ class WholeBatches:
         loader: iterable of batches.
         least: samples that the last batch needs by itself.
 
+    Attributes:
+        given: batches that the loader has given in the last pass.
+
     Example:
         >>> import torch
         >>> [len(batch) for batch in WholeBatches([torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(1, 3)], 2)]
@@ -316,14 +319,16 @@ class WholeBatches:
 
     def __init__(self, loader: Iterable[Any], least: int) -> None:
         check_loader(loader)
-        self._loader, self._least = loader, least
+        self._loader, self._least, self.given = loader, least, 0
 
     def __length_hint__(self) -> int:
         return length_hint(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
         held: list[Any] = []  # a batch, and perhaps a short one behind it
+        self.given = 0
         for batch in iterate(self._loader):
+            self.given += 1
             if held and (len(held) == 2 or not self._short(batch)):
                 yield from held
                 held = []

@@ -138,14 +138,12 @@ def recalibrate_batchnorm(
             for layer, name in layers.items():
                 layer.training = True
                 layer.register_forward_pre_hook(_collector(pooled, name), with_kwargs=True)
-            count = 0
             for batch in tqdm(batches, "recalibrate", length_hint(loader) or None) if progress else batches:
                 run_batch(model, batch, forward_fn)
-                count += 1
-        if not count:
+        if not batches.given:
             raise ValueError("loader is empty (or a generator that was used up before): pass at least one batch")
         for layer, moments in pooled.items():
-            write_statistics(layer, layers[layer], moments, count)
+            write_statistics(layer, layers[layer], moments, batches.given)
         done = True
     finally:
         for layer, buffers in old.items():
