@@ -338,7 +338,7 @@ class WholeBatches:
 
     def _short(self, batch: Any) -> bool:
         sizes = [len(t) for t in tensors_in(batch) if t.dim()]
-        return bool(sizes) and sizes[0] < self._least
+        return bool(sizes) and 0 < sizes[0] < self._least
 
 
 def _joined(first: Any, second: Any) -> Any | None:

@@ -16,7 +16,7 @@ from .batches import ForwardFn, call_model, tensors_in
 from .calibrate import recalibrate_batchnorm
 from .compensation import compensate
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
-from .guards import preserved, transaction, written
+from .guards import preserved, settled, transaction, written
 from .observe import LabelFn
 from .patches import feature_channels, reader_weight
 from .processes import warned_once
@@ -76,7 +76,7 @@ def compensated_step(
 
     Torch-Pruning prunes the network's outputs, too, classes say, unless the layers that make them are among the
     pruner's ``ignored_layers``. Nothing could make up for that, so a step that changes the shape of the output is
-    refused.
+    refused. Parameters that are cut are new objects without a gradient; all others keep theirs.
 
     Args:
         pruner: a pruner of Torch-Pruning with any importance (``BasePruner``, ``MetaPruner``, ``BNScalePruner``, ...),
@@ -129,7 +129,7 @@ def compensated_step(
     values = (*model.parameters(), *model.buffers())
     with torch.inference_mode(False), written(values), transaction(model):
         outputs = _output_shapes(dense, example_inputs, forward_fn)
-        with preserved(model):
+        with settled(model), preserved(model):
             pruner.step()
         if (cut := _output_shapes(model, example_inputs, forward_fn)) != outputs:
             made = [e.name for e in _groups(dense, example_inputs, options, heads, False).excluded if _is_output(e)]

@@ -64,7 +64,8 @@ def prune(
     Channels are ordered by the loss that is left after the readers are refitted (:class:`OBSImportance`), widths follow
     from the losses and the exact cost, Torch-Pruning removes the channels, and every layer behind them is refitted so
     that the network gives what it gave before on the samples. The recommended way to prune without training, and to
-    start a fine-tuning (with :class:`~tp_importance.distillation.Distiller`).
+    start a fine-tuning (with :class:`~tp_importance.distillation.Distiller`): build the optimizer afterwards, for
+    parameters that are cut are new objects without a gradient. All others keep theirs, and memory formats stay.
 
     Args:
         model: the network.

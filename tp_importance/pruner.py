@@ -23,7 +23,7 @@ from .cost import LATENCY, CostModel
 from .curves import Curve, value_curves
 from .errors import BudgetError
 from .groups import PrunableGroups, Verifier, build_groups, prunable_groups
-from .guards import preserved, transaction, written
+from .guards import preserved, settled, transaction, written
 from .importance import StatisticalImportance
 from .latency_model import LatencyModel
 from .latency_table import LatencyTable
@@ -285,6 +285,9 @@ class BudgetPruner:
     ) -> PruningReport:
         """Prune the model in place.
 
+        Parameters that are cut become new objects without a gradient, so build the optimizer afterwards; those that
+        stay as they are keep theirs. Memory formats (``channels_last``) stay.
+
         Args:
             budget: default: the pruner's. Repeated steps with falling budgets prune iteratively.
             compensate: refit the layers that read removed channels, on the pruner's loader, see
@@ -361,7 +364,7 @@ class BudgetPruner:
         """
         entries = [list(entry) for entry in history]
         try:
-            with self._surgery(), preserved(self.model):
+            with self._surgery(), settled(self.model), preserved(self.model):
                 groups = self.groups
                 for entry in entries:  # a fresh graph each: Torch-Pruning's keeps stale offsets behind a split
                     groups.trace.graph.load_pruning_history([list(entry)])
