@@ -20,6 +20,7 @@ from tp_importance.allocation import require_reachable
 from tp_importance.batches import iterate, reference_tensor, split_batch, to_model
 from tp_importance.cost import LATENCY
 from tp_importance.groups import PrunableGroups, Verifier, build_groups
+from tp_importance.processes import warned_once
 from tp_importance.reparametrised import computed_tensors
 from tp_importance.verify import verify_groups
 
@@ -127,6 +128,7 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
             raise
         self.interval_steps = 1  # fused without a schedule: prune after the first step (NNI's -1 means never)
 
+    @warned_once()
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Mask the model; returns it, still wrapped, and the masks for :func:`nni_plugins.speedup`."""
         result = super().compress(max_steps, max_epochs)
@@ -222,7 +224,14 @@ class ImportancePruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name
         """Refuse a budget now rather than at the end of a schedule."""
         limits = self._planner.limits(budget)  # measures a latency, which wrapped layers would not have
         require_reachable(
-            self._planner.cost_model, self._space, limits, "select more layers, or raise max_sparse_ratio"
+            self._planner.cost_model,
+            self._space,
+            limits,
+            {
+                "max_pruning_ratio": "raise max_sparse_ratio",
+                "ignored": "select more layers",
+                "reason": "config_list does not select it",
+            },
         )
 
     def _progress(self) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tp_importance import Budget, ResConv2d
+from tp_importance.arguments import checked_model
 from tp_importance.resconv import resconv_layers
 from tp_importance.resconv.block import conv_problem
 
@@ -75,7 +76,9 @@ def require_unwrapped(model: nn.Module) -> None:
 
     Raises:
         RuntimeError: naming the layer and both ways out.
+        TypeError: for a model that is none, compiled or wrapped (``DistributedDataParallel``, ...).
     """
+    checked_model(model)
     wrapped = next((name for name, _ in model.named_modules() if name.split(".")[-1] == "_nni_wrapper"), None)
     if wrapped is not None:
         raise RuntimeError(

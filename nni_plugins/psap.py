@@ -117,7 +117,7 @@ class PSAPPruner(ImportancePruner):
             uniform = {g.name: list(range(int(g.n_units * self._goal[g.name]))) for g in planner.groups}
             limits = {"macs": planner.plan_of(uniform).cost.macs}
         else:
-            limits = self._budget.limits(planner.dense)
+            limits = self._budget.marked_limits(planner.dense)
         return SoftPruning(
             planner.groups,
             planner.cost_model,

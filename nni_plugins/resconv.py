@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tp_importance import Budget, ResConv2d
 from tp_importance import ResConvPruner as LayerPruner
 from tp_importance.guards import transaction
+from tp_importance.processes import warned_once
 from tp_importance.progress import Phase, phase
 from tp_importance.resconv import LayerImportance, LayerPlan, resconv_layers
 
@@ -142,6 +143,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
         self._handed_on: dict[str, float] = {}
         self._steps, self._progress, self._running = 0, bool(options.get("progress")), Phase("training")
 
+    @warned_once()
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Train, then mask layers until the budget is met.
 

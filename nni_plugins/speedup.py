@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tp_importance.arguments import checked_model
 from tp_importance.guards import HOOKS, copy_memo, transaction
 from tp_importance.progress import phase
 from tp_importance.reparametrised import computed_tensors
@@ -85,8 +86,8 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
 
     Raises:
         NNIUnavailableError: NNI cannot be imported.
-        TypeError: ``example_inputs`` do not fit the signature of the model's ``forward``, or ``masks`` are not a
-            dict of dicts of tensors.
+        TypeError: ``example_inputs`` do not fit the signature of the model's ``forward``, ``masks`` are not a dict of
+            dicts of tensors, or the model is compiled or wrapped (``DistributedDataParallel``, ...).
         ValueError: the masks are empty or remove nothing, name an unknown module or parameter, have a wrong shape,
             are not made of zeros and ones, are not structured, remove a whole layer, or contradict each other.
         RuntimeError: the model still holds NNI wrappers, cannot be traced, or NNI fails or leaves other widths than
@@ -99,7 +100,7 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
 
     Source: ``nni/compression/speedup/model_speedup.py`` of NNI 3.0.
     """
-    wrapped = next((name for name, _ in model.named_modules() if name.split(".")[-1] == "_nni_wrapper"), None)
+    wrapped = next((n for n, _ in checked_model(model).named_modules() if n.split(".")[-1] == "_nni_wrapper"), None)
     if wrapped is not None:
         raise RuntimeError(f"the model is still wrapped by NNI, at {wrapped!r}; call pruner.unwrap_model() first")
     if resconv_layers(model):

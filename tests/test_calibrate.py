@@ -203,7 +203,7 @@ def test_too_small_batch_names_the_layer(x):
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     before = buffers(net)
     with pytest.raises(ValueError, match=r"layer '1'.*drop_last"):
-        recalibrate_batchnorm(net, [torch.randn(8, 3), x])
+        recalibrate_batchnorm(net, [x, torch.randn(8, 3)])  # a last one joins the batch before it
     assert_identical(before, buffers(net))
 
 

@@ -344,8 +344,11 @@ def test_several_inputs(inputs):
 
 def test_wrapped_by_data_parallel():
     model = nn.DataParallel(plain())
-    assert convert_to_resconv(model, X).resconv_report.converted == ["module.1", "module.4"]
-    assert type(fuse(model).module[1]) is nn.Conv2d
+    for use in (lambda: convert_to_resconv(model, X), lambda: fuse(model)):
+        with pytest.raises(TypeError, match=r"wrapped in DataParallel.*give model\.module"):
+            use()
+    assert convert_to_resconv(model.module, X).resconv_report.converted == ["1", "4"]
+    assert type(fuse(model.module)[1]) is nn.Conv2d
 
 
 # --- errors: the model is as before -----------------------------------------------------------------------------------

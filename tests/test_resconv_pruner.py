@@ -259,7 +259,7 @@ INPUTS = {
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_of_all_forms(kind, importance):
     inputs, loader, options = INPUTS[kind]
-    model = nn.DataParallel(Named()) if kind == "tuple" else Named()
+    model = Named()
     pruner = ResConvPruner(model, inputs, loader, budget=Budget(macs=0.7), a=0.5, importance=importance, **options)
     assert pruner.step(recalibrate=loader is not None).cost.macs <= 0.7 * pruner.dense.macs
 

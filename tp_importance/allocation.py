@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .budget import Absolute
 from .cost import COST_FIELDS, LATENCY, CostModel
 from .curves import Curve, Floats, convex_envelope
 from .errors import BudgetError
@@ -36,15 +39,28 @@ Curves = Mapping[str, Curve]
 Prices = dict[str, NDArray[Any]]
 
 
+_REMEDIES = {
+    "max_pruning_ratio": "raise max_pruning_ratio",
+    "round_to": "lower round_to",
+    "min_widths": "lower min_widths",
+    "ignored": "ignore fewer layers",
+}
+"""What to do about each thing that keeps a network from becoming smaller."""
+
+_NAMED, _TINY = 3, 100
+
+
 @dataclass(frozen=True)
 class WidthSpace:
     """Admissible widths of every group.
 
     Attributes:
         levels: per group the admissible numbers of units, ascending.
+        binding: options that keep a group from becoming as narrow as the graph allows.
     """
 
     levels: tuple[Ints, ...]
+    binding: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
     def of(
@@ -73,7 +89,7 @@ class WidthSpace:
         """
         if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
             raise ValueError(f"round_to={round_to!r} must be a positive integer, e.g. 8")
-        levels = []
+        levels, binding = [], set[str]()
         for g in groups:
             ratio = max_pruning_ratio.get(g.name, 1.0) if isinstance(max_pruning_ratio, Mapping) else max_pruning_ratio
             if isinstance(ratio, bool) or not 0.0 <= ratio <= 1.0:
@@ -85,13 +101,16 @@ class WidthSpace:
             least, most = (min_widths or {}).get(g.name, 0), (max_widths or {}).get(g.name, g.width)
             inside = (units * g.unit_size >= least) & (units * g.unit_size <= most)
             levels.append(units[((enough & rounded) | (units == g.n_units)) & inside])
+            full = units == g.n_units
+            options = {"max_pruning_ratio": enough, "round_to": rounded, "min_widths": units * g.unit_size >= least}
+            binding |= {name for name, allowed in options.items() if not (allowed | full)[0]}
             if not len(levels[-1]):
                 raise ValueError(
                     f"group {g.name} of {g.width} channels has no admissible width: min_widths {least}, max_widths "
                     f"{most}, max_pruning_ratio {ratio}, round_to {round_to}, units of {g.unit_size}, at least "
                     f"{g.min_units * g.unit_size}"
                 )
-        return cls(tuple(levels))
+        return cls(tuple(levels), tuple(name for name in _REMEDIES if name in binding))
 
     @property
     def floor(self) -> Ints:
@@ -340,15 +359,20 @@ def require_reachable(
     cost: CostModel,
     space: WidthSpace,
     limits: Limits,
-    remedy: str = "raise max_pruning_ratio, lower round_to or min_widths, or ignore fewer layers",
+    host: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Refuse limits that the floor exceeds.
+
+    The message names only what keeps this network from becoming smaller: options that bind, and the largest groups that
+    are left out.
 
     Args:
         cost: the cost model.
         space: admissible widths.
         limits: upper limit per cost field.
-        remedy: what else to do about it.
+        host: what is to be said to users of another host, who do not know our options: a remedy in place of that for
+            ``"max_pruning_ratio"``, ``"round_to"``, ``"min_widths"`` or ``"ignored"``, and the ``"reason"`` of groups
+            that are ignored.
 
     Raises:
         BudgetError: naming the least reachable cost.
@@ -359,8 +383,55 @@ def require_reachable(
             style, are = (".4g", "predicted") if field == LATENCY else ("", "left")
             raise BudgetError(
                 f"the budget of {limit:{style}} {field} cannot be reached: with every group at its floor "
-                f"{floor[field]:{style}} {field} are {are}. Give at least {floor[field]:{style}}, {remedy}"
+                f"{floor[field]:{style}} {field} are {are}. "
+                + _joined([f"Give at least {floor[field]:{style}}", *_remedies(cost, space, host)])
+                + _left_out(cost, field, host)
+                + count_hint(field, limit, cost.spent(cost.full, [field])[field])
             )
+
+
+def count_hint(field: str, limit: float, dense: float) -> str:
+    """What an absolute limit so small was meant as, perhaps.
+
+    Args:
+        field: of the cost.
+        limit: upper limit of it, as :meth:`Budget.marked_limits` gives it.
+        dense: present cost.
+
+    Example:
+        >>> from tp_importance import Budget, Cost
+        >>> limits = Budget(macs=50).marked_limits(Cost(macs=10**6, params=10**3))
+        >>> count_hint("macs", limits["macs"], 10**6)
+        '. A limit of 50 is 50 macs in all; for 50 % of them give Budget(macs=0.5)'
+        >>> count_hint("macs", limits["macs"], 60)
+        ''
+    """
+    if not isinstance(limit, Absolute) or limit > _TINY or dense <= _TINY:
+        return ""
+    whole = int(limit)
+    return f". A limit of {whole} is {whole} {field} in all; for {whole} % of them give Budget({field}={whole / 100})"
+
+
+def _remedies(cost: CostModel, space: WidthSpace, host: Mapping[str, str]) -> list[str]:
+    ignored = ["ignored"] if any(e.group.ignored for e in cost.left_out) else []
+    return [host.get(name, _REMEDIES[name]) for name in (*space.binding, *ignored)]
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return ", or ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _left_out(cost: CostModel, field: str, host: Mapping[str, str]) -> str:
+    """The largest groups that are not pruned, with the reasons."""
+    by = "macs" if field == LATENCY else field
+    largest = sorted(cost.left_out, key=lambda e: -e.shares[by])
+    named = [
+        f"{e.group.name} ({e.group.width} channels, {100 * e.shares[by]:.1f} % of the {by}: "
+        f"{host.get('reason', e.group.reason) if e.group.ignored else e.group.reason})"
+        for e in largest[:_NAMED]
+    ]
+    more = f" and {len(largest) - _NAMED} more" if len(largest) > _NAMED else ""
+    return f". Left out: {', '.join(named)}{more}" if named else ""
 
 
 def round_down(space: WidthSpace, units: Floats) -> Ints:

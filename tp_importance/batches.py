@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from itertools import chain
+from itertools import chain, cycle
 from numbers import Number
+from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import Dataset, TensorDataset
+
+from .processes import warn_of_processes
 
 __all__ = [
     "ForwardFn",
+    "WholeBatches",
     "call_model",
     "check_loader",
     "fresh_inputs",
     "iterate",
+    "keyed_labels",
     "layer_input",
     "misplaced",
     "reference_tensor",
@@ -319,13 +324,72 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
     Raises:
         TypeError: see :func:`check_loader`; and while iterating, if it is a data set that gives single samples.
 
+    Warns:
+        UserWarning: if ``torch.distributed`` runs several processes: each sees its own batches.
+
     Example:
         >>> import torch
         >>> len(list(iterate([torch.zeros(2, 3), torch.zeros(1, 3)])))
         2
     """
     check_loader(loader)
+    warn_of_processes("batches")
     return _batches_of(loader) if isinstance(loader, Dataset) else iter(loader)
+
+
+class WholeBatches:
+    """A loader whose last batch, if it has too few samples by itself, comes as one with the batch before it.
+
+    For statistics that are of a batch: the variance of one sample is none. Other small batches stay as they are, and
+    so does a last one that cannot be joined (of another form, or with values that are no tensors).
+
+    Args:
+        loader: iterable of batches.
+        least: samples that the last batch needs by itself.
+
+    Attributes:
+        given: batches that the loader has given in the last pass.
+
+    Example:
+        >>> import torch
+        >>> [len(batch) for batch in WholeBatches([torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(1, 3)], 2)]
+        [4, 5]
+    """
+
+    def __init__(self, loader: Iterable[Any], least: int) -> None:
+        check_loader(loader)
+        self._loader, self._least, self.given = loader, least, 0
+
+    def __length_hint__(self) -> int:
+        return length_hint(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        held: list[Any] = []  # a batch, and perhaps a short one behind it
+        self.given = 0
+        for batch in iterate(self._loader):
+            self.given += 1
+            if held and (len(held) == 2 or not self._short(batch)):
+                yield from held
+                held = []
+            held.append(batch)
+        together = _joined(*held) if len(held) == 2 else None
+        yield from held if together is None else [together]
+
+    def _short(self, batch: Any) -> bool:
+        sizes = [len(t) for t in tensors_in(batch) if t.dim()]
+        return bool(sizes) and 0 < sizes[0] < self._least
+
+
+def _joined(first: Any, second: Any) -> Any | None:
+    """Two batches as one, or ``None`` if they do not fit together."""
+    (a, form), (b, other) = tree_flatten(first), tree_flatten(second)
+    if form != other or not all(isinstance(t, Tensor) and t.dim() for t in (*a, *b)):
+        return None
+    if len({len(t) for t in a}) != 1 or len({len(t) for t in b}) != 1:
+        return None
+    if any((x.shape[1:], x.dtype, x.device) != (y.shape[1:], y.dtype, y.device) for x, y in zip(a, b, strict=True)):
+        return None
+    return tree_unflatten([torch.cat(pair) for pair in zip(a, b, strict=True)], form)
 
 
 def check_loader(loader: Any) -> None:
@@ -336,7 +400,7 @@ def check_loader(loader: Any) -> None:
 
     Raises:
         TypeError: if it cannot be iterated over, is itself one batch (a tensor, a dict, a pair of inputs and labels),
-            or a ``TensorDataset``, which gives single samples.
+            a ``TensorDataset``, which gives single samples, or an ``itertools.cycle``, which never ends.
 
     Example:
         >>> import torch
@@ -350,6 +414,11 @@ or DataLoader(TensorDataset(X, Y), batch_size=64)
         raise TypeError(f"loader is a single {type(loader).__name__}, not an iterable of batches; pass [batch]{remedy}")
     if isinstance(loader, TensorDataset):
         raise TypeError(_single_samples(loader))
+    if isinstance(loader, cycle):
+        raise TypeError(
+            "loader is an itertools.cycle, which never ends; pass its first batches, "
+            "list(itertools.islice(loader, 8)), or what it goes round in"
+        )
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise TypeError(
             f"loader of type {type(loader).__name__} cannot be iterated over; pass an iterable of batches, e.g. "
@@ -415,9 +484,52 @@ def _explain(error: Exception, batch: Any) -> None:
             return
     if getattr(error, "__notes__", ()):
         return
+    if isinstance(error, TypeError) and (how := _called_by_keyword(batch)):
+        error.add_note(how)
+        return
     shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(batch)]
     error.add_note(
         f"the model was run on a batch of the loader with tensors of shape {', '.join(shapes) or 'none'}. If that is "
         "the cause: inputs must be like example_inputs, batch dimension first: DataLoader(dataset, batch_size=64), or "
         "[(X, Y)] for tensors of all samples"
     )
+
+
+def _called_by_keyword(batch: Any) -> str:
+    """What a dict for a batch means, and how to say that it means something else."""
+    inner = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(inner, Mapping):
+        return ""
+    _, kwargs, labels = split_batch(batch)
+    first, target = _likely(kwargs)
+    at = "batch" if inner is batch else "batch[0]"
+    label_fn = "" if labels is not None else f". Where labels are needed, pass label_fn=lambda batch: {at}[{target!r}]"
+    return (
+        f"the loader gives dicts, so the model was called with the keyword arguments {', '.join(kwargs) or '(none)'}. "
+        f"If its forward takes others, pass forward_fn=lambda model, batch: model({at}[{first!r}]); forward_fn gets "
+        f"example_inputs, too, so give these as the loader gives its batches{label_fn}"
+    )
+
+
+def keyed_labels(batch: Any) -> str:
+    """For a dict without the keys at which labels are looked for: which it has, and the remedy.
+
+    Example:
+        >>> keyed_labels({"image": torch.zeros(2, 3), "target": torch.zeros(2)})
+        ". The loader gives dicts with image, target; 'labels' or 'label' are read; pass label_fn=lambda batch: \
+batch['target']"
+        >>> keyed_labels(torch.zeros(2))
+        ''
+    """
+    if not isinstance(batch, Mapping):
+        return ""
+    keys, (_, target) = ", ".join(map(str, batch)), _likely(batch)
+    read = " or ".join(map(repr, LABEL_KEYS))
+    return f". The loader gives dicts with {keys}; {read} are read; pass label_fn=lambda batch: batch[{target!r}]"
+
+
+def _likely(batch: Mapping[str, Any]) -> tuple[str, str]:
+    """Keys of what may be the input and the labels."""
+    tensors = [key for key, value in batch.items() if isinstance(value, Tensor)]
+    first = next((key for key in tensors if batch[key].dim() > 1), next(iter(batch), "input"))
+    return first, next((key for key in tensors if key != first and batch[key].dim() == 1), "target")

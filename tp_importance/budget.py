@@ -15,6 +15,10 @@ __all__ = ["Budget", "Cost"]
 _LABELS = {"macs": "MACs"}
 
 
+class Absolute(int):
+    """A limit that the user gave as it is, not as a fraction."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one sample costs a network.
@@ -120,11 +124,19 @@ class Budget:
         Raises:
             TypeError: if ``dense`` is not a :class:`Cost`.
         """
+        return {name: int(limit) for name, limit in self.marked_limits(dense).items()}
+
+    def marked_limits(self, dense: Cost) -> dict[str, int]:
+        """:meth:`limits`, of which those that were given as numbers are :class:`Absolute`: errors explain these.
+
+        Args:
+            dense: cost of the model before pruning.
+        """
         if not isinstance(dense, Cost):
             raise TypeError(f"dense must be a Cost, e.g. Cost(macs=1000, params=100), not {type(dense).__name__}")
         chosen = {name: getattr(self, name) for name in self.fields if name in dense.as_dict()}
         return {
-            name: value if isinstance(value, int) else math.floor(value * getattr(dense, name))
+            name: Absolute(value) if isinstance(value, int) else math.floor(value * getattr(dense, name))
             for name, value in chosen.items()
         }
 

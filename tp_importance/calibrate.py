@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import checked_model
-from .batches import ForwardFn, iterate, run_batch
+from .batches import ForwardFn, WholeBatches, run_batch
 from .functional.batchnorm import Moments, follow_change
 from .guards import copied, preserved, written
 from .progress import track
@@ -145,7 +145,8 @@ def recalibrate_batchnorm(
     Args:
         model: the network, frozen or not, in any floating dtype.
         loader: iterable of batches, see :func:`~tp_importance.batches.split_batch`; labels are ignored. A few
-            hundred samples usually do; at least two elements per channel in every batch.
+            hundred samples usually do; at least two elements per channel in every batch; a last batch of one sample
+            runs together with the one before it.
         reference: ``copy.deepcopy(model)`` made before pruning; it comes back as it was.
         forward_fn: ``forward_fn(model, batch)`` for batches of another form; it moves them itself.
         progress: show a progress bar.
@@ -221,7 +222,7 @@ def _batch_moments(
 ) -> tuple[list[dict[str, Moments]], int]:
     """Moments at every batch norm of every network over the same batches, and their number; buffers stay."""
     pooled: list[dict[str, Moments]] = [{} for _ in networks]
-    batches, count = iterate(loader), 0
+    batches = WholeBatches(loader, 2)
     with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
         for network, mine in zip(networks, pooled, strict=True):
             layers = {name: m for name, m in network.named_modules() if is_calibrated(m)}
@@ -235,10 +236,9 @@ def _batch_moments(
         for batch in track(batches, "recalibrating batch norms", total, unit="batch", progress=progress):
             for network in networks:
                 run_batch(network, batch, forward_fn)
-            count += 1
-    if not count:
+    if not batches.given:
         raise ValueError("loader is empty (or a generator that was used up before): pass at least one batch")
-    return pooled, count
+    return pooled, batches.given
 
 
 def _collector(pooled: dict[str, Moments], name: str) -> Callable[[nn.Module, Any, Any], None]:

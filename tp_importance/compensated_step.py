@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked_model
 from .batches import ForwardFn, run_model, tensors_in
 from .calibrate import DenseReference, is_calibrated, recalibrate_batchnorm
 from .compensation import compensate
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
-from .guards import copied, preserved, transaction, written
+from .guards import copied, preserved, settled, transaction, written
 from .layer_pruners import channel_pruners
 from .modes import read_in_training_only
 from .observe import LabelFn
 from .patches import feature_channels, reader_weight
+from .processes import warned_once
 from .progress import phase, shown
 from .pruner import BudgetPruner
 from .refitting import Compensation
@@ -58,6 +60,7 @@ class Removal:
         return replace(report, rows=[*report.rows, *(row for row in self.rows if row.name not in listed)])
 
 
+@warned_once()
 def compensated_step(
     pruner: Any,
     example_inputs: Any,
@@ -80,7 +83,8 @@ def compensated_step(
     Torch-Pruning prunes the network's outputs, too, classes say, unless the layers that make them are among the
     pruner's ``ignored_layers``. Nothing could make up for that, so a step that changes the shape of the output is
     refused. So is one that takes channels which a layer reads in training mode only (an auxiliary head): the host does
-    not follow it, and the network would fail there.
+    not follow it, and the network would fail there. Parameters that are cut are new objects without a gradient; all
+    others keep theirs.
 
     Args:
         pruner: a pruner of Torch-Pruning with any importance (``BasePruner``, ``MetaPruner``, ``BNScalePruner``, ...),
@@ -115,11 +119,11 @@ def compensated_step(
         >>> net[2].in_channels, [(r.name, r.after < r.before) for r in report.rows]
         (4, [('2', True), ('4', True)])
     """
-    settings = Compensation.of(how)
+    settings = Compensation.of(how, "how")
     if settings is None:
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     _require_host(pruner)
-    model, graph = pruner.model, pruner.DG
+    model, graph = checked_model(pruner.model, "pruner.model"), pruner.DG
     options = TraceOptions(
         forward_fn,
         output_transform,
@@ -136,7 +140,7 @@ def compensated_step(
     with shown(progress), torch.inference_mode(False), written(values), transaction(model), replacing(model):
         outputs = _output_shapes(dense, example_inputs, forward_fn)
         try:
-            with preserved(model), phase("removing channels"):
+            with settled(model), preserved(model), phase("removing channels"):
                 pruner.step()
             cut = _output_shapes(model, example_inputs, forward_fn)
         except Exception as error:

@@ -13,6 +13,7 @@ from .functional.refit import output_energy
 from .groups import PrunableGroups, prunable_groups
 from .guards import written
 from .observe import LabelFn, observe
+from .processes import warned_once
 from .progress import shown, track
 from .readers import ReaderStatistics
 from .refitting import Compensation, Refit, Ridge, refittable, touched
@@ -22,6 +23,7 @@ from .sequential import SequentialRefit
 __all__ = ["Compensation", "compensate"]
 
 
+@warned_once()
 def compensate(
     model: nn.Module,
     example_inputs: Any,
@@ -82,7 +84,7 @@ def compensate(
         >>> int((net[2].weight == 0).flatten(2).all(2).all(0).sum())  # ready for the surgery
         2
     """
-    settings = Compensation.of(how)
+    settings = Compensation.of(how, "how")
     if settings is None:
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     if groups is None:

@@ -14,11 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from .budget import Cost
-from .groups import PrunableGroups
+from .groups import Excluded, PrunableGroups
 from .reparametrised import owner_of, sliced_sides
 from .tracing import CONV, is_depthwise
 
-__all__ = ["COST_FIELDS", "LATENCY", "CostModel", "Timed", "channels_per_unit"]
+__all__ = ["COST_FIELDS", "LATENCY", "CostModel", "LeftOut", "Timed", "channels_per_unit"]
 
 COST_FIELDS = ("macs", "params")
 """What a :class:`CostModel` counts, in the order of its arrays."""
@@ -30,6 +30,19 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 _Affine = tuple[Fraction, dict[int, Fraction]]
 _ONE: _Affine = (Fraction(1), {})
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A group that is not pruned, and what the layers that make its channels cost.
+
+    Attributes:
+        group: the group, with the reason.
+        shares: fraction of the whole cost, by field.
+    """
+
+    group: Excluded
+    shares: Mapping[str, float]
 
 
 class Timed(Protocol):
@@ -60,6 +73,7 @@ class CostModel:
         linear: shape (F, G).
         quadratic: upper triangular, shape (F, G, G).
         latency: predicts milliseconds, where a latency may be limited.
+        left_out: groups that are not pruned.
     """
 
     names: tuple[str, ...]
@@ -69,6 +83,7 @@ class CostModel:
     linear: Ints
     quadratic: Ints
     latency: Timed | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     @classmethod
     def from_groups(cls, groups: PrunableGroups) -> CostModel:
@@ -198,7 +213,7 @@ def channels_per_unit(groups: PrunableGroups) -> dict[tuple[str, str], dict[int,
 
 class _Builder:
     def __init__(self, groups: PrunableGroups):
-        self.groups = groups.groups
+        self.groups, self.excluded = groups.groups, groups.excluded
         self.model = groups.trace.model
         self.trace = groups.trace
         size = len(self.groups)
@@ -239,7 +254,20 @@ class _Builder:
             _integers(self.constant),
             _integers(self.linear),
             _integers(self.quadratic),
+            left_out=tuple(self._left_out(e, positions, modules) for e in self.excluded),
         )
+
+    def _left_out(self, group: Excluded, macs: Mapping[str, int], modules: Mapping[str, nn.Module]) -> LeftOut:
+        total = (sum(macs.values()), sum(p.numel() for p in self.model.parameters()))
+        own = [0.0, 0.0]
+        for name in group.layers:
+            layer = modules.get(name)
+            outputs = int(getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) or group.width)
+            part = min(group.width / outputs, 1.0)  # of a layer that a split cuts
+            weight = getattr(layer, "weight", None)
+            own[0] += part * macs.get(name, 0)
+            own[1] += part * (weight.numel() if isinstance(weight, nn.Parameter) else 0)
+        return LeftOut(group, {f: o / max(t, 1) for f, o, t in zip(COST_FIELDS, own, total, strict=True)})
 
     def _side(self, name: str, role: str, width: int) -> _Affine:
         """Width of one side of a layer, divided by its dense width, as an affine function of the units."""

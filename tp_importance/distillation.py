@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import unwrapped_model
 from .batches import ForwardFn, call_model, tensors_in, to_model
 from .functional.distillation import check_distillation, distillation_loss, feature_loss
 from .guards import copied
@@ -43,7 +44,7 @@ class Distiller:
         teacher: the copy.
 
     Raises:
-        TypeError: if the teacher is no module, or its output no tensor.
+        TypeError: if the teacher is no module or wrapped (``DistributedDataParallel``, ...), or its output no tensor.
         RuntimeError: if there are ``features`` and the student did not run inside :meth:`watching`.
         ValueError: for options out of range, unknown layers, and logits or features that do not fit; and if the student
             is the very network that was copied, and nothing has happened to it since.
@@ -77,6 +78,7 @@ class Distiller:
     ) -> None:
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher is of type {type(teacher).__name__}; pass the dense network, a torch.nn.Module")
+        unwrapped_model(teacher, "teacher")
         check_distillation(temperature, weight)
         if not 0 <= feature_weight < float("inf"):
             raise ValueError(f"feature_weight={feature_weight} must be finite and at least 0, e.g. 100")
@@ -95,9 +97,10 @@ class Distiller:
         """Note what the layers in ``features`` of a student put out, for the loss; around the training loop.
 
         Args:
-            student: the pruned network.
+            student: the pruned network, without a wrapper: of ``DistributedDataParallel`` its ``.module``.
 
         Raises:
+            TypeError: if it is no module, or wrapped.
             ValueError: if it lacks such a layer.
 
         Example:
@@ -107,7 +110,7 @@ class Distiller:
             ...     distiller(net(x), x).item()
             0.0
         """
-        with _recorded(student, self.features, self._student):
+        with _recorded(unwrapped_model(student, "student"), self.features, self._student):
             self._watched = len(self.features)
             try:
                 yield

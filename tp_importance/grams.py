@@ -13,7 +13,10 @@ from .functional.hsic import Estimator, HSICSums, Kernel, centre, gram
 from .groups import ChannelGroup, PrunableGroups
 from .observe import Watch, WatchFn
 
-__all__ = ["GramStatistics"]
+__all__ = ["LEAST_SAMPLES", "GramStatistics"]
+
+LEAST_SAMPLES: dict[Estimator, int] = {"biased": 2, "unbiased": 4}
+"""Samples without which a batch has no HSIC."""
 
 
 class GramStatistics:
@@ -50,11 +53,11 @@ class GramStatistics:
             ValueError: if the batch is too small, or what was seen is not finite.
         """
         self._finish()
-        least = 2 if self._estimator == "biased" else 4
+        least = LEAST_SAMPLES[self._estimator]
         if samples < least:
             raise ValueError(
-                f"a batch of {samples} has no {self._estimator} HSIC, at least {least} samples are needed; drop the "
-                "last, smaller batch (drop_last=True) or take larger ones"
+                f"a batch of {samples} has no {self._estimator} HSIC, at least {least} samples are needed; take "
+                "larger batches, and drop a last one that is smaller (drop_last=True)"
             )
         self._samples = samples
 

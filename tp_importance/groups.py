@@ -124,11 +124,26 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A group that is left alone, and why."""
+    """A group that is left alone, and why.
+
+    Attributes:
+        name: of the group.
+        width: its channels.
+        reason: why.
+        layers: that make the channels.
+        ignored: whether ``ignored_layers`` is the only reason.
+    """
 
     name: str
     width: int
     reason: str
+    layers: Sequence[str] = field(default=(), compare=False)
+    ignored: bool = field(default=False, compare=False)
+
+    @classmethod
+    def of(cls, group: ChannelGroup, reason: str, ignored: bool = False) -> Excluded:
+        """The same for a group."""
+        return cls(group.name, group.width, reason, [m.name for m in group.producers], ignored)
 
 
 @dataclass
@@ -191,7 +206,7 @@ class PrunableGroups:
     def exclude(self, reasons: Mapping[str, str]) -> PrunableGroups:
         """A copy in which the groups named in ``reasons`` are left out."""
         keep = [g for g in self.groups if g.name not in reasons]
-        gone = [Excluded(g.name, g.width, reasons[g.name]) for g in self.groups if g.name in reasons]
+        gone = [Excluded.of(g, reasons[g.name]) for g in self.groups if g.name in reasons]
         return PrunableGroups(keep, self.excluded + gone, self.trace, self.options)
 
 
@@ -282,24 +297,24 @@ def build_groups(
     """Groups of a traced network, without verification; see :func:`prunable_groups`."""
     ignored = ignored_modules(traced.model, ignored_layers)
     order = traced.first_call()
-    found: list[tuple[ChannelGroup, str | None]] = []
+    found: list[tuple[ChannelGroup, Any]] = []
     for host_group in traced.graph.get_all_groups(root_module_types=(tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)):
-        parts, reason = _convert(traced, host_group, ignored, num_heads or {}, order)
-        found += [(group, reason) for group in parts]
+        parts, *why = _convert(traced, host_group, ignored, num_heads or {}, order)
+        found += [(group, why) for group in parts]
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
-    for group, reason in _named_apart(found, order):
+    for group, (reason, spared) in _named_apart(found, order):
         small = "at its smallest width" if group.n_units <= group.min_units else None
         if reason or small:
-            excluded.append(Excluded(group.name, group.width, reason or str(small)))
+            excluded.append(Excluded.of(group, reason or str(small), spared and small is None))
         else:
             groups.append(group)
     return PrunableGroups(groups, excluded, traced, options)
 
 
 def _named_apart(
-    found: Sequence[tuple[ChannelGroup, str | None]], order: Mapping[str, int]
-) -> Iterator[tuple[ChannelGroup, str | None]]:
+    found: Sequence[tuple[ChannelGroup, Any]], order: Mapping[str, int]
+) -> Iterator[tuple[ChannelGroup, Any]]:
     """The groups in execution order; those that share their first producer are numbered.
 
     Numbers follow from the layers that the channels reach, in execution order, and only for the same layers from the
@@ -315,8 +330,8 @@ def _named_apart(
 
     shared = Counter(group.name for group, _ in found)
     free = {name: filterfalse(order.__contains__, map(f"{name}/{{}}".format, count())) for name in shared}
-    for group, reason in sorted(found, key=place):
-        yield (group if shared[group.name] == 1 else replace(group, name=next(free[group.name]))), reason
+    for group, why in sorted(found, key=place):
+        yield (group if shared[group.name] == 1 else replace(group, name=next(free[group.name]))), why
 
 
 def ignored_modules(
@@ -362,13 +377,13 @@ def _convert(
     ignored: set[nn.Module],
     num_heads: Mapping[nn.Module, int],
     order: Mapping[str, int],
-) -> tuple[list[ChannelGroup], str | None]:
-    """One Torch-Pruning group in our terms, and the reason to leave it out, if there is one.
+) -> tuple[list[ChannelGroup], str | None, bool]:
+    """One Torch-Pruning group in our terms, the reason to leave it out, if there is one, and if that is only asked for.
 
     Channels that a split sends to different readers become groups of their own: only then is the cost a function
     of the widths.
     """
-    graph, reasons = traced.graph, []
+    graph, reasons, asked = traced.graph, list[str](), 0
     raw: list[_RawMember] = []
     for item in host_group:
         module = item.dep.target.module
@@ -379,6 +394,7 @@ def _convert(
             continue
         if role == "out" and module in ignored:
             reasons.append(f"{traced.names[module]} is in ignored_layers")
+            asked += 1
         if isinstance(module, _REFUSED):
             reasons.append(f"{traced.names[module]} ({type(module).__name__}) mixes the channels: none can go exactly")
         if fixed := _computed(traced, module, role):
@@ -399,7 +415,7 @@ def _convert(
     if not any(m.kind == "reader" for m in raw):
         reasons.append("nothing with weights reads it")
     groups = _split_by_signature(next((m.name for m in raw if m.kind == "producer"), root[0]), root, raw, units)
-    return groups, reasons[0] if reasons else None
+    return groups, reasons[0] if reasons else None, 0 < asked == len(reasons)
 
 
 def _computed(traced: Trace, module: Any, role: Role) -> str | None:

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Guard", "copied", "copy_memo", "full_precision", "preserved", "transaction", "warn_in_eval_mode", "written"]
+__all__ = [
+    "Guard",
+    "copied",
+    "copy_memo",
+    "full_precision",
+    "preserved",
+    "settled",
+    "transaction",
+    "warn_in_eval_mode",
+    "written",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -195,6 +205,43 @@ class transaction(Guard):
                 items.clear()
                 items.update(before)
             _put_back(self._copies)
+
+
+@contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """Around a surgery: new parameters and buffers are laid out in memory as those they replace, and have no gradient.
+
+    Torch-Pruning gives contiguous ones, and cuts gradients along, which then look like those of the smaller network.
+
+    Args:
+        model: the network.
+
+    Example:
+        >>> net = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+        >>> with settled(net):
+        ...     net.weight = nn.Parameter(net.weight[:2].contiguous())
+        >>> net.weight.is_contiguous(memory_format=torch.channels_last)
+        True
+    """
+    before = dict(_tensors(model))
+    yield
+    for name, tensor in _tensors(model):
+        old = before.get(name)
+        if old is None or old is tensor:
+            continue
+        tensor.grad = None
+        layout = _LAST.get(old.dim())
+        if layout is not None and tensor.dim() == old.dim() and not old.is_contiguous():
+            if old.is_contiguous(memory_format=layout):
+                tensor.data = tensor.data.contiguous(memory_format=layout)
+
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 class written(Guard):

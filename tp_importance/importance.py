@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .allocation import WidthSpace, greedy_path
-from .batches import ForwardFn
+from .batches import ForwardFn, WholeBatches
 from .cost import CostModel
 from .curves import Curve, Floats
 from .errors import NotCollectedError, StaleStatisticsError
@@ -36,6 +36,11 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
 
     needs_labels = True
     needs_gradients = False
+
+    @property
+    def least_samples(self) -> int:
+        """Samples a batch needs; a last batch of fewer is taken together with the one before it."""
+        return 1
 
     def __init__(self, *, classes: Sequence[int] | None = None) -> None:
         self.classes = None if classes is None else list(classes)
@@ -93,6 +98,8 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         if groups is None:
             groups = prunable_groups(model, example_inputs, ignored_layers, forward_fn=forward_fn, progress=progress)
         groups.require_some()
+        if self.least_samples > 1:
+            loader = WholeBatches(loader, self.least_samples)
         watches = self._watches(groups)
         with self._alongside(groups, forward_fn):
             observed = observe(

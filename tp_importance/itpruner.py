@@ -20,7 +20,7 @@ from .budget import Budget
 from .cost import CostModel
 from .curves import Curve, Floats, curve_from_scores, host_scores
 from .functional.hsic import Estimator, Kernel, importance_weights, relevance
-from .grams import GramStatistics
+from .grams import LEAST_SAMPLES, GramStatistics
 from .groups import PrunableGroups
 from .importance import StatisticalImportance
 from .observe import Watch
@@ -115,6 +115,12 @@ class ITPrunerImportance(StatisticalImportance):
         self._grams: GramStatistics | None = None
         self._orders: dict[str, Curve] = {}
         self._units: dict[str, int] = {}
+
+    @property
+    def least_samples(self) -> int:
+        """Samples without which a batch has no HSIC; those of the importance inside, if it needs more."""
+        inner = self.importance.least_samples if isinstance(self.importance, StatisticalImportance) else 1
+        return max(LEAST_SAMPLES[self.estimator], inner)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -220,7 +226,7 @@ class ITPrunerImportance(StatisticalImportance):
             return {}
         cost = CostModel.from_groups(groups)
         allocate = ProgramAllocator(self._weights(groups, shared), objective=self.objective)
-        units: Ints = allocate(curves, cost, WidthSpace.of(groups.groups), self.budget.limits(cost.dense))
+        units: Ints = allocate(curves, cost, WidthSpace.of(groups.groups), self.budget.marked_limits(cost.dense))
         return dict(zip(cost.names, units.tolist(), strict=True))
 
     def _rank(self, groups: PrunableGroups) -> dict[str, Floats]:
@@ -241,7 +247,8 @@ class ITPruner(BudgetPruner):
     Args:
         model: the network, changed by :meth:`step` only.
         example_inputs: tensor, tuple or dict, batch dimension first.
-        loader: re-iterable of batches; one of 100 images is what the paper takes.
+        loader: re-iterable of batches; one of 100 images is what the paper takes. A last batch of fewer images than
+            the estimator needs (2, unbiased 4) is taken together with the one before it.
         budget: what the network may cost.
         importance: inside the groups, see :class:`ITPrunerImportance`.
         beta: see :class:`ITPrunerImportance`.

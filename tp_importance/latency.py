@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .arguments import unwrapped_model
 from .batches import call_model, fresh_inputs, reference_tensor, tensors_in
 from .untouched import untouched
 
@@ -70,6 +71,7 @@ def measure_latency(
         The :class:`Latency`, with the CPU threads torch uses now.
 
     Raises:
+        TypeError: if the model is none, or wrapped (``DistributedDataParallel``, ...).
         ValueError: if ``min_run_time`` is not positive.
 
     Example:
@@ -80,7 +82,7 @@ def measure_latency(
 
     if not min_run_time > 0:
         raise ValueError(f"min_run_time={min_run_time} must be positive seconds, e.g. 0.5")
-    run, like = forward_fn or call_model, reference_tensor(model)
+    run, like = forward_fn or call_model, reference_tensor(unwrapped_model(model))
     device = torch.device("cpu") if like is None else like.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = torch.get_num_threads()

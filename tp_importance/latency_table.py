@@ -17,6 +17,7 @@ from .batches import reference_tensor, tensors_in
 from .files import json_digest, written_at_once
 from .functional.latency import Grid, knots, stair
 from .latency import Latency, device_name, least_latency, measure_latency
+from .processes import warn_of_processes
 from .tracing import CONV, Call, is_depthwise
 
 __all__ = ["LatencyTable", "TimedLayer", "conditions_of", "timed_layer"]
@@ -136,6 +137,7 @@ class LatencyTable:
         self, model: nn.Module, example_inputs: Any, forward_fn: Callable[[nn.Module, Any], Any] | None = None
     ) -> Latency:
         """Latency of a whole network by the same clock, not kept."""
+        warn_of_processes("measured times")
         seconds = 100 * self.min_run_time
         return least_latency(model, example_inputs, forward_fn=forward_fn, min_run_time=seconds, measure=self.measure)
 

@@ -16,6 +16,7 @@ from .batches import (
     ForwardFn,
     fresh_inputs,
     iterate,
+    keyed_labels,
     layer_input,
     reference_tensor,
     run_batch,
@@ -221,7 +222,9 @@ def _read_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | N
         if needed:
             if single_label(batch):
                 raise ValueError(f"the loader gives one number for the labels of a batch; {_BATCHED}")
-            raise ValueError("the loader gives no labels; yield (inputs, labels) or pass label_fn")
+            raise ValueError(
+                "the loader gives no labels; yield (inputs, labels) or pass label_fn" + keyed_labels(batch)
+            )
         return torch.zeros(_samples(batch), dtype=torch.int64)
     if not isinstance(labels, Tensor):
         labels = torch.as_tensor(labels)
@@ -286,5 +289,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def at_least_float(x: Tensor) -> Tensor:
-    """Half precision as float32."""
+    """Half precision as float32; what is no tensor, such as the outputs of some networks, stays itself."""
+    if not isinstance(x, Tensor):
+        return x
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

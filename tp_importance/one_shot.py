@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn import functional as F
 
 from .allocation import Allocator
 from .arguments import checked_importance
@@ -15,8 +16,9 @@ from .automl.methods import Method, find_criterion
 from .batches import check_loader, iterate, require_reiterable, tensors_in
 from .budget import Budget
 from .calibrate import has_batch_norm
-from .gradients import loss_gradients
+from .gradients import LossFn, checked_loss_fn, loss_gradients
 from .itpruner import ITPruner, ITPrunerImportance
+from .processes import warned_once
 from .progress import shown
 from .pruner import BudgetPruner
 from .refitting import Compensation
@@ -43,6 +45,7 @@ class OneShot:
         return str(self.report)
 
 
+@warned_once()
 def prune(
     model: nn.Module,
     example_inputs: Any,
@@ -53,6 +56,7 @@ def prune(
     allocator: str | Allocator | None = None,
     compensate: Compensation | str | bool | None = "sequential",
     samples: int | None = 512,
+    loss_fn: LossFn | None = None,
     progress: bool = False,
     **options: Any,
 ) -> OneShot:
@@ -61,7 +65,8 @@ def prune(
     Channels are ordered by the loss that is left after the readers are refitted (:class:`OBSImportance`), widths follow
     from the losses and the exact cost, Torch-Pruning removes the channels, and every layer behind them is refitted so
     that the network gives what it gave before on the samples. The recommended way to prune without training, and to
-    start a fine-tuning (with :class:`~tp_importance.distillation.Distiller`).
+    start a fine-tuning (with :class:`~tp_importance.distillation.Distiller`): build the optimizer afterwards, for
+    parameters that are cut are new objects without a gradient. All others keep theirs, and memory formats stay.
 
     Args:
         model: the network.
@@ -81,6 +86,9 @@ def prune(
             With it, or with ``None``, batch norm statistics are re-estimated afterwards.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
             hundred cost accuracy (docs/benchmarks.md).
+        loss_fn: ``loss_fn(output, labels)`` for the methods that look at gradients of a loss, ``"taylor"`` and
+            ``"psap"``; default: cross entropy. All others refuse one. A network that returns more than its logits needs
+            it: ``loss_fn=lambda output, labels: F.cross_entropy(output[0], labels)``.
         progress: show a progress bar for every phase, see :mod:`tp_importance.progress`.
         **options: see :class:`~tp_importance.pruner.BudgetPruner`: ``ignored_layers``, ``round_to``, ``forward_fn``.
 
@@ -90,8 +98,10 @@ def prune(
     Raises:
         BudgetError: if the budget cannot be reached.
         TracingError: if the network cannot be traced.
-        TypeError: for a model, method, budget, allocator or loader that is none; before anything runs.
-        ValueError: for bad data or options. After any exception the model is as before.
+        TypeError: for a model, method, budget, allocator, loader or loss that is none, before anything runs; for a
+            network whose output the loss does not take.
+        ValueError: for bad data or options, and for a ``loss_fn`` that the method has no use for. After any exception
+            the model is as before.
 
     Example:
         >>> import torch
@@ -111,12 +121,15 @@ def prune(
     data = loader if samples is None else _First(loader, samples)
     criterion = find_criterion(method) if isinstance(method, str) else None
     importance = checked_importance(method, "method") if criterion is None else _made(criterion)
+    _take_loss(loss_fn, criterion, importance, method)
     options["progress"] = progress
     pruner = _pruner(model, example_inputs, data, budget, importance, allocator, options)
     with shown(progress), ExitStack() as stack:
         if criterion is not None and criterion.needs_gradients:
             run, labels = options.get("forward_fn"), options.get("label_fn")
-            stack.enter_context(loss_gradients(model, data, forward_fn=run, label_fn=labels))
+            stack.enter_context(
+                loss_gradients(model, data, loss_fn or F.cross_entropy, forward_fn=run, label_fn=labels)
+            )
         report = pruner.step(compensate=settings, recalibrate=has_batch_norm(model))
     return OneShot(model, report, pruner)
 
@@ -125,6 +138,28 @@ def _made(criterion: Method) -> Any:
     """The importance of a criterion; ITPruner's brings an allocation, too, and so its own pruner."""
     assert criterion.make is not None
     return None if criterion.make is ITPrunerImportance else criterion.make()
+
+
+def _take_loss(loss_fn: LossFn | None, criterion: Method | None, importance: Any, method: Any) -> None:
+    """Give the loss to an importance that takes gradients by itself, and refuse one that nobody would use."""
+    if loss_fn is None:
+        return
+    checked_loss_fn(loss_fn)
+    if criterion is not None and hasattr(importance, "loss_fn"):
+        importance.loss_fn = loss_fn
+    elif criterion is None:
+        name = type(importance).__name__
+        raise ValueError(
+            f"loss_fn is for methods given by name; {name} comes as an object: "
+            + (
+                f"give it the loss, method={name}(loss_fn=...)"
+                if hasattr(importance, "loss_fn")
+                else "if it looks at gradients, those that are there are taken: prune inside `with "
+                "tp_importance.gradients.loss_gradients(model, loader, loss_fn):`"
+            )
+        )
+    elif not criterion.needs_gradients:
+        raise ValueError(f"method={method!r} looks at no loss, so loss_fn would do nothing: leave it out")
 
 
 def _pruner(

@@ -23,12 +23,13 @@ from .cost import LATENCY, CostModel
 from .curves import Curve, value_curves
 from .errors import BudgetError
 from .groups import PrunableGroups, Verifier, build_groups, prunable_groups
-from .guards import preserved, transaction
+from .guards import preserved, settled, transaction
 from .importance import StatisticalImportance
 from .latency_model import LatencyModel
 from .latency_table import LatencyTable
 from .observe import LabelFn
 from .plan import Plan
+from .processes import warned_once
 from .program import named_allocator
 from .progress import phase, shown, shows_progress
 from .report import CompensationReport, GroupRow, PruningReport
@@ -198,6 +199,7 @@ class BudgetPruner:
             max_widths=self._max_widths,
         )
 
+    @warned_once()
     @shows_progress
     def measure_latency(self) -> LatencyModel:
         """The latency model of the model as given, measured when first asked for; :meth:`plan` does it when needed.
@@ -224,7 +226,7 @@ class BudgetPruner:
             budget: default: the pruner's.
         """
         chosen = checked_budget(self.budget if budget is None else budget)
-        counts: dict[str, float] = dict(chosen.limits(self.dense))
+        counts: dict[str, float] = dict(chosen.marked_limits(self.dense))
         if not chosen.is_measured:
             return counts
         model = self.measure_latency()
@@ -238,6 +240,7 @@ class BudgetPruner:
         """Value curve of every group, collected when needed."""
         return self._value()
 
+    @warned_once()
     def plan(self, budget: Budget | None = None) -> Plan:
         """Widths and cost under a budget, without touching the model and, for a second budget, the data.
 
@@ -291,6 +294,7 @@ class BudgetPruner:
             )
         return {"dense": dense.median_ms, "dense_iqr": dense.iqr_ms, "limit": limit, "predicted": predicted}
 
+    @warned_once()
     def step(
         self,
         budget: Budget | None = None,
@@ -299,6 +303,9 @@ class BudgetPruner:
         recalibrate: bool = False,
     ) -> PruningReport:
         """Prune the model in place.
+
+        Parameters that are cut become new objects without a gradient, so build the optimizer afterwards; those that
+        stay as they are keep theirs. Memory formats (``channels_last``) stay.
 
         Args:
             budget: default: the pruner's. Repeated steps with falling budgets prune iteratively.
@@ -324,6 +331,7 @@ class BudgetPruner:
         self._require_loader(Compensation.of(compensate), recalibrate)
         return self.apply(self.plan(budget), compensate=compensate, recalibrate=recalibrate)
 
+    @warned_once()
     def apply(
         self, plan: Plan, *, compensate: Compensation | str | bool | None = None, recalibrate: bool = False
     ) -> PruningReport:
@@ -387,7 +395,8 @@ class BudgetPruner:
             with preserved(self.model), running, step, replacing(self.model), torch.inference_mode(False):
                 groups = self.groups
                 for entry in entries:  # a fresh graph each: Torch-Pruning's keeps stale offsets behind a split
-                    groups.trace.graph.load_pruning_history([list(entry)])
+                    with settled(self.model):
+                        groups.trace.graph.load_pruning_history([list(entry)])
                     groups = self._retrace()
                 counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
                 if Cost(*counted) != CostModel.from_groups(groups).dense:

@@ -139,7 +139,7 @@ class PSAPPruner:
             self.groups,
             self._planner.cost_model,
             self._planner.space,
-            budget.limits(self.dense),
+            budget.marked_limits(self.dense),
             schedule=schedule,
             threshold=threshold,
             ratios=ratios,

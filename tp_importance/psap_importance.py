@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from .curves import Curve, curve_from_scores
 from .functional.psap import Bools, filter_norms, outliers, select_masked
 from .gates import ChannelGates
+from .gradients import LossFn, checked_loss_fn, loss_of
 from .group_weights import GroupWeights
 from .groups import PrunableGroups
 from .importance import StatisticalImportance
-from .observe import Watch, check_range
+from .observe import Watch
 
 __all__ = ["PSAPImportance"]
 
@@ -29,7 +30,7 @@ class PSAPImportance(StatisticalImportance):
 
     Args:
         ratio: fraction of every group that is masked during the pulse.
-        loss_fn: ``loss_fn(output, labels)``; default: cross entropy.
+        loss_fn: ``loss_fn(output, labels)``, with the output of the network itself; default: cross entropy.
 
     Attributes:
         protected: units under protection, per group that has any; after :meth:`collect`.
@@ -52,12 +53,12 @@ class PSAPImportance(StatisticalImportance):
     needs_gradients = True
     default_allocator = "uniform"  # norms relative to the layer do not compare across layers
 
-    def __init__(self, *, ratio: float = 0.5, loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    def __init__(self, *, ratio: float = 0.5, loss_fn: LossFn | None = None) -> None:
         super().__init__()
         if isinstance(ratio, bool) or not 0.0 < ratio < 1.0:
             raise ValueError(f"ratio={ratio!r} must be a fraction in (0, 1)")
         self.ratio = ratio
-        self.loss_fn = nn.functional.cross_entropy if loss_fn is None else loss_fn
+        self.loss_fn = nn.functional.cross_entropy if loss_fn is None else checked_loss_fn(loss_fn)
         self.protected: dict[str, list[int]] = {}
         self._gates: ChannelGates | None = None
         self._masked: dict[str, Bools] = {}
@@ -88,8 +89,7 @@ class PSAPImportance(StatisticalImportance):
         self._sum = torch.zeros(len(gates.values) - 1, dtype=torch.float64)
 
         def pulse(_x: Tensor, output: Tensor, labels: Tensor) -> None:
-            check_range(labels, output)
-            (gradient,) = torch.autograd.grad(self.loss_fn(output, labels), gates.values)
+            (gradient,) = torch.autograd.grad(loss_of(self.loss_fn, output, labels), gates.values)
             if not torch.isfinite(gradient).all():
                 raise ValueError("the gradient of the loss is not finite; check the data and the model")
             self._sum += gradient[:-1].abs().double().cpu() * len(labels)

@@ -83,8 +83,12 @@ class Compensation:
         return _POSITIONS[self.mode] if self.positions == "auto" else self.positions
 
     @classmethod
-    def of(cls, value: Compensation | str | bool | None) -> Compensation | None:
+    def of(cls, value: Compensation | str | bool | None, argument: str = "compensate") -> Compensation | None:
         """Read what ``compensate=`` arguments take: settings, a mode, ``True`` for the defaults; ``None`` if off.
+
+        Args:
+            value: what was given.
+            argument: how the user calls it.
 
         Raises:
             TypeError: for anything else.
@@ -95,10 +99,12 @@ class Compensation:
         if value is True:
             return cls()
         if isinstance(value, str):
+            if value not in _POSITIONS:
+                raise ValueError(f"{argument}={value!r} is unknown; choose 'parallel' or 'sequential'")
             return cls(mode=value)  # type: ignore[arg-type]
         if isinstance(value, cls):
             return value
-        raise TypeError(f"compensate={value!r} must be a Compensation, 'parallel', 'sequential', True or None")
+        raise TypeError(f"{argument}={value!r} must be a Compensation, 'parallel', 'sequential', True or None")
 
 
 @dataclass(frozen=True, eq=False)

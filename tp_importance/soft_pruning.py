@@ -36,6 +36,7 @@ from .gates import ChannelGates
 from .group_weights import GroupWeights, ParametersOf, own_parameters
 from .groups import ChannelGroup, PrunableGroups
 from .guards import warn_in_eval_mode
+from .processes import process_count
 from .progress import phase
 from .psap_history import GroupStep, PruneStep, PSAPHistory
 from .psap_schedule import PSAPSchedule
@@ -136,9 +137,8 @@ class SoftPruning:
             raise ValueError("total_steps is missing: the number of optimizer steps to come, e.g. epochs * len(loader)")
         if total_steps not in (None, total):
             raise ValueError(f"total_steps={total_steps}, but the state that was loaded is of a run of {total} steps")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise RuntimeError("several processes would each restore other filters: PSAP trains in one process")
+        if process_count() > 1:
+            raise RuntimeError("several processes would each restore other filters: PSAP trains in one process")
         self._iterations, self._pulse = self.schedule.fit(total)
         wanted, found = self.schedule.prune_steps, len(self._iterations)
         if found < wanted and not self._iteration:

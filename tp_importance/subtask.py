@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .arguments import unwrapped_model
 from .stale_optimizers import replacing
 
 __all__ = ["slice_classifier"]
@@ -26,6 +27,7 @@ def slice_classifier(model: nn.Module, classes: Sequence[int], *, layer: nn.Line
         ``model``.
 
     Raises:
+        TypeError: if the model is none, or wrapped (``DistributedDataParallel``, ...).
         ValueError: if there is no linear layer, or a class is out of range or named twice.
 
     Example:
@@ -35,6 +37,7 @@ def slice_classifier(model: nn.Module, classes: Sequence[int], *, layer: nn.Line
         >>> torch.allclose(slice_classifier(net, [7, 3])(x), expected)
         True
     """
+    unwrapped_model(model)
     if layer is None:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
         if not linear:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from .groups import ChannelGroup, PrunableGroups
-from .guards import preserved
+from .guards import preserved, settled
 
 __all__ = ["checked_units", "remove_units"]
 
@@ -14,7 +14,8 @@ __all__ = ["checked_units", "remove_units"]
 def remove_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> None:
     """Remove units from the traced model, in place.
 
-    Parameters become new objects; training modes and ``requires_grad`` stay as they were (Torch-Pruning thaws
+    Parameters that are cut become new objects without a gradient, in the memory format of the old ones; all others keep
+    theirs. Training modes and ``requires_grad`` stay as they were (Torch-Pruning thaws
     frozen parameters). Every call of Torch-Pruning's surgery adds one entry to its pruning history.
 
     Args:
@@ -29,7 +30,7 @@ def remove_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -
     by_root: dict[tuple[str, str], list[int]] = defaultdict(list)
     for group, units in checked_units(groups, removed):
         by_root[group.root] += group.removed_channels(units)
-    with preserved(groups.trace.model):
+    with settled(groups.trace.model), preserved(groups.trace.model):
         for (name, role), channels in by_root.items():
             _remove(groups, name, role, sorted(channels))
 

@@ -270,11 +270,17 @@ def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation
             ) from error
         if job.loader is None and (method.needs_gradients or isinstance(importance, StatisticalImportance)):
             raise ValueError(f"method {method.name!r} looks at data: pass loader=")
-        run, gradients = groups.options.forward_fn, ExitStack()
+        gradients = ExitStack()
+        calls: dict[str, Any] = {
+            "forward_fn": groups.options.forward_fn,
+            "label_fn": job.pruner_options.get("label_fn"),
+        }
+        if hasattr(importance, "loss_fn"):
+            importance.loss_fn = job.loss_fn
         if isinstance(importance, StatisticalImportance):
-            importance.collect(job.model, job.example_inputs, job.loader or (), groups=groups, forward_fn=run)
+            importance.collect(job.model, job.example_inputs, job.loader or (), groups=groups, **calls)
         elif method.needs_gradients:
-            gradients.enter_context(loss_gradients(job.model, job.loader or (), job.loss_fn, forward_fn=run))
+            gradients.enter_context(loss_gradients(job.model, job.loader or (), job.loss_fn, **calls))
         with gradients:
             curves = value_curves(importance, groups)
         weights, seconds = getattr(importance, "weights", None), time.perf_counter() - start

@@ -13,13 +13,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..allocation import Ints, WidthSpace, require_reachable
-from ..arguments import checked_budget
+from ..arguments import checked_budget, checked_model
 from ..budget import Budget
 from ..cost import COST_FIELDS, CostModel
 from ..curves import Curve
 from ..errors import SearchSpaceError
 from ..files import read_json, write_json
 from ..guards import copy_memo
+from ..processes import warned_once
 from ..program import ProgramAllocator, implied_weights, named_allocator
 from ..pruner import BudgetPruner
 from .methods import Job, find_method, value_network
@@ -62,6 +63,7 @@ class BudgetProblem:
     options: dict[str, dict[str, Any]]
 
     @classmethod
+    @warned_once()
     def prepare(
         cls,
         model: nn.Module,
@@ -96,15 +98,18 @@ class BudgetProblem:
         for method in chosen.values():
             if method.make is None:
                 raise SearchSpaceError(f"method {method.name!r} takes no widths per group; leave it out of this search")
+        checked_model(model)
         clone, options = copy.deepcopy((model, pruner_options), copy_memo(model))
         store = None if statistics is None else CurveStore(statistics, model)
         arguments = Job(clone, example_inputs, loader, budget, store=store, pruner_options=options).arguments
         pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **arguments)
-        cost, space, limits = pruner.cost_model, pruner.space, budget.limits(pruner.dense)
+        cost, space, limits = pruner.cost_model, pruner.space, budget.marked_limits(pruner.dense)
         require_reachable(cost, space, limits)
         losses, starts = {}, {}
         for name, method in chosen.items():
-            job = Job(clone, example_inputs, loader, budget, given[name], store=store, loss_fn=loss_fn)
+            job = Job(
+                clone, example_inputs, loader, budget, given[name], store=store, loss_fn=loss_fn, pruner_options=options
+            )
             found = value_network(method, job, pruner.groups)
             curves = found.curves(pruner.groups)
             starts[name] = named_allocator(None, found.weights, found)(curves, cost, space, limits)

@@ -64,7 +64,7 @@ class CurveStore:
 
     Files are JSON, or ``npz`` without pickled objects, written in one step, so any number of processes may share the
     folder. They carry a fingerprint of the network's weights; those of other weights are never used. Which images they
-    were collected on is not known to them: keep one folder per calibration set.
+    were collected on, and with which ``loss_fn``, is not known to them: keep one folder per calibration set and loss.
 
     Args:
         folder: made when needed.

@@ -16,8 +16,10 @@ from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
 from ..cost import CostModel
 from ..errors import BudgetError, SearchSpaceError
+from ..gradients import checked_loss_fn
 from ..guards import copy_memo
 from ..latency import measure_latency
+from ..processes import warned_once
 from ..program import ProgramAllocator
 from ..progress import phase, shown
 from ..refitting import Compensation
@@ -162,6 +164,7 @@ def checked_mode(mode: Any) -> str | None:
     return None
 
 
+@warned_once()
 def prune_trial(
     model: nn.Module,
     params: Mapping[str, Any],
@@ -201,7 +204,8 @@ def prune_trial(
             :func:`~tp_importance.compensate`; a ``"compensate"`` among the parameters goes first.
         statistics: folder for statistics that trials share, see
             :class:`~tp_importance.automl.statistics.CurveStore`; default: collected in every trial.
-        loss_fn: ``loss_fn(output, labels)`` for criteria that need gradients.
+        loss_fn: ``loss_fn(output, labels)`` for trials of a criterion that looks at gradients of a loss (``"taylor"``,
+            ``"psap"``); the others, in the same search, have no use for it.
         latency_seconds: how long to measure; None leaves the latency out.
         seed: of torch during the trial; the generator of the caller is not touched.
         keep: called with the pruned network, to save it say.
@@ -230,6 +234,7 @@ def prune_trial(
     with parameters_noted(params), torch.random.fork_rng(), shown(progress):
         torch.manual_seed(seed)
         checked_model(model)
+        checked_loss_fn(loss_fn)
         if budget is not None:
             checked_budget(budget)
         # layers in the options are then those of the copy

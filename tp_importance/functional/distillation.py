@@ -45,7 +45,8 @@ def distillation_loss(
         Scalar.
 
     Raises:
-        ValueError: for shapes that do not fit, columns that the teacher lacks and values out of range.
+        ValueError: for shapes that do not fit, class indices that are no integers, columns that the teacher
+            lacks and values out of range.
 
     Example:
         >>> student, teacher = torch.zeros(2, 3, requires_grad=True), torch.tensor([[9.0, 0, 0], [0, 0, 9.0]])
@@ -78,6 +79,8 @@ def distillation_loss(
             f"labels have shape {tuple(labels.shape)}; logits of shape {tuple(student.shape)} want indices of shape "
             f"{expected}, or probabilities of their own shape"
         )
+    if labels.shape != student.shape and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise ValueError(f"labels are of dtype {labels.dtype}; class indices are integers: labels.long()")
     return weight * divergence + (1 - weight) * F.cross_entropy(student, labels)
 
 

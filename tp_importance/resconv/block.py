@@ -325,6 +325,7 @@ def fuse(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
+        TypeError: if the model is none, compiled or wrapped.
         ValueError: if there is nothing to fuse, or a batch norm is in train mode; the model is then as before.
 
     Example:
@@ -334,7 +335,7 @@ def fuse(model: nn.Module) -> nn.Module:
         >>> fuse(convert_to_resconv(net, x))[2], torch.allclose(net(x), y, atol=1e-6)
         (Conv2d(4, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)), True)
     """
-    layers = resconv_layers(model)
+    layers = resconv_layers(checked_model(model))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no ResConv2d to fuse: it was fused, all were removed, or it was never "

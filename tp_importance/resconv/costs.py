@@ -17,6 +17,7 @@ from ..dataflow import record
 from ..guards import copied
 from ..latency import least_latency, measure_latency
 from ..latency_table import LatencyTable, conditions_of, timed_layer
+from ..processes import warn_of_processes
 from ..progress import track
 from ..tracing import Call, batch_size, count_ops
 from .block import ResConv2d, fuse, replace_module, resconv_layers
@@ -113,6 +114,7 @@ class LayerClock:
         return times
 
     def _measure(self, model: nn.Module) -> float:
+        warn_of_processes("measured times")
         return least_latency(
             model, self._inputs, forward_fn=self._run, min_run_time=self._seconds, measure=measure_latency
         ).median_ms

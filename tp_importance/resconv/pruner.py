@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..allocation import count_hint
 from ..arguments import checked_budget, checked_model
 from ..budget import Budget, Cost
 from ..calibrate import DenseReference, has_batch_norm, recalibrate_batchnorm
 from ..errors import BudgetError
 from ..functional.resconv import cheapest_removal, soft_threshold
 from ..guards import transaction, warn_in_eval_mode
+from ..processes import warned_once
 from ..progress import phase, shown, shows_progress
 from ..pruner import bytes_per_parameter
 from ..stale_optimizers import replacing
@@ -242,6 +244,7 @@ class ResConvPruner:
                 )
         return {name: float(found[name]) for name in layers}
 
+    @warned_once()
     def plan(self, budget: Budget | None = None) -> LayerPlan:
         """Which layers would go; the model is not touched. A latency budget is measured on copies.
 
@@ -254,12 +257,14 @@ class ResConvPruner:
         """
         chosen = checked_budget(self.budget if budget is None else budget)
         losses, costs = self.losses(), LayerCosts.of(self.model, self._example_inputs, self._forward_fn)
-        limits, least = chosen.limits(self.dense), costs.without(list(losses)).as_dict()
+        limits, least = chosen.marked_limits(self.dense), costs.without(list(losses)).as_dict()
         for f, limit in limits.items():
             if least[f] > limit:
                 raise BudgetError(
                     f"the budget of {limit} {f} cannot be reached by removing layers: with all {len(losses)} removed "
                     f"{least[f]} {f} are left. Give at least {least[f]}, or prune channels after fusing"
+                    + self._left_out()
+                    + count_hint(f, limit, self.dense.as_dict()[f])
                 )
         needed = {f: float(costs.fused.as_dict()[f] - limit) for f, limit in limits.items()}
         if chosen.is_measured:
@@ -269,6 +274,7 @@ class ResConvPruner:
         controls = self._controls(gone)
         return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, controls, savings=costs.savings)
 
+    @warned_once()
     @torch.inference_mode(False)  # what is made there could take no gradient
     def step(self, budget: Budget | None = None, *, fuse: bool = True, recalibrate: bool = False) -> LayerReport:
         """Remove layers, fold what they hand on into their neighbours, and fuse the others; in place.
@@ -422,8 +428,14 @@ class ResConvPruner:
         raise BudgetError(
             f"the latency budget of {limit:.3f} ms cannot be reached by removing layers: {measured:.3f} ms were "
             f"measured with {len(gone)} of {len(losses)} removed (dense: {self._dense_ms:.3f} ms). Allow more, or "
-            "prune channels after fusing"
+            "prune channels after fusing" + self._left_out()
         )
+
+    def _left_out(self) -> str:
+        """The first layers that cannot go, with the reasons."""
+        named = [f"{name} ({reason})" for name, reason in self.conversion.left_out.items()]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        return f". Left out: {', '.join(named[:3])}{more}" if named else ""
 
 
 def _cheapest(

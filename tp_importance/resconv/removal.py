@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked_model
 from ..batches import call_model, reference_tensor, run_model, tensors_in
 from ..dataflow import Flow, Kind, Span, record
 from ..guards import preserved, transaction
@@ -78,6 +79,7 @@ def remove_layers(
 
     Raises:
         RuntimeError: if the network computes something else after folding; it is then as before.
+        TypeError: if the model is none, compiled or wrapped.
         ValueError: if a name is not a :class:`ResConv2d`, or its factor is negative (given: not positive).
 
     Example:
@@ -91,6 +93,7 @@ def remove_layers(
         >>> torch.allclose(net(x), y, atol=1e-6)
         True
     """
+    checked_model(model)
     wanted = list(dict.fromkeys(names))
     given = names if isinstance(names, Mapping) else {}
     factors = {name: _factor(model, name, given.get(name)) for name in wanted}
