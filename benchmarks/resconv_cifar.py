@@ -1,7 +1,7 @@
 """Fewer layers against fewer channels on a pretrained CIFAR-10 ResNet, at equal MACs and equal training.
 
 Every arm starts from the pretrained network and sees the same number of training images. Layers go either after
-training with L1 on their scaling factors (the paper's way, by METHODS §4), or at once, by what the output loses (ours);
+training with L1 on their scaling factors (the paper's way), or at once, by what the output loses (ours);
 the rest of the images fine-tunes. Channels go at once: L2 with one ratio, and CATRO. Latency and peak memory of a
 forward pass are those of the finished networks, batch norms folded into the convolutions in all of them (--measure, on
 a quiet machine). Run again, it goes on where it stopped.

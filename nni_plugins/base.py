@@ -346,7 +346,7 @@ def _common(group: ChannelGroup, ratios: Mapping[str, float], what: str) -> floa
 
 
 def _aligned(model: nn.Module, groups: Iterable[ChannelGroup], ratios: Mapping[str, float]) -> Config:
-    """Config entries that put batch norms behind a group under its masks (METHODS: masked is after BN)."""
+    """Config entries that put batch norms behind a group under its masks (masked means behind the batch norm)."""
     entries: Config = []
     seen: set[str] = set()
     for group in groups:

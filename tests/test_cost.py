@@ -38,7 +38,7 @@ def test_count_of_single_layers(layer, shape, macs, batch):
 def test_count_of_known_networks():
     with torch.device("meta"):  # no arithmetic
         x = torch.empty(2, 3, 224, 224)
-        assert count_ops(models.resnet50(), x) == (4_089_184_256, 25_557_032)  # METHODS: 4089.2 M
+        assert count_ops(models.resnet50(), x) == (4_089_184_256, 25_557_032)  # 4089.2 M
         assert count_ops(models.vgg16_bn(), x)[0] == 15_470_264_320
         assert count_ops(models.mobilenet_v2(), x) == (300_774_272, 3_504_872)
 

@@ -262,7 +262,7 @@ def greedy(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -
     Under a limit of ``latency_ms`` a step is priced by the latency it is predicted to cost, and goes up a whole stair.
 
     Two stages, as in CATRO's greedy allocation; no constant-factor guarantee holds for products of widths. Source:
-    METHODS §1 (ours; the paper's own two-stage procedure is known by its abstract only).
+    ours (the paper's own two-stage procedure is known by its abstract only).
 
     Args:
         curves: curve per group name.

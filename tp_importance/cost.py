@@ -1,4 +1,4 @@
-"""Exact cost of a network as a quadratic form of its group widths (METHODS §0)."""
+"""Exact cost of a network as a quadratic form of its group widths."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class OBSImportance(StatisticalImportance):
     over the readers r, with :math:`\hat P_r` the covariance of a reader's unfolded input plus a ridge, :math:`G_r` the
     squared gains of the batch norm behind it and :math:`E_r` the energy of what its error disturbs: of its output, or
     of the residual sum that this is added to. Channels go one at a time, least loss first
-    (:mod:`tp_importance.functional.obs`). It pays if the readers are refitted afterwards. METHODS §5; optimal brain
+    (:mod:`tp_importance.functional.obs`). It pays if the readers are refitted afterwards. Ours; optimal brain
     surgeon (Hassibi and Stork 1993), structured in ZipLM (arXiv 2302.04089).
 
     Args:

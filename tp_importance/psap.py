@@ -43,7 +43,7 @@ class PSAPPruner:
     network keeps the budget.
     :meth:`finish` removes the masked channels physically and carries the optimizer over.
 
-    The paper is known to us by its abstract; formulas and defaults are ours (METHODS §3, docs/benchmarks.md).
+    The paper is known to us by its abstract; formulas and defaults are ours (docs/benchmarks.md).
 
     Args:
         model: the network. Masks live in forward hooks; weights are trained by you and changed by :meth:`finish` only.

@@ -19,7 +19,7 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 def naive(weight, bias, s, a, groups, mean, var, gamma, beta, eps):
-    """The formula of METHODS §4, element by element."""
+    """The formula of the fusion, element by element."""
     channels, per_group, height, width = weight.shape
     kernel, shift = torch.zeros_like(weight), torch.zeros(channels, dtype=weight.dtype)
     for o in range(channels):

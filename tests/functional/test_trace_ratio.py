@@ -121,7 +121,7 @@ def test_top_d_values_are_the_best_sums_and_concave():
         assert gain[d] == pytest.approx(max(sum(value[list(s)]) for s in combinations(range(8), d)))
     assert (np.diff(gain, 2) <= 1e-12).all()
     smallest = top_d_values(b, w, float((b / w).min()))
-    assert (np.diff(smallest) >= -1e-12).all()  # METHODS: no gain is negative with the least ratio
+    assert (np.diff(smallest) >= -1e-12).all()  # no gain is negative with the least ratio
 
 
 def data(n=60, c=5, p=3, classes=4, seed=0, mean=0.0):

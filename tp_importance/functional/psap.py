@@ -2,7 +2,7 @@
 
 Paper: "Protective Self-Adaptive Pruning to Better Compress DNNs" (arXiv 2303.11881), known to us by its abstract: a
 layer's own weight sparsity ratio sets its pruning ratio before every pruning step, and a protective reconstruction
-watches gradients so that important filters are not lost. The formulas below are our reading of it (METHODS §3).
+watches gradients so that important filters are not lost. The formulas below are our reading of it.
 """
 
 from __future__ import annotations

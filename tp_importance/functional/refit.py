@@ -5,7 +5,7 @@ what the kept features know of the removed ones is made up for by new weights W'
 one matrix per reader serves every choice of r. Layout as in :mod:`.reader`: G conv groups, d features, O outputs each.
 
 Source: least-squares reconstruction (He et al. 2017, arXiv 1707.06168; ThiNet, arXiv 1707.06342); the form in which
-the ridge pulls towards the old weights, from moments, for any criterion: ours (METHODS.md §5).
+the ridge pulls towards the old weights, from moments, for any criterion: ours.
 """
 
 from __future__ import annotations

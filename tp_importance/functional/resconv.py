@@ -63,7 +63,7 @@ def fused_kernel(
         >>> torch.equal(torch.conv2d(x, kernel, bias, padding=1), 0.5 * x)
         True
 
-    Source: METHODS §4; the placement of the shortcut after the batch norm is ours.
+    Source: ours; so is the placement of the shortcut behind the batch norm.
     """
     channels, per_group, *size = weight.shape
     if channels != per_group * groups or any(k % 2 == 0 for k in size):
@@ -110,7 +110,7 @@ def scaled_batchnorm(
     Raises:
         ValueError: if γ is ``None`` and a variance would be negative.
 
-    Source: ours; METHODS §4 folds into "γ and statistics".
+    Source: ours.
     """
     r = ratio.double()
     scaled = (var.double() + eps) / r.square() - eps
@@ -155,7 +155,7 @@ def layer_loss(s: float, a: float, branch: float, stream: float) -> float:
         >>> layer_loss(0.5, 1.0, 2.0, 4.0) == layer_loss(0.25, 1.0, 4.0, 4.0)
         True
 
-    Source: METHODS §4.
+    Source: ours.
     """
     if not (a >= 0 and stream > 0):  # also NaN
         raise ValueError(f"a={a} must be >= 0 and rms(x)={stream} > 0")

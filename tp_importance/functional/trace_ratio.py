@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ["ClassScatter", "TraceRatio", "select", "top_d_values"]
 
 NEGLIGIBLE = 1e-12
-"""Channels with b + w below this fraction of the largest carry nothing: their ratio is noise (METHODS §1)."""
+"""Channels with b + w below this fraction of the largest carry nothing: their ratio is noise."""
 
 
 @dataclass
@@ -131,7 +131,7 @@ def select(b: ArrayLike, w: ArrayLike, d: int) -> TraceRatio:
     r"""Maximise the trace ratio :math:`\sum_S b / \sum_S w` over all sets of d channels.
 
     S ← the d largest :math:`b_i - \lambda w_i`, λ ← the ratio of S, until λ no longer rises. Monotone, finite and
-    globally optimal (Dinkelbach; METHODS §1 [D]). No channel is dropped before the loop: truncating to the largest
+    globally optimal (Dinkelbach). No channel is dropped before the loop: truncating to the largest
     b/w first, as a widely copied feature-selection code does, makes the loop idle and the set suboptimal.
 
     Args:

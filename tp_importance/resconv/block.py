@@ -47,7 +47,7 @@ class ResConv2d(nn.Module):
         >>> torch.equal(layer(x), layer.bn(layer.conv(x)))
         True
 
-    Source: paper, abstract; the placement after the batch norm is ours (METHODS §4): fusible and lossless to remove.
+    Source: paper, abstract; the placement after the batch norm is ours: fusible and lossless to remove.
     """
 
     s: nn.Parameter
@@ -190,7 +190,7 @@ def convert_to_resconv(
     Eligible is an ``nn.Conv2d`` of stride 1 with as many inputs as outputs that keeps the size, is called once, does
     not read the network's input, shares no weight and has no forward hooks. If its output goes to a batch norm and
     nowhere else, the batch norm becomes part of it, and an ``nn.Identity`` stays in its place. With the default
-    scalars the function stays exactly what it was; for training from scratch take ``a=1`` (METHODS §4). What was left
+    scalars the function stays exactly what it was; for training from scratch take ``a=1`` (ours). What was left
     out, and why, is at ``model.resconv_report``.
 
     Args:

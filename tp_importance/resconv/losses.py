@@ -51,7 +51,7 @@ def scale_losses(
     Raises:
         ValueError: if the input of a layer is not finite, or its a negative.
 
-    Source: METHODS §4.
+    Source: ours.
     """
     squares: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -182,7 +182,7 @@ def removal_controls(
         example_inputs: as for the pruner.
         forward_fn: ``forward_fn(model, batch)``, also called with the example inputs.
 
-    Source: METHODS §4 (the identity); the rest is ours.
+    Source: ours.
     """
     controls = {name: layer.a.item() or 1.0 for name, layer in layers.items()}
     untrained = [name for name, layer in layers.items() if layer.a.item() == 0]

@@ -120,7 +120,7 @@ class ResConvPruner:
         >>> pruner.step().removed, pruner.model[2]
         (['2'], Identity())
 
-    Source: paper, abstract (scaling factor with L1, fusing); the block, ranking and removal are METHODS §4 (ours).
+    Source: paper, abstract (scaling factor with L1, fusing); the block, ranking and removal are ours.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Take residual convolutions out of a network for good, and leave nothing behind where that is possible.
 
 A removed layer hands on a times its input (s = 0). First it is replaced by that factor, which is exact; then the factor
-is moved into layers that have weights (METHODS §4). The stream of a residual stage is one tensor in many places: its
+is moved into layers that have weights. The stream of a residual stage is one tensor in many places: its
 factor goes into every layer that reads it, and out of every layer that adds to it.
 """
 
