@@ -1,8 +1,8 @@
 """One-shot pruning of pretrained CIFAR-10 ResNets with compensated surgery: what a refit is worth to every criterion.
 
 Every cell: channels inside the blocks, a budget in MACs that is met exactly, 500 training images of a draw for scores,
-refit and batch norms, no training, top-1 on the first 5,000 test images. Without a refit batch norms are re-estimated.
-Run again, it goes on where it stopped.
+refit and batch norms, no training, top-1 on the first 5,000 test images. Without a sequential refit batch norms
+follow the change. Run again, it goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
-from tp_importance.guards import preserved, transaction
+from tp_importance.guards import Guard, preserved, transaction
 
 from ._compat import import_nni
 
@@ -109,15 +108,9 @@ def unchanged_on_error(model: nn.Module, evaluator: Any) -> Iterator[None]:
 
     Holds a copy of all parameters and buffers.
     """
-    values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     try:
-        with preserved(model), transaction(model):
+        with preserved(model), transaction(model, (*model.parameters(), *model.buffers())):
             yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        raise
     finally:
         if getattr(evaluator, "model", None) is not None:
             if evaluator._optimizers is None:  # it failed to build them, which unbinding does not foresee
@@ -139,16 +132,20 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
             wrapper.wrap()  # type: ignore[operator, union-attr]
 
 
-@contextmanager
-def on_modules(modules: Iterable[nn.Module], target: str) -> Iterator[None]:
+class on_modules(Guard):
     """Where NNI has taken a parameter away to its wrapper, put it back for a moment."""
-    taken = [m for m in modules if target in m._buffers]
-    stale = [module._buffers.pop(target) for module in taken]
-    try:
-        for module in taken:
-            module._parameters[target] = getattr(module._nni_wrapper, target)
-        yield
-    finally:
-        for module, buffer in zip(taken, stale, strict=True):
-            module._parameters.pop(target, None)
-            module._buffers[target] = buffer
+
+    def __init__(self, modules: Iterable[nn.Module], target: str) -> None:
+        super().__init__()
+        self._modules, self._target = modules, target
+
+    def _note(self) -> None:
+        self._stale = [(m, m._buffers[self._target]) for m in self._modules if self._target in m._buffers]
+        for module, _ in self._stale:
+            del module._buffers[self._target]
+            module._parameters[self._target] = getattr(module._nni_wrapper, self._target)
+
+    def _restore(self, failed: bool) -> None:
+        for module, buffer in self._stale:
+            module._parameters.pop(self._target, None)
+            module._buffers[self._target] = buffer

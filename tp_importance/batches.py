@@ -371,7 +371,7 @@ class WholeBatches:
             if held and (len(held) == 2 or not self._short(batch)):
                 yield from held
                 held = []
-            held.append(batch)
+            held.append(fresh_inputs(batch))  # the loader may use the memory again
         together = _joined(*held) if len(held) == 2 else None
         yield from held if together is None else [together]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from .arguments import checked_model
 from .batches import ForwardFn, WholeBatches, run_batch
 from .functional.batchnorm import Moments, follow_change
-from .guards import copied, preserved, written
+from .guards import copied, written
+from .processes import levels_up
 from .progress import track
+from .untouched import untouched
 
 __all__ = [
     "DenseReference",
@@ -63,7 +66,9 @@ class DenseReference:
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether the values of the network are those it was last stamped with: nobody has trained it since."""
-        return self._stamp == _sums(model)
+        now = _sums(model)
+        close = (math.isclose(a, b, rel_tol=1e-9) for a, b in zip(self._stamp, now, strict=False))
+        return len(self._stamp) == len(now) and all(close)  # the order of a sum depends on the threads
 
     @classmethod
     def matched(cls, dense: nn.Module, pruned: nn.Module) -> DenseReference:
@@ -161,7 +166,8 @@ def recalibrate_batchnorm(
             of ``loader`` or ``model``, the running statistics are bit for bit the old ones.
 
     Warns:
-        UserWarning: if there is no layer to recalibrate, or none was called: nothing changed.
+        UserWarning: if there is no layer to recalibrate, or none was called: nothing changed. Frozen batch norms and
+            instance norms are none: they keep their statistics.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
@@ -181,19 +187,27 @@ def recalibrate_batchnorm(
     checked_model(model)
     layers = {name: m for name, m in model.named_modules() if is_calibrated(m)}
     if not layers:
-        warnings.warn("the model has no batch normalisation with running statistics: nothing changed", stacklevel=2)
+        warnings.warn(
+            "the model has no batch normalisation with running statistics: nothing changed", stacklevel=levels_up()
+        )
         return model
     if isinstance(reference, nn.Module):
         reference = DenseReference.matched(checked_model(reference), model)
     networks = [model] if reference is None else [model, reference.model]
     found, count = _batch_moments(networks, loader, forward_fn, progress)
     if not found[0]:
-        warnings.warn(f"none of the {len(layers)} batch normalisation layers was called: nothing changed", stacklevel=2)
+        warnings.warn(
+            f"none of the {len(layers)} batch normalisation layers was called: nothing changed", stacklevel=levels_up()
+        )
     with written(b for m in layers.values() for b in m.buffers(recurse=False)):
         for name, moments in found[0].items():
             if reference is None:
                 write_statistics(layers[name], name, moments, count)
-            elif name in found[1]:
+            elif name not in found[1]:
+                raise ValueError(
+                    f"layer {name!r} ran in the model but not in the reference: forward_fn must call the model it gets"
+                )
+            else:
                 before = reference.model.get_submodule(name)
                 move_statistics(layers[name], name, found[1][name], moments, before, reference.kept.get(name))
     return model
@@ -203,8 +217,7 @@ def _sums(model: nn.Module) -> tuple[float, ...]:
     """Sum and sum of squares of every parameter and buffer."""
     tensors = [t.detach() for t in (*model.parameters(), *model.buffers()) if not t.is_complex()]
     wide = torch.float32 if any(t.device.type == "mps" for t in tensors) else torch.float64
-    tensors = [t.to(wide) for t in tensors]
-    return tuple(float(v) for t in tensors for v in (t.sum(), t.square().sum()))
+    return tuple(float(v) for each in tensors for t in [each.to(wide)] for v in (t.sum(), t.square().sum()))
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -226,8 +239,7 @@ def _batch_moments(
     with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
         for network, mine in zip(networks, pooled, strict=True):
             layers = {name: m for name, m in network.named_modules() if is_calibrated(m)}
-            stack.enter_context(preserved(network))
-            stack.enter_context(written((b for m in layers.values() for b in m.buffers(recurse=False)), always=True))
+            stack.enter_context(untouched(network))
             network.eval()
             for name, layer in layers.items():
                 layer.training = True

@@ -205,7 +205,9 @@ def _read(path: Any, device: Any) -> dict[str, Any]:
         raise ValueError(f"{name} is not a checkpoint of a pruned network (a plain state_dict, perhaps); {remedy}")
     version = content.get("version")
     if type(version) is not int or version != VERSION:
-        raise ValueError(f"{name} has format version {version}, not {VERSION}; update tp-importance")
+        older = type(version) is int and version < VERSION
+        remedy = "it was written by an older tp-importance: save the network again" if older else "update tp-importance"
+        raise ValueError(f"{name} has format version {version}, not {VERSION}; {remedy}")
     try:
         digests = content_digests(content)
         _compare(content.get("digests"), digests)

@@ -15,7 +15,7 @@ from .batches import ForwardFn, run_model, tensors_in
 from .calibrate import DenseReference, is_calibrated, recalibrate_batchnorm
 from .compensation import compensate
 from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
-from .guards import copied, preserved, settled, transaction, written
+from .guards import copied, preserved, settled, transaction
 from .layer_pruners import channel_pruners
 from .modes import read_in_training_only
 from .observe import LabelFn
@@ -136,8 +136,8 @@ def compensated_step(
     heads = {dense.get_submodule(names[m]): n for m, n in pruner.num_heads.items() if m in names}
     options = options.on_copy(model, dense)
     known = len(graph.pruning_history())
-    values = (*model.parameters(), *model.buffers())
-    with shown(progress), torch.inference_mode(False), written(values), transaction(model), replacing(model):
+    step = transaction(model, (*model.parameters(), *model.buffers()))
+    with shown(progress), torch.inference_mode(False), step, replacing(model):
         outputs = _output_shapes(dense, example_inputs, forward_fn)
         try:
             with settled(model), preserved(model), phase("removing channels"):
@@ -174,7 +174,7 @@ def compensated_step(
             leave=what.leave,
             forward_fn=forward_fn,
             label_fn=label_fn,
-            recalibrate=recalibrate,
+            recalibrate=recalibrate and settings.mode == "sequential",
             progress=progress,
         )
         with torch.no_grad():
@@ -182,6 +182,7 @@ def compensated_step(
                 named_tensors(model)[name].copy_(survivors.take(name, tensor))
         if reference is not None and settings.mode == "parallel":
             recalibrate_batchnorm(model, loader, reference=reference, forward_fn=forward_fn)
+        step.commit()
     return what.added_to(report)
 
 

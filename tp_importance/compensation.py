@@ -63,7 +63,7 @@ def compensate(
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
-        recalibrate: in sequential mode, move the statistics of every batch norm by the change of its input (see
+        recalibrate: in sequential mode only, move the statistics of every batch norm by the change of its input (see
             :func:`~tp_importance.recalibrate_batchnorm`) as soon as that is final, but for those behind a refitted
             layer: least squares has set their means, and rescaling would enlarge its errors.
         progress: show a progress bar.
@@ -72,7 +72,8 @@ def compensate(
         The :class:`~tp_importance.report.CompensationReport`.
 
     Raises:
-        ValueError: for unknown groups or units, bad data, or weights that are not finite; the model is then as before.
+        ValueError: for ``recalibrate`` in parallel mode, unknown groups or units, bad data, or weights that are not
+            finite; the model is then as before.
 
     Example:
         >>> import torch
@@ -85,6 +86,11 @@ def compensate(
         2
     """
     settings = Compensation.of(how, "how")
+    if recalibrate and settings is not None and settings.mode == "parallel":
+        raise ValueError(
+            "recalibrate=True is for mode 'sequential'; after a parallel refit and the surgery call "
+            "recalibrate_batchnorm(model, loader, reference=dense), with a copy of the model made before"
+        )
     if settings is None:
         raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
     if groups is None:

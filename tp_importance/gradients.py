@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from operator import length_hint
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import ForwardFn, iterate, keyed_labels, run_batch, split_batch, to_model
+from .guards import Guard
 from .observe import LabelFn
 from .progress import track
 from .reparametrised import as_leaves
@@ -58,13 +59,10 @@ def loss_gradients(
         True
     """
     checked_loss_fn(loss_fn)
-    before = [(p, p.grad) for p in model.parameters()]
-    stack = ExitStack()
-    try:
-        stack.enter_context(as_leaves(model))  # until the end of the block
+    with _gradients_kept(model), as_leaves(model):
         with untouched(model), torch.inference_mode(False), torch.enable_grad():
             model.eval()
-            for parameter, _ in before:
+            for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)
             model.zero_grad(set_to_none=True)
@@ -81,10 +79,21 @@ def loss_gradients(
             if not batches:
                 raise ValueError("the loader gave no batch; a re-iterable of labelled batches is needed")
         yield
-    finally:
-        stack.close()
-        model.zero_grad(set_to_none=True)
-        for parameter, gradient in before:
+
+
+class _gradients_kept(Guard):
+    """Give every parameter the gradient back that it had, and those that are new none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def _note(self) -> None:
+        self._before = [(p, p.grad) for p in self._model.parameters()]
+
+    def _restore(self, failed: bool) -> None:
+        self._model.zero_grad(set_to_none=True)
+        for parameter, gradient in self._before:
             parameter.grad = gradient
 
 

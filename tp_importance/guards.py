@@ -8,7 +8,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from types import CodeType, FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "Guard",
     "copied",
+    "copied_with",
     "copy_memo",
     "full_precision",
     "preserved",
@@ -46,20 +47,20 @@ HOOKS = (
 class Guard(ABC):
     """A block after which something is put back, and never half of it.
 
-    Ctrl-C raises ``KeyboardInterrupt`` inside the block as ever. While the guard puts things back, and after
-    :meth:`commit`, it is held and raised when the guard is done. Only the main thread receives interrupts; in others,
-    and where the handler of SIGINT is not a Python function, there is nothing to hold.
+    Ctrl-C raises ``KeyboardInterrupt`` inside the block as ever. While the guard takes its notes or puts things back,
+    and after :meth:`commit`, it is held and raised when that is done. Only the main thread receives interrupts; in
+    others, and where the handler of SIGINT is not a Python function, there is nothing to hold.
     """
 
     def __init__(self, given: Any = None) -> None:
         """Make a guard; its block yields ``given``."""
         self._given = given
-        self._held = self._pending = False
+        self._held = self._committed = self._pending = False
         self._handler: Any = None
 
     def commit(self) -> None:
         """Hold interrupts from here to the end of the block: what follows belongs together."""
-        self._held = True
+        self._held = self._committed = True
 
     @abstractmethod
     def _note(self) -> None:
@@ -75,11 +76,20 @@ class Guard(ABC):
             if callable(handler):
                 self._handler = handler
                 signal.signal(signal.SIGINT, self._on_interrupt)
+        self._held = True
         try:
             self._note()
         except BaseException:
             self._release()
             raise
+        self._held = False
+        if self._pending:
+            self._pending = False
+            try:
+                self._handler(signal.SIGINT, None)
+            except BaseException as error:
+                self.__exit__(type(error), error, None)
+                raise
         return self._given
 
     def __exit__(
@@ -309,9 +319,8 @@ def warn_in_eval_mode(model: nn.Module, *, stacklevel: int = 2) -> bool:
     return bool(layers)
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Switch TensorFloat-32 off inside the block: GPUs use it by default, with errors of 1e-3.
+class full_precision(Guard, ContextDecorator):
+    """Switch TensorFloat-32 off inside the block, or a function that it decorates: GPUs use it, with errors of 1e-3.
 
     Example:
         >>> import torch
@@ -319,14 +328,18 @@ def full_precision() -> Iterator[None]:
         ...     torch.backends.cudnn.allow_tf32
         False
     """
-    owners: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [owner.allow_tf32 for owner in owners]
-    try:
+
+    def _note(self) -> None:
+        owners: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        self._before = [(owner, owner.allow_tf32) for owner in owners]
         for owner in owners:
             owner.allow_tf32 = False
-        yield
-    finally:
-        for owner, allowed in zip(owners, before, strict=True):
+
+    def _recreate_cm(self) -> full_precision:
+        return full_precision()  # for every call of a decorated function
+
+    def _restore(self, failed: bool) -> None:
+        for owner, allowed in self._before:
             owner.allow_tf32 = allowed
 
 
@@ -343,12 +356,17 @@ def copied(model: Model) -> Model:
         >>> net.weight.is_leaf, twin.weight.is_leaf
         (False, True)
     """
-    twin = copy.deepcopy(model, copy_memo(model))
+    return copied_with(model, None)[0]
+
+
+def copied_with(model: Model, others: Any) -> tuple[Model, Any]:
+    """The same, and a copy of ``others``, in which the layers of the network are those of its copy."""
+    twin, options = copy.deepcopy((model, others), copy_memo(model))
     for module in twin.modules():
         if is_parametrized(module):  # copies share a class, and removing a parametrization changes the class
             kind = type(module)
             module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-    return twin
+    return twin, options
 
 
 def copy_memo(model: nn.Module) -> dict[int, Any]:

@@ -119,8 +119,11 @@ class LatencyModel:
             dense = clock(traced.model)
             found = _timed(groups)
             order = sorted(found, key=lambda entry: -entry[0].macs)  # stairs are looked for in the largest of a family
-            each = track(order, "timing layers", unit="layer")
-            grids = {(call.name, layer.key): table.grid(layer) for call, layer, _ in each}
+            # no name for the generator: a traceback would keep its phase open
+            grids = {
+                (call.name, layer.key): table.grid(layer)
+                for call, layer, _ in track(order, "timing layers", unit="layer")
+            }
             model = cls(
                 groups,
                 [call.name for call, _, _ in found],

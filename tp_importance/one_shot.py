@@ -34,7 +34,7 @@ class OneShot:
     Attributes:
         model: the network that was given, pruned in place.
         report: widths, costs, what was left alone, and how well the refit restored every layer.
-        pruner: the pruner, for its ``pruning_history()`` and further steps.
+        pruner: the pruner, for its ``pruning_history()`` and further steps; it holds a copy of the dense network.
     """
 
     model: nn.Module
@@ -83,7 +83,8 @@ def prune(
             :mod:`tp_importance.allocation`; default (also ``"default"``): what suits the importance, see
             :func:`~tp_importance.program.default_allocator`.
         compensate: see :func:`~tp_importance.compensation.compensate`; ``"parallel"`` is faster and less accurate.
-            With it, or with ``None``, batch norm statistics are re-estimated afterwards.
+            With it, or with ``None``, batch norm statistics follow the change afterwards, see
+            :func:`~tp_importance.recalibrate_batchnorm`.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
             hundred cost accuracy (docs/benchmarks.md).
         loss_fn: ``loss_fn(output, labels)`` for the methods that look at gradients of a loss, ``"taylor"`` and

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 
 import torch
 
-__all__ = ["process_count", "warn_of_processes", "warned_once"]
+__all__ = ["levels_up", "process_count", "warn_of_processes", "warned_once"]
 
 _warned: ContextVar[list[bool] | None] = ContextVar("_warned", default=None)
 
@@ -63,12 +63,12 @@ def warn_of_processes(what: str) -> None:
         f"torch.distributed runs {count} processes, and each takes its own {what}: with others it gets another "
         "network, without an error. Prune in one process before the network is wrapped; or give every process the same "
         "batches, and afterwards the weights of one: torch.distributed.broadcast of every tensor in model.state_dict()",
-        stacklevel=_levels_up(),
+        stacklevel=levels_up(),
     )
 
 
-def _levels_up() -> int:
-    """``stacklevel`` of the first caller outside of this package."""
+def levels_up() -> int:
+    """``stacklevel`` for :func:`warnings.warn`: the first caller outside of this package, whatever lies between."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:
         name = str(frame.f_globals.get("__name__")).split(".")[0]

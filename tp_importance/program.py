@@ -134,8 +134,10 @@ def program(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) 
 ALLOCATORS["program"] = program
 
 
-COMPARABLE = (tp.importance.TaylorImportance,)
-"""Importances of Torch-Pruning whose scores, in units of the loss, compare across layers."""
+_LOSSES = ("GroupTaylorImportance", "GroupHessianImportance", "OBDCImportance")
+COMPARABLE = tuple(getattr(tp.importance, name) for name in _LOSSES if hasattr(tp.importance, name))
+"""Importances of Torch-Pruning that estimate what the loss gains without a channel: greedy widths suit the first of
+them (docs/benchmarks.md); the second-order ones are of its kind and were not measured."""
 
 
 def default_allocator(importance: Any) -> str:

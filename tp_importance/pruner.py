@@ -29,7 +29,7 @@ from .latency_model import LatencyModel
 from .latency_table import LatencyTable
 from .observe import LabelFn
 from .plan import Plan
-from .processes import warned_once
+from .processes import levels_up, warned_once
 from .program import named_allocator
 from .progress import phase, shown, shows_progress
 from .report import CompensationReport, GroupRow, PruningReport
@@ -51,8 +51,9 @@ class BudgetPruner:
     Args:
         model: the network; only :meth:`step` changes it.
         example_inputs: tensor, tuple or dict, batch dimension first.
-        loader: re-iterable of batches for data-driven importances and recalibration; collected at the first
-            :meth:`plan` or :meth:`step` and again after every step.
+        loader: re-iterable of batches for data-driven importances, refits and recalibration; collected at the first
+            :meth:`plan` or :meth:`step` and again after every step. For recalibration the pruner keeps a copy of the
+            network as given.
         importance: a :class:`~tp_importance.importance.StatisticalImportance` or any ``tp.importance.Importance``; or
             ``None``, and the attribute ``importance`` is set before the first plan.
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
@@ -148,7 +149,7 @@ class BudgetPruner:
             verify=verify,
             progress=progress,
         )
-        warn_of_uncounted(self.groups, stacklevel=3)
+        warn_of_uncounted(self.groups)
         self._left_out = {e.name: e.reason for e in self.groups.excluded}
         self.initial_widths = self.groups.widths
         self.cost_model = CostModel.from_groups(self.groups)
@@ -290,7 +291,7 @@ class BudgetPruner:
             warnings.warn(
                 f"the dense network took {dense.median_ms:.3f} ms (IQR {dense.iqr_ms:.3f}), {now:.3f} are "
                 "predicted: the machine was busy at one of these times. Measure on a quiet one",
-                stacklevel=3,
+                stacklevel=levels_up(),
             )
         return {"dense": dense.median_ms, "dense_iqr": dense.iqr_ms, "limit": limit, "predicted": predicted}
 
@@ -354,9 +355,12 @@ class BudgetPruner:
         report, run = self._report(plan), self.groups.options.forward_fn
         if plan.is_noop:
             time = f", {plan.latency_ms['predicted']:.3f} ms predicted" if plan.latency_ms else ""
-            warnings.warn(f"the network already meets the budget ({plan.cost}{time}); nothing is pruned", stacklevel=2)
+            warnings.warn(
+                f"the network already meets the budget ({plan.cost}{time}); nothing is pruned", stacklevel=levels_up()
+            )
             return self._timed(report)
-        reference = self._reference_after(plan.removed)
+        compares = recalibrate and (settings is None or settings.mode == "parallel")
+        reference = self._reference_after(plan.removed, needed=compares)
         values = () if settings is None else self.model.parameters()
         step = self.surgery(values)
         with shown(self._progress), step, replacing(self.model), torch.inference_mode(False):
@@ -367,7 +371,7 @@ class BudgetPruner:
             counted = count_ops(self.model, self.example_inputs, forward_fn=run)
             if Cost(*counted) != plan.cost:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
-            if recalibrate and self.loader is not None and (settings is None or settings.mode == "parallel"):
+            if compares and self.loader is not None:
                 recalibrate_batchnorm(self.model, self.loader, reference=reference, forward_fn=run)
             state = self._adopting(self._retrace(), self.groups.trace.graph.pruning_history())
             if reference is not None:
@@ -432,7 +436,7 @@ class BudgetPruner:
             classes=getattr(self.importance, "classes", None),
             forward_fn=self.groups.options.forward_fn,
             label_fn=self._label_fn,
-            recalibrate=recalibrate,
+            recalibrate=recalibrate and settings.mode == "sequential",
             progress=self._progress,
         )
 
@@ -482,16 +486,22 @@ class BudgetPruner:
             "_history": [*self._history, *history],
         }
 
-    def _reference_after(self, removed: Mapping[str, Sequence[int]]) -> DenseReference | None:
+    def _reference_after(self, removed: Mapping[str, Sequence[int]], needed: bool) -> DenseReference | None:
         """The network that batch norms are compared with, and what of it is left when ``removed`` has gone.
 
-        It is the network as given, or as somebody else, training say, has left it since the last step.
+        It is the network as given, or as somebody else, training say, has left it since the last step. A later step may
+        want it; so it is kept, if the network can be copied, where it is not ``needed`` now.
         """
         if self.loader is None or not has_batch_norm(self.model):
             return None
         known = self._reference
         if known is None or not known.is_of(self.model):
-            known = DenseReference.of(self.model)
+            try:
+                known = DenseReference.of(self.model)
+            except Exception:
+                if needed:
+                    raise
+                return None
         layers, gone = dict(self.model.named_modules()), defaultdict[str, list[int]](list)
         for group in self.groups:
             for m in group.members:
@@ -556,11 +566,11 @@ class Surgery(transaction):
             pruner.groups = replace(pruner.groups, trace=traced)
 
 
-def warn_of_uncounted(groups: PrunableGroups, *, stacklevel: int = 2) -> None:
+def warn_of_uncounted(groups: PrunableGroups) -> None:
     """Say which layers multiply and accumulate as often as nobody knows: no budget of MACs holds for them."""
     if groups.trace.uncounted:
         named = "; ".join(f"{name}: {reason}" for name, reason in groups.trace.uncounted.items())
-        warnings.warn(f"the MACs of some layers are not known and not counted ({named})", stacklevel=stacklevel)
+        warnings.warn(f"the MACs of some layers are not known and not counted ({named})", stacklevel=levels_up())
 
 
 def bytes_per_parameter(model: nn.Module) -> float:

@@ -20,6 +20,7 @@ from .psap_schedule import PSAPSchedule
 from .remap import Survivors, check_optimizer, named_tensors
 from .report import PruningReport
 from .soft_pruning import Ratios, SoftPruning
+from .stale_optimizers import replacing
 
 __all__ = ["PSAPPruner"]
 
@@ -220,8 +221,8 @@ class PSAPPruner:
         removed = self._soft.removed
         before = named_tensors(self.model)
         self._planner.example_inputs = to_model(self.model, self._planner.example_inputs)  # it may have moved
-        step = self._planner.surgery()
-        with shown(self._progress), self._soft.paused(), torch.inference_mode(False), step:
+        paused, step = self._soft.paused(), self._planner.surgery()
+        with shown(self._progress), paused, torch.inference_mode(False), step, replacing(self.model):
             survivors = Survivors.of(self.groups, removed, self._planner.example_inputs)
             for each in averages:
                 survivors.require_fit(each)
@@ -233,6 +234,7 @@ class PSAPPruner:
             for each in averages:
                 survivors.remap_twin(each, self.model)
             self._finished = True
+            paused.commit()
         return report
 
     # -- to look at

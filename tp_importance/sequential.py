@@ -27,7 +27,7 @@ from .errors import TracingError
 from .functional.batchnorm import Moments as NormMoments
 from .functional.refit import Shortfall, residual_energy
 from .groups import PrunableGroups
-from .guards import copied, preserved
+from .guards import copied
 from .observe import (
     LabelFn,
     at_least_float,
@@ -44,9 +44,14 @@ from .readers import checked_moments
 from .refitting import Compensation, Refit
 from .report import RefitRow
 from .taps import added_to, recording, tap
+from .untouched import untouched
 from .verify import gates
 
 __all__ = ["SequentialRefit"]
+
+_MORE = (
+    "runs more often on the data than on the example inputs; give example inputs like the data, or use mode='parallel'"
+)
 
 NEGLIGIBLE_GAIN = 1e-3
 """Batch norm gains below this fraction of the largest: what stands behind them cannot make up for anything."""
@@ -111,7 +116,9 @@ class SequentialRefit:
         wanted_classes(self.classes)
         self._find_sums(model)
         batch = None if self._repeated else _joined(loader, self._bytes_per_sample(), self.settings.memory_limit)
-        with preserved(model), torch.no_grad(), phase("refitting", n, unit="layer", layers=n) as self._running:
+        statistics = (b for m in model.modules() if is_calibrated(m) for b in m.buffers(recurse=False))
+        kept = untouched(model, statistics)  # which are to change, as the weights are
+        with kept, torch.no_grad(), phase("refitting", n, unit="layer", layers=n) as self._running:
             model.eval()
             if batch is not None:
                 self.passes = 2
@@ -134,10 +141,7 @@ class SequentialRefit:
         def act(i: int, x: Tensor) -> None:
             r = self.refits[i]
             if i not in targets:
-                raise ValueError(
-                    f"layer {r.name} runs more often on the data than on the example inputs; give example inputs "
-                    "like the data, or use mode='parallel'"
-                )
+                raise ValueError(f"layer {r.name} {_MORE}")
             sums, seen = Shortfall(), targets.pop(i)
             if i in self._sums:
                 seen = self._corrected(i, seen, dense.pop(i), pruned.pop(i))
@@ -148,6 +152,8 @@ class SequentialRefit:
             before[name] = NormMoments.of(x)
 
         def calibrate(name: str, norm: nn.Module, x: Tensor) -> None:
+            if name not in before:
+                raise ValueError(f"layer {name} {_MORE}")
             move_statistics(norm, name, before.pop(name), NormMoments.of(x))
 
         with ExitStack() as stack:

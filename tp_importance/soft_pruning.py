@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from numbers import Integral
 from typing import Any, Literal
@@ -35,7 +34,7 @@ from .functional.psap import (
 from .gates import ChannelGates
 from .group_weights import GroupWeights, ParametersOf, own_parameters
 from .groups import ChannelGroup, PrunableGroups
-from .guards import warn_in_eval_mode
+from .guards import Guard, warn_in_eval_mode
 from .processes import process_count
 from .progress import phase
 from .psap_history import GroupStep, PruneStep, PSAPHistory
@@ -190,17 +189,14 @@ class SoftPruning:
             self._gates.remove()
         self._gates = None
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Take the gates out; if the block raises, they come back."""
-        self._started()
-        self.close()
-        try:
-            yield
-        except BaseException:
-            self._gates = ChannelGates(self.groups)
-            self._apply(self._gates)
-            raise
+    def paused(self) -> Guard:
+        """A block without the gates; if it raises before its ``commit()``, they come back."""
+        return _Paused(self)
+
+    def reopen(self) -> None:
+        """Put the gates back."""
+        self._gates = ChannelGates(self.groups)
+        self._apply(self._gates)
 
     def require_unchanged(self) -> None:
         """Raise :class:`StaleStatisticsError` if the layers are not those the groups were built from."""
@@ -444,3 +440,19 @@ def _tuple(units: Any) -> tuple[int, ...]:
 
 def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
+
+
+class _Paused(Guard):
+    """A soft phase without its gates; see :meth:`SoftPruning.paused`."""
+
+    def __init__(self, soft: SoftPruning) -> None:
+        super().__init__()
+        self._soft = soft
+
+    def _note(self) -> None:
+        self._soft._started()
+        self._soft.close()
+
+    def _restore(self, failed: bool) -> None:
+        if failed and not self._committed:
+            self._soft.reopen()

@@ -300,6 +300,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
                 )
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
+        pruners = channel_pruners(model, options.customized_pruners) or None  # copies layers, so before any hook
         stack.enter_context(as_leaves(model))
         recorder = _Recorder(model)
         try:
@@ -309,7 +310,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
                 forward_fn=partial(recorder.run, forward_fn=options.forward_fn),
                 output_transform=options.output_transform,
                 unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,
-                customized_pruners=channel_pruners(model, options.customized_pruners) or None,
+                customized_pruners=pruners,
                 ignored_params=list(options.ignored_params),
             )
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
@@ -31,11 +31,11 @@ class untouched(Guard):
     among them. Objects that hold other objects are followed no further. Tensors are cloned: this costs the memory of
     the buffers once more.
 
-    Made for passes that only look at the network. Batch norms that are to learn from data, or surgery, need
-    :func:`~tp_importance.guards.preserved`.
+    Made for passes that only look at the network; surgery needs :func:`~tp_importance.guards.preserved`.
 
     Args:
         model: the network.
+        keep: buffers that are to keep the values they get.
 
     Yields:
         The same model.
@@ -54,13 +54,13 @@ class untouched(Guard):
         (0, None)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keep: Iterable[Tensor] = ()) -> None:
         super().__init__(model)
-        self._model = model
+        self._model, self._keep = model, list(keep)
 
     def _note(self) -> None:
         model = self._model
-        self._undo = _Memory(model).undo
+        self._undo = _Memory(model, self._keep).undo
         self._python = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002 - a forward pass may draw from it
         devices = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
@@ -81,9 +81,9 @@ class untouched(Guard):
 class _Memory:
     """What must be done to put everything back that hangs on a module."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, keep: Iterable[Tensor] = ()):
         self.undo: list[Callable[[], Any]] = []
-        self._seen: dict[int, Any] = {}  # kept alive: their ids must stay theirs
+        self._seen: dict[int, Any] = {id(t): t for t in keep}  # kept alive: their ids must stay theirs
         self._left: list[tuple[Any, bool]] = [(module, False) for module in model.modules()]
         while self._left:
             value, in_object = self._left.pop()
@@ -93,8 +93,10 @@ class _Memory:
 
     def _remember(self, value: Any, in_object: bool) -> None:
         if isinstance(value, Tensor):
-            overlapping = value.layout != torch.strided or any(
-                stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)
+            overlapping = (
+                value.is_nested
+                or value.layout != torch.strided
+                or any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
             )
             if not overlapping and not value.is_meta:  # nothing can be written into an expanded tensor
                 self.undo.append(partial(_put_values, value, value.detach().clone()))

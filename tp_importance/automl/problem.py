@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ..cost import COST_FIELDS, CostModel
 from ..curves import Curve
 from ..errors import SearchSpaceError
 from ..files import read_json, write_json
-from ..guards import copy_memo
+from ..guards import copied_with
 from ..processes import warned_once
 from ..program import ProgramAllocator, implied_weights, named_allocator
 from ..pruner import BudgetPruner
@@ -99,7 +98,7 @@ class BudgetProblem:
             if method.make is None:
                 raise SearchSpaceError(f"method {method.name!r} takes no widths per group; leave it out of this search")
         checked_model(model)
-        clone, options = copy.deepcopy((model, pruner_options), copy_memo(model))
+        clone, options = copied_with(model, pruner_options)
         store = None if statistics is None else CurveStore(statistics, model)
         arguments = Job(clone, example_inputs, loader, budget, store=store, pruner_options=options).arguments
         pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **arguments)

@@ -22,7 +22,7 @@ from ..verify import verify_groups
 
 __all__ = ["CurveStore", "Valuation", "fingerprint"]
 
-FORMAT = "tp_importance.curves"
+FORMAT = "tp_importance.curves.2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +181,7 @@ def _read(path: Path) -> Valuation:
         with np.load(path, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             if header.get("format") != FORMAT:
-                raise ValueError("it is no file of this package")
+                raise ValueError("it is no file of this version of the package")
             values = {name: _curve(file, i) for i, name in enumerate(header["groups"])}
             return Valuation(values, header["weights"], header["allocator"], header["seconds"])
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from ..budget import Budget, Cost
 from ..cost import CostModel
 from ..errors import BudgetError, SearchSpaceError
 from ..gradients import checked_loss_fn
-from ..guards import copy_memo
+from ..guards import copied_with
 from ..latency import measure_latency
 from ..processes import warned_once
 from ..program import ProgramAllocator
@@ -238,7 +237,7 @@ def prune_trial(
         if budget is not None:
             checked_budget(budget)
         # layers in the options are then those of the copy
-        clone, options = copy.deepcopy((model, pruner_options), copy_memo(model))
+        clone, options = copied_with(model, pruner_options)
         job = Job(clone, example_inputs, loader, budget, train=train, recalibrate=recalibrate, loss_fn=loss_fn)
         job.compensate = Compensation.of(compensate)
         job.store = None if statistics is None else CurveStore(statistics, model)

@@ -78,9 +78,10 @@ def follow_change(mean: Tensor, var: Tensor, dense: Moments, pruned: Moments) ->
     .. math:: \mu' = m_p + r(\mu - m_d), \qquad \sigma'^2 = r^2 \sigma^2, \qquad r^2 = v_p / v_d
 
     which is exact if pruning shifts and scales the channel. What training saw and a few images do not show, μ − m_d
-    and σ²/v_d, stays. Two such moves one after the other are the one from the first to the last network. A channel
-    that the images hardly excite in the dense network (:math:`v_d` below 10⁻⁴ σ²) has no ratio to go by: r = 1 for its
-    mean, and σ² + v_p for its variance.
+    and σ²/v_d, stays. Two such moves one after the other are the one from the first to the last network. There is no
+    ratio to go by for a channel that the images hardly excite in the dense network (:math:`v_d` below 10⁻⁴ σ²), or that
+    pruning has made all but constant (:math:`v_p` below 10⁻⁴ v_d): r = 1, and in the first case the variance becomes
+    σ² + v_p.
 
     Args:
         mean: μ, shape (C,).
@@ -100,7 +101,8 @@ def follow_change(mean: Tensor, var: Tensor, dense: Moments, pruned: Moments) ->
     """
     mean, var = mean.to(dense.mean), var.to(dense.mean)
     excited = dense.variance > CONSTANT * var
-    ratio = torch.where(excited, pruned.variance / torch.where(excited, dense.variance, 1.0), 1.0)
+    followed = excited & (pruned.variance > CONSTANT * dense.variance)
+    ratio = torch.where(followed, pruned.variance / torch.where(followed, dense.variance, 1.0), 1.0)
     scale = ratio.sqrt()
     # this order leaves a channel that has not changed bit for bit as it was
     new_mean = scale * mean + (pruned.mean - scale * dense.mean)

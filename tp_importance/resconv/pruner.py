@@ -18,7 +18,7 @@ from ..calibrate import DenseReference, has_batch_norm, recalibrate_batchnorm
 from ..errors import BudgetError
 from ..functional.resconv import cheapest_removal, soft_threshold
 from ..guards import transaction, warn_in_eval_mode
-from ..processes import warned_once
+from ..processes import levels_up, warned_once
 from ..progress import phase, shown, shows_progress
 from ..pruner import bytes_per_parameter
 from ..stale_optimizers import replacing
@@ -307,7 +307,9 @@ class ResConvPruner:
         rows = self._rows(plan)
         modes = {n: m.training for n, m in self.model.named_modules(remove_duplicate=False)}
         if not plan.removed:
-            warnings.warn(f"the network already meets the budget ({plan.cost}); no layer is removed", stacklevel=2)
+            warnings.warn(
+                f"the network already meets the budget ({plan.cost}); no layer is removed", stacklevel=levels_up()
+            )
         done = RemovalReport([], {}, {})
         step = transaction(self.model, self.model.buffers())  # statistics are written in place
         with shown(self._progress), step, replacing(self.model):
