@@ -1,5 +1,6 @@
 import os
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -9,9 +10,9 @@ from torch import nn
 from torchvision.models import mobilenet_v3_small, resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
-from tp_importance import checkpoint
+from tp_importance import Budget, checkpoint
 from tp_importance.checkpoint import load_pruned, save_pruned
-from tp_importance.resconv import Scale, convert_to_resconv, fuse, remove_layers
+from tp_importance.resconv import ResConvPruner, Scale, convert_to_resconv, fuse, remove_layers
 
 resnet = partial(resnet18, num_classes=10)
 mobilenet = partial(mobilenet_v3_small, num_classes=10)
@@ -263,7 +264,11 @@ def user_block():
     [
         (conv_bn, lambda: conv_bn()[:3], "layer '3'.*in the file but not in the factory's model.*factory that built"),
         (conv_bn, lambda: conv_bn().append(nn.ReLU()), "layer '4'.*of the factory's model is not in the file"),
-        (conv_bn, lambda: nn.ModuleList(conv_bn()), "layer ''.*Sequential.*ModuleList"),
+        (
+            conv_bn,
+            lambda: nn.ModuleList(conv_bn()),
+            "file holds a .*Sequential, the factory builds a .*ModuleList; load with",
+        ),
         (user_block, conv_bn, r"layer '3' is a .*Split.*Conv2d"),
     ],
 )
@@ -286,7 +291,7 @@ def test_shared_user_module_on_one_side_only(path, shared):
 
 def test_other_network(path):
     save_pruned(resnet(), path)
-    with pytest.raises(ValueError, match="layer"):
+    with pytest.raises(ValueError, match=r"the file holds a .*ResNet, the factory builds a .*MobileNetV3"):
         load_pruned(mobilenet, path)
 
 
@@ -309,6 +314,53 @@ def test_factory_of_wrong_type(path, factory):
     save_pruned(nn.Linear(2, 2), path)
     with pytest.raises(TypeError, match="factory"):
         load_pruned(factory, path)
+
+
+class Sized(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc = nn.Linear(width, 2)
+
+
+def failing(error):
+    def build(width=3):
+        raise error
+
+    return build
+
+
+def given(x, *more):
+    return Sized(x)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (
+            Sized,
+            r"factory Sized could.*missing 1 .*'width'\): give a function without arguments, .*lambda: Sized\(\.\.\.\)",
+        ),
+        (partial(given), r"factory given could.*lambda: given\(\.\.\.\)"),
+        (lambda width: Sized(width), r"factory <lambda> could.*lambda: Net\(\.\.\.\)"),
+        (failing(TypeError("inside")), r"factory build could not build the network \(inside\): it must build"),
+        (partial(Sized, "3"), r"factory Sized could.*it must build the network when it is called without arguments"),
+    ],
+)
+def test_factory_that_cannot_be_called(path, factory, message):
+    save_pruned(Sized(3), path)
+    with pytest.raises(TypeError, match=message) as caught:
+        load_pruned(factory, path)
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+@pytest.mark.parametrize("error", [KeyError("depth"), RuntimeError("no memory"), OSError("no weights")])
+def test_factory_that_raises(path, error):
+    save_pruned(Sized(3), path)
+    with pytest.raises(
+        ValueError, match=f"factory build could not build the network .{type(error).__name__}"
+    ) as caught:
+        load_pruned(failing(error), path)
+    assert caught.value.__cause__ is error
 
 
 def test_unreadable_files(path, tmp_path):
@@ -429,20 +481,54 @@ def test_removed_and_fused_layers(path, gone, fused):
     model = convert_to_resconv(residuals().eval(), x, a=0.5)
     if gone:
         remove_layers(model, x, gone)
+    names = [name for name in ("2.conv", "3.conv") if name not in gone]
     if fused and len(gone) < 2:
         fuse(model)
     scales = {n: m.factor.item() for n, m in model.named_modules() if isinstance(m, Scale)}
     assert bool(scales) == bool(gone)
-    save_pruned(model, path)
     plain = fused or len(gone) == 2
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        save_pruned(model, path)
+    assert len(said) == (not plain)
     again = load_pruned(residuals if plain else lambda: convert_to_resconv(residuals(), x), path)
     assert_same(model, again)
     assert torch.equal(model(x), again(x))
     assert {n: m.factor.item() for n, m in again.named_modules() if isinstance(m, Scale)} == scales
     if not plain:
-        with pytest.raises(ValueError, match=r"layer '[23]\.conv' is a .*ResConv2d"):
+        message = str(said[0].message)
+        assert said[0].category is UserWarning and said[0].filename == __file__
+        assert f"layers of class ResConv2d ({', '.join(names)})" in message
+        with pytest.raises(ValueError, match=r"layer '[23]\.conv' is a .*ResConv2d") as caught:
             load_pruned(residuals, path)
+        for text in (message, str(caught.value)):
+            assert "fuse(model) first" in text and "factory that calls convert_to_resconv on the network" in text
     again.train()(x).sum().backward()
+
+
+def test_unfused_layers_are_saved_where_warnings_are_errors(path):
+    model = convert_to_resconv(residuals().eval(), torch.randn(2, 3, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="ResConv2d"):
+            save_pruned(model, path)
+    assert path.exists()
+
+
+def test_step_without_fusing_can_be_loaded(path):
+    x = torch.randn(2, 3, 8, 8)
+    model = convert_to_resconv(residuals().eval(), x, a=0.5)
+    ResConvPruner(model, x, budget=Budget(macs=0.9)).step(fuse=False)
+    with pytest.warns(UserWarning, match="ResConv2d"):
+        save_pruned(model, path)
+    assert torch.equal(load_pruned(lambda: convert_to_resconv(residuals(), x), path)(x), model(x))
+    with pytest.raises(ValueError, match="convert_to_resconv"):
+        load_pruned(residuals, path)
+    fuse(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_pruned(model, path)
+    assert torch.equal(load_pruned(residuals, path)(x), model(x))
 
 
 def test_register_rebuilt(path, monkeypatch):

@@ -165,6 +165,12 @@ def state(name, make):
     return change
 
 
+def edited(values, number):
+    values = values.clone()
+    values[2] = number
+    return values
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -185,6 +191,21 @@ def state(name, make):
         (state("1.num_batches_tracked", lambda t: t.float()), r"num_batches_tracked is of dtype torch.float32"),
         (state("0.weight", lambda t: t.long()), r"requires_grad=True is not possible for '0.weight' of dtype"),
         (state("0.weight", lambda t: t.to("meta")), "meta device"),
+        (config("1", eps=float("nan")), r"layer '1' \(BatchNorm2d\): eps=nan must be a finite number and positive"),
+        (config("1", eps=float("inf")), r"layer '1'.*eps=inf"),
+        (config("1", eps=0.0), r"layer '1'.*eps=0.0"),
+        (config("1", eps=-1e-5), r"layer '1'.*eps=-1e-05"),
+        (config("1", eps="small"), r"layer '1'.*eps='small'"),
+        (config("4", eps=-1e-5), r"layer '4' \(GroupNorm\): eps=-1e-05 must be a finite number and at least 0"),
+        (config("3", padding_mode="mirror"), r"layer '3' \(Conv2d\): padding_mode='mirror' is unknown.*or 'circular'"),
+        (state("1.running_var", lambda t: edited(t, -0.5)), r"layer '1'.*running_var is -0.5 in channel 2"),
+        (state("1.running_var", lambda t: edited(t, float("nan"))), r"layer '1'.*running_var is nan in channel 2"),
+        (state("1.running_var", lambda t: edited(t, float("inf"))), r"layer '1'.*running_var is inf in channel 2"),
+        (
+            state("3.weight", lambda t: t.to(torch.complex64)),
+            r"layer '3' \(Conv2d\): its weight is complex64 and strided",
+        ),
+        (state("3.weight", lambda t: t.to_sparse()), r"layer '3'.*its weight is float32 and sparse_coo in the file"),
         (config("", forward=3), r"layer '' has forward=3.*hide 'forward' of .*Sequential"),
         (config("0", train=1), "layer '0' has train=1.*hide"),
         (config("0", state_dict=(1, 2)), "hide 'state_dict'"),
@@ -266,6 +287,7 @@ def test_layers_that_are_built_from_the_file_are_checked(path):
     for values, message in (
         ({"groups": 7}, r"layer '0' cannot be built as Conv2d\(.*groups=7.*divisible"),
         ({"out_channels": 10**15}, r"layer '0' \(Conv2d\).*weight has shape"),  # and no memory is asked for
+        ({"padding_mode": "mirror"}, r"layer '0' cannot be built as Conv2d\(.*padding_mode='mirror'"),
         ({"kernel_size": "big"}, "layer '0' cannot be built as Conv2d"),
     ):
         save_pruned(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Linear(2, 2)), path)

@@ -47,6 +47,14 @@ def test_attributes_left_as_they_were_are_saved_as_the_tensors_are(path):
         (nn.Linear(3, 4), {"bias": nn.Parameter(torch.zeros(3))}, r"bias has shape \(3,\)"),
         (nn.ConvTranspose2d(4, 6, 3), {"bias": nn.Parameter(torch.zeros(3))}, r"bias has shape \(3,\)"),
         (nn.Embedding(3, 4), {"weight": None}, "weight is missing"),
+        (nn.BatchNorm1d(3), {"eps": 0}, "eps=0 must be .* positive"),
+        (nn.BatchNorm1d(3), {"running_var": torch.tensor([1.0, -2.0, 1.0])}, "running_var is -2 in channel 1.*recalib"),
+        (nn.LayerNorm(3), {"eps": float("nan")}, "eps=nan"),
+        (
+            nn.ConvTranspose2d(4, 6, 3),
+            {"padding_mode": "reflect"},
+            "padding_mode='reflect' is unknown; set it to 'zeros'",
+        ),
     ],
 )
 def test_layers_that_cannot_run_are_not_saved(tmp_path, layer, values, message):
@@ -98,6 +106,36 @@ def test_layers_with_other_code_or_computed_tensors_are_left_alone(path):
     save_pruned(model, path)
     again = load_pruned(lambda: copy.deepcopy(model), path)
     assert values(again) == values(model)
+
+
+def test_a_network_whose_training_went_wrong_is_kept(path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.LayerNorm(2, eps=0), nn.RMSNorm(2, eps=None))
+    with torch.no_grad():
+        model[0].weight[0], model[0].weight[1], model[0].bias[2] = torch.nan, torch.inf, -torch.inf
+        model(torch.randn(2, 3, 2, 2))
+    assert not model[1].running_var.isfinite().any() or model[1].running_var[:3].isnan().all()
+    save_pruned(model, path)
+    assert values(load_pruned(lambda: copy.deepcopy(model), path)) == values(model)
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse"])
+def test_complex_and_sparse_layers_need_such_a_factory(path, kind):
+    def network(like):
+        model = nn.Sequential(nn.Linear(3, 2, bias=False))
+        if like == "complex":
+            return nn.Sequential(nn.Linear(3, 2, dtype=torch.complex64))
+        if like == "sparse":
+            model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse(), requires_grad=False)
+        return model
+
+    model = network(kind)
+    save_pruned(model, path)
+    again = load_pruned(lambda: network(kind), path)
+    assert torch.equal(again[0].weight.to_dense(), model[0].weight.to_dense())
+    with pytest.raises(
+        ValueError, match=rf"pruned\.pt .*layer '0' \(Linear\): its weight is .*{kind}.*factory that builds"
+    ):
+        load_pruned(lambda: network("real"), path)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "complex", "bool", "float8", "channels_last", "view"])

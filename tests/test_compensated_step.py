@@ -156,7 +156,7 @@ def test_the_model_is_unchanged_if_recalibration_fails():
         model, x[:2], tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[model[3]]
     )
     with pytest.raises(ValueError, match="variance"):  # a batch of one sample
-        compensated_step(pruner, x[:2], [x, x[:1]], "parallel", recalibrate=True)
+        compensated_step(pruner, x[:2], [x[:1], x], "parallel", recalibrate=True)
     assert_same(state(model), before)
 
 

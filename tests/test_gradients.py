@@ -160,7 +160,7 @@ def test_objects_have_a_loss_of_their_own():
     twin = copy.deepcopy(model)
     with loss_gradients(model, DATA, F.cross_entropy):  # as the message says
         prune(model, x, DATA, budget=HALF, method=tp.importance.TaylorImportance())
-    prune(twin, x, DATA, budget=HALF, method="taylor", allocator="uniform")
+    prune(twin, x, DATA, budget=HALF, method="taylor")
     assert torch.equal(weights(model), weights(twin))
 
 

@@ -18,6 +18,14 @@ from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_bat
 from tp_importance.guards import Guard, preserved, transaction, written
 
 
+@pytest.fixture(autouse=True)
+def python_s_handler():
+    """A process that was started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Injected(BaseException):
     pass
 

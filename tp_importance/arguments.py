@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -49,6 +50,12 @@ def checked_model(model: Any, argument: str = "model") -> nn.Module:
             raise TypeError(
                 f"{whole} is compiled by torch.compile, and compiled code hides its layers: use {whole}._orig_mod, "
                 "which has the same parameters, and compile again after pruning"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            whole = f"{argument}{'.' * bool(name)}{name}"
+            raise TypeError(
+                f"{whole} is a {type(module).__name__}: code that torch.jit has compiled takes no hooks and cannot be "
+                "pruned; prune the Python module, and script or trace it afterwards"
             )
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise TypeError(

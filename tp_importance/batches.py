@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import is_dataclass
 from itertools import chain, cycle
 from numbers import Number
 from operator import length_hint
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -308,8 +310,14 @@ def misplaced(model: nn.Module, example_inputs: Any) -> str:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists and dicts, in order."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    """All tensors in nested tuples, lists, dicts and data classes, in order."""
+    found = list[Tensor]()
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) or isinstance(leaf, SimpleNamespace):
+            found += tensors_in(dict(vars(leaf)))
+    return found
 
 
 def iterate(loader: Iterable[Any]) -> Iterator[Any]:

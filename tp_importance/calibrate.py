@@ -92,10 +92,10 @@ class DenseReference:
             if before is None or not is_calibrated(before):
                 raise ValueError(
                     f"layer {name!r} is a batch norm of the model but not of the reference: pass a copy of the model "
-                    "that was made right before pruning, copy.deepcopy(model)"
+                    "that was made right before pruning, copy.deepcopy(model); for layers that ResConv has converted "
+                    "use ResConvPruner(...).step(recalibrate=True)"
                 )
-            if before.num_features != layer.num_features:
-                kept[name] = _recognised(name, before, layer)
+            kept[name] = _recognised(name, before, layer)
         return cls(dense, kept)
 
     def after(self, removed: Mapping[str, Positions]) -> DenseReference:
@@ -191,8 +191,8 @@ def recalibrate_batchnorm(
             "the model has no batch normalisation with running statistics: nothing changed", stacklevel=levels_up()
         )
         return model
-    if isinstance(reference, nn.Module):
-        reference = DenseReference.matched(checked_model(reference), model)
+    if reference is not None and not isinstance(reference, DenseReference):
+        reference = DenseReference.matched(checked_model(reference, "reference"), model)
     networks = [model] if reference is None else [model, reference.model]
     found, count = _batch_moments(networks, loader, forward_fn, progress)
     if not found[0]:
@@ -283,9 +283,10 @@ def _recognised(name: str, before: Any, now: Any) -> Tensor:
         channels += next(([i] for i, other in at if other == c), [])
     if doubtful or len(channels) < len(left):
         raise ValueError(
-            f"layer {name!r}: its {len(new)} channels cannot be told among the {len(old)} of the reference. "
-            "Recalibrate right after pruning, before any training, with a copy made right before it, or without "
-            "reference="
+            f"layer {name!r}: its {len(new)} channels cannot be told among the {len(old)} of the reference by weight, "
+            "bias and running variance. Either they have changed since: recalibrate right after pruning, with a copy "
+            "made right before it. Or several are alike, as in a network that was never trained; then leave "
+            "reference= out"
         )
     return torch.tensor(channels)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +18,15 @@ from torch import Tensor, nn
 
 from .arguments import checked_model
 from .batches import reference_tensor
-from .checkpoint_content import check_content, check_layers, content_digests, is_shadowing, plain, tensor_sizes
+from .checkpoint_content import (
+    check_content,
+    check_layers,
+    content_digests,
+    is_shadowing,
+    other_kind,
+    plain,
+    tensor_sizes,
+)
 from .files import check_archive, written_at_once
 
 __all__ = ["load_pruned", "register_rebuilt", "save_pruned"]
@@ -30,6 +40,12 @@ _PLAIN = (
 )
 REBUILT: dict[str, type[nn.Module]] = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _PLAIN}
 """Modules that are built from the file where the factory has another class; the constructor says all about them."""
+_CONVERTED = {
+    "tp_importance.resconv.block.ResConv2d": "call fuse(model) first and save again, or load with a factory that "
+    "calls convert_to_resconv on the network"
+}
+"""Layers that a conversion of ours puts in and no plain factory builds, with what to do about them. By name, because
+their module imports this one."""
 
 
 def register_rebuilt(cls: type[nn.Module]) -> None:
@@ -68,11 +84,15 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model: the network; not wrapped by ``DataParallel`` or ``torch.compile``.
         path: the file to write; its folder exists.
 
+    Warns:
+        UserWarning: if layers of an unfused :class:`~tp_importance.resconv.ResConv2d` kind are saved, which only a
+            factory can load that converts its network as well.
+
     Raises:
         TypeError: if ``model`` or ``path`` are of another type, or the model is compiled.
         ValueError: if ``path`` is or lies in no proper folder, a module has extra state that is not a tensor, a tensor
             has no values (meta device), or a layer of ``torch.nn`` contradicts itself and cannot run, such as seven
-            groups of eight channels.
+            groups of eight channels or a negative variance. Weights that are not finite are saved as they are.
         OSError: if writing fails.
     """
     checked_model(model)
@@ -107,6 +127,14 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_content(content, content["digests"])
     with written_at_once(target) as file, checksums_written():
         torch.save(content, file)
+    for cls, advice in _CONVERTED.items():  # only now: where warnings are errors, the file is there nevertheless
+        names = [n for n, entry in content["modules"].items() if entry["class"] == cls]
+        if names:
+            warnings.warn(
+                f"{target} holds layers of class {cls.rpartition('.')[2]} ({', '.join(names)}), which load_pruned does "
+                f"not accept from the factory of the plain network; {advice}",
+                stacklevel=2,
+            )
 
 
 def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
@@ -115,7 +143,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
     ``factory()`` gives the code; shapes, dtypes, widths and values come from the file, so the unpruned class will do.
     Where a module of the factory is of another class than the saved one and the saved one is a plain layer (those in
     ``REBUILT``), it is built anew: an ``nn.Identity`` in place of a normalisation, say. A layer of ``torch.nn`` may
-    gain or lose its bias.
+    gain or lose its bias; its tensors must be complex, or sparse, where those of the factory are, and nowhere else.
 
     Nothing is believed of the file. Two checks find damage, such as one flipped bit: every member of the archive is
     compared with its CRC-32 before it is read, and every entry with its SHA-256 afterwards. They also find a change by
@@ -133,9 +161,11 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
         ``requires_grad`` are bit for bit those saved.
 
     Raises:
-        TypeError: if ``factory`` is not callable, is a module itself or builds none; if ``path`` is no path.
+        TypeError: if ``factory`` is not callable, needs arguments, raises a ``TypeError``, is a module itself or builds
+            none; if ``path`` is no path.
         ValueError: if the file cannot be read as such a checkpoint, is damaged or was changed, contradicts itself, or
-            the network of ``factory`` has other layers; names the file, and the entry or layer.
+            the network of ``factory`` has other layers; names the file, and the entry or layer. Also if ``factory``
+            raises anything but a ``TypeError``, which is then its cause.
 
     Example:
         >>> import tempfile, torch_pruning as tp
@@ -153,7 +183,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
     """
     if isinstance(factory, nn.Module) or not callable(factory):
         raise TypeError(f"factory must be a class or function that builds the model, not a {type(factory).__name__}")
-    model = factory()
+    model = _called(factory)
     if not isinstance(model, nn.Module):
         raise TypeError(f"factory built a {type(model).__name__}, not a torch.nn.Module")
     like = reference_tensor(model)
@@ -169,6 +199,32 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise ValueError(f"{os.fspath(path)} does not fit the factory's model: {kind}{error}") from error
     return model.eval()
+
+
+def _called(factory: Callable[[], Any]) -> Any:
+    """What ``factory`` builds; what it raises instead becomes the cause of an error that names it."""
+    try:
+        return factory()
+    except Exception as error:
+        inner = factory.func if isinstance(factory, functools.partial) else factory
+        name = getattr(inner, "__name__", type(inner).__name__)
+        kind = "" if type(error) is TypeError else f"{type(error).__name__}: "
+        remedy = "it must build the network when it is called without arguments, so mend what it raises"
+        if _needs_arguments(factory):
+            example = f"{name}(...)" if name.isidentifier() and hasattr(inner, "__name__") else "Net(...)"
+            remedy = f"give a function without arguments, e.g. lambda: {example}"
+        raised = TypeError if isinstance(error, TypeError) else ValueError
+        raise raised(f"factory {name} could not build the network ({kind}{error}): {remedy}") from error
+
+
+def _needs_arguments(factory: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        return True
+    except ValueError:  # code in C may have no signature
+        pass
+    return False
 
 
 @contextmanager
@@ -252,16 +308,19 @@ def _config(module: nn.Module) -> dict[str, Any]:
 def _match_modules(model: nn.Module, content: dict[str, Any]) -> None:
     """Give ``model`` the modules and the configuration of the file."""
     saved = content["modules"]
-    remedy = "load with the factory that built the network before it was pruned"
+    usual = remedy = "load with the factory that built the network before it was pruned"
     present = dict(model.named_modules(remove_duplicate=False))
     aliases = _first_names(present)
     for name, entry in saved.items():
         cls, first = entry["class"], entry["same_as"]
+        remedy = _CONVERTED.get(cls, usual)
         if name not in present:
             raise ValueError(f"layer {name!r} ({cls}) is in the file but not in the factory's model; {remedy}")
         same_class = cls.rpartition(".")[2] == type(present[name]).__name__
         if same_class and aliases[name] == first:
             continue
+        if not name and not same_class:
+            raise ValueError(f"the file holds a {cls}, the factory builds a {_class_name(model)}; {remedy}")
         if cls not in REBUILT or not name:
             found = f"{_class_name(present[name])} (the module {aliases[name]!r}) in the factory's model"
             raise ValueError(f"layer {name!r} is a {cls} (the module {first!r}) in the file but a {found}; {remedy}")
@@ -269,6 +328,7 @@ def _match_modules(model: nn.Module, content: dict[str, Any]) -> None:
         setattr(present[parent], leaf, _built(name, entry) if first == name else present[first])
         present = dict(model.named_modules(remove_duplicate=False))
         aliases = _first_names(present)
+    remedy = usual
     for name, module in present.items():
         if name not in saved:
             raise ValueError(
@@ -312,6 +372,9 @@ def _set_tensors(model: nn.Module, content: dict[str, Any]) -> None:
             for leaf, current in list(getattr(module, registry).items()):
                 name = f"{layer}.{leaf}" if layer else leaf
                 new = tensors[registry].pop(name, None)
+                problem = other_kind(module, new, current)
+                if problem:
+                    raise ValueError(f"layer {layer!r} ({type(module).__name__}): its {leaf} is {problem}")
                 if new is None and current is not None and not _class_name(module).startswith("torch.nn."):
                     raise ValueError(f"{name!r} of the factory's model is not in the file; {remedy}")
                 if new is not current:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -11,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_content", "check_layers", "content_digests", "is_shadowing", "layer_problem", "plain", "tensor_sizes"]
+__all__ = [
+    "check_content",
+    "check_layers",
+    "content_digests",
+    "is_shadowing",
+    "layer_problem",
+    "other_kind",
+    "plain",
+    "tensor_sizes",
+]
 
 SECTIONS: dict[str, type] = {
     **{"format": str, "version": int, "torch": str},
@@ -50,6 +60,7 @@ _PARTIAL = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNo
 """Layers that also work without some of their tensors."""
 _STEPS = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0, "output_padding": 0}
 """Attributes of a convolution with a number per spatial dimension, and the least that it may be."""
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def plain(value: Any) -> Any:
@@ -252,8 +263,8 @@ def check_layers(model: nn.Module, *, stale: bool = False) -> None:
         stale: let attributes pass that :func:`tensor_sizes` knows better.
 
     Raises:
-        ValueError: if tensors of a layer are missing or of other shapes, or its attributes contradict each other;
-            names the layer and the remedy.
+        ValueError: if tensors of a layer are missing or of other shapes, its attributes contradict each other, or it
+            has values that no layer of its kind can have, such as a negative variance; names the layer and the remedy.
 
     Example:
         >>> check_layers(net := nn.Sequential(nn.Linear(3, 4)))
@@ -266,9 +277,10 @@ set these attributes to what the tensors are
     for name, module in model.named_modules():
         problem = layer_problem(module, stale=stale)
         if problem:
-            raise ValueError(
-                f"layer {name!r} ({type(module).__name__}): {problem}; set these attributes to what the tensors are"
-            )
+            problem += "; set these attributes to what the tensors are"
+        problem = problem or _value_problem(module)
+        if problem:
+            raise ValueError(f"layer {name!r} ({type(module).__name__}): {problem}")
 
 
 def tensor_sizes(module: nn.Module) -> dict[str, Any]:
@@ -371,3 +383,65 @@ def _step_problem(module: nn.Module, dims: int) -> str | None:
         if not right or any(type(n) is not int or n < least for n in map(plain, value)):
             return f"{key}={value!r} must be {dims} integers of at least {least}"
     return None
+
+
+def _value_problem(module: nn.Module) -> str | None:
+    """Which value no layer of ``torch.nn`` of this kind can have, with the remedy, or ``None``.
+
+    Weights may be anything, also NaN: a network whose training went wrong is kept as it is.
+    """
+    base = _layer_kind(module)
+    if base is None:
+        return None
+    if issubclass(base, nn.modules.conv._ConvNd):
+        known = _PADDING_MODES[:1] if module.transposed else _PADDING_MODES
+        if module.padding_mode not in known:
+            return f"padding_mode={module.padding_mode!r} is unknown; set it to {' or '.join(map(repr, known))}"
+    eps: Any = getattr(module, "eps", None)
+    if hasattr(module, "eps") and not (eps is None and base is nn.RMSNorm):  # there it means the least of the dtype
+        # Batch norm refuses 0 in training; the others run with it.
+        least = "positive" if issubclass(base, nn.modules.batchnorm._BatchNorm) else "at least 0"
+        number = isinstance(eps, (int, float)) and not isinstance(eps, bool) and math.isfinite(eps)
+        if not number or eps < 0 or (eps == 0 and least == "positive"):
+            return f"eps={eps!r} must be a finite number and {least}; set it to one such as 1e-05"
+    var, mean = (module._buffers.get(key) for key in ("running_var", "running_mean"))
+    if isinstance(var, Tensor) and isinstance(mean, Tensor) and var.is_floating_point() and not var.is_meta:
+        # Where training went wrong, the means are not finite either, and such a network is kept. A variance alone
+        # is no statistic of anything.
+        wrong = (var < 0) | ~var.isfinite() & mean.isfinite()
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            return (
+                f"its running_var is {var[at].item():g} in channel {at}, which is no variance; take new statistics "
+                "(recalibrate_batchnorm), or call its reset_running_stats()"
+            )
+    return None
+
+
+def other_kind(module: nn.Module, new: Tensor | None, current: Tensor | None) -> str | None:
+    """How the tensor of a file is of another kind than the factory's, if ``module`` is a layer of ``torch.nn``.
+
+    Such layers take their widths and precision from the file, but a complex or sparse weight needs other inputs or
+    other code, which only a factory can have meant.
+
+    Args:
+        module: the layer.
+        new: its tensor in the file.
+        current: the one of the factory.
+
+    Returns:
+        Both kinds and the remedy, or ``None``.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> other_kind(layer, torch.ones(2, 2, dtype=torch.complex64), layer.weight)
+        "complex64 and strided in the file but float32 and strided in the factory's model; give a factory that builds \
+it so"
+        >>> other_kind(layer, torch.ones(3, 2).half(), layer.weight)
+    """
+    if new is None or current is None or _layer_kind(module) is None:
+        return None
+    if new.layout == current.layout and new.is_complex() == current.is_complex():
+        return None
+    of_file, of_factory = (f"{t.dtype} and {t.layout}".replace("torch.", "") for t in (new, current))
+    return f"{of_file} in the file but {of_factory} in the factory's model; give a factory that builds it so"

@@ -264,9 +264,9 @@ class _Builder:
             layer = modules.get(name)
             outputs = int(getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) or group.width)
             part = min(group.width / outputs, 1.0)  # of a layer that a split cuts
-            weight = getattr(layer, "weight", None)
+            weight = None if layer is None else layer._parameters.get("weight")  # a computed one may move when read
             own[0] += part * macs.get(name, 0)
-            own[1] += part * (weight.numel() if isinstance(weight, nn.Parameter) else 0)
+            own[1] += part * (0 if weight is None else weight.numel())
         return LeftOut(group, {f: o / max(t, 1) for f, o, t in zip(COST_FIELDS, own, total, strict=True)})
 
     def _side(self, name: str, role: str, width: int) -> _Affine:

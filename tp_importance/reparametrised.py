@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from .guards import HOOKS
 
 __all__ = [
     "Computed",
@@ -289,9 +292,8 @@ def follows(module: nn.Module, role: str) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     for scrambled in (False, True):
-        whole: Any = copy.deepcopy(module).eval()
-        for part in whole.modules():
-            part._forward_hooks.clear()  # of as_leaves
+        no_hooks: dict[int, Any] = {id(getattr(part, key)): OrderedDict() for part in module.modules() for key in HOOKS}
+        whole: Any = copy.deepcopy(module, no_hooks).eval()  # those of a trace refer to it
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in whole.parameters()):
             whole = whole.float()  # rounding must not look like a difference
         for parameter in whole.parameters() if scrambled else ():

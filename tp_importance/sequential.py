@@ -44,6 +44,7 @@ from .readers import checked_moments
 from .refitting import Compensation, Refit
 from .report import RefitRow
 from .taps import added_to, recording, tap
+from .tracing import is_batch_norm
 from .untouched import untouched
 from .verify import gates
 
@@ -116,7 +117,7 @@ class SequentialRefit:
         wanted_classes(self.classes)
         self._find_sums(model)
         batch = None if self._repeated else _joined(loader, self._bytes_per_sample(), self.settings.memory_limit)
-        statistics = (b for m in model.modules() if is_calibrated(m) for b in m.buffers(recurse=False))
+        statistics = (b for m in model.modules() if is_batch_norm(m) for b in m.buffers(recurse=False))
         kept = untouched(model, statistics)  # which are to change, as the weights are
         with kept, torch.no_grad(), phase("refitting", n, unit="layer", layers=n) as self._running:
             model.eval()

@@ -43,13 +43,10 @@ class _Replaced:
         if not self._surgeries:
             register_optimizer_step_pre_hook(self.look)
         self._surgeries += 1
+        # not by callbacks of the references: Ctrl-C inside one would be lost
+        self._names = {key: entry for key, entry in self._names.items() if entry[0]() is not None}
         for name, parameter in parameters.items():
-            key = id(parameter)
-
-            def forget(_: Any, key: int = key) -> None:
-                self._names.pop(key, None)
-
-            self._names[key] = weakref.ref(parameter, forget), f"{owner}.{name}"
+            self._names[id(parameter)] = weakref.ref(parameter), f"{owner}.{name}"
 
     def name(self, parameter: Tensor) -> str | None:
         """What a replaced parameter was called; ``None`` for one that is in use."""

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from .arguments import checked_model
-from .batches import call_model, fresh_inputs, misplaced
+from .batches import call_model, fresh_inputs, misplaced, tensors_in
 from .errors import TracingError
 from .layer_pruners import channel_pruners, is_frozen_norm
 from .operations import Operations
@@ -289,10 +288,6 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
     ):
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         for name, parameter in model.named_parameters():
-            if is_lazy(parameter):
-                raise TracingError(
-                    f"parameter {name} has no shape yet: its layer is lazy. Run the model once before pruning"
-                )
             if parameter.is_inference():
                 raise TracingError(
                     f"parameter {name} was made under torch.inference_mode (by .to() or a load, say) and can take no "
@@ -308,7 +303,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
                 model,
                 example_inputs=fresh_inputs(example_inputs),
                 forward_fn=partial(recorder.run, forward_fn=options.forward_fn),
-                output_transform=options.output_transform,
+                output_transform=options.output_transform or tensors_in,
                 unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,
                 customized_pruners=pruners,
                 ignored_params=list(options.ignored_params),

@@ -187,7 +187,7 @@ class BudgetProblem:
         """Write the problem as JSON, in one step."""
         content = {
             "format": FORMAT,
-            "cost": {k: np.asarray(v).tolist() for k, v in vars(self.cost).items() if k != "latency"},
+            "cost": {k: np.asarray(v).tolist() for k, v in vars(self.cost).items() if k not in ("latency", "left_out")},
             "levels": [levels.tolist() for levels in self.space.levels],
             "limits": self.limits,
             "losses": self.losses,

@@ -190,12 +190,23 @@ def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return torch.cholesky_solve(right, factor)
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigen(gram)
     values = values.clamp(min=0)
     inverse = (values + epsilon).reciprocal()
     if ridge == 0:
         inverse = torch.where(values > SINGULAR * values[-1], inverse, 0.0)
     return vectors @ (inverse.unsqueeze(1) * (vectors.mT @ right))
+
+
+def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric matrices, shape (..., d, d), of any scale.
+
+    LAPACK's iteration does not converge on matrices whose entries are all tiny (1e-17), as of channels that are dead on
+    the data; so the largest diagonal entry is made 1.
+    """
+    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    values, vectors = torch.linalg.eigh(gram / scale[..., None, None])
+    return values * scale.unsqueeze(-1), vectors
 
 
 def double(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .refit import double
+from .refit import double, eigen
 
 __all__ = ["RIDGES", "choose_ridge"]
 
@@ -72,7 +72,7 @@ def choose_ridge(
     if len(kept) == 1:
         p, m, kept = p[:, kept[0]][:, :, kept[0]], m[:, kept[0]], kept[:, kept[0]]
     size = p.diagonal(dim1=1, dim2=2).sum(1) / kept.sum(1).clamp_min(1)
-    values, vectors = torch.linalg.eigh(p)
+    values, vectors = eigen(p)
     values, parts = values.clamp_min(0), (vectors.mT @ m).square().sum(2)
     scores = []
     for ridge in RIDGES:
