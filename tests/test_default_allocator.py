@@ -119,3 +119,15 @@ def test_unknown_names_are_refused_before_anything_runs():
         BudgetPruner(model, x, importance=OBSImportance(), budget=HALF, allocator="gredy")
     with pytest.raises(TypeError, match="must be one of"):
         BudgetPruner(nn.Linear(2, 2), x, importance=OBSImportance(), budget=HALF, allocator=3)
+
+
+def test_criteria_of_one_kind_are_alike():
+    taylor = [tp.importance.TaylorImportance(), tp.importance.GroupTaylorImportance()]
+    assert {default_allocator(importance) for importance in taylor} == {"greedy"}
+
+
+def test_warnings_name_the_line_of_the_caller():
+    model, x = make_network("residual")
+    with pytest.warns(UserWarning, match="nothing is pruned") as caught:
+        prune(model, x, LOADER, budget=Budget(macs=1.0), method="l1")
+    assert [w.filename for w in caught if "nothing is pruned" in str(w.message)] == [__file__]

@@ -1,5 +1,7 @@
 """Groups of small networks, what is left alone on request, surgery."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -229,3 +231,31 @@ def test_verification_runs_in_full_precision(monkeypatch):
     model, x = make_network("plain")
     verify.verify_groups(prunable_groups(model, x, verify=False), x)
     assert seen and not any(seen) and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y: (y, None),
+        lambda y: {"logits": y, "aux": None},
+        lambda y: (y, 1.5, "a"),
+        lambda y: SimpleNamespace(logits=y, n=3),
+    ],
+)
+def test_outputs_of_any_form(form):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+
+        def forward(self, x):
+            return form(self.b(torch.relu(self.a(x))))
+
+    groups = prunable_groups(Net().eval(), torch.randn(2, 3, 12, 12))
+    assert groups.names == ["a"] and groups.excluded[0].reason == "produces the network's output"
+
+
+def test_scripted_layers_are_refused_by_name():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 2, 3))
+    with pytest.raises(TypeError, match=r"model\.1 is a RecursiveScriptModule: .*script or trace it afterwards"):
+        prunable_groups(model, torch.randn(2, 3, 12, 12))

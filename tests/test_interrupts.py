@@ -7,15 +7,20 @@ import signal
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import nn
 
-from contract import Snapshot, loader_for
+from contract import Snapshot, loader_for, same_values
 from networks import make_network
-from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_batchnorm
+from psap_cases import TOTAL, make
+from tp_importance import Budget, BudgetPruner, CATROImportance, compensated_step, recalibrate_batchnorm
+from tp_importance.gradients import loss_gradients
 from tp_importance.guards import Guard, preserved, transaction, written
+from tp_importance.remap import Survivors
 
 
 @pytest.fixture(autouse=True)
@@ -219,3 +224,72 @@ def test_recalibration_that_is_interrupted_while_writing():
             recalibrate_batchnorm(model, interrupting(), reference=reference)
         snapshot.check()
         assert all(torch.equal(a, b) for a, b in zip(dense.buffers(), model.buffers(), strict=True))
+
+
+def test_ctrl_c_while_a_finished_training_is_wrapped_up(monkeypatch):
+    """The surgery is done, the optimizer follows: the interrupt waits, and nothing is half."""
+    run = make(budget=Budget(macs=0.5)).train(TOTAL)
+    remap = Survivors.remap_optimizer
+
+    def interrupted(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        remap(self, *args)
+
+    monkeypatch.setattr(Survivors, "remap_optimizer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.pruner.finish()
+    assert run.pruner._finished and not any(m._forward_pre_hooks for m in run.model.modules())
+    run.train(2, pruning=False)  # model and optimizer belong together
+
+
+def test_an_error_while_a_finished_training_is_wrapped_up_undoes_it(monkeypatch):
+    run, twin = make().train(TOTAL), make().train(TOTAL)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
+        patch.setattr(Survivors, "settle", planted)
+        run.pruner.finish()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the optimizer still trains the parameters of the network
+        run.optimizer.step()
+    twin.optimizer.step()
+    assert same_values(run.model, twin.model)
+    for each in (run, twin):
+        each.pruner.finish()
+    assert same_values(run.model, twin.model)
+
+
+def planted(*_):
+    raise RuntimeError("planted")
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_ctrl_c_in_a_step_of_the_host(mode):
+    model, x = make_network("residual")
+    snapshot, data = Snapshot(model), [a for a, _ in loader_for(x)]
+    ignored = [m for m in model.modules() if isinstance(m, nn.Linear)]
+
+    class Interrupting(list):
+        def __iter__(self):
+            yield from super().__iter__()
+            signal.raise_signal(signal.SIGINT)
+
+    pruner = tp.pruner.BasePruner(
+        model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=ignored
+    )
+    with pytest.raises(KeyboardInterrupt):
+        compensated_step(pruner, x, Interrupting(data), mode, recalibrate=True)
+    snapshot.check()
+
+
+def test_ctrl_c_while_gradients_come_back():
+    model, x = make_network("plain")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    zero = model.zero_grad
+
+    def interrupted(*args, **kwargs):
+        zero(*args, **kwargs)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), loss_gradients(model, loader_for(x)):
+        model.zero_grad = interrupted
+    assert all(p.grad is not None and bool(p.grad.eq(1).all()) for p in model.parameters())

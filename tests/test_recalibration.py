@@ -228,3 +228,57 @@ def test_a_host_s_step_moves_statistics():
     compensated_step(pruner, x, batches, "parallel", recalibrate=True)
     for a, b in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_reference_is_checked_where_widths_are_equal_too():
+    model, x = trained()
+    twin = copy.deepcopy(model)
+    norm = next(m for m in twin.modules() if isinstance(m, nn.BatchNorm2d))
+    order = torch.randperm(norm.num_features, generator=torch.Generator().manual_seed(0))
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        tensor.copy_(tensor[order].clone())
+    with pytest.raises(ValueError, match="cannot be told among"):
+        recalibrate_batchnorm(twin, [a for a, _ in loader_for(x)], reference=model)
+
+
+@pytest.mark.parametrize("reference", [{"0.weight": torch.zeros(1)}, "dense", nn.Linear])
+def test_what_is_no_reference(reference):
+    model, x = trained()
+    with pytest.raises(TypeError, match=r"reference must be a torch\.nn\.Module"):
+        recalibrate_batchnorm(model, [x], reference=reference)
+
+
+def test_a_forward_function_must_call_the_model_it_gets():
+    model, x = trained()
+    snapshot = Snapshot(model)
+    with pytest.raises(ValueError, match="forward_fn must call the model it gets"):
+        dense = copy.deepcopy(model)
+        recalibrate_batchnorm(model, [x], reference=dense, forward_fn=lambda _net, batch: model(batch))
+    snapshot.check()
+
+
+class Cached(nn.Module):
+    """Normalises by the norm of its weight, which it keeps in eval mode, as LeViT does with its biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.calls = nn.Linear(16, 4), None, 0
+
+    def train(self, mode=True):
+        self.norm = None
+        return super().train(mode)
+
+    def forward(self, x):
+        self.calls += 1
+        if not self.training and self.norm is None:
+            self.norm = self.linear.weight.detach().norm()
+        return self.linear(x) / (self.linear.weight.norm() if self.training else self.norm)
+
+
+@pytest.mark.parametrize("compensate", ["sequential", "parallel", None])
+def test_passes_leave_no_cache_behind(compensate):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Cached()).eval()
+    prune(model, torch.randn(2, 3, 12, 12), class_loader(32), budget=HALF, method="l1", compensate=compensate)
+    assert model[8].norm is None and model[8].calls == 0

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tp_importance.functional.refit import output_energy, refit, residual_energy
+from tp_importance.functional.refit import eigen, output_energy, refit, residual_energy
 
 F64 = torch.float64
 
@@ -125,3 +125,10 @@ def test_errors():
         refit(second(u)[:1], weight, kept, 1e-3)
     with pytest.raises(ValueError, match=r"missing of shape \(2, 9, 4\), not \(2, 4, 9\)"):
         refit(second(u), weight, kept, 1e-3, weight)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-17, 0.0])
+def test_eigenvalues_of_any_scale(scale):
+    gram = second(problem(d=40)[0]) * scale
+    values, vectors = eigen(gram)
+    torch.testing.assert_close(vectors @ (values.unsqueeze(2) * vectors.mT), gram, rtol=1e-9, atol=1e-12 * scale)
