@@ -95,7 +95,8 @@ class DenseReference:
                     "that was made right before pruning, copy.deepcopy(model); for layers that ResConv has converted "
                     "use ResConvPruner(...).step(recalibrate=True)"
                 )
-            kept[name] = _recognised(name, before, layer)
+            if before.num_features != layer.num_features or _permuted(before, layer):
+                kept[name] = _recognised(name, before, layer)
         return cls(dense, kept)
 
     def after(self, removed: Mapping[str, Positions]) -> DenseReference:
@@ -289,6 +290,12 @@ def _recognised(name: str, before: Any, now: Any) -> Tensor:
             "reference= out"
         )
     return torch.tensor(channels)
+
+
+def _permuted(before: Any, now: Any) -> bool:
+    """Whether a batch norm has the same channels as before, in another order."""
+    old, new = _rows(before), _rows(now)
+    return not np.array_equal(old, new) and sorted(old.tolist()) == sorted(new.tolist())
 
 
 def _rows(layer: Any) -> np.ndarray:

@@ -196,7 +196,8 @@ class SoftPruning:
     def reopen(self) -> None:
         """Put the gates back."""
         self._gates = ChannelGates(self.groups)
-        self._apply(self._gates)
+        self._gates.set(self.masked)
+        self._gates.watch(self._pulse_left > 0)
 
     def require_unchanged(self) -> None:
         """Raise :class:`StaleStatisticsError` if the layers are not those the groups were built from."""
