@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, Cells, environment, flat, load_module, markdown, parser, read_results
+from common import FOLLOWED, ROOT, Cells, environment, flat, load_module, markdown, parser, read_results
 from torch import nn
 
 from nni_plugins import BudgetTuner
@@ -288,7 +288,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if not args.table:
         settings = {"epochs": EPOCHS, "macs": args.macs, "trials": args.trials, "methods": METHODS}
-        cells = Cells(args.out, settings, environment("cpu", args.date))
+        cells = Cells(args.out, settings | FOLLOWED, environment("cpu", args.date))
         for seed in args.seeds:
             for arm in args.arms:
                 cells.fill(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from cifar import BLOCKS, Batches, Cifar10
 from cifar_oneshot import CRITERIA, Network
-from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from host_criteria import accumulate_gradients
 from torch import nn
 
@@ -177,9 +177,9 @@ def main() -> None:
     args = p.parse_args()
     if not args.table:
         torch.set_num_threads(args.threads)
-        settings = {"images": args.images, "n_test": args.n_test, "batch_norms": "followed"}
+        settings = {"images": args.images, "n_test": args.n_test}
         settings |= {} if args.ridge == "auto" else {"ridge": args.ridge}
-        cells = Cells(args.out, settings, environment(args.device, args.date))
+        cells = Cells(args.out, settings | FOLLOWED, environment(args.device, args.date))
         data = Cifar10.load(args.data_root, args.npz)
         for name in args.networks:
             net = Network(args.data_root, name, args.device)

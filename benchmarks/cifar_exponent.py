@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from cifar import BLOCKS, Cifar10
 from cifar_oneshot import Network
-from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 
 from tp_importance import Budget, CATROPruner, readers
 
@@ -61,7 +61,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         data = Cifar10.load(args.data_root, args.npz)
         settings = {"macs": args.macs, "images": args.images, "n_test": args.n_test}
-        cells = Cells(args.out, settings, environment(args.device, args.date))
+        cells = Cells(args.out, settings | FOLLOWED, environment(args.device, args.date))
         for name in args.networks:
             net = Network(args.data_root, name, args.device)
             for exponent in EXPONENTS:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch_pruning as tp
 from cifar import BLOCKS, Batches, Cifar10, network
-from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from host_criteria import Fixed, accumulate_gradients, nni_metrics
 from torch import nn
 
@@ -194,7 +194,7 @@ def main() -> None:
     if not args.table:
         torch.set_num_threads(args.threads)
         settings = {"macs": args.macs, "images": args.images, "n_test": args.n_test}
-        cells = Cells(args.out, settings, environment(args.device, args.date))
+        cells = Cells(args.out, settings | FOLLOWED, environment(args.device, args.date))
         data = Cifar10.load(args.data_root, args.npz)
         for name in args.networks:
             net = Network(args.data_root, name, args.device)

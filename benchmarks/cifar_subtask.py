@@ -15,7 +15,7 @@ import torch
 import torch_pruning as tp
 from cifar import BLOCKS, Batches, Cifar10, normalised
 from cifar_oneshot import Network
-from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 
 from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_batchnorm, slice_classifier
 
@@ -96,7 +96,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data = Cifar10.load(args.data_root, args.npz)
     settings = {"macs": args.macs, "images": args.images, "subtasks": args.subtasks}
-    cells = Cells(args.out, settings, environment(args.device, args.date))
+    cells = Cells(args.out, settings | FOLLOWED, environment(args.device, args.date))
     rng = np.random.default_rng(0)
     triples = [sorted(rng.choice(10, 3, replace=False).tolist()) for _ in range(args.subtasks)]
     for name in args.networks:

@@ -17,6 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+FOLLOWED = {"batch_norms": "followed"}
+"""Setting of results that depend on what happens to batch norms; those without it estimated them anew."""
 DATA_ROOT = Path(os.environ.get("TP_IMPORTANCE_DATA", ROOT.parent / "shared" / "data"))
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from cifar_compensation import by_outputs
-from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from imagenette import CLASSES, Batches, Imagenette, efficientnet_lite0
 from torch import nn
 
@@ -130,7 +130,7 @@ def main() -> None:
     if not args.table:
         torch.set_num_threads(args.threads)
         data = Imagenette.load(args.data_root)
-        cells = Cells(args.out, {"refit_images": args.refit_images}, environment(args.device, args.date))
+        cells = Cells(args.out, {"refit_images": args.refit_images} | FOLLOWED, environment(args.device, args.date))
         cells.fill({"arm": "dense", "mode": "", "macs_kept": 1.0}, partial(_dense, args, data))
         for macs in args.macs:
             for mode in args.modes:

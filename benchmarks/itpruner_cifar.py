@@ -18,7 +18,7 @@ import torch
 import torch_pruning as tp
 from cifar import NETWORKS, TRAINED, Batches, Cifar10
 from cifar_oneshot import Network
-from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 
 from tp_importance import Budget, CATROImportance, CostModel, ITPrunerImportance, count_ops, recalibrate_batchnorm
 from tp_importance.allocation import Curves, Ints, Limits, WidthSpace, fill_up, find_allocator
@@ -202,7 +202,7 @@ def main() -> None:
     args = p.parse_args()
     if not args.table:
         torch.set_num_threads(args.threads)
-        cells = Cells(args.out, {"images": args.images}, environment(args.device, args.date))
+        cells = Cells(args.out, {"images": args.images} | FOLLOWED, environment(args.device, args.date))
         data = Cifar10.load(args.data_root, args.npz)
         for name in args.networks:
             net = Network(args.data_root, name, args.device)

@@ -20,7 +20,7 @@ import torch
 import torch_pruning as tp
 from cifar import BLOCKS, Cifar10, network
 from cifar_training import train
-from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
@@ -176,7 +176,7 @@ def main() -> None:
         warnings.filterwarnings("ignore", message=".*batch norm.*")
         args.work.mkdir(parents=True, exist_ok=True)
         names = ("train_images", "draw", "lr", "scalar_lr", "reg", "n_test")
-        cells = Cells(args.out, {n: getattr(args, n) for n in names}, environment(args.device, args.date))
+        cells = Cells(args.out, {n: getattr(args, n) for n in names} | FOLLOWED, environment(args.device, args.date))
         data = None if args.measure else Cifar10.load(args.data_root, args.npz)
         for name in args.networks:
             for kept, arm in [(1.0, "dense"), *((k, a) for k in args.macs for a in args.arms)]:

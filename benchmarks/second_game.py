@@ -22,7 +22,7 @@ import torch
 from cifar import BLOCKS, Cifar10
 from cifar_oneshot import CRITERIA, Make, Network
 from cifar_training import train
-from common import Cells, add_data_arguments, environment, flat, markdown, parser, read_results
+from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from torch import Tensor, nn
 
 from tp_importance import Budget, BudgetPruner, Distiller, OBSImportance
@@ -242,7 +242,7 @@ def arguments() -> argparse.ArgumentParser:
 def opened(args: Any) -> Cells:
     """The results file for these arguments."""
     settings = {k: getattr(args, k) for k in ("network", "macs", "draw_images", "n_test", "bfloat16")}
-    return Cells(args.out, settings, environment(args.device, args.date))
+    return Cells(args.out, settings | FOLLOWED, environment(args.device, args.date))
 
 
 def main() -> None:

@@ -166,3 +166,14 @@ def bytes_of(tensor):
 def values(model):
     tensors = (*model.named_parameters(), *model.named_buffers())
     return [(n, t.dtype, t.shape, t.stride(), t.requires_grad, t.detach().numpy().tobytes()) for n, t in tensors]
+
+
+@pytest.mark.parametrize("padding", [2, (2, 1), "same", "valid"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_padding_is_that_of_the_file(tmp_path, padding, mode):
+    saved = nn.Sequential(nn.Conv2d(3, 4, (5, 3), padding=padding, padding_mode=mode)).eval()
+    save_pruned(saved, tmp_path / "a.pt")
+    again = load_pruned(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode)), tmp_path / "a.pt")
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.equal(again(x), saved(x))
+    assert list(again[0]._reversed_padding_repeated_twice) == list(saved[0]._reversed_padding_repeated_twice)

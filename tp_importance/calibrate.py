@@ -136,8 +136,8 @@ def recalibrate_batchnorm(
     **With a reference**, the network before pruning, both run on the same batches, and the statistics the reference
     has are moved by the change: running_mean = m + r (μ − m_ref) and running_var = r² σ², r² = v / v_ref, see
     :func:`~tp_importance.functional.batchnorm.follow_change`. What training saw and these images do not show is kept:
-    a network that was not pruned keeps its statistics. Better after pruning in all that was measured
-    (docs/benchmarks.md), and what the pruners do.
+    a network that was not pruned keeps its statistics. Better than anew, or as good, in all that was measured
+    (docs/benchmarks.md, "Batch norms after pruning"), and what the pruners do.
 
     **Without one**, the layer gets the statistics of the images themselves, m and v. That is for networks without
     usable statistics, and costs accuracy where training augmented its images.

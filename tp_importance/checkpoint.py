@@ -342,6 +342,17 @@ def _match_modules(model: nn.Module, content: dict[str, Any]) -> None:
                 )
             if value is None or plain(vars(module).get(key)) != value:
                 module.__dict__[key] = value
+        if isinstance(module, nn.modules.conv._ConvNd):
+            module._reversed_padding_repeated_twice = _padding(module)  # derived by the constructor
+
+
+def _padding(conv: Any) -> list[int]:
+    """What a convolution pads its input by, as ``F.pad`` takes it: last dimension first, before and behind."""
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return [part for total in reversed(totals) for part in (total // 2, total - total // 2)]
+    sizes = [0] * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
+    return [size for size in reversed(sizes) for _ in range(2)]
 
 
 def _built(name: str, entry: dict[str, Any]) -> nn.Module:
