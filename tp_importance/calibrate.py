@@ -171,6 +171,7 @@ def recalibrate_batchnorm(
             instance norms are none: they keep their statistics.
 
     Example:
+        >>> import copy
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
         >>> dense, x = copy.deepcopy(net), torch.randn(10, 3, 8, 8)
         >>> _ = net[0].weight.data.mul_(2)  # a change of scale

@@ -170,6 +170,14 @@ def batch_size(example_inputs: Any) -> int:
     )
 
 
+def _outputs(value: Any) -> list[Tensor]:
+    """The tensors among what a network returns."""
+    found = tensors_in(value)
+    if not found:
+        raise TypeError(f"the network returns no tensor, but {type(value).__name__}; give output_transform")
+    return found
+
+
 def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
@@ -303,7 +311,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
                 model,
                 example_inputs=fresh_inputs(example_inputs),
                 forward_fn=partial(recorder.run, forward_fn=options.forward_fn),
-                output_transform=options.output_transform or tensors_in,
+                output_transform=options.output_transform or _outputs,
                 unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,
                 customized_pruners=pruners,
                 ignored_params=list(options.ignored_params),
