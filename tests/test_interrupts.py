@@ -115,7 +115,7 @@ def test_ctrl_c_at_any_time_leaves_all_or_nothing(options):
     generator = torch.Generator().manual_seed(0)
     pruner = fresh()
     before, snapshot = known(pruner), Snapshot(pruner.model)
-    for delay in (torch.rand(24, generator=generator) * 1.2 * seconds).tolist():
+    for delay in (torch.rand(16, generator=generator) * 1.2 * seconds).tolist():
         timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
         try:
             timer.start()
@@ -140,7 +140,7 @@ def test_ctrl_c_at_any_time_leaves_all_or_nothing(options):
         undone += 1
         snapshot.check()
         assert known(pruner) == before
-    assert undone >= 5
+    assert undone >= 3
 
 
 @pytest.mark.parametrize("early", [False, True])
