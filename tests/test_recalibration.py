@@ -9,11 +9,12 @@ import torch_pruning as tp
 from torch import nn
 
 from contract import Snapshot, loader_for, moved_statistics, norm_inputs, same_values
-from networks import class_loader, make_network
+from networks import class_loader, conv_bn_relu, head, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,
     CATROImportance,
+    ResConvPruner,
     compensated_step,
     prunable_groups,
     prune,
@@ -282,3 +283,11 @@ def test_passes_leave_no_cache_behind(compensate):
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Cached()).eval()
     prune(model, torch.randn(2, 3, 12, 12), class_loader(32), budget=HALF, method="l1", compensate=compensate)
     assert model[8].norm is None and model[8].calls == 0
+
+
+def test_converted_layers_name_their_own_way():
+    model = nn.Sequential(*(conv_bn_relu(8 if i else 3, 8) for i in range(3)), head(8)).eval()
+    dense, x = copy.deepcopy(model), torch.randn(2, 3, 16, 16)
+    ResConvPruner(model, x, budget=Budget(macs=0.95), importance="output")
+    with pytest.raises(ValueError, match=r"ResConvPruner\(\.\.\.\)\.step\(recalibrate=True\)"):
+        recalibrate_batchnorm(model, class_loader(32), reference=dense)
