@@ -28,6 +28,7 @@ from tp_importance import (
     PSAPSchedule,
     ResConvPruner,
     compensated_step,
+    progress,
     prune,
     recalibrate_batchnorm,
 )
@@ -39,6 +40,20 @@ LOADER = class_loader()
 HALF = Budget(macs=0.5)
 FIRST = ["tracing", "verifying"]
 REST = ["ordering channels", "allocating", "removing channels"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging(monkeypatch):
+    """Other libraries' set-ups, in tests that ran before in this process, switch loggers off or leave phases open."""
+    logger = logging.getLogger("tp_importance")
+    monkeypatch.setattr(logger, "disabled", False)
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    logger.manager._clear_cache()
+    depth, shown_before = progress._DEPTH.set(0), progress._SHOWN.set(False)
+    yield
+    progress._DEPTH.reset(depth)
+    progress._SHOWN.reset(shown_before)
 
 
 def residual():
