@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import checked_model
-from .batches import ForwardFn, WholeBatches, run_batch
+from .batches import ForwardFn, WholeBatches, layer_input, run_batch
 from .functional.batchnorm import Moments, follow_change
 from .guards import copied, written
 from .processes import levels_up
@@ -257,7 +257,7 @@ def _batch_moments(
 
 def _collector(pooled: dict[str, Moments], name: str) -> Callable[[nn.Module, Any, Any], None]:
     def collect(_layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = layer_input(args, kwargs)
         if x.dim() < 2:
             return  # the layer itself will refuse it
         count = x.numel() // max(x.shape[1], 1)

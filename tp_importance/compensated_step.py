@@ -161,7 +161,8 @@ def compensated_step(
         survivors.settle(named_tensors(dense), model)
         groups = _groups(dense, example_inputs, options, heads)
         what = removal(groups, lambda name: survivors.alive(f"{name}.{weight_source(dense.get_submodule(name))}"))
-        reference = DenseReference(copied(dense), _left(dense, survivors)) if recalibrate else None
+        compares = recalibrate and settings.mode == "parallel"  # else as it refits, against the dense network at hand
+        reference = DenseReference(copied(dense), _left(dense, survivors)) if compares else None
         if not allow_stale:
             _require_no_stale(groups, example_inputs, what)
         report = compensate(
@@ -180,7 +181,7 @@ def compensated_step(
         with torch.no_grad():
             for name, tensor in named_tensors(dense).items():
                 named_tensors(model)[name].copy_(survivors.take(name, tensor))
-        if reference is not None and settings.mode == "parallel":
+        if reference is not None:
             recalibrate_batchnorm(model, loader, reference=reference, forward_fn=forward_fn)
         step.commit()
     return what.added_to(report)
