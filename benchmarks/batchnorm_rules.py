@@ -34,8 +34,8 @@ from tp_importance import (
     recalibrate_batchnorm,
     slice_classifier,
 )
-from tp_importance.calibrate import DenseReference
-from tp_importance.functional.batchnorm import Moments
+from tp_importance.maths.batchnorm import Moments
+from tp_importance.statistics.batchnorm import DenseReference
 
 RULES = ("left", "re-estimated", "shifted", "followed")
 EFFICIENTNET = "efficientnet-lite0"

@@ -33,7 +33,7 @@ from tp_importance import (
     count_ops,
 )
 from tp_importance.automl.methods import METHODS
-from tp_importance.readers import ReaderStatistics
+from tp_importance.statistics.readers import ReaderStatistics
 
 Make = Callable[..., BudgetPruner]
 MODES = ("none", "parallel", "sequential")

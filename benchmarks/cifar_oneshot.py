@@ -29,7 +29,7 @@ from tp_importance import (
     count_ops,
     prunable_groups,
 )
-from tp_importance.curves import value_curves
+from tp_importance.allocation.curves import value_curves
 
 Make = Callable[[nn.Module, Batches, list[str]], Any]
 BOTH = ("uniform", "greedy")

@@ -21,11 +21,11 @@ from cifar_oneshot import Network
 from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 
 from tp_importance import Budget, CATROImportance, CostModel, ITPrunerImportance, count_ops, recalibrate_batchnorm
-from tp_importance.allocation import Curves, Ints, Limits, WidthSpace, fill_up, find_allocator
-from tp_importance.curves import Curve
-from tp_importance.functional.itpruner_networks import resnet_cifar
-from tp_importance.functional.itpruner_official import official_fractions, official_importances
-from tp_importance.surgery import remove_units
+from tp_importance.allocation.curves import Curve
+from tp_importance.allocation.greedy import Curves, Ints, Limits, WidthSpace, fill_up, find_allocator
+from tp_importance.graph.surgery import remove_units
+from tp_importance.methods.itpruner.official import official_fractions, official_importances
+from tp_importance.methods.itpruner.official_networks import resnet_cifar
 
 INSIDE: dict[str, Any] = {
     "L1": lambda: tp.importance.MagnitudeImportance(p=1, normalizer=None),

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 from tp_importance import Budget, ITPruner
-from tp_importance.batches import call_model
-from tp_importance.curves import value_curves
-from tp_importance.observe import Watch, observe
+from tp_importance.allocation.curves import value_curves
+from tp_importance.core.batches import call_model
+from tp_importance.statistics.observe import Watch, observe
 
 L1 = tp.importance.MagnitudeImportance(p=1)
 FRACTIONS = np.linspace(0.2, 0.9, 15)

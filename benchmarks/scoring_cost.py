@@ -27,7 +27,7 @@ from torch import nn
 from torchvision import models
 
 from tp_importance import CATROImportance, PrunableGroups, prunable_groups
-from tp_importance.curves import value_curves
+from tp_importance.allocation.curves import value_curves
 
 CATRO: dict[str, dict[str, Any]] = {
     "CATRO channel": {"space": "channel"},

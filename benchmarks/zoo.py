@@ -22,10 +22,10 @@ from torch import nn
 from torchvision import models
 
 from tp_importance import ALLOCATORS, Budget, BudgetPruner, CostModel, PrunableGroups, count_ops, prunable_groups
-from tp_importance.allocation import WidthSpace
-from tp_importance.curves import curve_from_scores
-from tp_importance.surgery import remove_units
-from tp_importance.verify import masked_equals_removed, sample_units
+from tp_importance.allocation.curves import curve_from_scores
+from tp_importance.allocation.greedy import WidthSpace
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.verify import masked_equals_removed, sample_units
 
 networks = load_module(ROOT / "tests" / "networks.py")
 Build = Callable[[], nn.Module]

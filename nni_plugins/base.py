@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tp_importance import Budget, BudgetPruner, ChannelGroup, Plan, StatisticalImportance
-from tp_importance.allocation import require_reachable
-from tp_importance.batches import iterate, reference_tensor, split_batch, to_model
-from tp_importance.cost import LATENCY
-from tp_importance.groups import PrunableGroups, Verifier, build_groups
-from tp_importance.processes import warned_once
-from tp_importance.reparametrised import computed_tensors
-from tp_importance.verify import verify_groups
+from tp_importance.allocation.greedy import require_reachable
+from tp_importance.core.batches import iterate, reference_tensor, split_batch, to_model
+from tp_importance.core.processes import warned_once
+from tp_importance.graph.cost import LATENCY
+from tp_importance.graph.groups import PrunableGroups, Verifier, build_groups
+from tp_importance.graph.reparametrised import computed_tensors
+from tp_importance.graph.verify import verify_groups
 
 from ._compat import import_nni
 from .config import Config, Masks, SharedWrappers, checked_configs, require_unwrapped

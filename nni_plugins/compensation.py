@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tp_importance import Compensation, CompensationReport, PrunableGroups, compensate, prunable_groups
-from tp_importance.batches import ForwardFn
 from tp_importance.compensated_step import Removal
-from tp_importance.groups import ChannelGroup, build_groups
-from tp_importance.observe import LabelFn
+from tp_importance.core.batches import ForwardFn
+from tp_importance.graph.groups import ChannelGroup, build_groups
+from tp_importance.statistics.observe import LabelFn
 
 from .config import require_unwrapped
 from .speedup import checked_masks

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tp_importance import Budget, ResConv2d
-from tp_importance.arguments import checked_model
-from tp_importance.resconv import resconv_layers
-from tp_importance.resconv.block import conv_problem
+from tp_importance.core.arguments import checked_model
+from tp_importance.methods.resconv import resconv_layers
+from tp_importance.methods.resconv.block import conv_problem
 
 from ._compat import import_nni
 

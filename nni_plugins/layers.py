@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_importance.guards import preserved, transaction
-from tp_importance.resconv import ResConv2d, fuse, remove_layers, resconv_layers
-from tp_importance.resconv.removal import outputs_of, require_same
+from tp_importance.core.guards import preserved, transaction
+from tp_importance.methods.resconv import ResConv2d, fuse, remove_layers, resconv_layers
+from tp_importance.methods.resconv.removal import outputs_of, require_same
 
 __all__ = ["LAYER_TARGET", "remove_masked_layers"]
 
@@ -23,7 +23,7 @@ def remove_masked_layers(
 ) -> nn.Module:
     r"""Remove every residual convolution whose mask of s is 0, and fuse the others; in place.
 
-    The masked layer hands on :math:`a x`; :func:`tp_importance.resconv.remove_layers` folds a into its neighbours.
+    The masked layer hands on :math:`a x`; :func:`tp_importance.remove_layers` folds a into its neighbours.
 
     Args:
         model: a network with :class:`~tp_importance.ResConv2d` layers, not wrapped.

@@ -10,9 +10,9 @@ import numpy as np
 from torch import nn
 
 from tp_importance import Budget, PSAPHistory, PSAPImportance
-from tp_importance.progress import Phase, phase
-from tp_importance.psap_schedule import PSAPSchedule
-from tp_importance.soft_pruning import Ratios, SoftPruning
+from tp_importance.core.progress import Phase, phase
+from tp_importance.methods.psap.schedule import PSAPSchedule
+from tp_importance.methods.psap.soft_pruning import Ratios, SoftPruning
 
 from .base import Config, ImportancePruner, Masks
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tp_importance import Budget, ResConv2d
 from tp_importance import ResConvPruner as LayerPruner
-from tp_importance.guards import transaction
-from tp_importance.processes import warned_once
-from tp_importance.progress import Phase, phase
-from tp_importance.resconv import LayerImportance, LayerPlan, resconv_layers
+from tp_importance.core.guards import transaction
+from tp_importance.core.processes import warned_once
+from tp_importance.core.progress import Phase, phase
+from tp_importance.methods.resconv import LayerImportance, LayerPlan, resconv_layers
 
 from ._compat import import_nni
 from .config import (

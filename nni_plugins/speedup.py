@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tp_importance.arguments import checked_model
-from tp_importance.guards import HOOKS, copy_memo, transaction
-from tp_importance.progress import phase
-from tp_importance.reparametrised import computed_tensors
-from tp_importance.resconv import resconv_layers
-from tp_importance.stale_optimizers import replacing
+from tp_importance.core.arguments import checked_model
+from tp_importance.core.guards import HOOKS, copy_memo, transaction
+from tp_importance.core.progress import phase
+from tp_importance.core.stale_optimizers import replacing
+from tp_importance.graph.reparametrised import computed_tensors
+from tp_importance.methods.resconv import resconv_layers
 
 from ._compat import import_nni, legacy_tracer_shim
 from .layers import remove_masked_layers

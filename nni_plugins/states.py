@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tp_importance.guards import Guard, preserved, transaction
+from tp_importance.core.guards import Guard, preserved, transaction
 
 from ._compat import import_nni
 

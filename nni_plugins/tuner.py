@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tp_importance.automl import BudgetProblem, BudgetSearch, SearchExhaustedError, flatten
+from tp_importance.core.files import read_json, write_json
 from tp_importance.errors import SearchSpaceError
-from tp_importance.files import read_json, write_json
 
 from ._compat import import_nni, report_resumed_trials, report_tuner_errors
 

@@ -30,9 +30,9 @@ from tp_importance import (
     prunable_groups,
     save_pruned,
 )
-from tp_importance.groups import PrunableGroups, build_groups
-from tp_importance.tracing import trace
-from tp_importance.verify import gates, masked_equals_removed
+from tp_importance.graph.groups import PrunableGroups, build_groups
+from tp_importance.graph.tracing import trace
+from tp_importance.graph.verify import gates, masked_equals_removed
 
 
 @dataclass(frozen=True)

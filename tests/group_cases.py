@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from tp_importance.groups import PrunableGroups
+from tp_importance.graph.groups import PrunableGroups
 
 # name: width, or (width, unit size, fewest units)
 EXPECTED = {

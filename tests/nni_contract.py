@@ -25,7 +25,7 @@ from nni.compression.quantization import QATQuantizer  # noqa: E402
 from networks import NUM_CLASSES, class_loader, make_network  # noqa: E402
 from nni_plugins import ImportancePruner, speedup  # noqa: E402
 from tp_importance import Budget, Cost, CostModel, PrunableGroups, count_ops, prunable_groups  # noqa: E402
-from tp_importance.guards import HOOKS  # noqa: E402
+from tp_importance.core.guards import HOOKS  # noqa: E402
 
 Config = list[dict[str, Any]]
 Masks = dict[str, dict[str, Tensor]]

@@ -13,7 +13,7 @@ from networks import Residual, class_loader, conv_bn_relu, head, randomise_batch
 from nni_contract import TrainingLog, hooks, make_evaluator, output, relative_error, training_step, wrappers  # noqa: E402
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
 from tp_importance import Budget, Cost, count_ops  # noqa: E402
-from tp_importance.resconv import resconv_layers  # noqa: E402
+from tp_importance.methods.resconv import resconv_layers  # noqa: E402
 
 CONVS = [{"op_types": ["Conv2d"]}]
 LAYERS = ["1.0", "2.0", "3.body.0.0", "3.body.1.0", "4.body.1.0"]

@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from networks import conv_bn, conv_bn_relu, head, randomise_batchnorm
 from tp_importance import Budget
-from tp_importance.resconv import ResConvPruner, Scale, convert_to_resconv, fuse, remove_layers, resconv_layers
+from tp_importance.methods.resconv import ResConvPruner, Scale, convert_to_resconv, fuse, remove_layers, resconv_layers
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 X32 = X.float()

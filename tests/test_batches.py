@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tp_importance import observe, recalibrate_batchnorm
-from tp_importance.batches import (
+from tp_importance.core.batches import (
     call_model,
     check_loader,
     iterate,
@@ -17,7 +17,7 @@ from tp_importance.batches import (
     split_batch,
     to_model,
 )
-from tp_importance.guards import preserved
+from tp_importance.core.guards import preserved
 
 X, Y = torch.randn(2, 3), torch.tensor([0, 1])
 Pair = namedtuple("Pair", "x y")
@@ -213,7 +213,7 @@ def test_preserved_hooks():
 
 
 def test_preserved_covers_every_hook_dictionary_of_torch():
-    from tp_importance.guards import HOOKS
+    from tp_importance.core.guards import HOOKS
 
     known = {key for key in vars(nn.Module()) if "hook" in key and "state_dict" not in key}
     assert known == {*HOOKS, "_is_full_backward_hook"}

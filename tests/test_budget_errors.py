@@ -22,7 +22,7 @@ from tp_importance import (
     prune,
 )
 from tp_importance.automl import prune_trial
-from tp_importance.cost import COST_FIELDS
+from tp_importance.graph.cost import COST_FIELDS
 
 L1 = partial(tp.importance.MagnitudeImportance, p=1)
 LITTLE = Budget(macs=0.001)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.models import resnet18
 
-from tp_importance.calibrate import recalibrate_batchnorm
-from tp_importance.functional.batchnorm import Moments
+from tp_importance.maths.batchnorm import Moments
+from tp_importance.statistics.batchnorm import recalibrate_batchnorm
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from torchvision.models import mobilenet_v3_small, resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
 from tp_importance import Budget, checkpoint
-from tp_importance.checkpoint import load_pruned, save_pruned
-from tp_importance.resconv import ResConvPruner, Scale, convert_to_resconv, fuse, remove_layers
+from tp_importance.checkpoints.checkpoint import load_pruned, save_pruned
+from tp_importance.methods.resconv import ResConvPruner, Scale, convert_to_resconv, fuse, remove_layers
 
 resnet = partial(resnet18, num_classes=10)
 mobilenet = partial(mobilenet_v3_small, num_classes=10)
@@ -543,7 +543,7 @@ def test_register_rebuilt(path, monkeypatch):
         def forward(self, x):
             return x * self.weight * self.gain if self.mode == "mul" else x
 
-    monkeypatch.setattr("tp_importance.checkpoint.REBUILT", dict(checkpoint.REBUILT))
+    monkeypatch.setattr("tp_importance.checkpoints.checkpoint.REBUILT", dict(checkpoint.REBUILT))
     model = nn.Sequential(nn.Linear(4, 4), Gain(4, 0.5))
     save_pruned(model, path)
     with pytest.raises(ValueError, match=r"layer '1' is a .*Gain"):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from tp_importance.checkpoint import load_pruned, save_pruned
-from tp_importance.checkpoint_content import content_digests
+from tp_importance.checkpoints.checkpoint import load_pruned, save_pruned
+from tp_importance.checkpoints.content import content_digests
 
 
 def network(hidden=6):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tp_importance.checkpoint import load_pruned, save_pruned
-from tp_importance.checkpoint_content import check_layers, layer_problem, tensor_sizes
+from tp_importance.checkpoints.checkpoint import load_pruned, save_pruned
+from tp_importance.checkpoints.content import check_layers, layer_problem, tensor_sizes
 
 
 @pytest.fixture

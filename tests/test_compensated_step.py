@@ -7,7 +7,7 @@ from torch import nn
 
 from networks import class_loader, make_network
 from tp_importance import Budget, BudgetPruner, Compensation, compensate, compensated_step, prunable_groups
-from tp_importance.surgery import remove_units
+from tp_importance.graph.surgery import remove_units
 
 MODES = ["parallel", "sequential"]
 EXACT = Compensation(ridge=0.0, positions=None)

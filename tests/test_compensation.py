@@ -17,12 +17,12 @@ from tp_importance import (
     compensate,
     prunable_groups,
 )
-from tp_importance.compensation import Compensation as Settings
-from tp_importance.groups import PrunableGroups
-from tp_importance.patches import reader_weight, set_reader_weight, unfolded_input
-from tp_importance.refitting import refittable
-from tp_importance.surgery import remove_units
-from tp_importance.verify import gates, sample_units
+from tp_importance.graph.groups import PrunableGroups
+from tp_importance.graph.patches import reader_weight, set_reader_weight, unfolded_input
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.verify import gates, sample_units
+from tp_importance.refitting.layers import refittable
+from tp_importance.refitting.refit import Compensation as Settings
 
 L1 = tp.importance.MagnitudeImportance(p=1, normalizer=None)
 EXACT = Compensation(ridge=0.0, positions=None)
@@ -419,7 +419,7 @@ def test_a_failed_surgery_takes_the_refit_back(monkeypatch):
     model, x = make_network("plain")
     before = state(model)
     pruner = BudgetPruner(model, x, class_loader(), importance=L1, budget=Budget(macs=0.6))
-    monkeypatch.setattr("tp_importance.pruner.count_ops", lambda *a, **k: (1, 1))
+    monkeypatch.setattr("tp_importance.pruning.pruner.count_ops", lambda *a, **k: (1, 1))
     with pytest.raises(RuntimeError, match="planned were"):
         pruner.step(compensate=True)
     assert same_state(model, before)
@@ -488,7 +488,7 @@ def test_classes_that_do_not_occur_are_refused(how):
 
 def test_what_cannot_be_refitted_is_reported(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 4)).eval()
-    monkeypatch.setattr("tp_importance.refitting.MAX_FEATURES", 500)
+    monkeypatch.setattr("tp_importance.refitting.layers.MAX_FEATURES", 500)
     before = state(net)
     report = compensate(net, images()[:2], [images()], {"0": [1]})
     assert "512 features are too many" in report.rows[0].skipped and "not refitted: 3" in str(report)

@@ -9,7 +9,7 @@ from torchvision import models
 from contract import Case, random_units, removal, topology, zoo
 from networks import TOPOLOGIES, ZOO, conv_bn_relu, head
 from tp_importance import Cost, CostModel, count_ops, prunable_groups
-from tp_importance.surgery import remove_units
+from tp_importance.graph.surgery import remove_units
 
 # --- what count_ops counts --------------------------------------------------------------------------------------------
 

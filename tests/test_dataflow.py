@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from tp_importance.dataflow import Value, is_batchnorm, record
+from tp_importance.graph.dataflow import Value, is_batchnorm, record
 
 
 class Run(nn.Module):

@@ -18,10 +18,10 @@ from tp_importance import (
     PSAPImportance,
     prune,
 )
+from tp_importance.allocation.program import default_allocator
 from tp_importance.automl import RandomImportance, prune_trial
 from tp_importance.automl.methods import METHODS
-from tp_importance.gradients import loss_gradients
-from tp_importance.program import default_allocator
+from tp_importance.statistics.gradients import loss_gradients
 
 HALF = Budget(macs=0.5)
 LOADER = class_loader(32)

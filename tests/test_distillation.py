@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 from tp_importance import Budget, BudgetPruner, Distiller, PSAPPruner, distillation_loss, slice_classifier
-from tp_importance.functional.distillation import feature_loss
+from tp_importance.maths.distillation import feature_loss
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 4, 0])

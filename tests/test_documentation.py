@@ -79,7 +79,7 @@ def names(tmp_path, monkeypatch):
     """What the documents say that blocks need, and nothing else; files go to a folder of their own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(LatencyTable.__init__.__kwdefaults__, "measure", counted)
-    monkeypatch.setattr("tp_importance.resconv.costs.measure_latency", counted)
+    monkeypatch.setattr("tp_importance.methods.resconv.costs.measure_latency", counted)
     monkeypatch.setattr("tp_importance.automl.trial.measure_latency", counted)
     model, loader = network(), class_loader()
     images, labels = torch.cat([x for x, _ in loader]), torch.cat([y for _, y in loader])

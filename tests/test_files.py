@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tp_importance import files
-from tp_importance.files import written_at_once
+from tp_importance.core.files import written_at_once
 
 WRITER = """
 import runpy, sys

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from networks import class_loader, make_network
 from tp_importance import Budget, PSAPImportance, prune
 from tp_importance.automl import BudgetProblem, prune_trial
-from tp_importance.gradients import loss_gradients, loss_of
+from tp_importance.statistics.gradients import loss_gradients, loss_of
 
 HALF = Budget(macs=0.5)
 DATA = class_loader(32)

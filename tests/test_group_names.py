@@ -11,9 +11,9 @@ from torch import nn
 from contract import topology
 from networks import TOPOLOGIES, conv_bn_relu, head, make_network
 from tp_importance import Budget, BudgetPruner
-from tp_importance.groups import PrunableGroups, _named_apart, build_groups
-from tp_importance.surgery import remove_units
-from tp_importance.tracing import trace
+from tp_importance.graph.groups import PrunableGroups, _named_apart, build_groups
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.tracing import trace
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

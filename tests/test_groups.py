@@ -12,8 +12,8 @@ from contract import topology
 from group_cases import EXPECTED, bits, shifted, whole
 from networks import MISTRACED, TOPOLOGIES, head, make_network
 from tp_importance import prunable_groups, verify
-from tp_importance.surgery import remove_units
-from tp_importance.verify import masked_equals_removed, sample_units
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.verify import masked_equals_removed, sample_units
 
 # group: producers, readers, carriers
 MEMBERS = {

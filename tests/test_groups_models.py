@@ -7,8 +7,8 @@ from torch import nn
 from group_cases import EXPECTED, bits, whole
 from networks import TwoInputs, conv_bn_relu, head, make_network
 from tp_importance import TracingError, count_ops, prunable_groups
-from tp_importance.surgery import remove_units
-from tp_importance.verify import masked_equals_removed, sample_units
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.verify import masked_equals_removed, sample_units
 
 # --- whatever state the model is in -----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import nn
 from contract import loader_for, same_values
 from networks import make_network
 from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
-from tp_importance.integrations import huggingface_callback, lightning_callback
+from tp_importance.methods.psap.integrations import huggingface_callback, lightning_callback
 
 SCHEDULE = PSAPSchedule(prune_steps=2, begin=0.2, end=0.6, pulse=2)
 TOTAL = 12

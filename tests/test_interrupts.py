@@ -18,9 +18,9 @@ from contract import Snapshot, loader_for, same_values
 from networks import make_network
 from psap_cases import TOTAL, make
 from tp_importance import Budget, BudgetPruner, CATROImportance, compensated_step, recalibrate_batchnorm
-from tp_importance.gradients import loss_gradients
-from tp_importance.guards import Guard, preserved, transaction, written
-from tp_importance.remap import Survivors
+from tp_importance.core.guards import Guard, preserved, transaction, written
+from tp_importance.graph.remap import Survivors
+from tp_importance.statistics.gradients import loss_gradients
 
 
 @pytest.fixture(autouse=True)

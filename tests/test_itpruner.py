@@ -22,7 +22,7 @@ from tp_importance import (
     plot_sweep,
     sweep_frame,
 )
-from tp_importance.cost import COST_FIELDS
+from tp_importance.graph.cost import COST_FIELDS
 
 
 class TestITPrunerImportance(ImportanceContract):

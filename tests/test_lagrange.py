@@ -8,8 +8,8 @@ from contract import topology
 from networks import make_network
 from test_allocation import assert_filled, fits, limits_of, random_curves
 from tp_importance import Budget, BudgetPruner, CostModel, Curve, LagrangeAllocator, WidthSpace, greedy
-from tp_importance.cost import COST_FIELDS
-from tp_importance.curves import curve_from_scores
+from tp_importance.allocation.curves import curve_from_scores
+from tp_importance.graph.cost import COST_FIELDS
 
 
 def made_up(seed, groups=4, units=6, coupled=False, convex=True):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from contract import Snapshot
-from tp_importance.latency import Latency, least_latency, measure_latency, steady_memory
+from tp_importance.latency.measure import Latency, least_latency, measure_latency, steady_memory
 
 X = torch.zeros(4, 10)
 
@@ -94,7 +94,7 @@ def test_freed_memory_stays_while_the_clock_runs():
     """In a process of its own: what other tests left in the heap decides where memory comes from."""
     program = """
 import resource, torch
-from tp_importance.latency import steady_memory
+from tp_importance.latency.measure import steady_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -34,13 +34,13 @@ from tp_importance import (
     prunable_groups,
     uniform,
 )
-from tp_importance.allocation import allocate, proportional, round_down, within
-from tp_importance.functional.latency import Grid, Surfaces, calibrate, knots, monotone, stair
-from tp_importance.guards import preserved
-from tp_importance.latency_table import conditions_of, timed_layer
-from tp_importance.surgery import remove_units
-from tp_importance.tracing import Call
-from tp_importance.verify import same_groups
+from tp_importance.allocation.greedy import allocate, proportional, round_down, within
+from tp_importance.core.guards import preserved
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.tracing import Call
+from tp_importance.graph.verify import same_groups
+from tp_importance.latency.table import conditions_of, timed_layer
+from tp_importance.maths.latency import Grid, Surfaces, calibrate, knots, monotone, stair
 
 L2 = partial(tp.importance.MagnitudeImportance, p=2)
 HALF = Budget(latency=0.5)
@@ -193,7 +193,7 @@ def test_foreign_tables_are_refused_or_replaced(tmp_path, what):
     assert len(fresh) == 0 and fresh.conditions == here
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "tp_importance.latency_table", "version": 0}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "tp_importance.latency.table", "version": 0}'])
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "table.json"
     path.write_text(text)

@@ -24,7 +24,7 @@ from tp_importance import (
     recalibrate_batchnorm,
 )
 from tp_importance.automl import prune_trial
-from tp_importance.batches import WholeBatches
+from tp_importance.core.batches import WholeBatches
 
 HALF = Budget(macs=0.5)
 DATA = class_loader(32)

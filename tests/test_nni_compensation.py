@@ -12,7 +12,7 @@ from nni.compression.pruning import L1NormPruner
 from networks import class_loader, make_network
 from nni_plugins import CATROPruner, compensate_masks, speedup
 from tp_importance import compensate, prunable_groups
-from tp_importance.surgery import remove_units
+from tp_importance.graph.surgery import remove_units
 
 
 def masks_of(model, groups, removed, members=("producer",)):

@@ -26,7 +26,7 @@ from nni_resconv_cases import (  # noqa: E402
     scale,
 )
 from tp_importance import Budget, BudgetError, Cost, convert_to_resconv, count_ops, load_pruned, save_pruned  # noqa: E402
-from tp_importance.resconv import resconv_layers  # noqa: E402
+from tp_importance.methods.resconv import resconv_layers  # noqa: E402
 
 pytestmark = MARKS
 

@@ -37,7 +37,7 @@ from nni_resconv_cases import (  # noqa: E402
     scale,
 )
 from tp_importance import Budget, Cost, convert_to_resconv, count_ops  # noqa: E402
-from tp_importance.resconv import resconv_layers  # noqa: E402
+from tp_importance.methods.resconv import resconv_layers  # noqa: E402
 
 pytestmark = MARKS
 

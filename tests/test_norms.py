@@ -28,9 +28,9 @@ from tp_importance import (
     prune,
     save_pruned,
 )
-from tp_importance.layer_pruners import FrozenNormPruner, is_frozen_norm
-from tp_importance.surgery import remove_units
-from tp_importance.verify import masked_equals_removed
+from tp_importance.graph.layer_pruners import FrozenNormPruner, is_frozen_norm
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.verify import masked_equals_removed
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(5))
 WITH_BATCH_NORM = [

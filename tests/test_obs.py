@@ -8,7 +8,7 @@ from torch import nn
 from catro_cases import PLANTED, X, dead, planted_loader, planted_net
 from networks import class_loader, make_network
 from tp_importance import Budget, BudgetPruner, CATROImportance, OBSImportance, OBSPruner
-from tp_importance.functional.reader import Moments
+from tp_importance.maths.moments import Moments
 
 
 def curve_of(model, loader=None, name="0", x=X, **options):

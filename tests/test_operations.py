@@ -14,9 +14,9 @@ from torchvision.ops import DeformConv2d, deform_conv2d
 
 from networks import conv_bn_relu, head, make_network
 from tp_importance import Budget, BudgetPruner, Cost, Plan, PruningReport, count_ops, prunable_groups
-from tp_importance.cost import CostModel
-from tp_importance.surgery import remove_units
-from tp_importance.tracing import trace
+from tp_importance.graph.cost import CostModel
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.tracing import trace
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

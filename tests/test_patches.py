@@ -6,10 +6,10 @@ from torch import nn
 
 from networks import class_loader, make_network
 from tp_importance import prunable_groups, readers
-from tp_importance.functional.reader import Moments, elimination_loss
-from tp_importance.observe import observe
-from tp_importance.patches import bn_gain, feature_channels, reader_weight, unfolded_input
-from tp_importance.readers import ReaderStatistics
+from tp_importance.graph.patches import bn_gain, feature_channels, reader_weight, unfolded_input
+from tp_importance.maths.moments import Moments, elimination_loss
+from tp_importance.statistics.observe import observe
+from tp_importance.statistics.readers import ReaderStatistics
 
 LAYERS = {
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (9,)),

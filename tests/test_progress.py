@@ -33,7 +33,7 @@ from tp_importance import (
     recalibrate_batchnorm,
 )
 from tp_importance.automl import prune_trial
-from tp_importance.progress import LOGGER, phase, shown, track
+from tp_importance.core.progress import LOGGER, phase, shown, track
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADER = class_loader()

@@ -21,10 +21,10 @@ from tp_importance import (
     recalibrate_batchnorm,
 )
 from tp_importance.automl import prune_trial
-from tp_importance.calibrate import DenseReference
-from tp_importance.functional.batchnorm import Moments, follow_change
-from tp_importance.surgery import remove_units
-from tp_importance.verify import sample_units
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.verify import sample_units
+from tp_importance.maths.batchnorm import Moments, follow_change
+from tp_importance.statistics.batchnorm import DenseReference
 
 HALF = Budget(macs=0.5)
 

@@ -28,10 +28,10 @@ from tp_importance import (
     recalibrate_batchnorm,
     save_pruned,
 )
-from tp_importance.guards import copied
-from tp_importance.reparametrised import computed_tensors, follows
-from tp_importance.surgery import remove_units
-from tp_importance.verify import masked_equals_removed
+from tp_importance.core.guards import copied
+from tp_importance.graph.reparametrised import computed_tensors, follows
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.verify import masked_equals_removed
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 DATA = class_loader(32)

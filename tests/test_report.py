@@ -6,8 +6,8 @@ import torch_pruning as tp
 
 from networks import class_loader, make_network
 from tp_importance import Budget, BudgetPruner, CATROPruner, Cost, PruningReport, count_ops
-from tp_importance.groups import Excluded
-from tp_importance.report import GroupRow
+from tp_importance.graph.groups import Excluded
+from tp_importance.pruning.report import GroupRow
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

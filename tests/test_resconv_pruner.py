@@ -15,8 +15,8 @@ from contract import Snapshot, moved_statistics, norm_inputs, same_tensors
 from networks import class_loader, conv_bn_relu
 from resconv_cases import X32, conv, fresh, resnet, train, vgg
 from tp_importance import Budget, BudgetError, Cost, count_ops
-from tp_importance.resconv import ResConv2d, ResConvPruner, fuse, removal_controls
-from tp_importance.resconv import pruner as pruner_module
+from tp_importance.methods.resconv import ResConv2d, ResConvPruner, fuse, removal_controls
+from tp_importance.methods.resconv import pruner as pruner_module
 
 LOADER = class_loader(n=16, shape=(3, 8, 8), batch_size=8)
 
@@ -366,7 +366,7 @@ def clock(monkeypatch, share=1.0, base=1.0):
         single = isinstance(model, nn.Conv2d)
         return SimpleNamespace(median_ms=conv_ms if single else base + share * conv_ms)
 
-    monkeypatch.setattr("tp_importance.resconv.costs.measure_latency", measure)
+    monkeypatch.setattr("tp_importance.methods.resconv.costs.measure_latency", measure)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1])

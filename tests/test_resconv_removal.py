@@ -31,8 +31,8 @@ from resconv_cases import (
     vgg,
 )
 from tp_importance import count_ops
-from tp_importance.resconv import ResConv2d, Scale, convert_to_resconv, remove_layers, resconv_layers
-from tp_importance.resconv.costs import LayerCosts
+from tp_importance.methods.resconv import ResConv2d, Scale, convert_to_resconv, remove_layers, resconv_layers
+from tp_importance.methods.resconv.costs import LayerCosts
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -278,7 +278,7 @@ def test_untrained_layers_become_the_identity():
 def test_nothing_happens_if_anything_fails(where, monkeypatch):
     model = ready(resnet()).train()
     snapshot = Snapshot(model)
-    monkeypatch.setattr(f"tp_importance.resconv.removal.{where}", lambda *_: 1 / 0)
+    monkeypatch.setattr(f"tp_importance.methods.resconv.removal.{where}", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         remove_layers(model, X, ["1.conv1", "2.conv1", "2.conv2"])
     snapshot.check()
@@ -287,7 +287,7 @@ def test_nothing_happens_if_anything_fails(where, monkeypatch):
 def test_a_fold_that_goes_wrong_is_undone(monkeypatch):
     model = ready(resnet())
     snapshot = Snapshot(model)
-    monkeypatch.setattr("tp_importance.resconv.folding._Scales.absorb", lambda *_: None)
+    monkeypatch.setattr("tp_importance.methods.resconv.folding._Scales.absorb", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"removing 1\.conv1 changes the output"):
         remove_layers(model, X, ["1.conv1"])
     snapshot.check()

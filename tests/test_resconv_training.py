@@ -10,7 +10,14 @@ from torch import nn
 from contract import same_values
 from resconv_cases import X32, X, fresh, ready, resnet, train, vgg
 from tp_importance import Budget, BudgetPruner, load_pruned, save_pruned
-from tp_importance.resconv import LayerReport, ResConv2d, ResConvImportance, ResConvPruner, convert_to_resconv, fuse
+from tp_importance.methods.resconv import (
+    LayerReport,
+    ResConv2d,
+    ResConvImportance,
+    ResConvPruner,
+    convert_to_resconv,
+    fuse,
+)
 
 
 def test_parameter_groups():

@@ -13,7 +13,7 @@ from torch import nn
 from networks import ZOO, randomise_batchnorm
 from resconv_cases import masked
 from tp_importance import Budget, BudgetPruner, Cost, count_ops, load_pruned, save_pruned
-from tp_importance.resconv import (
+from tp_importance.methods.resconv import (
     ResConv2d,
     ResConvPruner,
     Scale,
@@ -22,7 +22,7 @@ from tp_importance.resconv import (
     remove_layers,
     resconv_layers,
 )
-from tp_importance.resconv.costs import LayerCosts
+from tp_importance.methods.resconv.costs import LayerCosts
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("TP_IMPORTANCE_DATA", ROOT.parent / "shared" / "data"))

@@ -24,7 +24,7 @@ from tp_importance import (
     remove_layers,
     slice_classifier,
 )
-from tp_importance.stale_optimizers import replacing
+from tp_importance.core.stale_optimizers import replacing
 
 LOADER = class_loader()
 HALF = Budget(macs=0.5)
@@ -152,7 +152,7 @@ def test_a_pruning_that_fails_leaves_the_optimizer_in_use(monkeypatch):
     model, x = make_network("residual")
     optimizer = sgd(model)
     pruner = BudgetPruner(model, x, importance=tp.importance.MagnitudeImportance(), budget=HALF)
-    monkeypatch.setattr("tp_importance.pruner.count_ops", lambda *args, **kwargs: (1, 1))
+    monkeypatch.setattr("tp_importance.pruning.pruner.count_ops", lambda *args, **kwargs: (1, 1))
     with pytest.raises(RuntimeError, match="planned were"):
         pruner.step()
     with pytest.raises(BudgetError):
@@ -160,7 +160,7 @@ def test_a_pruning_that_fails_leaves_the_optimizer_in_use(monkeypatch):
     assert_silent(optimizer)
     layered, x = layers()
     optimizer = sgd(layered)
-    monkeypatch.setattr("tp_importance.resconv.pruner.count_ops", lambda *args, **kwargs: (1, 1))
+    monkeypatch.setattr("tp_importance.methods.resconv.pruner.count_ops", lambda *args, **kwargs: (1, 1))
     with pytest.raises(RuntimeError, match="planned were"):
         ResConvPruner(layered, x, budget=Budget(macs=0.7)).step()
     assert_silent(optimizer)
@@ -180,7 +180,7 @@ def test_the_look_costs_nothing_after_the_first(monkeypatch):
     by_prune(model, x)
     optimizer, looks = sgd(model), []
     monkeypatch.setattr(
-        "tp_importance.stale_optimizers._Replaced.name", lambda self, parameter: looks.append(parameter)
+        "tp_importance.core.stale_optimizers._Replaced.name", lambda self, parameter: looks.append(parameter)
     )
     for _ in range(5):
         optimizer.step()

@@ -4,8 +4,8 @@ from torch import nn
 
 from networks import make_network
 from tp_importance import TracingError
-from tp_importance.dataflow import record
-from tp_importance.taps import added_to, addition, recording, tap
+from tp_importance.graph.dataflow import record
+from tp_importance.graph.taps import added_to, addition, recording, tap
 
 
 class Branches(nn.Module):

@@ -8,9 +8,9 @@ from torch import nn
 from contract import Snapshot
 from networks import TOPOLOGIES, make_network
 from tp_importance import prunable_groups
-from tp_importance.guards import preserved, transaction
-from tp_importance.surgery import remove_units
-from tp_importance.verify import sample_units
+from tp_importance.core.guards import preserved, transaction
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.verify import sample_units
 
 
 class Stop(Exception):

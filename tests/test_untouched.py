@@ -21,10 +21,10 @@ from tp_importance import (
     measure_latency,
     prunable_groups,
 )
-from tp_importance.dataflow import record
-from tp_importance.gradients import loss_gradients
-from tp_importance.taps import recording
-from tp_importance.untouched import untouched
+from tp_importance.core.untouched import untouched
+from tp_importance.graph.dataflow import record
+from tp_importance.graph.taps import recording
+from tp_importance.statistics.gradients import loss_gradients
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

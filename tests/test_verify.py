@@ -12,7 +12,7 @@ from contract import removal, topology, zoo
 from group_cases import shifted
 from networks import TOPOLOGIES, ZOO, conv_bn_relu, head
 from tp_importance import prunable_groups, verify
-from tp_importance.verify import masked_equals_removed, sample_units
+from tp_importance.graph.verify import masked_equals_removed, sample_units
 
 # --- masked = removed -------------------------------------------------------------------------------------------------
 

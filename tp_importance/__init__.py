@@ -1,42 +1,34 @@
 """Structured-pruning methods from the literature as plugins for Torch-Pruning, and what they share.
 
-The way through the package is one-directional: loader → statistics (:mod:`.observe`) → value curves
-(:mod:`.curves`) → widths under a budget (:mod:`.allocation`) → surgery by the host (:mod:`.surgery`) → report.
+The way through the package is one-directional: loader → statistics (:mod:`.statistics.observe`) → value curves
+(:mod:`.allocation.curves`) → widths under a budget (:mod:`.allocation.greedy`) → surgery by the host (:mod:`.graph.surgery`) → report.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .allocation import ALLOCATORS, WidthSpace, greedy, greedy_path, uniform
+from .allocation.curves import Curve, curve_from_scores, value_curves
+from .allocation.greedy import ALLOCATORS, WidthSpace, greedy, greedy_path, uniform
+from .allocation.lagrange import LagrangeAllocator, lagrange
+from .allocation.program import ProgramAllocator
 from .budget import Budget, Cost
-from .calibrate import recalibrate_batchnorm
-from .catro import CATROImportance, CATROPruner
-from .checkpoint import load_pruned, save_pruned
+from .checkpoints.checkpoint import load_pruned, save_pruned
 from .compensated_step import compensated_step
-from .compensation import Compensation, compensate
-from .cost import CostModel
-from .curves import Curve, curve_from_scores, value_curves
-from .distillation import Distiller, distillation_loss
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
-from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
-from .importance import StatisticalImportance
-from .itpruner import ITPruner, ITPrunerImportance
-from .lagrange import LagrangeAllocator, lagrange
-from .latency import Latency, measure_latency
-from .latency_model import LatencyModel
-from .latency_table import LatencyTable
-from .layer_pruners import channel_pruners
-from .obs import OBSImportance, OBSPruner
-from .observe import Observed, Watch, observe
-from .one_shot import OneShot, prune
-from .plan import Plan
-from .program import ProgramAllocator
-from .pruner import BudgetPruner
-from .psap import PSAPPruner
-from .psap_history import PSAPHistory
-from .psap_importance import PSAPImportance
-from .psap_schedule import PSAPSchedule
-from .report import CompensationReport, PruningReport
-from .resconv import (
+from .graph.cost import CostModel
+from .graph.groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
+from .graph.layer_pruners import channel_pruners
+from .graph.tracing import count_ops
+from .latency.measure import Latency, measure_latency
+from .latency.model import LatencyModel
+from .latency.table import LatencyTable
+from .methods.catro.importance import CATROImportance, CATROPruner
+from .methods.itpruner.importance import ITPruner, ITPrunerImportance
+from .methods.obs.importance import OBSImportance, OBSPruner
+from .methods.psap.history import PSAPHistory
+from .methods.psap.importance import PSAPImportance
+from .methods.psap.pruner import PSAPPruner
+from .methods.psap.schedule import PSAPSchedule
+from .methods.resconv import (
     LayerPlan,
     LayerReport,
     ResConv2d,
@@ -46,9 +38,17 @@ from .resconv import (
     fuse,
     remove_layers,
 )
-from .subtask import slice_classifier
-from .sweep import plot_sweep, sweep_frame
-from .tracing import count_ops
+from .one_shot import OneShot, prune
+from .pruning.importance import StatisticalImportance
+from .pruning.plan import Plan
+from .pruning.pruner import BudgetPruner
+from .pruning.report import CompensationReport, PruningReport
+from .pruning.sweep import plot_sweep, sweep_frame
+from .recovery.distillation import Distiller, distillation_loss
+from .recovery.subtask import slice_classifier
+from .refitting.refit import Compensation, compensate
+from .statistics.batchnorm import recalibrate_batchnorm
+from .statistics.observe import Observed, Watch, observe
 
 try:
     __version__ = version("tp-importance")  # that of pyproject.toml, as it was installed

@@ -10,26 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked_model
-from .batches import ForwardFn, run_model, tensors_in
-from .calibrate import DenseReference, is_calibrated, recalibrate_batchnorm
-from .compensation import compensate
-from .groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
-from .guards import copied, preserved, settled, transaction
-from .layer_pruners import channel_pruners
-from .modes import read_in_training_only
-from .observe import LabelFn
-from .patches import feature_channels, reader_weight
-from .processes import warned_once
-from .progress import phase, shown
-from .pruner import BudgetPruner
-from .refitting import Compensation
-from .remap import Survivors, named_tensors
-from .reparametrised import computed_tensors, follows, weight_source
-from .report import CompensationReport, RefitRow
-from .stale_optimizers import replacing
-from .tracing import CONV, TraceOptions, is_depthwise
-from .untouched import untouched
+from .core.arguments import checked_model
+from .core.batches import ForwardFn, run_model, tensors_in
+from .core.guards import copied, preserved, settled, transaction
+from .core.processes import warned_once
+from .core.progress import phase, shown
+from .core.stale_optimizers import replacing
+from .core.untouched import untouched
+from .graph.groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
+from .graph.layer_pruners import channel_pruners
+from .graph.modes import read_in_training_only
+from .graph.patches import feature_channels, reader_weight
+from .graph.remap import Survivors, named_tensors
+from .graph.reparametrised import computed_tensors, follows, weight_source
+from .graph.tracing import CONV, TraceOptions, is_depthwise
+from .pruning.pruner import BudgetPruner
+from .pruning.report import CompensationReport, RefitRow
+from .refitting.layers import Compensation
+from .refitting.refit import compensate
+from .statistics.batchnorm import DenseReference, is_calibrated, recalibrate_batchnorm
+from .statistics.observe import LabelFn
 
 __all__ = ["Removal", "compensated_step", "removal"]
 
@@ -91,7 +91,7 @@ def compensated_step(
             the layers that make the network's outputs among its ``ignored_layers``.
         example_inputs: those the pruner was built with.
         loader: re-iterable of batches.
-        how: settings, or a mode, see :func:`~tp_importance.compensation.compensate`.
+        how: settings, or a mode, see :func:`~tp_importance.compensate`.
         recalibrate: move the batch norm statistics by the change on the loader, see
             :func:`~tp_importance.recalibrate_batchnorm`; in sequential mode as it goes.
         forward_fn: ``forward_fn(model, batch)``; as given to the pruner.
@@ -101,7 +101,7 @@ def compensated_step(
         progress: show a progress bar.
 
     Returns:
-        The :class:`~tp_importance.report.CompensationReport`.
+        The :class:`~tp_importance.pruning.report.CompensationReport`.
 
     Raises:
         TypeError: for a pruner of this package, which refits by ``step(compensate=...)``, or something else.

@@ -10,19 +10,19 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from .allocation import Allocator
-from .arguments import checked_importance
+from .allocation.greedy import Allocator
 from .automl.methods import Method, find_criterion
-from .batches import check_loader, iterate, require_reiterable, tensors_in
 from .budget import Budget
-from .calibrate import has_batch_norm
-from .gradients import LossFn, checked_loss_fn, loss_gradients
-from .itpruner import ITPruner, ITPrunerImportance
-from .processes import warned_once
-from .progress import shown
-from .pruner import BudgetPruner
-from .refitting import Compensation
-from .report import PruningReport
+from .core.arguments import checked_importance
+from .core.batches import check_loader, iterate, require_reiterable, tensors_in
+from .core.processes import warned_once
+from .core.progress import shown
+from .methods.itpruner.importance import ITPruner, ITPrunerImportance
+from .pruning.pruner import BudgetPruner
+from .pruning.report import PruningReport
+from .refitting.layers import Compensation
+from .statistics.batchnorm import has_batch_norm
+from .statistics.gradients import LossFn, checked_loss_fn, loss_gradients
 
 __all__ = ["OneShot", "prune"]
 
@@ -65,7 +65,7 @@ def prune(
     Channels are ordered by the loss that is left after the readers are refitted (:class:`OBSImportance`), widths follow
     from the losses and the exact cost, Torch-Pruning removes the channels, and every layer behind them is refitted so
     that the network gives what it gave before on the samples. The recommended way to prune without training, and to
-    start a fine-tuning (with :class:`~tp_importance.distillation.Distiller`): build the optimizer afterwards, for
+    start a fine-tuning (with :class:`~tp_importance.Distiller`): build the optimizer afterwards, for
     parameters that are cut are new objects without a gradient. All others keep theirs, and memory formats stay.
 
     Args:
@@ -80,9 +80,9 @@ def prune(
             :class:`~tp_importance.automl.RandomImportance`), or what
             :func:`~tp_importance.automl.register_method` added for channels.
         allocator: ``"greedy"``, ``"lagrange"``, ``"program"``, ``"uniform"`` or a function, see
-            :mod:`tp_importance.allocation`; default (also ``"default"``): what suits the importance, see
-            :func:`~tp_importance.program.default_allocator`.
-        compensate: see :func:`~tp_importance.compensation.compensate`; ``"parallel"`` is faster and less accurate.
+            :mod:`tp_importance.allocation.greedy`; default (also ``"default"``): what suits the importance, see
+            :func:`~tp_importance.allocation.program.default_allocator`.
+        compensate: see :func:`~tp_importance.compensate`; ``"parallel"`` is faster and less accurate.
             With it, or with ``None``, batch norm statistics follow the change afterwards, see
             :func:`~tp_importance.recalibrate_batchnorm`.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
@@ -90,8 +90,8 @@ def prune(
         loss_fn: ``loss_fn(output, labels)`` for the methods that look at gradients of a loss, ``"taylor"`` and
             ``"psap"``; default: cross entropy. All others refuse one. A network that returns more than its logits needs
             it: ``loss_fn=lambda output, labels: F.cross_entropy(output[0], labels)``.
-        progress: show a progress bar for every phase, see :mod:`tp_importance.progress`.
-        **options: see :class:`~tp_importance.pruner.BudgetPruner`: ``ignored_layers``, ``round_to``, ``forward_fn``.
+        progress: show a progress bar for every phase, see :mod:`tp_importance.core.progress`.
+        **options: see :class:`~tp_importance.BudgetPruner`: ``ignored_layers``, ``round_to``, ``forward_fn``.
 
     Returns:
         :class:`OneShot`.
@@ -156,7 +156,7 @@ def _take_loss(loss_fn: LossFn | None, criterion: Method | None, importance: Any
                 f"give it the loss, method={name}(loss_fn=...)"
                 if hasattr(importance, "loss_fn")
                 else "if it looks at gradients, those that are there are taken: prune inside `with "
-                "tp_importance.gradients.loss_gradients(model, loader, loss_fn):`"
+                "tp_importance.statistics.gradients.loss_gradients(model, loader, loss_fn):`"
             )
         )
     elif not criterion.needs_gradients:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tp_importance.functional.distillation import distillation_loss, feature_loss
+from tp_importance.maths.distillation import distillation_loss, feature_loss
 
 
 def logits(*shape, seed=0):

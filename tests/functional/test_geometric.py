@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from tp_importance.functional.geometric import Posynomial, condense, solve, solve_cvxpy
+from tp_importance.maths.geometric import Posynomial, condense, solve, solve_cvxpy
 
 
 def problem(n, seed=0, fraction=0.4, spread=1.0, constraints=1):

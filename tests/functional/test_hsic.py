@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tp_importance.functional.hsic import HSICSums, centred_gram, cross_hsic, gram, importance_weights, relevance
+from tp_importance.methods.itpruner.hsic import HSICSums, centred_gram, cross_hsic, gram, importance_weights, relevance
 
 N = 12
 

@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 
-from tp_importance.functional.hsic import relevance
-from tp_importance.functional.itpruner_networks import NETWORKS, resnet_cifar
-from tp_importance.functional.itpruner_official import (
+from tp_importance.methods.itpruner.hsic import relevance
+from tp_importance.methods.itpruner.official import (
     PUBLISHED,
     official_channels,
     official_flops,
     official_fractions,
     official_importances,
 )
+from tp_importance.methods.itpruner.official_networks import NETWORKS, resnet_cifar
 
 GOLDEN = {
     "vgg16-100m": [44, 35, 71, 71, 145, 104, 145, 290, 205, 325, 432, 429, 469],

@@ -3,9 +3,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-
 from tp_importance.functional import obs
-from tp_importance.functional.obs import ReadUnits, eliminate_with_refit
+
+from tp_importance.maths.elimination import ReadUnits, eliminate_with_refit
 
 F64 = torch.float64
 RIDGE = 1e-4

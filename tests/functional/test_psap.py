@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tp_importance.functional.psap import (
+from tp_importance.methods.psap.sparsity import (
     adaptive_widths,
     cubic_target,
     filter_norms,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tp_importance.functional.reader import Moments, eliminate, elimination_loss, reader_scatter
+from tp_importance.maths.moments import Moments, eliminate, elimination_loss, reader_scatter
 
 F64 = torch.float64
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tp_importance.functional.refit import eigen, output_energy, refit, residual_energy
+from tp_importance.maths.least_squares import eigen, output_energy, refit, residual_energy
 
 F64 = torch.float64
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from tp_importance.functional.rescaling import Ratios
+from tp_importance.maths.rescaling import Ratios
 
 
 def test_chains_of_equations_in_any_order():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tp_importance.functional.resconv import (
+from tp_importance.methods.resconv.fusion import (
     cheapest_removal,
     fused_kernel,
     layer_loss,

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tp_importance.functional.refit import refit, residual_energy
-from tp_importance.functional.ridge import ALIKE, RIDGES, choose_ridge
+from tp_importance.maths.least_squares import refit, residual_energy
+from tp_importance.maths.ridge import ALIKE, RIDGES, choose_ridge
 
 F64 = torch.float64
 

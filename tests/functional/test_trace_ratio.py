@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tp_importance.functional.trace_ratio import ClassScatter, select, top_d_values
+from tp_importance.methods.catro.trace_ratio import ClassScatter, select, top_d_values
 
 
 def ratio(b, w):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..errors import SearchSpaceError
-from ..groups import PrunableGroups
+from ..graph.groups import PrunableGroups
 from .methods import find_method
 from .space import Choice, Domain, Float, Int, Parameter, SearchSpace
 from .trial import BUDGETS, checked_allocator, checked_mode

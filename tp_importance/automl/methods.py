@@ -14,25 +14,25 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from ..allocation import Allocator, Curves, Ints, Limits, WidthSpace
+from ..allocation.curves import value_curves
+from ..allocation.greedy import Allocator, Curves, Ints, Limits, WidthSpace
+from ..allocation.program import default_allocator, named_allocator
 from ..budget import Budget
-from ..calibrate import has_batch_norm
-from ..catro import CATROImportance
-from ..cost import CostModel
-from ..curves import value_curves
 from ..errors import SearchSpaceError
-from ..gradients import loss_gradients
-from ..groups import PrunableGroups
-from ..importance import StatisticalImportance
-from ..itpruner import ITPrunerImportance
-from ..obs import OBSImportance
-from ..program import default_allocator, named_allocator
-from ..pruner import BudgetPruner
-from ..psap import PSAPPruner
-from ..psap_importance import PSAPImportance
-from ..psap_schedule import PSAPSchedule
-from ..refitting import Compensation
-from ..resconv import ResConvPruner, fuse
+from ..graph.cost import CostModel
+from ..graph.groups import PrunableGroups
+from ..methods.catro.importance import CATROImportance
+from ..methods.itpruner.importance import ITPrunerImportance
+from ..methods.obs.importance import OBSImportance
+from ..methods.psap.importance import PSAPImportance
+from ..methods.psap.pruner import PSAPPruner
+from ..methods.psap.schedule import PSAPSchedule
+from ..methods.resconv import ResConvPruner, fuse
+from ..pruning.importance import StatisticalImportance
+from ..pruning.pruner import BudgetPruner
+from ..refitting.layers import Compensation
+from ..statistics.batchnorm import has_batch_norm
+from ..statistics.gradients import loss_gradients
 from .space import Choice, Domain, Float, Int, check_names
 from .statistics import CurveStore, Valuation
 
@@ -202,7 +202,7 @@ def channel_method(
 ) -> Method:
     """A method that is an importance: ours, or any ``tp.importance.Importance``.
 
-    If the search gives no widths, they come from the :func:`~tp_importance.program.default_allocator` of the
+    If the search gives no widths, they come from the :func:`~tp_importance.allocation.program.default_allocator` of the
     importance.
 
     Args:

@@ -11,17 +11,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ..allocation import Ints, WidthSpace, require_reachable
-from ..arguments import checked_budget, checked_model
+from ..allocation.curves import Curve
+from ..allocation.greedy import Ints, WidthSpace, require_reachable
+from ..allocation.program import ProgramAllocator, implied_weights, named_allocator
 from ..budget import Budget
-from ..cost import COST_FIELDS, CostModel
-from ..curves import Curve
+from ..core.arguments import checked_budget, checked_model
+from ..core.files import read_json, write_json
+from ..core.guards import copied_with
+from ..core.processes import warned_once
 from ..errors import SearchSpaceError
-from ..files import read_json, write_json
-from ..guards import copied_with
-from ..processes import warned_once
-from ..program import ProgramAllocator, implied_weights, named_allocator
-from ..pruner import BudgetPruner
+from ..graph.cost import COST_FIELDS, CostModel
+from ..pruning.pruner import BudgetPruner
 from .methods import Job, find_method, value_network
 from .space import Choice, Int, Parameter, SearchSpace
 from .statistics import CurveStore

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..curves import Curve
+from ..allocation.curves import Curve
+from ..core.files import read_json, write_json, written_at_once
 from ..errors import StaleStatisticsError
-from ..files import read_json, write_json, written_at_once
-from ..groups import PrunableGroups
-from ..verify import verify_groups
+from ..graph.groups import PrunableGroups
+from ..graph.verify import verify_groups
 
 __all__ = ["CurveStore", "Valuation", "fingerprint"]
 
-FORMAT = "tp_importance.curves.2"
+FORMAT = "tp_importance.allocation.curves.2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Valuation:
 
     Attributes:
         curves: value curve per group name; also the importance that a
-            :class:`~tp_importance.pruner.BudgetPruner` takes.
+            :class:`~tp_importance.BudgetPruner` takes.
         weights: weights of the convex program per group name, for methods that have some.
         default_allocator: where the widths come from if the search gives none.
         seconds: what it took to collect.
@@ -109,7 +109,7 @@ class CurveStore:
         return found
 
     def verify(self, groups: PrunableGroups, example_inputs: Any) -> Mapping[str, str]:
-        """:func:`~tp_importance.verify.verify_groups`, once for all trials; for ``BudgetPruner(..., verify=...)``.
+        """:func:`~tp_importance.graph.verify.verify_groups`, once for all trials; for ``BudgetPruner(..., verify=...)``.
 
         The verdict is kept for these weights, these groups, and the shapes that the layers see.
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.linalg import helmert
 
-from ..curves import Floats
+from ..allocation.curves import Floats
 from .optional import optional_import
 
 __all__ = ["CMAES", "STRATEGIES", "TPE", "Settings", "Strategy"]

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..allocation import ALLOCATORS, Allocator, Curves, Ints, Limits, WidthSpace, proportional, round_down
-from ..arguments import checked_budget, checked_model
+from ..allocation.greedy import ALLOCATORS, Allocator, Curves, Ints, Limits, WidthSpace, proportional, round_down
+from ..allocation.program import ProgramAllocator
 from ..budget import Budget, Cost
-from ..cost import CostModel
+from ..core.arguments import checked_budget, checked_model
+from ..core.guards import copied_with
+from ..core.processes import warned_once
+from ..core.progress import phase, shown
 from ..errors import BudgetError, SearchSpaceError
-from ..gradients import checked_loss_fn
-from ..guards import copied_with
-from ..latency import measure_latency
-from ..processes import warned_once
-from ..program import ProgramAllocator
-from ..progress import phase, shown
-from ..refitting import Compensation
-from ..tracing import count_ops
+from ..graph.cost import CostModel
+from ..graph.tracing import count_ops
+from ..latency.measure import measure_latency
+from ..refitting.layers import Compensation
+from ..statistics.gradients import checked_loss_fn
 from .methods import Job, Train, find_method
 from .space import check_names, flatten, parameters_noted
 from .statistics import CurveStore
@@ -208,7 +208,7 @@ def prune_trial(
         latency_seconds: how long to measure; None leaves the latency out.
         seed: of torch during the trial; the generator of the caller is not touched.
         keep: called with the pruned network, to save it say.
-        progress: show a progress bar for every phase, see :mod:`tp_importance.progress`.
+        progress: show a progress bar for every phase, see :mod:`tp_importance.core.progress`.
         **pruner_options: of the pruner, such as ``ignored_layers`` or ``round_to``; layers are named by ``model``.
 
     Returns:

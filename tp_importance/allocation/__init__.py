@@ -1,0 +1,1 @@
+"""From loss curves to widths under a budget."""

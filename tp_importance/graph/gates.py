@@ -1,0 +1,179 @@
+"""Gates on coupled groups: switch units off where their readers receive them, and feel what the loss thinks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core.batches import layer_input, reference_tensor
+from ..methods.psap.sparsity import Bools, Floats
+from .groups import PrunableGroups
+from .tracing import CONV
+
+__all__ = ["ChannelGates", "channel_dim", "scale_inputs", "scale_outputs", "with_input"]
+
+
+def channel_dim(module: nn.Module) -> int:
+    """Channel dimension of inputs and outputs of a convolution or linear layer, counted from the end."""
+    return -1 - len(module.kernel_size) if isinstance(module, CONV) else -1
+
+
+def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer with ``x`` in place of its first one."""
+    return ((x, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, next(iter(kwargs)): x})
+
+
+class ChannelGates:
+    r"""One number per unit that scales its channels in every layer that reads them; 0 masks, 1 does nothing.
+
+    Readers are linear in their input, so the gate need not touch the activations: a convolution or linear layer with
+    weight W reading g ⊙ x computes the same as one with weight W ⊙ g reading x, and
+
+    .. math:: \frac{\partial L}{\partial g_c} = \sum_{r, o, k} W^r_{ock} \frac{\partial L}{\partial (W^r \odot g)_{ock}}
+
+    over all readers r is the same number. Weights are small, so gates and their gradients cost next to nothing.
+    Where the weight is not an ordinary parameter (parametrizations, NNI's wrappers) the input is scaled instead.
+
+    The gates live in forward hooks. They hold in train and eval mode, under autocast, checkpointing and gradient
+    accumulation, and are not part of ``model.state_dict()``. A copy of the model shares them. Call :meth:`remove` in
+    the end.
+
+    Args:
+        groups: groups of the model as it is now.
+
+    Attributes:
+        values: gates of all units, group after group, then a constant 1; float32, shape (N + 1,). Not a parameter of
+            the model; its ``.grad`` is ∂L/∂gate while :meth:`watch` is on.
+
+    Example:
+        >>> from tp_importance import prunable_groups
+        >>> net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+        >>> gates = ChannelGates(prunable_groups(net, x))
+        >>> gates.set({"0": np.array([True, False, True, True])})
+        >>> out = net(x)
+        >>> gates.remove()
+        >>> torch.allclose(out, net[2](net[1](net[0](x)) * torch.tensor([0.0, 1, 0, 0])))
+        True
+    """
+
+    def __init__(self, groups: PrunableGroups) -> None:
+        model = groups.trace.model
+        like = reference_tensor(model)
+        self._offsets, total = {}, 0
+        for group in groups:
+            self._offsets[group.name] = (total, group.n_units)
+            total += group.n_units
+        self.values = torch.ones(total + 1, device=None if like is None else like.device)
+        self._index: dict[str, Tensor] = {}
+        for group in groups:
+            for member in group.readers:
+                index = self._index.setdefault(member.name, torch.full((member.width,), total))
+                index[torch.from_numpy(member.channels)] = self._offsets[group.name][0] + torch.from_numpy(member.units)
+        self._factors: dict[str, Tensor | None] = dict.fromkeys(self._index)
+        self._open = True
+        self._handles = []
+        for name in self._index:
+            module = model.get_submodule(name)
+            self._handles += [
+                module.register_forward_pre_hook(self._before(name), prepend=True, with_kwargs=True),
+                module.register_forward_hook(_restore_weight, always_call=True),
+            ]
+
+    def set(self, masked: Mapping[str, Bools]) -> None:
+        """Close the gates of the masked units, open all others; per group a mask of shape (U,)."""
+        new = np.ones(len(self.values))
+        for name, mask in masked.items():
+            start, count = self._offsets[name]
+            new[start : start + count] = ~mask
+        with torch.no_grad():
+            self.values.copy_(torch.from_numpy(new))
+        self._factors = {}
+        for name, index in self._index.items():
+            gates = torch.from_numpy(new)[index]
+            self._factors[name] = None if bool((gates == 1).all()) else gates
+
+    def watch(self, on: bool) -> None:
+        """Let gradients reach the gates (``self.values.grad``), or stop it."""
+        self.values.grad = None
+        self.values.requires_grad_(on)
+
+    def take_gradient(self) -> Tensor | None:
+        """∂L/∂gate of all units since the last call, shape (N,), and start afresh; ``None`` without backward pass."""
+        gradient, self.values.grad = self.values.grad, None
+        return None if gradient is None else gradient[:-1]
+
+    def split(self, flat: Floats) -> dict[str, Floats]:
+        """Values of all units, shape (N,), per group."""
+        return {name: flat[start : start + count] for name, (start, count) in self._offsets.items()}
+
+    def remove(self) -> None:
+        """Take the hooks out; what was masked is not any more."""
+        self._open = False  # copies of the model keep hooks of their own
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _gate(self, name: str, like: Tensor) -> Tensor | None:
+        """Gates of the input channels of a reader, shape (C,); ``None`` if there is nothing to do."""
+        if not self._open:
+            return None
+        if self.values.requires_grad and torch.is_grad_enabled():
+            index = self._index[name]
+            if index.device != self.values.device:
+                index = self._index[name] = index.to(self.values.device)
+            return self.values.index_select(0, index).to(like.device, like.dtype)
+        factor = self._factors.get(name)
+        if factor is not None and (factor.device, factor.dtype) != (like.device, like.dtype):
+            factor = self._factors[name] = factor.to(like.device, like.dtype)
+        return factor
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                gate = self._gate(name, weight)
+                if gate is not None:  # shadows the parameter until the layer has run
+                    module.__dict__["weight"] = weight * scale_inputs(module, gate)
+                return None
+            x = layer_input(args, kwargs)
+            gate = self._gate(name, x)
+            return None if gate is None else with_input(args, kwargs, x * _over_input(module, gate))
+
+        return hook
+
+
+def _restore_weight(module: nn.Module, _args: Any, _output: Any) -> None:
+    module.__dict__.pop("weight", None)
+
+
+def scale_inputs(module: Any, gate: Tensor) -> Tensor:
+    """``gate``, shape (C_in,), in a shape that multiplies the weight of a convolution or linear layer."""
+    if not isinstance(module, CONV):
+        return gate
+    ones = [1] * len(module.kernel_size)
+    if module.transposed:
+        return gate.view(-1, 1, *ones)
+    return _per_block(gate, module.groups, module.out_channels).view(module.out_channels, -1, *ones)
+
+
+def scale_outputs(module: Any, gate: Tensor) -> Tensor:
+    """``gate``, shape (C_out,), in a shape that multiplies the weight of a convolution or linear layer."""
+    if not isinstance(module, CONV):
+        return gate.view(-1, 1)
+    ones = [1] * len(module.kernel_size)
+    if not module.transposed:
+        return gate.view(-1, 1, *ones)
+    return _per_block(gate, module.groups, module.in_channels).view(module.in_channels, -1, *ones)
+
+
+def _per_block(gate: Tensor, blocks: int, rows: int) -> Tensor:
+    """Of a grouped convolution, each block of rows sees its own part of ``gate``; shape (rows, C / blocks)."""
+    return gate.view(blocks, 1, -1).expand(-1, rows // blocks, -1).reshape(rows, -1)
+
+
+def _over_input(module: nn.Module, gate: Tensor) -> Tensor:
+    return gate.view(-1, *[1] * (-1 - channel_dim(module)))

@@ -1,0 +1,215 @@
+"""What Torch-Pruning cannot cut, or cuts in part: frozen batch norms, instance norms, parametrised layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .reparametrised import LAYERS, computed_tensors, follows, slice_layer
+
+__all__ = ["NEIGHBOURS", "channel_pruners", "has_channels", "in_terms_of_the_host", "is_frozen_norm"]
+
+NEIGHBOURS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
+"""Modules that divide every channel by what its neighbours hold."""
+
+_STATE = ("weight", "bias", "running_mean", "running_var")
+_InstanceNorm = nn.modules.instancenorm._InstanceNorm
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether a module holds a batch norm as buffers, as ``torchvision.ops.FrozenBatchNorm2d`` does.
+
+    It has no parameters, and buffers ``weight``, ``bias``, ``running_mean`` and ``running_var``, one entry per channel.
+
+    Args:
+        module: any module.
+    """
+    own = module._buffers
+    if not set(_STATE) <= own.keys() <= {*_STATE, "num_batches_tracked"} or any(True for _ in module.parameters()):
+        return False
+    shapes = {tuple(tensor.shape) for key in _STATE if (tensor := own[key]) is not None}
+    return all(own[key] is not None for key in _STATE) and len(shapes) == 1 and len(next(iter(shapes))) == 1
+
+
+def has_channels(norm: nn.Module) -> bool:
+    """Whether an instance norm holds anything per channel; else it takes any number of them, whatever it says.
+
+    Args:
+        norm: an instance norm.
+    """
+    return any(t is not None and t.dim() == 1 for t in (*norm._parameters.values(), *norm._buffers.values()))
+
+
+def channel_pruners(model: nn.Module, given: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
+    """Pruning functions for the layers of ``model`` that Torch-Pruning lacks, to be its ``customized_pruners``.
+
+    All pruners of this package add them by themselves. Pass them to a pruner of Torch-Pruning's own.
+
+    Args:
+        model: the network.
+        given: pruning functions of the user's; they go before ours for their types and subclasses.
+
+    Returns:
+        ``{type: pruning function}``, with those of ``given``.
+
+    Example:
+        >>> layer = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+        >>> net = nn.Sequential(layer, nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> sorted(t.__name__ for t in channel_pruners(net))
+        ['InstanceNorm2d', 'ParametrizedConv2d']
+    """
+    theirs = dict(given or {})
+    classes = tuple(key for key in theirs if isinstance(key, type))
+    kinds: dict[type, list[nn.Module]] = {}
+    for module in model.modules():
+        if not isinstance(module, classes) and module not in theirs:
+            kinds.setdefault(type(module), []).append(module)
+    ours = {kind: _pruner(modules) for kind, modules in kinds.items()}
+    return {**{kind: pruner for kind, pruner in ours.items() if pruner is not None}, **theirs}
+
+
+def _pruner(modules: list[nn.Module]) -> Any:
+    """Pruning function for some modules of one type; ``None`` where Torch-Pruning's will do."""
+    module = modules[0]
+    if all(map(is_frozen_norm, modules)):
+        return FrozenNormPruner()
+    if isinstance(module, _InstanceNorm):
+        return InstanceNormPruner()
+    if isinstance(module, NEIGHBOURS):
+        return _Passing()
+    # Torch-Pruning starts groups at depthwise convolutions with a function of its own
+    if isinstance(module, LAYERS) and parametrize.is_parametrized(module) and getattr(module, "groups", 1) == 1:
+        return ParametrisedPruner(modules)
+    return None
+
+
+def in_terms_of_the_host(group: Any) -> Any:
+    """A group of Torch-Pruning in which parametrised layers look like others: its importances know its own functions.
+
+    Args:
+        group: to be looked at, not to be pruned; changed in place.
+
+    Returns:
+        The same group.
+    """
+    for i, item in enumerate(group):
+        if isinstance(getattr(item.dep.handler, "__self__", None), ParametrisedPruner):
+            kind = "linear" if isinstance(item.dep.target.module, nn.Linear) else "conv"
+            side = "out" if item.dep.handler.__name__ == "prune_out_channels" else "in"
+            dep = copy.copy(item.dep)
+            dep.handler = getattr(tp.pruner.function, f"prune_{kind}_{side}_channels")
+            group[i] = type(item)(dep, item.idxs)
+            group[i].root_idxs = item.root_idxs
+    return group
+
+
+class _PerChannel(tp.BasePruningFunc):
+    """One entry per channel in every tensor the module has itself."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        width = self.get_out_channels(layer)
+        assert width is not None
+        keep = _kept(width, idxs)
+        for key, parameter in list(layer._parameters.items()):
+            if parameter is not None:
+                setattr(layer, key, self._prune_parameter_and_grad(parameter, keep.tolist(), 0))
+        for key, buffer in list(layer._buffers.items()):
+            if buffer is not None and buffer.dim() == 1:
+                setattr(layer, key, buffer[keep.to(buffer.device)])
+        for key in ("num_features", "num_channels"):
+            if vars(layer).get(key) == width:
+                setattr(layer, key, len(keep))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: Any) -> int | None:
+        return int(layer.weight.shape[0])
+
+    def get_in_channels(self, layer: Any) -> int | None:
+        return self.get_out_channels(layer)
+
+
+class FrozenNormPruner(_PerChannel):
+    """See :func:`is_frozen_norm`."""
+
+
+class InstanceNormPruner(_PerChannel):
+    """Torch-Pruning's leaves the running statistics as they are, and trusts a number of features that torch ignores."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        if self.get_out_channels(layer) is not None:
+            return super().prune_out_channels(layer, idxs)
+        if len(idxs) < layer.num_features > max(idxs):
+            layer.num_features -= len(idxs)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: Any) -> int | None:
+        return int(layer.num_features) if has_channels(layer) else None
+
+
+class ParametrisedPruner(tp.BasePruningFunc):
+    """Dense convolutions and linear layers under ``torch.nn.utils.parametrize``.
+
+    Args:
+        layers: the layers it is for.
+
+    Attributes:
+        follows: by role, whether what is left of them is what it was, see :func:`.graph.reparametrised.follows`.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.follows = {role: all(follows(layer, role) for layer in layers) for role in ("out", "in")}
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        self._require("out", layer)
+        slice_layer(layer, "out", _kept(self.get_out_channels(layer), idxs))
+        return layer
+
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        self._require("in", layer)
+        slice_layer(layer, "in", _kept(self.get_in_channels(layer), idxs))
+        return layer
+
+    def get_out_channels(self, layer: Any) -> int:
+        return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
+
+    def _require(self, role: str, layer: nn.Module) -> None:
+        if not self.follows[role]:
+            raise RuntimeError(
+                f"a removed {role}put would change what the {type(layer).__name__} does to the others: "
+                f"{computed_tensors(layer)[0].reason('...')}"
+            )
+
+
+class _Passing(tp.BasePruningFunc):
+    """A module without tensors, which takes any number of channels; so it has a node in the graph."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: Any) -> None:
+        return None
+
+    def get_in_channels(self, layer: Any) -> None:
+        return None
+
+
+def _kept(width: int, idxs: Sequence[int]) -> Tensor:
+    mask = torch.ones(width, dtype=torch.bool)
+    mask[torch.as_tensor(list(idxs), dtype=torch.int64)] = False
+    return mask.nonzero().flatten()

@@ -1,0 +1,1 @@
+"""Latency: measured, kept in a table, predicted for other widths."""

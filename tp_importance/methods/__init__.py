@@ -1,0 +1,1 @@
+"""One folder per method: importance, mathematics and pruner."""

@@ -1,0 +1,1 @@
+"""CATRO: class-aware channel selection by trace ratio (arXiv 2110.10921)."""

@@ -1,0 +1,187 @@
+"""Structured optimal brain surgeon: channels ordered by the loss that is left after the readers are refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ...allocation.curves import Curve, Floats
+from ...budget import Budget
+from ...core.batches import ForwardFn
+from ...core.progress import track
+from ...graph.groups import ChannelGroup, PrunableGroups
+from ...maths.elimination import RIDGE, ReadUnits, eliminate_with_refit
+from ...maths.moments import Moments
+from ...pruning.importance import StatisticalImportance
+from ...pruning.pruner import BudgetPruner
+from ...statistics.group_weights import filter_norms
+from ...statistics.observe import Watch
+from ...statistics.readers import ReaderStatistics, check_reading
+from ..catro.trace_ratio import NEGLIGIBLE
+
+__all__ = ["OBSImportance", "OBSPruner"]
+
+
+class OBSImportance(StatisticalImportance):
+    r"""Loss of removing channels *together with* the refit of whoever reads them.
+
+    A removed set R of channels costs what least squares on the kept channels cannot make up,
+
+    .. math:: L(R) = \sum_r \frac{1}{E_r} \operatorname{tr}\bigl(G_r W_R [(\hat P_r^{-1})_{RR}]^{-1} W_R^\top\bigr)
+
+    over the readers r, with :math:`\hat P_r` the covariance of a reader's unfolded input plus a ridge, :math:`G_r` the
+    squared gains of the batch norm behind it and :math:`E_r` the energy of what its error disturbs: of its output, or
+    of the residual sum that this is added to. Channels go one at a time, least loss first
+    (:mod:`tp_importance.maths.elimination`). It pays if the readers are refitted afterwards. Ours; optimal brain
+    surgeon (Hassibi and Stork 1993), structured in ZipLM (arXiv 2302.04089).
+
+    Args:
+        classes: labels of a classification subtask; samples of other classes are not counted.
+        class_weight: θ in [0, 1], ½ without labels: what the refit leaves is measured in
+            :math:`2(\theta S_b + (1 - \theta) S_w)` of the reader's input instead of its covariance, which is θ = ½;
+            the refit itself is the same. Ours.
+        positions: output positions per sample at which readers are watched, ``None`` for all.
+        ridge: relative to the mean variance of a reader's features, > 0.
+        seed: of the sampled positions.
+
+    Attributes:
+        reader_statistics: the moments of all readers, ``None`` before :meth:`collect`; whoever refits may use them.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> loader = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 2)]
+        >>> importance = OBSImportance().collect(net.eval(), torch.randn(1, 3, 8, 8), loader)
+        >>> sorted(importance.curves()["0"].order.tolist())
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: Sequence[int] | None = None,
+        class_weight: float = 0.5,
+        positions: int | None = 8,
+        ridge: float = RIDGE,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(classes=classes)
+        check_reading(class_weight, positions)
+        if not ridge > 0:
+            raise ValueError(f"ridge={ridge!r} must be above 0, e.g. {RIDGE}")
+        self.class_weight, self.positions, self.ridge, self.seed = class_weight, positions, ridge, seed
+        self.needs_labels = class_weight != 0.5 or classes is not None
+        self.reader_statistics: ReaderStatistics | None = None
+        self._collecting: ReaderStatistics | None = None
+
+    def _watches(self, groups: PrunableGroups) -> list[Watch]:
+        self._collecting = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
+        return self._collecting.watches()
+
+    def _alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+        assert self._collecting is not None
+        return self._collecting.sums(groups.trace.example_inputs, forward_fn)
+
+    def _before_batch(self, labels: Tensor) -> None:
+        assert self._collecting is not None
+        self._collecting.labels = labels
+
+    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
+        statistics = self._collecting
+        assert statistics is not None
+        curves = {g.name: self._curve(statistics, groups, g) for g in track(groups, "ordering channels", unit="group")}
+        self.reader_statistics = statistics  # not before: a failed pass leaves the old ones
+        return curves
+
+    def _curve(self, statistics: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
+        norms = filter_norms(groups, group)
+        reads, energy = [], np.zeros(group.n_units)
+        for member, (p, metric, weight, gain, units) in zip(group.readers, self._reads(statistics, group), strict=True):
+            scaled = weight.to(p) * gain.to(p).unsqueeze(2)
+            energy += _unit_energy(p, scaled, units, group.n_units)
+            factor = statistics.relative(member.name)
+            if bool((units == units[0]).all()):
+                reads.append(ReadUnits(p, scaled, units[0], factor, metric))
+                continue
+            for i, block in enumerate(zip(p, scaled, units, strict=True)):  # conv groups with units of their own
+                reads.append(ReadUnits(*block, factor, None if metric is None else metric[i]))
+        constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
+        first = constant[np.argsort(norms[constant], kind="stable")].tolist()
+        try:
+            found = eliminate_with_refit(reads, group.n_units, ridge=self.ridge, first=first, tie_break=norms)
+        except ValueError as error:
+            raise ValueError(f"group {group.name}: {error}") from error
+        return Curve(found.loss, found.order, constant=constant)
+
+    def _reads(
+        self, statistics: ReaderStatistics, group: ChannelGroup
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]]:
+        """Covariance, metric if it is another, weight, gain and units of every reader."""
+        totals = statistics.reads(group, Moments.total)
+        if self.class_weight == 0.5:
+            for p, weight, gain, units in totals:
+                yield p, None, weight, gain, units
+            return
+        blends = statistics.reads(group, statistics.blend(self.class_weight))
+        for (p, weight, gain, units), (metric, *_) in zip(totals, blends, strict=True):
+            yield p, metric, weight, gain, units
+
+
+class OBSPruner(BudgetPruner):
+    """Prune a network to a budget by :class:`OBSImportance`: collect, allocate, remove.
+
+    Works in place; see :class:`~tp_importance.BudgetPruner` for ``plan``, ``step`` and what all pruners share.
+
+    Args:
+        model: the network, changed by :meth:`step` only.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        loader: re-iterable of labelled batches; a few hundred samples suffice.
+        budget: what the network may cost.
+        classes: see :class:`OBSImportance`.
+        class_weight: see :class:`OBSImportance`.
+        positions: see :class:`OBSImportance`.
+        ridge: see :class:`OBSImportance`.
+        seed: see :class:`OBSImportance`.
+        **options: see :class:`~tp_importance.BudgetPruner`.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> loader = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 2)]
+        >>> report = OBSPruner(net, torch.randn(1, 3, 8, 8), loader, budget=Budget(macs=0.5)).step()
+        >>> net[0].out_channels, report.cost.macs <= 0.5 * report.dense.macs
+        (4, True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        *,
+        budget: Budget,
+        classes: Sequence[int] | None = None,
+        class_weight: float = 0.5,
+        positions: int | None = 8,
+        ridge: float = RIDGE,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        importance = OBSImportance(
+            classes=classes, class_weight=class_weight, positions=positions, ridge=ridge, seed=seed
+        )
+        super().__init__(model, example_inputs, loader, budget=budget, importance=importance, **options)
+
+
+def _unit_energy(p: Tensor, weight: Tensor, units: Tensor, n_units: int) -> Floats:
+    """Variances of the features of every unit, weighted by who reads them: zero only if the unit cannot matter."""
+    values = (p.diagonal(dim1=1, dim2=2).clamp_min(0.0) * weight.square().sum(1)).cpu().numpy().ravel()
+    owner = units.cpu().numpy().ravel()
+    return np.bincount(owner[owner >= 0], values[owner >= 0], n_units).astype(np.float64)

@@ -1,0 +1,1 @@
+"""From an importance and a budget to a smaller network: plan, surgery, report."""

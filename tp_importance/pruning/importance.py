@@ -1,0 +1,205 @@
+"""Data-driven importances: statistics once, then scores for Torch-Pruning and curves for our allocators."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from ..allocation.curves import Curve, Floats
+from ..allocation.greedy import WidthSpace, greedy_path
+from ..core.batches import ForwardFn, WholeBatches
+from ..core.progress import shown
+from ..errors import NotCollectedError, StaleStatisticsError
+from ..graph.cost import CostModel
+from ..graph.groups import PrunableGroups, Role, prunable_groups
+from ..statistics.observe import LabelFn, Observed, Watch, observe
+
+__all__ = ["StatisticalImportance"]
+
+
+class StatisticalImportance(tp.importance.Importance, abc.ABC):
+    """An importance that looks at data once and then answers for any budget, pruner and host.
+
+    Subclasses say what to watch (:meth:`_watches`) and how to value it (:meth:`_curves`). As a Torch-Pruning
+    importance the score of a channel is its *rank* in one budget-independent greedy sequence (:func:`greedy_path`
+    on MACs), in (0, 1], larger is better: distinct for all units above the floor, so that neither local nor
+    ``global_pruning=True`` meets ties; the channels of one unit share their rank.
+    Groups that cannot be pruned safely get ``None``, which Torch-Pruning skips.
+    """
+
+    needs_labels = True
+    needs_gradients = False
+
+    @property
+    def least_samples(self) -> int:
+        """Samples a batch needs; a last batch of fewer is taken together with the one before it."""
+        return 1
+
+    def __init__(self, *, classes: Sequence[int] | None = None) -> None:
+        self.classes = None if classes is None else list(classes)
+        self.observed: Observed | None = None
+        self._groups: PrunableGroups | None = None
+        self._cached_curves: dict[str, Curve] = {}
+        self._ranks: dict[str, Floats] = {}
+
+    @abc.abstractmethod
+    def _watches(self, groups: PrunableGroups) -> list[Watch]:
+        """Fresh accumulators, and the layers that feed them."""
+
+    @abc.abstractmethod
+    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
+        """Value curves from what the accumulators hold."""
+
+    def _alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+        """What is to be open during the pass."""
+        return nullcontext()
+
+    def _before_batch(self, labels: Tensor) -> None:
+        """Called before each batch of the pass; labels as watches get them, shape (N,)."""
+
+    def collect(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        *,
+        groups: PrunableGroups | None = None,
+        ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
+        forward_fn: ForwardFn | None = None,
+        label_fn: LabelFn | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Collect the statistics in one pass over ``loader``; the model is not changed.
+
+        Args:
+            model: the network to be pruned.
+            example_inputs: tensor, tuple or dict, batch dimension first.
+            loader: re-iterable of labelled batches.
+            groups: groups of this model, if they are at hand already.
+            ignored_layers: as in Torch-Pruning; only without ``groups``.
+            forward_fn: ``forward_fn(model, batch)``, also called with ``example_inputs``.
+            label_fn: ``label_fn(batch)``.
+            progress: show a progress bar.
+
+        Returns:
+            self, ready to be passed to Torch-Pruning as ``importance=``.
+
+        Raises:
+            TracingError: if the network cannot be traced.
+            ValueError: for an empty loader, missing or malformed labels, non-finite activations, or no prunable group.
+        """
+        if groups is None:
+            groups = prunable_groups(model, example_inputs, ignored_layers, forward_fn=forward_fn, progress=progress)
+        groups.require_some()
+        if self.least_samples > 1:
+            loader = WholeBatches(loader, self.least_samples)
+        watches = self._watches(groups)
+        with self._alongside(groups, forward_fn):
+            observed = observe(
+                model,
+                loader,
+                watches,
+                classes=self.classes,
+                forward_fn=forward_fn,
+                label_fn=label_fn,
+                need_labels=self.needs_labels,
+                progress=progress,
+                before_batch=self._before_batch,
+                gradients=self.needs_gradients,
+            )
+        with shown(progress):
+            curves = self._curves(groups)
+        self.observed, self._groups, self._cached_curves, self._ranks = observed, groups, curves, {}
+        return self
+
+    @property
+    def groups(self) -> PrunableGroups:
+        """Groups the statistics belong to.
+
+        Raises:
+            NotCollectedError: before :meth:`collect`.
+        """
+        if self._groups is None:
+            name = type(self).__name__
+            raise NotCollectedError(
+                f"{name} has no statistics yet; call {name}(...).collect(model, example_inputs, loader)"
+            )
+        return self._groups
+
+    def curves(self, groups: PrunableGroups | None = None) -> dict[str, Curve]:
+        """Value curve of every group.
+
+        Args:
+            groups: groups of the model as it is now; checked against those the statistics belong to.
+
+        Raises:
+            NotCollectedError: before :meth:`collect`.
+            StaleStatisticsError: if widths changed since.
+        """
+        for group in groups or ():
+            known = self.groups.widths.get(group.name)
+            if known != group.width:
+                raise StaleStatisticsError(_stale(group.name, known, group.width))
+        self.groups  # noqa: B018 - raises before collect
+        return self._cached_curves
+
+    @property
+    def constant_units(self) -> dict[str, list[int]]:
+        """Units that did not vary on the data, per group that has any."""
+        return {name: c.constant.tolist() for name, c in self.curves().items() if len(c.constant)}
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """Scores of a ``tp.Group``, shape (len(group[0].idxs),), float32; ``None`` for a group to be left alone.
+
+        Raises:
+            NotCollectedError: before :meth:`collect`.
+            StaleStatisticsError: if the layer has another width than when the statistics were collected.
+        """
+        groups, graph = self.groups, group._DG
+        if not self._ranks:
+            self._ranks = self._rank(groups)
+        root = group[0].dep.target
+        name = graph._module2name.get(root.module)
+        role: Role = "out" if graph.is_out_channel_pruning_fn(group[0].dep.handler) else "in"
+        width = graph.get_out_channels(root) if role == "out" else graph.get_in_channels(root)
+        score = np.full(width or 0, np.nan)
+        for ours in groups:
+            member = ours.member(str(name), role)
+            if member is None:
+                continue
+            if member.width != width:
+                raise StaleStatisticsError(_stale(str(name), member.width, width))
+            score[member.channels] = self._ranks[ours.name][member.units]
+        chosen = score[np.asarray(group[0].idxs, np.int64)] if len(score) else score
+        if not len(chosen) or np.isnan(chosen).any():
+            return None
+        parameter = next(iter(root.module.parameters()), None) if isinstance(root.module, nn.Module) else root.module
+        return torch.tensor(chosen, dtype=torch.float32, device=None if parameter is None else parameter.device)
+
+    def _rank(self, groups: PrunableGroups) -> dict[str, Floats]:
+        """Step of the greedy sequence at which a unit comes in, as a fraction; the floor is on top."""
+        cost = CostModel.from_groups(groups)
+        total = int(cost.full.sum())
+        ranks = {g.name: np.ones(g.n_units) for g in groups}
+        for name, curve in self._cached_curves.items():  # floor units: distinct, and above every step
+            floor = groups[name].min_units
+            ranks[name][curve.order[len(curve.order) - floor :]] = 1.0 - np.arange(floor)[::-1] / (2 * total)
+        for step, (g, units) in enumerate(greedy_path(self._cached_curves, cost, WidthSpace.of(groups.groups))):
+            curve = self._cached_curves[cost.names[g]]
+            ranks[cost.names[g]][curve.order[len(curve.order) - units]] = (total - step) / (total + 1)
+        return ranks
+
+
+def _stale(name: str, known: int | None, now: int | None) -> str:
+    return (
+        f"statistics are stale: {name} had {known} channels when they were collected and has {now} now; "
+        "call collect(model, example_inputs, loader) again after every pruning step"
+    )

@@ -1,0 +1,243 @@
+"""What was pruned, as text, data frame, JSON and picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..budget import Cost
+from ..graph.groups import Excluded
+
+__all__ = ["CompensationReport", "CostReport", "GroupRow", "PruningReport", "RefitRow", "optional_import"]
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One group in a report.
+
+    Attributes:
+        name: group name.
+        initial: channels of the model as given to the pruner.
+        before: channels before this step.
+        after: channels after it.
+        macs_share: fraction of the MACs before this step that hangs on the group.
+    """
+
+    name: str
+    initial: int
+    before: int
+    after: int
+    macs_share: float
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Fraction of the initial channels that is gone."""
+        return 1.0 - self.after / self.initial
+
+
+@dataclass(frozen=True)
+class RefitRow:
+    """One reader in a :class:`CompensationReport`.
+
+    Attributes:
+        name: the layer.
+        kept: input features (channels × taps) that stay.
+        removed: input features that go.
+        before: mean squared error of its outputs without them, as a fraction of the outputs' own energy.
+        after: the same after the refit.
+        skipped: why it was not refitted; empty if it was.
+        ridge: pull towards the old weights that the refit took; ``None`` if there was nothing to make up for.
+    """
+
+    name: str
+    kept: int
+    removed: int
+    before: float | None = None
+    after: float | None = None
+    skipped: str = ""
+    ridge: float | None = None
+
+    def __str__(self) -> str:
+        if self.before is None or self.after is None:
+            return f"not refitted: {self.name}: {self.skipped}"
+        left = f"{self.kept} of {self.kept + self.removed} features" if self.removed else "inputs changed"
+        pull = "" if self.ridge is None else f", ridge {self.ridge:g}"
+        return f"refitted: {self.name} ({left}{pull}): output error {self.before:.4f} → {self.after:.4f}"
+
+
+@dataclass(frozen=True)
+class CompensationReport:
+    """What a refit of the readers did.
+
+    Attributes:
+        mode: ``"parallel"`` or ``"sequential"``.
+        passes: forward passes over the data, cut-off ones included.
+        rows: one per reader that loses features, in execution order.
+    """
+
+    mode: str
+    passes: int
+    rows: list[RefitRow]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.rows))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CompensationReport:
+        """Rebuild a report from plain data."""
+        return cls(data["mode"], data["passes"], [RefitRow(**row) for row in data["rows"]])
+
+
+class CostReport:
+    """What all reports share: costs before and after, and plain data."""
+
+    dense: Cost
+    cost: Cost
+    limits: dict[str, int]
+    bytes_per_param: float
+    latency_ms: dict[str, float]
+
+    def totals(self) -> list[tuple[str, int, int]]:
+        """``(what, of the model as given, now)`` for MACs, params and bytes of the parameters."""
+        dense, now = self.dense.as_dict(), self.cost.as_dict()
+        result = [(name, dense[name], now[name]) for name in dense]
+        size = self.bytes_per_param
+        return [*result, ("bytes", round(self.dense.params * size), round(self.cost.params * size))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """JSON text, also written to ``path`` if given."""
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+        return text
+
+    def cost_lines(self) -> list[str]:
+        """The totals as text."""
+        lines = []
+        for name, dense, after in self.totals():
+            limit = f", limit {self.limits[name]:,}" if name in self.limits else ""
+            lines.append(f"{name:<7}{dense:>16,} → {after:>16,}  ({after / max(dense, 1):.4f}{limit})")
+        if self.latency_ms:
+            lines.append("latency, ms: " + ", ".join(f"{key} {value:.3f}" for key, value in self.latency_ms.items()))
+        return lines
+
+
+@dataclass(frozen=True)
+class PruningReport(CostReport):
+    """Result of one pruning step.
+
+    Attributes:
+        rows: one per prunable group, in execution order.
+        dense: cost of the model as given to the pruner.
+        before: cost before this step.
+        cost: cost after it, exact.
+        limits: absolute limits of the budget.
+        bytes_per_param: mean size of a parameter.
+        excluded: groups that were left alone, with the reason.
+        constant: number of units that did not vary on the data, per group that has any.
+        criterion: name of the importance.
+        compensation: what the refit of the readers did, if there was one.
+        latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` and ``measured``; ``dense_iqr`` and
+            ``measured_iqr`` are interquartile ranges.
+        uncounted: layers whose MACs are not known and in none of the costs, with the reason.
+    """
+
+    rows: list[GroupRow]
+    dense: Cost
+    before: Cost
+    cost: Cost
+    limits: dict[str, int]
+    bytes_per_param: float
+    excluded: list[Excluded]
+    constant: dict[str, int] = field(default_factory=dict)
+    criterion: str = ""
+    compensation: CompensationReport | None = None
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    uncounted: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max([5, *(len(r.name) for r in self.rows)])
+        lines = [f"{'group':<{width}}  {'channels':>12}  {'removed':>7}  {'MACs':>6}"]
+        for r in self.rows:
+            arrow = f"{r.before} → {r.after}"
+            lines.append(f"{r.name:<{width}}  {arrow:>12}  {r.pruning_ratio:>7.3f}  {r.macs_share:>6.3f}")
+        lines.append("")
+        lines += self.cost_lines()
+        for name, count in self.constant.items():
+            lines.append(f"constant on the data: {count} in {name}")
+        for layer, reason in self.uncounted.items():
+            lines.append(f"not counted: {layer}: {reason}")
+        for e in self.excluded:
+            lines.append(f"left alone: {e.name} ({e.width}): {e.reason}")
+        if self.compensation is not None:
+            lines.append(str(self.compensation))
+        return "\n".join(lines)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
+        """Rebuild a report from :meth:`to_dict`."""
+        costs = {key: Cost(**data[key]) for key in ("dense", "before", "cost")}
+        rows = [GroupRow(**row) for row in data["rows"]]
+        excluded = [Excluded(**row) for row in data["excluded"]]
+        refitted = data.get("compensation")
+        compensation = None if refitted is None else CompensationReport.from_dict(refitted)
+        return cls(**{**data, **costs, "rows": rows, "excluded": excluded, "compensation": compensation})
+
+    def to_frame(self) -> Any:
+        """The rows as ``pandas.DataFrame``.
+
+        Raises:
+            RuntimeError: without pandas; names the extra.
+        """
+        pandas = optional_import("pandas")
+        return pandas.DataFrame([{**asdict(r), "pruning_ratio": r.pruning_ratio} for r in self.rows])
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Widths before and after as a bar chart.
+
+        Args:
+            path: written there if given (format by suffix).
+
+        Returns:
+            The ``matplotlib`` figure.
+
+        Raises:
+            RuntimeError: without matplotlib; names the extra.
+        """
+        figure = optional_import("matplotlib.figure").Figure(
+            figsize=(max(4.0, 0.3 * len(self.rows) + 2), 4), layout="tight"
+        )
+        axes = figure.add_subplot()
+        x = range(len(self.rows))
+        axes.bar(x, [r.initial for r in self.rows], color="0.85", label="dense")
+        axes.bar(x, [r.after for r in self.rows], label="kept")
+        axes.set_xticks(list(x), [r.name for r in self.rows], rotation=90, fontsize=7)
+        axes.set_ylabel("channels")
+        axes.set_title(f"{self.criterion}: {self.cost}", fontsize=9)
+        axes.legend()
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def optional_import(module: str) -> Any:
+    """Import a module of the extra ``report``.
+
+    Raises:
+        RuntimeError: if it is not there; names the extra.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise RuntimeError(f'{package} is needed for this; pip install "tp-importance[report]"') from error

@@ -1,0 +1,1 @@
+"""After pruning: distillation from the dense network, and slicing a classifier to a subtask."""

@@ -1,0 +1,1 @@
+"""Least-squares repair of the layers behind removed channels."""

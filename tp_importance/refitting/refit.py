@@ -1,0 +1,155 @@
+"""Compensated surgery: refit the readers to what stays, before any host removes the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..core.batches import ForwardFn
+from ..core.guards import written
+from ..core.processes import warned_once
+from ..core.progress import shown, track
+from ..graph.groups import PrunableGroups, prunable_groups
+from ..maths.least_squares import output_energy
+from ..maths.moments import Moments
+from ..pruning.report import CompensationReport, RefitRow
+from ..statistics.observe import LabelFn, observe
+from ..statistics.readers import ReaderStatistics
+from .layers import Compensation, Refit, Ridge, refittable, touched
+from .sequential import SequentialRefit
+
+__all__ = ["Compensation", "compensate"]
+
+
+@warned_once()
+def compensate(
+    model: nn.Module,
+    example_inputs: Any,
+    loader: Iterable[Any],
+    removed: Mapping[str, Sequence[int]],
+    how: Compensation | str = "parallel",
+    *,
+    groups: PrunableGroups | None = None,
+    statistics: ReaderStatistics | None = None,
+    leave: Mapping[str, str] | None = None,
+    classes: Sequence[int] | None = None,
+    forward_fn: ForwardFn | None = None,
+    label_fn: LabelFn | None = None,
+    recalibrate: bool = False,
+    progress: bool = False,
+) -> CompensationReport:
+    r"""Refit all readers to the removal of units that is about to take place; the shapes stay.
+
+    With :math:`P` the covariance of a reader's unfolded inputs, k the features that stay and r those that go
+    (of all groups it reads),
+
+    .. math:: W'_k = W_k + (P_{kk} + \epsilon I)^{-1} P_{kr} W_r, \qquad W'_r = 0,
+
+    and what the mean output has changed goes into the bias (b' = b + Wᵀm − W'ᵀm) or, without one, into the running
+    mean of the batch norm behind. Without either, P is the uncentred second moment. The groups are such that removing
+    is masking, and a channel that no reader weighs is as good as masked; so any host may remove the units afterwards.
+
+    Args:
+        model: the network, of the shape before surgery; weights and running means are changed in place.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        loader: re-iterable of batches; labels are needed only with ``classes``.
+        removed: units to be removed, per group name.
+        how: settings, or a mode.
+        groups: groups of the model, if they are at hand.
+        statistics: what the readers of these groups receive, if it was collected already; spares the pass.
+        leave: readers that are not to be refitted, and why.
+        classes: only samples of these labels count.
+        forward_fn: ``forward_fn(model, batch)``.
+        label_fn: ``label_fn(batch)``.
+        recalibrate: in sequential mode only, move the statistics of every batch norm by the change of its input (see
+            :func:`~tp_importance.recalibrate_batchnorm`) as soon as that is final, but for those behind a refitted
+            layer: least squares has set their means, and rescaling would enlarge its errors.
+        progress: show a progress bar.
+
+    Returns:
+        The :class:`~tp_importance.pruning.report.CompensationReport`.
+
+    Raises:
+        ValueError: for ``recalibrate`` in parallel mode, unknown groups or units, bad data, or weights that are not
+            finite; the model is then as before.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> x = torch.randn(16, 3, 12, 12)
+        >>> report = compensate(net, x[:2], [x], {"0": [1, 5]})
+        >>> [(r.name, r.kept, r.removed, r.after < r.before) for r in report.rows]
+        [('2', 54, 18, True)]
+        >>> int((net[2].weight == 0).flatten(2).all(2).all(0).sum())  # ready for the surgery
+        2
+    """
+    settings = Compensation.of(how, "how")
+    if recalibrate and settings is not None and settings.mode == "parallel":
+        raise ValueError(
+            "recalibrate=True is for mode 'sequential'; after a parallel refit and the surgery call "
+            "recalibrate_batchnorm(model, loader, reference=dense), with a copy of the model made before"
+        )
+    if settings is None:
+        raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
+    if groups is None:
+        groups = prunable_groups(model, example_inputs, forward_fn=forward_fn, progress=progress)
+    elif groups.trace.model is not model:
+        raise ValueError(f"the groups are of another {type(groups.trace.model).__name__} than the model")
+    downstream = settings.mode == "sequential" and settings.downstream
+    refits, rows = refittable(groups, removed, leave, downstream=downstream)
+    passes = 0
+    if refits and settings.mode == "sequential":
+        sequence = SequentialRefit(
+            groups,
+            removed,
+            refits,
+            settings,
+            example_inputs,
+            recalibrate=recalibrate,
+            classes=classes,
+            forward_fn=forward_fn,
+            label_fn=label_fn,
+        )
+        with written((*model.parameters(), *model.buffers())), shown(progress):
+            rows += sequence.run(loader)
+        passes = sequence.passes
+    elif refits:
+        if statistics is None:
+            statistics = ReaderStatistics(touched(groups, removed), positions=settings.sampled, seed=settings.seed)
+            observe(
+                model,
+                loader,
+                statistics.watches(),
+                classes=classes,
+                forward_fn=forward_fn,
+                label_fn=label_fn,
+                need_labels=classes is not None,
+                progress=progress,
+            )
+            passes = 1
+        with shown(progress):
+            rows += _in_parallel(refits, statistics, settings.ridge)
+    order = groups.trace.first_call()
+    return CompensationReport(settings.mode, passes, sorted(rows, key=lambda r: order.get(r.name, len(order))))
+
+
+def _in_parallel(refits: Sequence[Refit], statistics: ReaderStatistics, ridge: Ridge) -> list[RefitRow]:
+    rows = []
+    with written(t for r in refits for t in r.tensors()):
+        for r in track(refits, "refitting", unit="layer"):
+            rows.append(_refit_one(r, statistics.moments(r.name), ridge))
+    return rows
+
+
+def _refit_one(reader: Refit, moments: Moments, ridge: Ridge) -> RefitRow:
+    old, mean, second = reader.weight, moments.mean(), moments.total()
+    if not reader.centred:
+        second += mean.unsqueeze(2) * mean.unsqueeze(1)
+    gone = (old - reader.plain).to(second)
+    before = output_energy(second, gone)
+    new, chosen = reader.refitted(ridge, second, second @ gone.mT, before, moments.rows)
+    after = output_energy(second, new.to(second) - old.to(second))
+    target = (old.to(mean) @ mean.unsqueeze(2)).squeeze(2)
+    return reader.adopt(new, before, after, output_energy(second, old), mean, target, chosen)

@@ -1,0 +1,1 @@
+"""One pass over a loader: what layers receive, gradients, batch norm moments."""

@@ -1,0 +1,312 @@
+"""Second moments of what every reader receives, collected once for all groups, budgets and class weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batches import ForwardFn
+from ..errors import TracingError
+from ..graph.groups import ChannelGroup, PrunableGroups
+from ..graph.patches import bn_gain, feature_channels, reader_weight, unfolded_input
+from ..graph.taps import addition, recording, tap
+from ..maths.batchnorm import Moments as NormMoments
+from ..maths.moments import Moments, reader_scatter
+from .observe import Watch, at_least_float, labels_per_row, undisturbed
+
+__all__ = ["ReaderStatistics", "check_reading", "checked_moments"]
+
+MAX_FEATURES = 4608
+"""Features (channels × taps) up to which a reader's full moment matrix is kept: 512 channels of a 3×3 kernel."""
+
+ENERGY_EXPONENT = 0.75
+"""How far CATRO's losses are taken relative to the energy a group sends to a reader; chosen by measurement."""
+
+STEADY = 1e-4
+"""Below this fraction of its squared mean, the variance of a tensor does not count: it is a constant."""
+
+SKETCH = 64
+"""Outputs a wider reader is summarised by; exact if it has no more."""
+
+
+def checked_moments(name: str, moments: Moments | None) -> Moments:
+    """Moments of the input of layer ``name``, if there are any and they are finite; else ``ValueError``."""
+    if moments is None or moments.second is None or not moments.rows:
+        raise ValueError(f"layer {name} did not run on the data, so there are no statistics of it")
+    if not torch.isfinite(moments.second.sum()):
+        raise ValueError(f"the input of layer {name} is not finite; check the data and the model")
+    return moments
+
+
+def check_reading(class_weight: float, positions: int | None) -> None:
+    """Refuse what no criterion in the space of the readers takes."""
+    if not 0.0 <= class_weight <= 1.0:
+        raise ValueError(f"class_weight={class_weight!r} must be a fraction in [0, 1]")
+    if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
+        raise ValueError(f"positions={positions!r} must be a positive integer, or None for all")
+
+
+class ReaderStatistics:
+    r"""Moments of the unfolded inputs of all readers of some groups.
+
+    Memory: one d×d float64 matrix and K class sums of length d per reader, d = channels/groups · taps, however
+    many samples there are. A reader with more than :data:`MAX_FEATURES` features (a linear layer behind a
+    flattened map) is watched through the contributions of its channels to :data:`SKETCH` random ±1 combinations of
+    its outputs instead, an unbiased estimate that is exact up to that many outputs (Johnson-Lindenstrauss).
+
+    Args:
+        groups: the groups whose readers are watched.
+        positions: output positions per sample, ``None`` for all.
+        seed: of positions and sketches.
+    """
+
+    def __init__(self, groups: PrunableGroups, *, positions: int | None = 8, seed: int = 0) -> None:
+        self._model = groups.trace.model
+        self._names = list(dict.fromkeys(r.name for g in groups for r in g.readers))
+        self._gains = {}
+        self._norms = {name: groups.trace.batch_norm_behind(name) for name in self._names}
+        for name in self._names:
+            weight = reader_weight(self._model.get_submodule(name))
+            gain = bn_gain(self._norms[name], weight.shape[0] * weight.shape[1])
+            self._gains[name] = gain.view(weight.shape[:2]).to(weight.device)
+        self._positions = positions
+        self._seed = seed
+        self._moments = {name: Moments() for name in self._names}
+        self._rows_per_sample: dict[int, float] = {}
+        self.labels: Tensor | None = None
+        self._sums: dict[str, NormMoments] = {}
+        self._energies: dict[str, float] = {}
+
+    def covers(self, groups: PrunableGroups, positions: int | None) -> bool:
+        """Whether these are statistics of all readers of ``groups``, at no fewer ``positions`` than asked for."""
+        enough = self._positions is None or (positions is not None and self._positions >= positions)
+        same = self._model is groups.trace.model
+        return enough and same and {r.name for g in groups for r in g.readers} <= self._moments.keys()
+
+    def watches(self) -> list[Watch]:
+        """What :func:`~tp_importance.statistics.observe.observe` is to watch."""
+        return [
+            Watch(name, module, self._collector(name, module, i))
+            for i, name in enumerate(self._names)
+            for module in [self._model.get_submodule(name)]
+        ]
+
+    @contextmanager
+    def sums(self, example_inputs: Any, forward_fn: ForwardFn | None = None) -> Iterator[None]:
+        """While the model runs over the data, also see what the outputs of readers are added up to, for :meth:`energy`.
+
+        Samples whose entry in ``labels``, to be set before each batch, is negative do not count.
+
+        Args:
+            example_inputs: what the groups were traced with.
+            forward_fn: how the model is called; also with the example inputs.
+
+        Warns:
+            UserWarning: if the model does other operations than on its example inputs; no sum is used then.
+        """
+        flow = recording(self._model, example_inputs, forward_fn)
+        readers: dict[int, list[str]] = {}
+        for name in self._names:
+            op = None if flow is None else addition(flow, name, self._norms[name])
+            if op is not None:
+                readers.setdefault(op.outputs[0], []).append(name)
+        if flow is None or not readers:
+            yield
+            return
+        lost: list[TracingError] = []
+
+        def look(value: int, x: Tensor) -> None:
+            channels_first = x.dim() > 2 and not isinstance(self._model.get_submodule(readers[value][0]), nn.Linear)
+            with undisturbed(x.device):
+                if self.labels is not None and bool((self.labels < 0).any()):
+                    x = x[labels_per_row(readers[value][0], x, self.labels) >= 0]
+                if not len(x):
+                    return
+                new = NormMoments.of(at_least_float(x if channels_first else x.flatten(0, -2)))
+            for name in readers[value]:
+                self._sums[name] = self._sums[name].merged(new) if name in self._sums else new
+
+        with tap(self._model, flow, {value: partial(look, value) for value in readers}, otherwise=lost.append):
+            yield
+        if lost:
+            self._sums.clear()
+            warnings.warn(f"{lost[0]}; losses are taken relative to single layers, not to residual sums", stacklevel=4)
+
+    def energy(self, name: str) -> float:
+        """Variance, summed over channels, of what errors of reader ``name`` disturb.
+
+        That is its output behind the batch norm, or the sum this is added up to, if :meth:`sums` saw one; at least
+        :data:`STEADY` of its squared mean.
+
+        Raises:
+            ValueError: as :meth:`moments`, and if it is not finite.
+        """
+        if name not in self._energies:
+            if name in self._sums:
+                seen = self._sums[name]
+                variance, mean = seen.m2 / seen.count, seen.mean
+            else:
+                variance, mean = self._output(name)
+            # what hardly varies about a large mean, such as a saturated gate, must not count as much as any other
+            energy = float(torch.maximum(variance.sum(), STEADY * mean.square().sum()))
+            if not math.isfinite(energy):
+                raise ValueError(f"what layer {name} gives is not finite; check the data and the model")
+            self._energies[name] = energy
+        return self._energies[name]
+
+    def _output(self, name: str) -> tuple[Tensor, Tensor]:
+        """Variance and mean of the outputs of a reader behind its batch norm."""
+        module, moments = self._model.get_submodule(name), self.moments(name)
+        p, mean = moments.total(), moments.mean()
+        if _is_wide(module):  # summed up over the channels already
+            return p.sum((1, 2)), mean.sum(1)
+        gain = self._gains[name].to(p)
+        weight = reader_weight(module).to(p) * gain.unsqueeze(2)
+        output = (weight @ mean.unsqueeze(2)).flatten()
+        norm = self._norms[name]
+        if isinstance(module.bias, Tensor):
+            output = output + gain.flatten() * module.bias.detach().to(p)
+        if norm is not None and isinstance(norm.running_mean, Tensor):
+            output = output - gain.flatten() * norm.running_mean.to(p)
+            output = output + norm.bias.detach().to(p) if isinstance(norm.bias, Tensor) else output
+        return ((weight @ p) * weight).sum(2).flatten(), output
+
+    def relative(self, name: str) -> float:
+        """Factor that makes a loss at reader ``name`` a fraction of :meth:`energy`; 0 where nothing varies. Ours."""
+        energy = self.energy(name)
+        return 1.0 / energy if energy > 0 else 0.0
+
+    def moments(self, name: str) -> Moments:
+        """What reader ``name`` has received so far.
+
+        Raises:
+            ValueError: if the reader did not run, or received values that are not finite.
+        """
+        return checked_moments(name, self._moments[name])
+
+    def samples(self, moments: Moments) -> float:
+        """Independent samples behind ``moments`` (its rows over the positions per sample)."""
+        return moments.rows / self._rows_per_sample[id(moments)]
+
+    def blend(self, class_weight: float) -> Callable[[Moments], Tensor]:
+        r"""What to take from moments for a class weight θ: :math:`2(\theta S_b + (1-\theta) S_w)`.
+
+        Means of finite classes scatter by chance, so :math:`\frac{K-1}{n-K} S_w` is taken off :math:`S_b`. With θ = ½
+        it is the total.
+        """
+
+        def matrix(moments: Moments) -> Tensor:
+            total = moments.total()
+            if class_weight == 0.5:
+                return total
+            between = moments.between()
+            k = int((moments.class_rows > 0).sum())
+            between = between - (k - 1) / max(self.samples(moments) - k, 1.0) * (total - between)
+            return 2 * (class_weight * between + (1 - class_weight) * (total - between))
+
+        return matrix
+
+    def scatter(self, group: ChannelGroup, matrix: Callable[[Moments], Tensor]) -> Tensor:
+        r"""Scatter of the units of ``group``, :math:`\sum_r S_r / E_r^{3/4}` over its readers r.
+
+        :math:`E_r = 1^\top S_r 1` is what the reader loses without the whole group. Exponent 1 would make all groups
+        equal, 0 count raw energies; ¾ was best or as good as any on four networks and fresh draws
+        (docs/benchmarks.md). Ours.
+
+        Args:
+            group: one of the groups.
+            matrix: what to take from the moments: total, between-class, or a blend; shape (G, d, d).
+
+        Returns:
+            shape (U, U); a reader at which the group does not vary adds nothing.
+
+        Raises:
+            ValueError: if a reader received values that are not finite, or was never run.
+        """
+        total: Tensor | None = None
+        for p, weight, gain, units in self.reads(group, matrix):
+            s = reader_scatter(p, weight, gain, units, group.n_units)
+            energy = s.sum().abs()
+            s = s / energy**ENERGY_EXPONENT if energy > 0 else s
+            total = s if total is None else total + s.to(total.device)
+        assert total is not None
+        return total
+
+    def reads(
+        self, group: ChannelGroup, matrix: Callable[[Moments], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """How every reader reads the units of ``group``, in order of ``group.readers``.
+
+        Args:
+            group: one of the groups.
+            matrix: as for :meth:`scatter`.
+
+        Yields:
+            ``matrix`` of its moments, (G, d, d); its weight, (G, O/G, d); the gain behind it, (G, O/G); the unit of
+            every feature or -1, (G, d). A wide reader has a block per output of the sketch, a feature per channel and
+            weights of 1.
+
+        Raises:
+            ValueError: as :meth:`moments`.
+        """
+        for member in group.readers:
+            moments, module = self.moments(member.name), self._model.get_submodule(member.name)
+            unit_of = torch.full((member.width,), -1)
+            unit_of[torch.from_numpy(member.channels)] = torch.from_numpy(member.units)
+            p = matrix(moments)
+            if _is_wide(module):
+                channels = torch.arange(member.width).expand(p.shape[0], -1)
+                weight, gain = p.new_ones(p.shape[0], 1, p.shape[1]), p.new_ones(p.shape[0], 1)
+            else:
+                channels, weight, gain = feature_channels(module), reader_weight(module), self._gains[member.name]
+            yield p, weight, gain, unit_of[channels].to(p.device)
+
+    def _collector(self, name: str, module: nn.Module, index: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        moments = self._moments[name]
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
+        project = self._sketch(module, self._gains[name], generator) if _is_wide(module) else None
+
+        def fn(x: Tensor, out: Tensor, labels: Tensor) -> None:
+            u = unfolded_input(module, x, out, self._positions, generator)
+            n, q = u.shape[:2]
+            self._rows_per_sample[id(moments)] = q
+            keep = labels >= 0
+            if not keep.all():
+                u, labels = u[keep], labels[keep]
+                n = len(labels)
+            rows = u.reshape(n * q, *u.shape[2:])
+            moments.update(rows if project is None else project(rows), labels.repeat_interleave(q))
+
+        return fn
+
+    def _sketch(self, module: nn.Module, gain: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """Map rows (R, G, d) to contributions of every channel to a few output combinations, (R, S, C)."""
+        weight = reader_weight(module) * gain.to(reader_weight(module)).unsqueeze(2)
+        if weight.shape[0] > 1:
+            raise ValueError(f"grouped readers with more than {MAX_FEATURES} features per group are not supported")
+        weight = weight[0]
+        if weight.shape[0] > SKETCH:
+            signs = torch.randint(0, 2, (SKETCH, weight.shape[0]), generator=generator) * 2 - 1
+            weight = signs.to(weight) @ weight / SKETCH**0.5
+        channels = feature_channels(module)[0].to(weight.device)
+        width = int(channels.max()) + 1
+
+        def project(rows: Tensor) -> Tensor:
+            flat = rows.flatten(1)
+            result = flat.new_zeros(len(flat), len(weight), width)
+            for s, combination in enumerate(weight):  # keeps the largest temporary at (R, d)
+                result[:, s].index_add_(1, channels, flat * combination)
+            return result
+
+        return project
+
+
+def _is_wide(module: Any) -> bool:
+    return reader_weight(module).shape[2] > MAX_FEATURES
