@@ -30,7 +30,7 @@ from tp_importance.automl import (
     prune_trial,
     search_space,
 )
-from tp_importance.automl.optional import optional_import
+from tp_importance.core.optional import optional_import
 
 quickstart = load_module(ROOT / "examples" / "quickstart.py")
 METHODS = ["catro", "itpruner", "psap", "magnitude"]

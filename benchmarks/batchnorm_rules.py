@@ -39,7 +39,7 @@ from tp_importance.statistics.batchnorm import DenseReference
 
 RULES = ("left", "re-estimated", "shifted", "followed")
 EFFICIENTNET = "efficientnet-lite0"
-CRITERIA = {"L1": "L1, uniform", "Taylor": "Taylor, greedy", "CATRO": "CATRO reader, greedy", "OBS": "OBS, greedy"}
+CRITERIA = {"L1": "L1, uniform", "Taylor": "Taylor, greedy", "CATRO": "CATRO consumer, greedy", "OBS": "OBS, greedy"}
 
 
 def shifted(mean: Tensor, var: Tensor, dense: Moments, pruned: Moments) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,8 @@ def network(root: Path, name: str) -> nn.Module:
         return model.eval()
     weights = sorted((root / "weights").glob(f"{name}-*.th"))
     path = weights[0] if weights else require(root / "weights" / f"{name}-*.th", f"the weights of {name}")
-    reader = load_module(require(root / "cifar_resnet.py", "the network definition"))
-    return reader.load(path, BLOCKS[name])[0]
+    consumer = load_module(require(root / "cifar_resnet.py", "the network definition"))
+    return consumer.load(path, BLOCKS[name])[0]
 
 
 def weights_path(name: str) -> Path:
@@ -95,8 +95,8 @@ class Cifar10:
                 return x_draws[seed, :n], y_draws[seed, :n].astype(np.int64)
 
             return cls(x_test, y_test.astype(np.int64), stored)
-        reader = load_module(require(root / "cifar10_local.py", "the CIFAR-10 reader"))
-        x_train, y_train, x_test, y_test = reader.load(require(root / TARBALL, "CIFAR-10"))
+        consumer = load_module(require(root / "cifar10_local.py", "the CIFAR-10 consumer"))
+        x_train, y_train, x_test, y_test = consumer.load(require(root / TARBALL, "CIFAR-10"))
 
         def fresh(seed: int, n: int) -> tuple[Images, Labels]:
             chosen = np.random.default_rng(seed).permutation(len(x_train))[:n]  # draws of other n are its prefixes

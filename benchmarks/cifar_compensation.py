@@ -33,7 +33,7 @@ from tp_importance import (
     count_ops,
 )
 from tp_importance.automl.methods import METHODS
-from tp_importance.statistics.readers import ReaderStatistics
+from tp_importance.statistics.consumers import ConsumerStatistics
 
 Make = Callable[..., BudgetPruner]
 MODES = ("none", "parallel", "sequential")
@@ -86,7 +86,7 @@ ARMS: dict[str, Make] = {  # every criterion under the widths that suit it bette
     "PSAP, greedy": _ours(PSAPImportance),
     "ITPruner": _itpruner,
     "CATRO channel, greedy": _ours(lambda: CATROImportance(space="channel")),
-    "CATRO reader, greedy": _ours(CATROImportance),
+    "CATRO consumer, greedy": _ours(CATROImportance),
     "OBS, uniform": _ours(OBSImportance, "uniform"),
     "OBS, greedy": _ours(OBSImportance),
     "OBS by outputs, greedy": _ours(OBSImportance),
@@ -98,19 +98,19 @@ ARMS: dict[str, Make] = {  # every criterion under the widths that suit it bette
 }
 DEFAULTS = [arm for arm in ARMS if arm.startswith("method")]
 """Arms that decide which widths a method takes by default."""
-SHORT = ["L2, uniform", "Taylor, greedy", "CATRO reader, greedy", "OBS, greedy"]
+SHORT = ["L2, uniform", "Taylor, greedy", "CATRO consumer, greedy", "OBS, greedy"]
 """Arms for further networks and budgets."""
 
 
 @contextmanager
 def by_outputs() -> Iterator[None]:
-    """OBS with losses relative to energy^¾ of the reader's own output, not to the energy of the residual sum."""
+    """OBS with losses relative to energy^¾ of the consumer's own output, not to the energy of the residual sum."""
 
-    def relative(statistics: ReaderStatistics, name: str) -> float:
+    def relative(statistics: ConsumerStatistics, name: str) -> float:
         return (statistics.energy(name) or float("inf")) ** -0.75
 
-    without = mock.patch.object(ReaderStatistics, "sums", lambda *_: nullcontext())
-    with without, mock.patch.object(ReaderStatistics, "relative", relative):
+    without = mock.patch.object(ConsumerStatistics, "sums", lambda *_: nullcontext())
+    with without, mock.patch.object(ConsumerStatistics, "relative", relative):
         yield
 
 

@@ -1,4 +1,4 @@
-"""How far to take losses relative to a group's energy: CATRO reader under several exponents, one shot on CIFAR-10.
+"""How far to take losses relative to a group's energy: CATRO consumer under several exponents, one shot on CIFAR-10.
 
 The protocol is that of ``cifar_oneshot.py``; draws 3 to 5 by default, which chose nothing before.
 """
@@ -14,7 +14,8 @@ from cifar import BLOCKS, Cifar10
 from cifar_oneshot import Network
 from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 
-from tp_importance import Budget, CATROPruner, readers
+from tp_importance import Budget, CATROPruner
+from tp_importance.statistics import consumers
 
 EXPONENTS = (1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.0)
 
@@ -24,12 +25,12 @@ def run(net: Network, exponent: float, draw: int, args: Any, data: Cifar10) -> d
     batches = [(x.to(args.device), y.to(args.device)) for x, y in data.draw(draw, args.images)]
     ignored = [model.get_submodule(n) for n in net.ignored]
     budget = Budget(macs=args.macs)
-    before, readers.ENERGY_EXPONENT = readers.ENERGY_EXPONENT, exponent
+    before, consumers.ENERGY_EXPONENT = consumers.ENERGY_EXPONENT, exponent
     try:
         pruner = CATROPruner(model, net.inputs, batches, budget=budget, ignored_layers=ignored, verify=False)
         report = pruner.step(recalibrate=True)
     finally:
-        readers.ENERGY_EXPONENT = before
+        consumers.ENERGY_EXPONENT = before
     return {"top1": round(data.accuracy(model, args.n_test, args.device), 3), "macs": report.cost.macs}
 
 

@@ -79,9 +79,9 @@ CRITERIA: dict[str, Criterion] = {  # normalizer=None: raw scores, so that "gree
     "NNI Taylor": Criterion(_nni("taylor")),
     "CATRO channel, pooled": _catro(space="channel", pool=True),
     "CATRO channel, maps": _catro(space="channel", pool=False),
-    "CATRO reader": _catro(space="reader"),
-    "CATRO reader, S_b only": _catro(space="reader", class_weight=1.0),
-    "CATRO reader, S_w only": _catro(space="reader", class_weight=0.0),
+    "CATRO consumer": _catro(space="consumer"),
+    "CATRO consumer, S_b only": _catro(space="consumer", class_weight=1.0),
+    "CATRO consumer, S_w only": _catro(space="consumer", class_weight=0.0),
 }
 
 

@@ -21,8 +21,8 @@ from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_bat
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "L2, uniform": None,
-    "reader, all ten classes": {},
-    **{f"reader, subtask, θ = {theta}": {"class_weight": theta} for theta in (0.0, 0.5, 0.7, 0.9, 1.0)},
+    "consumer, all ten classes": {},
+    **{f"consumer, subtask, θ = {theta}": {"class_weight": theta} for theta in (0.0, 0.5, 0.7, 0.9, 1.0)},
 }
 
 

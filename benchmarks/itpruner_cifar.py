@@ -22,7 +22,8 @@ from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markd
 
 from tp_importance import Budget, CATROImportance, CostModel, ITPrunerImportance, count_ops, recalibrate_batchnorm
 from tp_importance.allocation.curves import Curve
-from tp_importance.allocation.greedy import Curves, Ints, Limits, WidthSpace, fill_up, find_allocator
+from tp_importance.allocation.greedy import Curves, Limits, WidthSpace, fill_up, find_allocator
+from tp_importance.core.types import Ints
 from tp_importance.graph.surgery import remove_units
 from tp_importance.methods.itpruner.official import official_fractions, official_importances
 from tp_importance.methods.itpruner.official_networks import resnet_cifar

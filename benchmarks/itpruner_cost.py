@@ -112,7 +112,7 @@ def loop(pruner: ITPruner, model: nn.Module, batch: Tensor, pairs: int) -> dict[
     watches = [
         Watch(g.name, model.get_submodule(r.name), partial(_keep, features, torch.from_numpy(r.channels)))
         for g in pruner.groups
-        for r in g.readers[:1]
+        for r in g.consumers[:1]
     ]
     start = seconds("cpu")
     observe(model, [batch], watches, need_labels=False)

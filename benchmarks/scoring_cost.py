@@ -32,7 +32,7 @@ from tp_importance.allocation.curves import value_curves
 CATRO: dict[str, dict[str, Any]] = {
     "CATRO channel": {"space": "channel"},
     "CATRO channel, maps": {"space": "channel", "pool": False},
-    "CATRO reader": {"space": "reader"},
+    "CATRO consumer": {"space": "consumer"},
 }
 NETWORKS = ("resnet56", "resnet50", "mobilenet_v2")
 BATCH = {"resnet56": 100, "resnet50": 16, "mobilenet_v2": 16}

@@ -35,7 +35,7 @@ class Arm:
     Attributes:
         make: the criterion.
         allocator: how it spends the budget.
-        compensate: whether and how the readers are refitted.
+        compensate: whether and how the consumers are refitted.
         widths: a criterion whose widths are taken instead.
     """
 
@@ -49,7 +49,7 @@ def _obs(*_: Any) -> OBSImportance:
     return OBSImportance()
 
 
-CATRO = CRITERIA["CATRO reader"].make
+CATRO = CRITERIA["CATRO consumer"].make
 RIVALS = {
     "random": Arm(CRITERIA["random"].make, "uniform"),
     "L1": Arm(CRITERIA["L1"].make, "uniform"),

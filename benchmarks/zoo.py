@@ -1,7 +1,7 @@
 """Does pruning work on every network? Groups, the masked = removed oracle, exact costs, budgets and one real step.
 
 Random weights: nothing here depends on what a network has learned. The oracle is asked with other channels than those
-`prunable_groups` itself verifies with, and must object when a reader's channels are shifted by one.
+`prunable_groups` itself verifies with, and must object when a consumer's channels are shifted by one.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def examine(name: str, args: Any) -> dict[str, Any]:
 
 
 def shifts_caught(groups: PrunableGroups, x: torch.Tensor, most: int) -> list[int]:
-    """[caught, tried]: shift one reader of a group by one unit in the gates, as a wrong index map would."""
+    """[caught, tried]: shift one consumer of a group by one unit in the gates, as a wrong index map would."""
     removed, caught = sample_units(groups, seed=2), 0
     chosen = [groups.names[i] for i in np.unique(np.linspace(0, len(groups) - 1, most).astype(int))]
     for name in chosen:
         group = groups[name]
-        reader = group.readers[-1]
-        wrong = replace(reader, units=(reader.units + 1) % group.n_units)
-        shifted = replace(group, members=tuple(wrong if m is reader else m for m in group.members))
+        consumer = group.consumers[-1]
+        wrong = replace(consumer, units=(consumer.units + 1) % group.n_units)
+        shifted = replace(group, members=tuple(wrong if m is consumer else m for m in group.members))
         gated = PrunableGroups([shifted], [], groups.trace, groups.options)
         alone = PrunableGroups([group], [], groups.trace, groups.options)
         caught += masked_equals_removed(alone, x, {name: removed[name]}, gated=gated) is not None

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=Path(default))
     parser.add_argument("--network", choices=BLOCKS, default="resnet20")
     parser.add_argument("--macs", type=float, default=0.5, help="fraction of the MACs to keep")
-    parser.add_argument("--space", choices=("reader", "channel"), default="reader")
+    parser.add_argument("--space", choices=("consumer", "channel"), default="consumer")
     parser.add_argument("--images", type=int, default=500, help="training images the criterion sees")
     parser.add_argument("--n-test", type=int, default=10_000, help="test images")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of training images")

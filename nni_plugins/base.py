@@ -20,7 +20,8 @@ from tp_importance.allocation.greedy import require_reachable
 from tp_importance.core.batches import iterate, reference_tensor, split_batch, to_model
 from tp_importance.core.processes import warned_once
 from tp_importance.graph.cost import LATENCY
-from tp_importance.graph.groups import PrunableGroups, Verifier, build_groups
+from tp_importance.graph.groups import PrunableGroups, Verifier
+from tp_importance.graph.host_groups import build_groups
 from tp_importance.graph.reparametrised import computed_tensors
 from tp_importance.graph.verify import verify_groups
 
@@ -353,7 +354,7 @@ def _aligned(model: nn.Module, groups: Iterable[ChannelGroup], ratios: Mapping[s
         first = group.producers[0].name
         for m in group.members:
             module = model.get_submodule(m.name) if m.name in dict(model.named_modules()) else None
-            if m.kind != "carrier" or not isinstance(module, nn.modules.batchnorm._BatchNorm) or m.name in seen:
+            if m.kind != "passthrough" or not isinstance(module, nn.modules.batchnorm._BatchNorm) or m.name in seen:
                 continue
             if module.affine and type(module).__name__ in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"):
                 seen.add(m.name)

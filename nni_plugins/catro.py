@@ -57,7 +57,7 @@ class CATROPruner(ImportancePruner):
         loader: Iterable[Any],
         budget: Budget | None = None,
         example_inputs: Any = None,
-        space: Literal["reader", "channel"] = "reader",
+        space: Literal["consumer", "channel"] = "consumer",
         classes: Sequence[int] | None = None,
         class_weight: float = 0.5,
         positions: int | None = 8,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tp_importance import Compensation, CompensationReport, PrunableGroups, compensate, prunable_groups
 from tp_importance.compensated_step import Removal
 from tp_importance.core.batches import ForwardFn
-from tp_importance.graph.groups import ChannelGroup, build_groups
+from tp_importance.graph.groups import ChannelGroup
+from tp_importance.graph.host_groups import build_groups
 from tp_importance.statistics.observe import LabelFn
 
 from .config import require_unwrapped
@@ -34,7 +35,7 @@ def compensate_masks(
     label_fn: LabelFn | None = None,
     progress: bool = False,
 ) -> CompensationReport:
-    """Refit the readers of masked channels, in place; then call :func:`nni_plugins.speedup` with the same masks.
+    """Refit the consumers of masked channels, in place; then call :func:`nni_plugins.speedup` with the same masks.
 
     For masks of any NNI pruner. A unit counts as removed if its rows are masked in *all* layers that make it, for then
     ``ModelSpeedup`` takes it out. After the refit no layer weighs a removed channel any more, so that masked and
@@ -93,7 +94,7 @@ def compensate_masks(
 def _removal(groups: PrunableGroups, masks: Mapping[str, Mapping[str, Tensor]]) -> Removal:
     result, model = Removal(), groups.trace.model
     refused = {e.name: e.reason for e in groups.excluded}
-    for group in build_groups(groups.trace, options=groups.options):  # those that were refused have readers, too
+    for group in build_groups(groups.trace, options=groups.options):  # those that were refused have consumers, too
         some, everywhere = _masked(group, model, masks)
         if not some:
             continue
@@ -104,7 +105,7 @@ def _removal(groups: PrunableGroups, masks: Mapping[str, Mapping[str, Tensor]]) 
             reason = f"not all layers that make the channels of {group.name} are masked, so they stay"
         if not reason:
             result.units[group.name] = sorted(everywhere)
-        for m in group.readers if reason else ():
+        for m in group.consumers if reason else ():
             alive = np.ones(m.width, bool)
             alive[m.positions(some)] = False
             result.cannot_refit(reason, model.get_submodule(m.name), m.name, torch.from_numpy(alive))

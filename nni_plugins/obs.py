@@ -15,7 +15,7 @@ __all__ = ["OBSPruner"]
 
 
 class OBSPruner(ImportancePruner):
-    """Channels by the loss a refit of their readers leaves, with NNI's masks, schedules and speedup.
+    """Channels by the loss a refit of their consumers leaves, with NNI's masks, schedules and speedup.
 
     Args:
         model: the network.

@@ -55,7 +55,7 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
     """Remove the masked channels from the network, in place.
 
     A mask ``M`` of a parameter ``W`` keeps row ``c`` if any ``M[c, …] = 1``; with the masks of all coupled layers in
-    agreement, the layer is left with ``|{c : M[c, …] ≠ 0}|`` of its channels, readers lose the matching inputs, and
+    agreement, the layer is left with ``|{c : M[c, …] ≠ 0}|`` of its channels, consumers lose the matching inputs, and
     batch norms and depthwise convolutions follow. The result computes what the masked model computed if the batch
     norm (and bias) of a removed channel is masked as well (``align`` in NNI's config_list); otherwise the masked
     model still has a constant ``β − γμ/σ`` there, and a warning says by how much the outputs differ (as an error, by

@@ -6,7 +6,7 @@ from torch import nn
 from networks import head
 from tp_importance import CATROImportance
 
-SPACES = ["reader", "channel"]
+SPACES = ["consumer", "channel"]
 PLANTED = [2, 5]
 
 

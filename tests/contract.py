@@ -30,7 +30,8 @@ from tp_importance import (
     prunable_groups,
     save_pruned,
 )
-from tp_importance.graph.groups import PrunableGroups, build_groups
+from tp_importance.graph.groups import PrunableGroups
+from tp_importance.graph.host_groups import build_groups
 from tp_importance.graph.tracing import trace
 from tp_importance.graph.verify import gates, masked_equals_removed
 
@@ -147,8 +148,8 @@ def permuted(case: Case, name: str, order: Tensor) -> nn.Module:
             if tensor.dim() == 0:
                 continue
             is_in = member.role == "in" and tensor.dim() > 1
-            if member.role == "in" and tensor.dim() == 1 and member.kind == "reader":
-                continue  # the reader's bias belongs to its outputs
+            if member.role == "in" and tensor.dim() == 1 and member.kind == "consumer":
+                continue  # the consumer's bias belongs to its outputs
             dim = int(is_in) if not getattr(module, "transposed", False) or tensor.dim() == 1 else int(not is_in)
             moved = tensor.detach().index_select(dim, source)
             with torch.no_grad():

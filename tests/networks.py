@@ -130,10 +130,10 @@ def grouped() -> nn.Module:
 
 
 class Split(nn.Module):
-    """One tensor cut in two; the readers' widths say where, so that the cut follows pruning.
+    """One tensor cut in two; the consumers' widths say where, so that the cut follows pruning.
 
-    Torch-Pruning 1.6.1 meets the readers walking back from the output, last operand first, and hands them the pieces
-    in that order. Right with the right half in front; otherwise it gives each reader the other's channels.
+    Torch-Pruning 1.6.1 meets the consumers walking back from the output, last operand first, and hands them the pieces
+    in that order. Right with the right half in front; otherwise it gives each consumer the other's channels.
     """
 
     def __init__(self, c_left: int, c_right: int, right_first: bool) -> None:

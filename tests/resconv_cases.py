@@ -153,11 +153,11 @@ CASES = {
         0,
     ),
     "signed input": (lambda m, x: m.h(R(m.a(x - x.mean()))), ONE | HEAD, "*", 0),
-    "two readers": (lambda m, x: m.h(m.b(y := R(m.a(x))) + m.c(y)), TWO | {"c": conv} | HEAD, "a.0", 0),
+    "two consumers": (lambda m, x: m.h(m.b(y := R(m.a(x))) + m.c(y)), TWO | {"c": conv} | HEAD, "a.0", 0),
     "transposed": (lambda m, x: m.t(R(m.a(x))), ONE | {"t": lambda: nn.ConvTranspose2d(8, 4, 2, 2, groups=2)}, "*", 0),
-    "depthwise reader": (lambda m, x: m.d(R(m.a(x))), ONE | {"d": lambda: conv(8, 16, groups=8)}, "a.0", 0),
+    "depthwise consumer": (lambda m, x: m.d(R(m.a(x))), ONE | {"d": lambda: conv(8, 16, groups=8)}, "a.0", 0),
     "numbers": (lambda m, x: m.h(2 * R(m.a(x)) / 3), ONE | HEAD, "*", 0),
-    # concatenations: every reader takes each slice's own factor
+    # concatenations: every consumer takes each slice's own factor
     "concat": (lambda m, x: m.c(torch.cat([R(m.a(x)), x, R(m.b(x))], 1)), TWO | {"c": lambda: conv(24, 4)}, "*", 0),
     "concat, BN": (
         lambda m, x: m.n(torch.cat([R(m.a(x)), R(m.b(x)), x], 1)),
@@ -202,8 +202,8 @@ CASES = {
         "*",
         0,
     ),
-    # a reader that keeps its shortcut: a ← r a
-    "unfused reader": (lambda m, x: m.h(R(m.b(R(m.a(x))))), TWO | HEAD, "a.0", 0),
+    # a consumer that keeps its shortcut: a ← r a
+    "unfused consumer": (lambda m, x: m.h(R(m.b(R(m.a(x))))), TWO | HEAD, "a.0", 0),
     # nothing can take the factor
     "output": (lambda m, x: R(m.a(x)), ONE, "*", 1),
     "also an output": (lambda m, x: torch.cat([y := R(m.a(x)), m.c(y)], 1), ONE | {"c": conv}, "a.0", 1),

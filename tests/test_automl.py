@@ -33,7 +33,7 @@ from tp_importance.automl import (
     search_space,
 )
 from tp_importance.automl import methods as registry
-from tp_importance.automl.optional import optional_import
+from tp_importance.core.optional import optional_import
 from tp_importance.errors import MissingPackageError, SearchSpaceError
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -139,7 +139,11 @@ def test_widths_ratios_and_weights():
         ({"budget:macs": 0.0001}, BudgetError, "cannot be reached"),
         ({"allocator": "gready"}, ValueError, "allocator='gready' is unknown; choose from .*'default'.*'program'"),
         ({"compensate": "serial"}, SearchSpaceError, "compensate='serial' is unknown"),
-        ({"method": "resconv", "compensate": "parallel"}, SearchSpaceError, "no readers of removed channels to refit"),
+        (
+            {"method": "resconv", "compensate": "parallel"},
+            SearchSpaceError,
+            "no consumers of removed channels to refit",
+        ),
     ],
 )
 def test_errors_carry_the_parameters(params, error, match):
@@ -293,7 +297,7 @@ def test_statistics_are_collected_once(tmp_path):
             passes.append(1)
             return iter(BATCHES)
 
-    for space in ("reader", "channel"):
+    for space in ("consumer", "channel"):
         first = run(
             model, {"method": "catro", "catro.space": space}, statistics=tmp_path, loader=Loader(), recalibrate=False
         )

@@ -55,7 +55,7 @@ def test_half_is_the_total_scatter_and_needs_no_true_labels():
 
 def test_duplicates_are_dispensable_together_they_are_not():
     model = planted_net(noise=0.5)
-    with torch.no_grad():  # channels 0 and 1 are the same to the reader, with opposite signs: they cancel
+    with torch.no_grad():  # channels 0 and 1 are the same to the consumer, with opposite signs: they cancel
         model[0].weight[1], model[2].weight[:, 1] = model[0].weight[0], -model[2].weight[:, 0]
     importance = CATROImportance(positions=None).collect(model, X, planted_loader())
     curve = importance.curves()["0"]
@@ -140,7 +140,7 @@ def seen_by(model, loader, layer):
 
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize(
-    ("topology", "group", "reader"),
+    ("topology", "group", "consumer"),
     [
         ("plain", "0.0", "1.0"),
         ("grouped", "1.body.0.0", "1.body.1.0"),
@@ -149,18 +149,18 @@ def seen_by(model, loader, layer):
         ("transformer_mlp", "blocks.0.mlp.1", "blocks.0.mlp.3"),
     ],
 )
-def test_channel_space_is_the_scatter_at_the_first_reader(topology, group, reader, pool):
+def test_channel_space_is_the_scatter_at_the_first_consumer(topology, group, consumer, pool):
     model, x = make_network(topology)
     loader = [(a.double(), y) for a, y in class_loader(n=32, shape=x.shape[1:])]
     importance = CATROImportance(space="channel", pool=pool).collect(model.double(), x.double(), loader)
-    inputs, labels = seen_by(model, loader, reader)
-    if isinstance(model.get_submodule(reader), nn.Linear):
+    inputs, labels = seen_by(model, loader, consumer)
+    if isinstance(model.get_submodule(consumer), nn.Linear):
         maps = inputs.unsqueeze(2) if inputs.dim() == 2 else inputs.transpose(1, 2)
     else:
         maps = inputs.flatten(2)
     b, w = ClassScatter().update(maps.mean(2, keepdim=True) if pool else maps, labels).scatter()
     g = importance.groups[group]
-    member = g.member(reader, "in")
+    member = g.member(consumer, "in")
     b, w = (np.array([v[member.positions([u])].sum() for u in range(g.n_units)]) for v in (b.numpy(), w.numpy()))
     curve = importance.curves()[group]
     for width in range(1, g.n_units):
@@ -223,7 +223,7 @@ def test_order_of_the_samples_does_not_matter(space):
     images, labels = (torch.cat(v) for v in zip(*class_loader(n=48), strict=True))
     images, model, x = images.double(), model.double(), x.double()
     order = torch.randperm(48, generator=torch.Generator().manual_seed(2))
-    options = {"positions": None} if space == "reader" else {}
+    options = {"positions": None} if space == "consumer" else {}
     a = CATROImportance(space=space, **options).collect(model, x, [(images, labels)])
     batches = zip(images[order].split(7), labels[order].split(7), strict=True)
     b = CATROImportance(space=space, **options).collect(model, x, list(batches))

@@ -10,7 +10,8 @@ from torch import nn
 from torchvision.models import mobilenet_v3_small, resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
-from tp_importance import Budget, checkpoint
+from tp_importance import Budget
+from tp_importance.checkpoints import checkpoint
 from tp_importance.checkpoints.checkpoint import load_pruned, save_pruned
 from tp_importance.methods.resconv import ResConvPruner, Scale, convert_to_resconv, fuse, remove_layers
 

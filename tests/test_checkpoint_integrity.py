@@ -140,8 +140,8 @@ def test_a_change_is_named(path, entry, change):
     assert entry in refused(path, match="not as save_pruned wrote it")
 
 
-def test_a_reader_of_other_channels_is_refused(path):
-    """A reader of 2 inputs behind a layer of 6."""
+def test_a_consumer_of_other_channels_is_refused(path):
+    """A consumer of 2 inputs behind a layer of 6."""
 
     def narrow(content):
         content["state_dict"]["3.weight"] = content["state_dict"]["3.weight"][:, :2].clone()

@@ -18,7 +18,7 @@ from tp_importance import (
     prunable_groups,
 )
 from tp_importance.graph.groups import PrunableGroups
-from tp_importance.graph.patches import reader_weight, set_reader_weight, unfolded_input
+from tp_importance.graph.patches import consumer_weight, set_consumer_weight, unfolded_input
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import gates, sample_units
 from tp_importance.refitting.layers import refittable
@@ -74,7 +74,7 @@ def test_the_refit_is_least_squares_on_the_stored_activations(name):
     assert refits and not skipped
     for r in refits:
         u = inputs_of(dense, r.name, data)
-        old, new = reader_weight(dense.get_submodule(r.name)), r.weight
+        old, new = consumer_weight(dense.get_submodule(r.name)), r.weight
         free = r.module.bias is not None or r.batch_norm is not None
         for g in range(len(old)):
             y = u[:, g] @ old[g].T
@@ -90,12 +90,12 @@ def test_the_refit_is_least_squares_on_the_stored_activations(name):
 
 
 @pytest.mark.parametrize("name", ["plain", "flatten", "no_bn", "transposed", "concat"])
-def test_the_mean_output_of_every_reader_is_kept(name):
+def test_the_mean_output_of_every_consumer_is_kept(name):
     dense, model, groups, removed, data, _ = compensated(name, Compensation(positions=None))
     for r in refittable(groups, removed)[0]:
         u = inputs_of(dense, r.name, data).mean(0)
         old, new = dense.get_submodule(r.name), r.module
-        shift = ((r.weight - reader_weight(old)) @ u.unsqueeze(2)).flatten()
+        shift = ((r.weight - consumer_weight(old)) @ u.unsqueeze(2)).flatten()
         if new.bias is not None:
             torch.testing.assert_close(new.bias - old.bias, -shift)
         elif r.batch_norm is not None:
@@ -125,10 +125,10 @@ def duplicated(name):
     half = group.n_units // 2
     with torch.no_grad():
         for m in group.members:
-            if m.role != "out" and m.kind != "carrier":
+            if m.role != "out" and m.kind != "passthrough":
                 continue
             module = model.get_submodule(m.name)
-            if m.kind == "reader":
+            if m.kind == "consumer":
                 continue
             for tensor in [*module.parameters(), *module.buffers()]:
                 if tensor.dim():
@@ -173,7 +173,7 @@ def test_the_seed_decides(mode):
 
 
 def naive_sequence(dense, model, groups, removed, data, recalibrate, downstream):
-    """Reader by reader from full passes and stored activations: what both ways of the sequential mode must give."""
+    """Consumer by consumer from full passes and stored activations: what both ways of the sequential mode must give."""
     refits = {r.name: r for r in refittable(groups, removed, downstream=downstream)[0]}
     own = [r.batch_norm for r in refits.values()]
     order = groups.trace.first_call()
@@ -184,7 +184,7 @@ def naive_sequence(dense, model, groups, removed, data, recalibrate, downstream)
             if name in refits:
                 r = refits[name]
                 u, v = inputs_of(dense, name, data), inputs_of(model, name, data)
-                target = torch.einsum("ngd,god->ngo", u, reader_weight(dense.get_submodule(name)))
+                target = torch.einsum("ngd,god->ngo", u, consumer_weight(dense.get_submodule(name)))
                 new = torch.zeros_like(r.weight)
                 for g in range(len(new)):
                     left, y = v[:, g, r.kept[g]], target[:, g]
@@ -192,7 +192,7 @@ def naive_sequence(dense, model, groups, removed, data, recalibrate, downstream)
                     start = r.weight[g][:, r.kept[g]].T
                     new[g][:, r.kept[g]] = (start + torch.linalg.pinv(left) @ (y - left @ start)).T
                 shift = target.mean(0) - (new @ v.mean(0).unsqueeze(2)).squeeze(2)
-                set_reader_weight(module, new)
+                set_consumer_weight(module, new)
                 if module.bias is not None:
                     module.bias.add_(shift.flatten())
                 elif r.batch_norm is not None:
@@ -211,7 +211,7 @@ def naive_sequence(dense, model, groups, removed, data, recalibrate, downstream)
 
 @pytest.mark.parametrize("name", ["plain", "residual", "grouped", "depthwise", "concat", "transposed"])
 @pytest.mark.parametrize(("recalibrate", "downstream"), [(False, False), (True, False), (False, True)])
-def test_one_sweep_equals_one_pass_per_reader(name, recalibrate, downstream):
+def test_one_sweep_equals_one_pass_per_consumer(name, recalibrate, downstream):
     dense, x = make_network(name)
     dense, x = dense.double(), x.double()
     data = torch.randn(16, *x.shape[1:], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -382,7 +382,7 @@ def test_a_layer_that_runs_several_times_pools_its_calls(mode):
         torch.testing.assert_close(r.weight[0][:, r.kept[0]].T, torch.linalg.lstsq(left, y).solution)
 
 
-def test_batches_that_do_not_join_take_a_pass_per_reader():
+def test_batches_that_do_not_join_take_a_pass_per_consumer():
     model, x = make_network("plain")
     loader = [torch.randn(4, 3, size, size) for size in (16, 12)]
     report = compensate(model, x, loader, sample_units(prunable_groups(model, x)), "sequential")

@@ -6,7 +6,7 @@ from contract import ImportanceContract, PrunerContract
 from tp_importance import BudgetPruner, CATROImportance, CATROPruner, OBSImportance, OBSPruner, PSAPImportance
 
 
-class TestReaderImportance(ImportanceContract):
+class TestConsumerImportance(ImportanceContract):
     def make_importance(self):
         return CATROImportance()
 
@@ -40,7 +40,7 @@ class TestPSAPNormPruner(PrunerContract):
         return BudgetPruner(model, x, loader, budget=budget, importance=PSAPImportance(), **options)
 
 
-class TestReaderPruner(PrunerContract):
+class TestConsumerPruner(PrunerContract):
     def make_pruner(self, model, x, loader, budget, **options: Any):
         return CATROPruner(model, x, loader, budget=budget, **options)
 

@@ -132,7 +132,7 @@ class Twice(nn.Module):
 
 
 class SharedHead(nn.Module):
-    """The same reader on maps of two sizes."""
+    """The same consumer on maps of two sizes."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +167,7 @@ def tied():
 ODD = {
     "tied weights": (tied, (3, 8, 8)),
     "runs twice": (Twice, (3, 8, 8)),
-    "reader runs twice": (SharedHead, (3, 8, 8)),
+    "consumer runs twice": (SharedHead, (3, 8, 8)),
     "attention": (Tokens, (6, 16)),
     "PReLU": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.Conv2d(8, 6, 3), nn.PReLU(), head(6)),

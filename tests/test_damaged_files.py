@@ -14,7 +14,7 @@ from tp_importance.allocation.curves import Curve
 from tp_importance.automl import BudgetProblem
 from tp_importance.automl.statistics import CurveStore, Valuation
 from tp_importance.core.files import json_digest, read_json, write_json
-from tp_importance.graph.groups import prunable_groups
+from tp_importance.graph.discovery import prunable_groups
 from tp_importance.graph.tracing import Call
 from tp_importance.latency.table import LatencyTable, conditions_of, timed_layer
 

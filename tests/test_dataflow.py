@@ -149,12 +149,12 @@ def test_further_layers_hide_what_is_inside():
     assert [(op.name, op.kind) for op in flow.ops] == [("conv", "layer"), ("block", "homogeneous"), ("relu", "relu")]
 
 
-def test_values_and_readers():
+def test_values_and_consumers():
     flow = flow_of(lambda m, y: (y.relu() + y, y.shape[0], y.size(1), y.dim(), len(y), y.is_contiguous(), y.device))
     conv, relu, add = flow.ops  # questions are no operations
     y = conv.outputs[0]
     assert relu.inputs == (y,) and set(add.inputs) == {y, *relu.outputs}
-    assert flow.readers[y] == [relu, add] and flow.maker[y] is conv and conv.inputs[0] not in flow.maker
+    assert flow.consumers[y] == [relu, add] and flow.maker[y] is conv and conv.inputs[0] not in flow.maker
     assert add.args == (Value(relu.outputs[0]), Value(y)) and flow.outputs == add.outputs
     assert flow.shapes[conv.inputs[0]] == (2, 3, 6, 6) and flow.shapes[y] == (2, 4, 6, 6)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tp_importance import files
+from tp_importance.core import files
 from tp_importance.core.files import written_at_once
 
 WRITER = """

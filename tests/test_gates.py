@@ -25,7 +25,7 @@ def masks(groups: PrunableGroups, removed: dict[str, list[int]]) -> dict[str, np
 
 def parametrized(groups: PrunableGroups) -> None:
     """Weights that are computed, not stored: gates then act on the inputs."""
-    for name in {m.name for g in groups for m in g.readers}:
+    for name in {m.name for g in groups for m in g.consumers}:
         module = groups.trace.model.get_submodule(name)
         if not isinstance(module, nn.ConvTranspose2d):
             parametrizations.weight_norm(module)

@@ -11,7 +11,8 @@ from torch import nn
 from contract import topology
 from networks import TOPOLOGIES, conv_bn_relu, head, make_network
 from tp_importance import Budget, BudgetPruner
-from tp_importance.graph.groups import PrunableGroups, _named_apart, build_groups
+from tp_importance.graph.groups import PrunableGroups, _named_apart
+from tp_importance.graph.host_groups import build_groups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.tracing import trace
 
@@ -57,8 +58,8 @@ def names(groups):
 def test_groups_with_one_first_producer_are_numbered():
     groups = build_groups(trace(CrossStage().eval(), X))
     assert groups.names == ["stem.0/0", "stem.0/1", "left.a.0", "transition.0", "right.a.0", "out.0"]
-    readers = {name: {m.name for m in groups[name].members if m.role == "in"} for name in ("stem.0/0", "stem.0/1")}
-    assert "transition.0" in readers["stem.0/0"] and "transition.0" not in readers["stem.0/1"]
+    consumers = {name: {m.name for m in groups[name].members if m.role == "in"} for name in ("stem.0/0", "stem.0/1")}
+    assert "transition.0" in consumers["stem.0/0"] and "transition.0" not in consumers["stem.0/1"]
     again = build_groups(trace(CrossStage().eval(), X))
     assert names(again) == names(groups)
     one = groups.exclude({"stem.0/0": "asked for"})
@@ -90,15 +91,15 @@ def test_names_are_unique_and_stay_after_pruning(name):
 def test_numbers_follow_from_the_layers_that_are_reached():
     groups = topology("split").groups
     parts = [groups["stem.0/0"], groups["stem.0/1"]]
-    assert [m.name for part in parts for m in part.readers] == ["left.0", "right.0"]
+    assert [m.name for part in parts for m in part.consumers] == ["left.0", "right.0"]
     swapped = [dataclasses.replace(g, name="stem.0") for g in parts]
     order = groups.trace.first_call()
     for found in (swapped, swapped[::-1]):
         named = [g for g, _ in _named_apart([(g, None) for g in found], order)]
-        assert [(g.name, g.readers[0].name) for g in named] == [("stem.0/0", "left.0"), ("stem.0/1", "right.0")]
+        assert [(g.name, g.consumers[0].name) for g in named] == [("stem.0/0", "left.0"), ("stem.0/1", "right.0")]
     backwards = [at(g, 20 - g.members[0].channels) for g in swapped]  # the right half in front
     named = [g for g, _ in _named_apart([(g, None) for g in backwards], order)]
-    assert [g.readers[0].name for g in named] == ["left.0", "right.0"]
+    assert [g.consumers[0].name for g in named] == ["left.0", "right.0"]
 
 
 def test_numbers_pass_over_what_a_layer_is_called():

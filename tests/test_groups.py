@@ -11,11 +11,12 @@ from torch import nn
 from contract import topology
 from group_cases import EXPECTED, bits, shifted, whole
 from networks import MISTRACED, TOPOLOGIES, head, make_network
-from tp_importance import prunable_groups, verify
+from tp_importance import prunable_groups
+from tp_importance.graph import verify
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
 
-# group: producers, readers, carriers
+# group: producers, consumers, pass-through layers
 MEMBERS = {
     ("residual", "0.0"): (
         ["0.0", "1.body.1.0"],
@@ -53,10 +54,10 @@ def test_names_widths_and_units(name):
 @pytest.mark.parametrize(("network", "name"), MEMBERS)
 def test_members(network, name):
     group = topology(network).groups[name]
-    producers, readers, carriers = MEMBERS[network, name]
+    producers, consumers, passing = MEMBERS[network, name]
     assert names(group.producers) == producers
-    assert sorted(names(group.readers)) == sorted(readers)
-    assert sorted({m.name for m in group.members if m.kind == "carrier"}) == sorted(carriers)
+    assert sorted(names(group.consumers)) == sorted(consumers)
+    assert sorted({m.name for m in group.members if m.kind == "passthrough"}) == sorted(passing)
 
 
 def test_positions_behind_concat_and_flatten():
@@ -176,11 +177,11 @@ def test_remove_units_refuses():
 
 def test_remove_units_keeps_the_right_filters():
     case = topology("plain").copy()
-    weight, reader = case.model[0][0].weight.clone(), case.model[1][0].weight.clone()
+    weight, consumer = case.model[0][0].weight.clone(), case.model[1][0].weight.clone()
     remove_units(case.groups, {"0.0": [7, 1, 4, 4]})
     kept = [0, 2, 3, 5, 6]
     assert torch.equal(case.model[0][0].weight, weight[kept])
-    assert torch.equal(case.model[1][0].weight, reader[:, kept])
+    assert torch.equal(case.model[1][0].weight, consumer[:, kept])
 
 
 def test_remove_units_is_what_torch_pruning_would_do():

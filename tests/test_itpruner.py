@@ -120,11 +120,11 @@ def test_relevance_of_a_network():
             grams = []
             for g in importance.groups:
                 seen: list[Tensor] = []
-                reader = model.get_submodule(g.readers[0].name)
-                hook = reader.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
+                consumer = model.get_submodule(g.consumers[0].name)
+                hook = consumer.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
                 model(images)
                 hook.remove()
-                features = seen[0][:, g.readers[0].channels].flatten(1).double()
+                features = seen[0][:, g.consumers[0].channels].flatten(1).double()
                 features = features - features.mean(0)
                 grams.append((features @ features.T).flatten())
             flat = torch.stack(grams)

@@ -251,7 +251,7 @@ def test_stairs_of_the_machine_show():
     case, model = topology("plain"), timed("plain", 4)
     full = np.array([g.n_units for g in case.groups])
     steps = np.diff([model.predict([u, *full[1:]]) for u in range(1, 9)])
-    within_stair, next_stair = np.delete(steps, 3), steps[3]  # the reader has no stairs on its input side
+    within_stair, next_stair = np.delete(steps, 3), steps[3]  # the consumer has no stairs on its input side
     assert within_stair == pytest.approx(within_stair[0]) and next_stair > 1.5 * within_stair[0] > 0
 
 

@@ -119,12 +119,12 @@ def network(kind):
 
 @pytest.mark.parametrize("kind", STALE)
 def test_what_training_alone_reads_is_left_alone(kind):
-    model, (group, reader) = network(kind), STALE[kind]
+    model, (group, consumer) = network(kind), STALE[kind]
     snapshot = Snapshot(model)
     groups = prunable_groups(model, X)
     snapshot.check()
     left = {e.name: e.reason for e in groups.excluded}
-    assert group in left and f"{reader} reads it in training mode only" in left[group]
+    assert group in left and f"{consumer} reads it in training mode only" in left[group]
     assert "allow_stale=True" in left[group]
     expected = {"a.0", "b.0", "c.0"} - {group} - ({"c.0"} if kind is SharedHead else set())
     assert set(groups.names) == expected

@@ -80,7 +80,7 @@ def test_a_unit_goes_only_if_all_its_layers_are_masked():
     del masks[first]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     report = compensate_masks(model, masks, class_loader(32), x, groups=groups)
-    assert {r.name for r in report.rows} == {m.name for m in coupled.readers}
+    assert {r.name for r in report.rows} == {m.name for m in coupled.consumers}
     assert all("not all layers" in r.skipped for r in report.rows)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

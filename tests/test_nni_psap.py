@@ -65,7 +65,7 @@ def test_trained_masked_and_sped_up(name):
 
 
 def test_the_masks_are_those_of_the_soft_phase():
-    """NNI's masks on the producers compute what the gates on the readers did."""
+    """NNI's masks on the producers compute what the gates on the consumers did."""
     pruner, this, _ = make(budget=Budget(macs=0.5))
     seen = []
     close = pruner._fresh().close

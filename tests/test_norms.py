@@ -223,12 +223,12 @@ def test_an_instance_norm_may_lie_about_features_it_does_not_use():
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.PReLU, FrozenBatchNorm2d])
-def test_all_per_channel_maps_are_carriers(norm):
+def test_all_per_channel_maps_pass_through(norm):
     assert prunable_groups(between(norm(10)), X).names == ["0", "3"]
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
-def test_batch_norms_without_a_part_are_carriers(options):
+def test_batch_norms_without_a_part_pass_through(options):
     assert prunable_groups(between(nn.BatchNorm2d(10, **options)), X).names == ["0", "3"]
 
 

@@ -56,7 +56,7 @@ def test_what_others_can_make_up_for_goes_first():
 
 
 def test_scales_that_keep_the_function_keep_the_order():
-    """A batch norm swallows the scale of its convolution, and with it that of the reader in front of it."""
+    """A batch norm swallows the scale of its convolution, and with it that of the consumer in front of it."""
     model, x = make_network("plain")
     other = copy.deepcopy(model).double()
     norms = [m for m in other.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -111,13 +111,13 @@ def test_losses_never_fall_as_more_goes(name, class_weight):
         assert class_weight != 0.5 or (np.diff(curve.loss) <= 1e-12).all()
 
 
-def test_wide_readers_are_taken_by_their_contributions(monkeypatch):
-    from tp_importance import readers
+def test_wide_consumers_are_taken_by_their_contributions(monkeypatch):
+    from tp_importance.statistics import consumers
 
     model, x = make_network("flatten")
     loader = class_loader(n=64, shape=x.shape[1:])
     exact = OBSImportance(positions=None).collect(model, x, loader).curves()
-    monkeypatch.setattr(readers, "MAX_FEATURES", 20)
+    monkeypatch.setattr(consumers, "MAX_FEATURES", 20)
     sketched = OBSImportance(positions=None).collect(model, x, loader).curves()
     last = list(exact)[-1]
     assert (sketched[last].loss[1:-1] >= exact[last].loss[1:-1] * (1 - 1e-6)).all()  # it may only scale channels
@@ -132,10 +132,10 @@ def test_subtask_and_statistics_are_those_of_its_samples():
     filtered = OBSImportance(positions=None).collect(model, x, mine)
     for name, curve in subtask.curves().items():
         np.testing.assert_allclose(curve.loss, filtered.curves()[name].loss, rtol=1e-4)
-    reader = subtask.groups.groups[0].readers[0].name
+    consumer = subtask.groups.groups[0].consumers[0].name
     torch.testing.assert_close(
-        Moments.total(subtask.reader_statistics.moments(reader)),
-        Moments.total(filtered.reader_statistics.moments(reader)),
+        Moments.total(subtask.consumer_statistics.moments(consumer)),
+        Moments.total(filtered.consumer_statistics.moments(consumer)),
         rtol=1e-4,
         atol=1e-6,
     )
@@ -144,11 +144,11 @@ def test_subtask_and_statistics_are_those_of_its_samples():
 def test_a_failed_pass_leaves_the_old_statistics():
     model, x = make_network("plain")
     importance = OBSImportance()
-    assert importance.reader_statistics is None
-    before = importance.collect(model, x, class_loader()).reader_statistics
+    assert importance.consumer_statistics is None
+    before = importance.collect(model, x, class_loader()).consumer_statistics
     with pytest.raises(ValueError, match="finite"):
         importance.collect(model, x, [(a * float("nan"), y) for a, y in class_loader()])
-    assert importance.reader_statistics is before
+    assert importance.consumer_statistics is before
 
 
 @pytest.mark.parametrize(

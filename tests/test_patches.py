@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from networks import class_loader, make_network
-from tp_importance import prunable_groups, readers
-from tp_importance.graph.patches import bn_gain, feature_channels, reader_weight, unfolded_input
+from tp_importance import prunable_groups
+from tp_importance.graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input
 from tp_importance.maths.moments import Moments, elimination_loss
+from tp_importance.statistics import consumers
+from tp_importance.statistics.consumers import ConsumerStatistics
 from tp_importance.statistics.observe import observe
-from tp_importance.statistics.readers import ReaderStatistics
 
 LAYERS = {
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (9,)),
@@ -53,7 +54,7 @@ def test_unfolded_input_times_weight_is_the_output(name):
     x = inputs(module, shape)
     with torch.no_grad():
         out = module(x)
-        u, weight = unfolded_input(module, x, out, None, generator()), reader_weight(module)
+        u, weight = unfolded_input(module, x, out, None, generator()), consumer_weight(module)
         assert u.shape == (len(x), out[0, 0].numel(), module.groups, weight.shape[2])
         assert weight.shape[:2] == (module.groups, module.out_channels // module.groups)
         again = torch.einsum("nqgd,god->nqgo", u, weight).flatten(2)
@@ -67,7 +68,7 @@ def test_unfolded_input_of_linear_layers(shape):
     with torch.no_grad():
         out = module(x)
         u = unfolded_input(module, x, out, None, generator())
-        again = torch.einsum("nqgd,god->nqgo", u, reader_weight(module)).flatten(2) + module.bias
+        again = torch.einsum("nqgd,god->nqgo", u, consumer_weight(module)).flatten(2) + module.bias
         torch.testing.assert_close(again, out.view(3, -1, 6))
 
 
@@ -146,7 +147,7 @@ READERS = {
     "flatten": ("flatten", "1.0", {"3": "3"}),
     "transposed": ("transposed", "bottom.0", {"up.0": "up.1"}),
     "strided and concat": ("transposed", "encoder.0", {"bottom.0": "bottom.1", "tail.0.0": "tail.0.1"}),
-    "three readers": (
+    "three consumers": (
         "residual",
         "0.0",
         {"1.body.0.0": "1.body.0.1", "2.body.0.0": "2.body.0.1", "2.shortcut.0": "2.shortcut.1"},
@@ -166,12 +167,12 @@ def setup(topology):
 
 
 def outputs(model, loader, measured, mask=None):
-    """What `measured` puts out over the whole loader, rows × channels, with `mask` at the input of a reader."""
+    """What `measured` puts out over the whole loader, rows × channels, with `mask` at the input of a consumer."""
     seen, handles = [], []
     if mask is not None:
-        reader, channels, dim = mask
+        consumer, channels, dim = mask
         zero = lambda _, args: (args[0].index_fill(dim, channels, 0.0),)  # noqa: E731
-        handles.append(model.get_submodule(reader).register_forward_pre_hook(zero))
+        handles.append(model.get_submodule(consumer).register_forward_pre_hook(zero))
     module = model.get_submodule(measured)
     dim = -1 if isinstance(module, nn.Linear) else 1
     handles.append(module.register_forward_hook(lambda _m, _a, out: seen.append(out.movedim(dim, -1).flatten(0, -2))))
@@ -184,13 +185,13 @@ def outputs(model, loader, measured, mask=None):
 
 
 @pytest.mark.parametrize("case", READERS)
-def test_reader_loss_is_the_change_of_the_readers_output(case):
+def test_consumer_loss_is_the_change_of_the_consumers_output(case):
     topology, name, measured = READERS[case]
     model, x, loader = setup(topology)
     groups = prunable_groups(model, x, verify=False)
     group = groups[name]
-    assert {r.name for r in group.readers} == set(measured)
-    statistics = ReaderStatistics(groups, positions=None)
+    assert {r.name for r in group.consumers} == set(measured)
+    statistics = ConsumerStatistics(groups, positions=None)
     observe(model, loader, statistics.watches())
     scatter = statistics.scatter(group, Moments.total)
 
@@ -206,7 +207,7 @@ def test_reader_loss_is_the_change_of_the_readers_output(case):
         units = torch.randperm(group.n_units, generator=rng)[:count]
         everything = range(group.n_units)
         expected = sum(
-            change(m, units.tolist()) / change(m, everything) ** readers.ENERGY_EXPONENT for m in group.readers
+            change(m, units.tolist()) / change(m, everything) ** consumers.ENERGY_EXPONENT for m in group.consumers
         )
         torch.testing.assert_close(elimination_loss(scatter, units), expected, rtol=1e-8, atol=1e-10)
 
@@ -217,7 +218,7 @@ def test_moments_of_all_positions_do_not_depend_on_the_batches():
     images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     found = []
     for batches in (loader, [(images, labels)], [(images.flip(0), labels.flip(0))]):
-        statistics = ReaderStatistics(groups, positions=None)
+        statistics = ConsumerStatistics(groups, positions=None)
         observe(model, batches, statistics.watches())
         found.append([statistics.scatter(g, m) for g in groups for m in (Moments.total, Moments.between)])
     for other in found[1:]:
@@ -228,7 +229,7 @@ def test_moments_of_all_positions_do_not_depend_on_the_batches():
 def test_sampled_positions_estimate_all_positions():
     model, x, loader = setup("plain")
     groups = prunable_groups(model, x, verify=False)
-    exact, sampled = ReaderStatistics(groups, positions=None), ReaderStatistics(groups, positions=32)
+    exact, sampled = ConsumerStatistics(groups, positions=None), ConsumerStatistics(groups, positions=32)
     observe(model, loader, [*exact.watches(), *sampled.watches()])
     for g in groups:
         a, b = exact.scatter(g, Moments.total), sampled.scatter(g, Moments.total)
@@ -236,42 +237,42 @@ def test_sampled_positions_estimate_all_positions():
 
 
 @pytest.mark.parametrize("topology", ["plain", "flatten", "transposed", "concat"])
-def test_wide_readers_are_watched_exactly_through_few_outputs(topology, monkeypatch):
+def test_wide_consumers_are_watched_exactly_through_few_outputs(topology, monkeypatch):
     model, x, loader = setup(topology)
     groups = prunable_groups(model, x, verify=False)
 
     def scatters():
-        statistics = ReaderStatistics(groups, positions=4)
+        statistics = ConsumerStatistics(groups, positions=4)
         observe(model, loader, statistics.watches())
         return [statistics.scatter(g, m) for g in groups for m in (Moments.total, Moments.between)]
 
     exact = scatters()
-    monkeypatch.setattr(readers, "MAX_FEATURES", 1)
+    monkeypatch.setattr(consumers, "MAX_FEATURES", 1)
     for a, b in zip(exact, scatters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_wide_readers_with_many_outputs_are_estimated(monkeypatch):
+def test_wide_consumers_with_many_outputs_are_estimated(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 500), nn.ReLU())
     model.append(nn.Linear(500, 4)).double()
     loader = [(x.double(), y) for x, y in class_loader(n=40, shape=(3, 8, 8))]
     groups = prunable_groups(model, loader[0][0], verify=False)
 
     def scatter():
-        statistics = ReaderStatistics(groups)
+        statistics = ConsumerStatistics(groups)
         observe(model, loader, statistics.watches())
         return statistics.scatter(groups["0"], Moments.total)
 
     exact = scatter()
-    monkeypatch.setattr(readers, "MAX_FEATURES", 100)
+    monkeypatch.setattr(consumers, "MAX_FEATURES", 100)
     estimate = scatter()
     assert 1e-6 < (exact - estimate).norm() / exact.norm() < 0.3
 
 
-def test_a_reader_that_did_not_run_or_saw_nan_is_named():
+def test_a_consumer_that_did_not_run_or_saw_nan_is_named():
     model, x, loader = setup("plain")
     groups = prunable_groups(model, x, verify=False)
-    statistics = ReaderStatistics(groups)
+    statistics = ConsumerStatistics(groups)
     with pytest.raises(ValueError, match=r"1\.0 did not run"):
         statistics.scatter(groups["0.0"], Moments.total)
     bad = [(batch * float("nan"), y) for batch, y in loader]
@@ -280,11 +281,11 @@ def test_a_reader_that_did_not_run_or_saw_nan_is_named():
         statistics.scatter(groups["0.0"], Moments.total)
 
 
-# --- what errors of a reader disturb ----------------------------------------------------------------------------------
+# --- what errors of a consumer disturb ----------------------------------------------------------------------------
 
 
 class Sums(nn.Module):
-    """Readers whose output goes into a sum, behind a batch norm or not, and others."""
+    """Consumers whose output goes into a sum, behind a batch norm or not, and others."""
 
     def __init__(self):
         super().__init__()
@@ -310,7 +311,7 @@ class Sums(nn.Module):
 
 
 def sums_of(model, loader, x, labels=None, forward_fn=None):
-    statistics = ReaderStatistics(prunable_groups(model, x, verify=False), positions=None)
+    statistics = ConsumerStatistics(prunable_groups(model, x, verify=False), positions=None)
 
     def begin(y):
         statistics.labels = y if labels is None else torch.where(torch.isin(y, torch.tensor(labels)), y, -1)

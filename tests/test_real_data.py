@@ -57,13 +57,13 @@ def verify():
     return lambda found, _: {e.name: e.reason for e in groups.excluded if e.name in found.names}
 
 
-def test_reader_scatter_beats_magnitude_and_the_literal_form(data, verify, tmp_path):
+def test_consumer_scatter_beats_magnitude_and_the_literal_form(data, verify, tmp_path):
     loader = data.draw(0, 300)
     assert data.accuracy(fresh(), N_TEST) > 90
     accuracy, models = {}, {}
     l2 = {"importance": tp.importance.MagnitudeImportance(p=2), "allocator": "uniform"}
     pruners = {
-        "reader": CATROPruner,
+        "consumer": CATROPruner,
         "channel": partial(CATROPruner, space="channel"),
         "L2": partial(BudgetPruner, **l2),
     }
@@ -75,14 +75,14 @@ def test_reader_scatter_beats_magnitude_and_the_literal_form(data, verify, tmp_p
         assert count_ops(model, X)[0] == report.cost.macs <= 0.5 * report.dense.macs
         accuracy[name], models[name] = data.accuracy(model, N_TEST), model
     # measured on 10,000 images (docs/benchmarks.md): 72.8, 45.3 and 59.5
-    assert accuracy["reader"] > max(accuracy["L2"] + 5, 65), accuracy
+    assert accuracy["consumer"] > max(accuracy["L2"] + 5, 65), accuracy
     assert accuracy["channel"] < accuracy["L2"], accuracy
 
-    save_pruned(models["reader"], tmp_path / "pruned.pt")
+    save_pruned(models["consumer"], tmp_path / "pruned.pt")
     again = load_pruned(fresh, tmp_path / "pruned.pt")
     images = loader[0][0][:4]
     with torch.no_grad():
-        assert torch.equal(again(images), models["reader"].cpu().eval()(images))
+        assert torch.equal(again(images), models["consumer"].cpu().eval()(images))
 
 
 def test_what_layers_share_is_no_reason_to_prune_them(data, verify):

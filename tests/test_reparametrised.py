@@ -277,7 +277,7 @@ def test_round_trip(kind, tmp_path):
     assert torch.equal(again(X), model.eval()(X))
 
 
-def test_computed_readers_are_not_refitted():
+def test_computed_consumers_are_not_refitted():
     model = network(with_mask)
     report = BudgetPruner(
         model, X, DATA, importance=tp.importance.MagnitudeImportance(), budget=Budget(macs=0.5), allocator="uniform"

@@ -11,7 +11,8 @@ from torch import nn
 from contract import removal, topology, zoo
 from group_cases import shifted
 from networks import TOPOLOGIES, ZOO, conv_bn_relu, head
-from tp_importance import prunable_groups, verify
+from tp_importance import prunable_groups
+from tp_importance.graph import verify
 from tp_importance.graph.verify import masked_equals_removed, sample_units
 
 # --- masked = removed -------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def test_oracle_compares_the_cost():
     case = topology("plain")
     wrong = copy.copy(case.groups)
     first = case.groups["0.0"]
-    fewer = tuple(m for m in first.members if m.kind != "carrier")  # forgets a batch norm
+    fewer = tuple(m for m in first.members if m.kind != "passthrough")  # forgets a batch norm
     wrong.groups = [dataclasses.replace(first, members=fewer), *case.groups.groups[1:]]
     assert "the cost model says" in masked_equals_removed(wrong, case.x, {"0.0": [1]})
 

@@ -1,7 +1,8 @@
 """Structured-pruning methods from the literature as plugins for Torch-Pruning, and what they share.
 
 The way through the package is one-directional: loader → statistics (:mod:`.statistics.observe`) → value curves
-(:mod:`.allocation.curves`) → widths under a budget (:mod:`.allocation.greedy`) → surgery by the host (:mod:`.graph.surgery`) → report.
+(:mod:`.allocation.curves`) → widths under a budget (:mod:`.allocation.greedy`) → surgery by the host
+(:mod:`.graph.surgery`) → report.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,8 @@ from .checkpoints.checkpoint import load_pruned, save_pruned
 from .compensated_step import compensated_step
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
 from .graph.cost import CostModel
-from .graph.groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
+from .graph.discovery import prunable_groups
+from .graph.groups import ChannelGroup, Excluded, PrunableGroups
 from .graph.layer_pruners import channel_pruners
 from .graph.tracing import count_ops
 from .latency.measure import Latency, measure_latency
@@ -42,11 +44,12 @@ from .one_shot import OneShot, prune
 from .pruning.importance import StatisticalImportance
 from .pruning.plan import Plan
 from .pruning.pruner import BudgetPruner
-from .pruning.report import CompensationReport, PruningReport
+from .pruning.report import PruningReport
 from .pruning.sweep import plot_sweep, sweep_frame
 from .recovery.distillation import Distiller, distillation_loss
 from .recovery.subtask import slice_classifier
 from .refitting.refit import Compensation, compensate
+from .refitting.report import CompensationReport
 from .statistics.batchnorm import recalibrate_batchnorm
 from .statistics.observe import Observed, Watch, observe
 

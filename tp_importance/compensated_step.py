@@ -1,4 +1,4 @@
-"""Compensation for Torch-Pruning's own pruners: whatever they remove, the readers are refitted."""
+"""Compensation for Torch-Pruning's own pruners: whatever they remove, the consumers are refitted."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from .core.processes import warned_once
 from .core.progress import phase, shown
 from .core.stale_optimizers import replacing
 from .core.untouched import untouched
-from .graph.groups import ChannelGroup, Excluded, PrunableGroups, prunable_groups
+from .graph.discovery import prunable_groups
+from .graph.groups import ChannelGroup, Excluded, PrunableGroups
 from .graph.layer_pruners import channel_pruners
 from .graph.modes import read_in_training_only
-from .graph.patches import feature_channels, reader_weight
+from .graph.patches import consumer_weight, feature_channels
 from .graph.remap import Survivors, named_tensors
 from .graph.reparametrised import computed_tensors, follows, weight_source
 from .graph.tracing import CONV, TraceOptions, is_depthwise
 from .pruning.pruner import BudgetPruner
-from .pruning.report import CompensationReport, RefitRow
 from .refitting.layers import Compensation
 from .refitting.refit import compensate
+from .refitting.report import CompensationReport, RefitRow
 from .statistics.batchnorm import DenseReference, is_calibrated, recalibrate_batchnorm
 from .statistics.observe import LabelFn
 
@@ -40,8 +41,8 @@ class Removal:
 
     Attributes:
         units: units that go, per group name.
-        leave: readers that lose anything else, and why they cannot be refitted.
-        rows: the same readers as rows of a report.
+        leave: consumers that lose anything else, and why they cannot be refitted.
+        rows: the same consumers as rows of a report.
     """
 
     units: dict[str, list[int]] = field(default_factory=dict)
@@ -49,13 +50,13 @@ class Removal:
     rows: list[RefitRow] = field(default_factory=list)
 
     def cannot_refit(self, refused: str, module: nn.Module, name: str, alive: Tensor) -> None:
-        """Note a reader of which the input channels ``alive``, bool, shape (C,), stay."""
+        """Note a consumer of which the input channels ``alive``, bool, shape (C,), stay."""
         kept = alive[feature_channels(module)]
         self.leave[name] = refused
         self.rows.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=refused))
 
     def added_to(self, report: CompensationReport) -> CompensationReport:
-        """The report with the readers that it does not know of."""
+        """The report with the consumers that it does not know of."""
         listed = {row.name for row in report.rows}
         return replace(report, rows=[*report.rows, *(row for row in self.rows if row.name not in listed)])
 
@@ -251,7 +252,7 @@ def _output_shapes(model: nn.Module, x: Any, forward_fn: ForwardFn | None) -> li
 
 
 def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
-    """Whole units of verified groups that go, and the readers that lose anything else.
+    """Whole units of verified groups that go, and the consumers that lose anything else.
 
     Args:
         groups: groups of the network before surgery.
@@ -262,7 +263,7 @@ def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
     """
     result, model = Removal(), groups.trace.model
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear)) and not is_depthwise(m)}
-    left = {n: reader_weight(m, alive(n)) for n, m in layers.items() if weight_source(m)}
+    left = {n: consumer_weight(m, alive(n)) for n, m in layers.items() if weight_source(m)}
     inputs = {n: _channels(layers[n], table) for n, table in left.items()}
     outputs = {n: table.any(2).flatten() for n, table in left.items()}
     explained: dict[str, Tensor] = {n: torch.zeros_like(a) for n, a in inputs.items()}
@@ -273,20 +274,20 @@ def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
             broken[group.name] = problem
         elif units:
             result.units[group.name] = units
-            for m in group.readers:
+            for m in group.consumers:
                 explained[m.name][torch.from_numpy(m.positions(units))] = True
     refused = [f"{e.name}: {e.reason}" for e in groups.excluded if _loses(outputs.get(e.name.split("/")[0]))]
     for name, gone in explained.items():
         if not bool((~inputs[name] & ~gone).any()):
             continue
-        mine = [broken[g.name] for g in groups if g.name in broken and any(m.name == name for m in g.readers)]
+        mine = [broken[g.name] for g in groups if g.name in broken and any(m.name == name for m in g.consumers)]
         reason = "it loses channels that cannot be accounted for (" + "; ".join(mine or refused) + ")"
         result.cannot_refit(reason, layers[name], name, inputs[name])
     return result
 
 
 def _channels(module: nn.Module, left: Tensor) -> Tensor:
-    """Input channels of which a weight is left, bool, shape (C,); ``left`` as :func:`reader_weight` lays it out."""
+    """Input channels of which a weight is left, bool, shape (C,); ``left`` as :func:`consumer_weight` lays it out."""
     channels = feature_channels(module)
     alive = torch.zeros(int(channels.max()) + 1, dtype=torch.bool)
     alive[channels[left.any(1)]] = True
@@ -300,9 +301,9 @@ def _loses(alive: Tensor | None) -> bool:
 def _whole_units(
     group: ChannelGroup, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
 ) -> tuple[list[int], str]:
-    """Units of which nothing is left in any producer or reader; a reason if a unit is left in part."""
+    """Units of which nothing is left in any producer or consumer; a reason if a unit is left in part."""
     lost: set[int] | None = None
-    for m in (*group.producers, *group.readers):
+    for m in (*group.producers, *group.consumers):
         alive = (outputs if m.kind == "producer" else inputs).get(m.name)
         if alive is None:
             return [], f"the weight of {m.name} is no plain parameter"

@@ -3,7 +3,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from tp_importance.functional import obs
+from tp_importance.maths import elimination as obs
 
 from tp_importance.maths.elimination import ReadUnits, eliminate_with_refit
 
@@ -11,8 +11,8 @@ F64 = torch.float64
 RIDGE = 1e-4
 
 
-def reader(units, outputs=5, seed=0, rows=200, factor=1.0, blocks=None):
-    """A reader of correlated features, and the rows it saw."""
+def consumer(units, outputs=5, seed=0, rows=200, factor=1.0, blocks=None):
+    """A consumer of correlated features, and the rows it saw."""
     generator = torch.Generator().manual_seed(seed)
     d = len(units)
     shape = () if blocks is None else (blocks,)
@@ -56,8 +56,8 @@ CASES = {
     "others stay": [np.array([0, 0, -1, 1, 1, -1, -1, 2, 2, 3, 3])],
     "scattered": [np.array([2, 0, 1, 2, 1, 0, 3, 3])],
     "uneven": [np.array([0, 0, 0, 1, 2, 2, -1, 3])],
-    "two readers": [taps(5, 1), taps(5, 4)],
-    "readers of some": [np.array([0, 0, 1, 1, 2, 2]), np.array([3, 4, 5, -1]), taps(6, 1)],
+    "two consumers": [taps(5, 1), taps(5, 4)],
+    "consumers of some": [np.array([0, 0, 1, 1, 2, 2]), np.array([3, 4, 5, -1]), taps(6, 1)],
 }
 
 
@@ -65,19 +65,19 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_a_direct_refit(case, panel, monkeypatch):
     monkeypatch.setattr(obs, "PANEL", panel)
-    reads = [reader(u, outputs=3 + 4 * i, seed=i, factor=0.5 + i)[0] for i, u in enumerate(CASES[case])]
+    reads = [consumer(u, outputs=3 + 4 * i, seed=i, factor=0.5 + i)[0] for i, u in enumerate(CASES[case])]
     n = 1 + max(int(r.units.max()) for r in reads)
     assert_exact(reads, n, eliminate_with_refit(reads, n, ridge=RIDGE))
 
 
 def test_problems_with_the_same_units():
-    read, _ = reader(taps(4, 2), blocks=3)
+    read, _ = consumer(taps(4, 2), blocks=3)
     assert_exact([read], 4, eliminate_with_refit([read], 4, ridge=RIDGE))
 
 
 def test_loss_is_what_the_refit_leaves_on_the_rows():
     """Without (next to) a ridge: the residual of least squares on stored activations."""
-    read, x = reader(taps(5, 2), outputs=4)
+    read, x = consumer(taps(5, 2), outputs=4)
     found = eliminate_with_refit([read], 5, ridge=1e-12)
     y = x @ read.weight.mT
     for step in range(6):
@@ -89,7 +89,7 @@ def test_loss_is_what_the_refit_leaves_on_the_rows():
 def test_greedy_is_near_the_best_set():
     """No guarantee, but the first step is the best one and the others are not far off."""
     for seed in range(5):
-        read, _ = reader(taps(8, 1), seed=seed)
+        read, _ = consumer(taps(8, 1), seed=seed)
         found = eliminate_with_refit([read], 8, ridge=RIDGE)
         best = [min(direct(read, r) for r in combinations(range(8), step)) for step in range(9)]
         assert found.loss[7] == pytest.approx(best[1]) and found.loss[0] == pytest.approx(best[8])
@@ -97,7 +97,7 @@ def test_greedy_is_near_the_best_set():
 
 
 def test_duplicates_and_combinations_cost_nothing():
-    read, x = reader(taps(5, 2))
+    read, x = consumer(taps(5, 2))
     for copy in (x[:, 2:4], x[:, 2:4] - 3 * x[:, 6:8]):
         x = x.clone()
         x[:, 0:2] = copy
@@ -108,7 +108,7 @@ def test_duplicates_and_combinations_cost_nothing():
 
 
 def test_units_that_nobody_reads_cost_nothing():
-    read, _ = reader(taps(4, 3))
+    read, _ = consumer(taps(4, 3))
     weight = read.weight.clone()
     weight[:, 3:6] = 0.0
     found = eliminate_with_refit([ReadUnits(read.covariance, weight, read.units)], 4, ridge=RIDGE)
@@ -116,7 +116,7 @@ def test_units_that_nobody_reads_cost_nothing():
 
 
 def test_equivariant_to_the_order_of_units_and_features():
-    reads = [reader(u, seed=i)[0] for i, u in enumerate(CASES["two readers"])]
+    reads = [consumer(u, seed=i)[0] for i, u in enumerate(CASES["two consumers"])]
     found = eliminate_with_refit(reads, 5, ridge=RIDGE)
     renamed = torch.tensor([3, 0, 4, 1, 2])
     moved = []
@@ -130,7 +130,7 @@ def test_equivariant_to_the_order_of_units_and_features():
 
 def test_scales():
     """Larger weights or inputs: the same order, losses by the square; a factor between inputs and weights: nothing."""
-    read, _ = reader(taps(5, 3))
+    read, _ = consumer(taps(5, 3))
     found = eliminate_with_refit([read], 5, ridge=RIDGE)
     for p, w, factor in ((9.0, 1.0, 9.0), (1.0, 3.0, 9.0), (4.0, 0.5, 1.0)):
         other = eliminate_with_refit([ReadUnits(p * read.covariance, w * read.weight, read.units)], 5, ridge=RIDGE)
@@ -139,7 +139,7 @@ def test_scales():
 
 
 def test_rotated_outputs_change_nothing():
-    read, _ = reader(taps(5, 2), outputs=4)
+    read, _ = consumer(taps(5, 2), outputs=4)
     turn = torch.linalg.qr(torch.randn(9, 4, dtype=F64, generator=torch.Generator().manual_seed(1)))[0]
     a, b = (
         eliminate_with_refit([ReadUnits(read.covariance, w, read.units)], 5) for w in (read.weight, turn @ read.weight)
@@ -149,7 +149,7 @@ def test_rotated_outputs_change_nothing():
 
 
 def test_first_and_ties():
-    read, _ = reader(taps(5, 2))
+    read, _ = consumer(taps(5, 2))
     p = read.covariance.clone()
     p[[0, 1, 8, 9]], p[:, [0, 1, 8, 9]] = 0.0, 0.0  # units 0 and 4 do not vary
     found = eliminate_with_refit([ReadUnits(p, read.weight, read.units)], 5, ridge=RIDGE, first=[4, 0])
@@ -169,7 +169,7 @@ def test_another_metric_measures_the_same_refit(case, panel, monkeypatch):
     monkeypatch.setattr(obs, "PANEL", panel)
     reads = []
     for i, u in enumerate(CASES[case]):
-        read, other = (reader(u, outputs=3 + i, seed=i + s)[0] for s in (0, 50))
+        read, other = (consumer(u, outputs=3 + i, seed=i + s)[0] for s in (0, 50))
         reads.append(ReadUnits(read.covariance, read.weight, read.units, 0.5 + i, other.covariance))
     n = 1 + max(int(r.units.max()) for r in reads)
 
@@ -196,7 +196,7 @@ def weighted(read, removed, ridge=RIDGE):
 
 
 def test_the_own_covariance_as_metric_leaves_out_the_ridge():
-    read, _ = reader(taps(6, 3))
+    read, _ = consumer(taps(6, 3))
     plain = eliminate_with_refit([read], 6, ridge=1e-7)
     same = ReadUnits(read.covariance, read.weight, read.units, metric=read.covariance)
     found = eliminate_with_refit([same], 6, ridge=1e-7)
@@ -207,14 +207,14 @@ def test_the_own_covariance_as_metric_leaves_out_the_ridge():
 @pytest.mark.parametrize("rows", [40, 2000])
 def test_no_drift_over_a_long_elimination(rows):
     """60 units of 9 taps; fewer rows than features leave the ridge to hold everything."""
-    read, _ = reader(taps(60, 9), outputs=30, rows=rows)
+    read, _ = consumer(taps(60, 9), outputs=30, rows=rows)
     found = eliminate_with_refit([read], 60, ridge=1e-3)
     for step in (1, 7, 20, 45, 59, 60):
         assert found.loss[60 - step] == pytest.approx(direct(read, found.order[:step], 1e-3), rel=1e-8)
 
 
 def test_refuses():
-    read, _ = reader(taps(3, 1))
+    read, _ = consumer(taps(3, 1))
     with pytest.raises(ValueError, match="ridge=0"):
         eliminate_with_refit([read], 3, ridge=0.0)
     with pytest.raises(ValueError, match="positive semi-definite"):

@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ..core.progress import track
+from ..core.types import Floats, Ints
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.layer_pruners import in_terms_of_the_host
 
 __all__ = ["Curve", "convex_envelope", "curve_from_scores", "host_scores", "value_curves"]
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

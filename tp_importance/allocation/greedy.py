@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..budget import Absolute
+from ..core.types import Floats, Ints
 from ..errors import BudgetError
 from ..graph.cost import COST_FIELDS, LATENCY, CostModel
 from ..graph.groups import ChannelGroup
-from .curves import Curve, Floats, convex_envelope
+from .curves import Curve, convex_envelope
 
 __all__ = [
     "ALLOCATORS",
@@ -33,7 +34,6 @@ __all__ = [
     "within",
 ]
 
-Ints = NDArray[np.int64]
 Limits = Mapping[str, float]
 Curves = Mapping[str, Curve]
 Prices = dict[str, NDArray[Any]]

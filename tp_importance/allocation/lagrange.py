@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..core.types import Floats, Ints
 from ..graph.cost import COST_FIELDS, CostModel
-from .curves import Floats
-from .greedy import ALLOCATORS, Curves, Ints, Limits, Walk, WidthSpace, greedy, require_reachable
+from .greedy import ALLOCATORS, Curves, Limits, Walk, WidthSpace, greedy, require_reachable
 
 __all__ = ["LagrangeAllocator", "lagrange"]
 
@@ -28,7 +28,8 @@ class LagrangeAllocator:
     bisected until the limits are kept. Where the cost is linear the minimisers are the vertices of the convex
     envelopes. What is left of the budget is filled, then every group is tried one step lower if what that frees buys
     more elsewhere. The greedy widths go through the same exchanges, and the better result is returned: never worse
-    than :func:`~tp_importance.allocation.greedy.greedy`. Unlike it, it minimises the losses themselves, not their envelopes.
+    than :func:`~tp_importance.allocation.greedy.greedy`. Unlike it, it minimises the losses themselves, not their
+    envelopes.
 
     Attributes:
         certificate: of the last solve: the ``loss`` reached and, where no limit multiplies widths of different

@@ -9,20 +9,10 @@ import numpy as np
 import torch_pruning as tp
 from numpy.typing import ArrayLike
 
+from ..core.types import Floats, Ints
 from ..graph.cost import COST_FIELDS, CostModel
 from ..maths.geometric import Posynomial, Solution, condense, solve, solve_cvxpy
-from .curves import Floats
-from .greedy import (
-    ALLOCATORS,
-    Allocator,
-    Curves,
-    Ints,
-    Limits,
-    WidthSpace,
-    fill_up,
-    find_allocator,
-    require_reachable,
-)
+from .greedy import ALLOCATORS, Allocator, Curves, Limits, WidthSpace, fill_up, find_allocator, require_reachable
 
 __all__ = [
     "Objective",
@@ -167,8 +157,8 @@ def named_allocator(choice: str | Allocator | None, weights: WeightSource = None
     """Look an allocator up by name, for somebody who has weights; functions pass through.
 
     Args:
-        choice: a name in :data:`~tp_importance.allocation.greedy.ALLOCATORS`, or a function; ``None`` or ``"default"`` for
-            the :func:`default_allocator` of the importance.
+        choice: a name in :data:`~tp_importance.allocation.greedy.ALLOCATORS`, or a function; ``None`` or
+            ``"default"`` for the :func:`default_allocator` of the importance.
         weights: those that ``"program"`` takes, see :class:`ProgramAllocator`.
         importance: what values the channels.
 

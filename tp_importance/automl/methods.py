@@ -15,9 +15,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ..allocation.curves import value_curves
-from ..allocation.greedy import Allocator, Curves, Ints, Limits, WidthSpace
+from ..allocation.greedy import Allocator, Curves, Limits, WidthSpace
 from ..allocation.program import default_allocator, named_allocator
 from ..budget import Budget
+from ..core.types import Ints
 from ..errors import SearchSpaceError
 from ..graph.cost import CostModel
 from ..graph.groups import PrunableGroups
@@ -325,7 +326,7 @@ def _needed(job: Job, name: str) -> Budget:
     if job.allocate is not None or job.allocator is not None:
         raise SearchSpaceError(f"method {name!r} takes no widths and no allocator per group; it needs a budget")
     if job.compensate is not None:
-        raise SearchSpaceError(f"method {name!r} has no readers of removed channels to refit; give compensate=None")
+        raise SearchSpaceError(f"method {name!r} has no consumers of removed channels to refit; give compensate=None")
     if job.budget is None:
         raise ValueError(f"method {name!r} needs a budget: pass budget=, or search over 'budget:macs'")
     return job.budget

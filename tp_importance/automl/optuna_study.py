@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .optional import optional_import
+from ..core.optional import optional_import
 from .space import SearchSpace
 
 __all__ = ["Run", "optuna_objective", "requeue_interrupted"]

@@ -12,13 +12,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..allocation.curves import Curve
-from ..allocation.greedy import Ints, WidthSpace, require_reachable
+from ..allocation.greedy import WidthSpace, require_reachable
 from ..allocation.program import ProgramAllocator, implied_weights, named_allocator
 from ..budget import Budget
 from ..core.arguments import checked_budget, checked_model
 from ..core.files import read_json, write_json
 from ..core.guards import copied_with
 from ..core.processes import warned_once
+from ..core.types import Ints
 from ..errors import SearchSpaceError
 from ..graph.cost import COST_FIELDS, CostModel
 from ..pruning.pruner import BudgetPruner

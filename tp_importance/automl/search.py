@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..allocation.curves import Floats
+from ..core.types import Floats
 from .problem import BudgetProblem
 from .space import check_names, flatten
 from .strategies import STRATEGIES, Settings, Strategy
@@ -31,9 +31,9 @@ class BudgetSearch:
     .. math:: \log \alpha \in R^G, \quad \text{up to a common summand}
 
     α being the weights of the geometric program whose optimum the widths are
-    (:func:`~tp_importance.allocation.program.implied_weights`). So a step of any length stays on the budget surface. CMA-ES starts
-    at the best widths so far; where an optimiser finds nothing but known widths it starts anew. Larger values are
-    better. Ours.
+    (:func:`~tp_importance.allocation.program.implied_weights`). So a step of any length stays on the budget surface.
+    CMA-ES starts at the best widths so far; where an optimiser finds nothing but known widths it starts anew. Larger
+    values are better. Ours.
 
     Args:
         problem: the budget, the methods and their widths.

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any, Literal
 
+from ..core.optional import optional_import
 from ..errors import SearchSpaceError
-from .optional import optional_import
 
 __all__ = ["Choice", "Domain", "Float", "Int", "Parameter", "SearchSpace", "check_names", "flatten", "parameters_noted"]
 

@@ -109,7 +109,7 @@ class CurveStore:
         return found
 
     def verify(self, groups: PrunableGroups, example_inputs: Any) -> Mapping[str, str]:
-        """:func:`~tp_importance.graph.verify.verify_groups`, once for all trials; for ``BudgetPruner(..., verify=...)``.
+        """The verdict of :mod:`tp_importance.graph.verify`, once for all trials; for ``BudgetPruner(..., verify=...)``.
 
         The verdict is kept for these weights, these groups, and the shapes that the layers see.
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.linalg import helmert
 
-from ..allocation.curves import Floats
-from .optional import optional_import
+from ..core.optional import optional_import
+from ..core.types import Floats
 
 __all__ = ["CMAES", "STRATEGIES", "TPE", "Settings", "Strategy"]
 

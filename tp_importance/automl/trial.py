@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..allocation.greedy import ALLOCATORS, Allocator, Curves, Ints, Limits, WidthSpace, proportional, round_down
+from ..allocation.greedy import ALLOCATORS, Allocator, Curves, Limits, WidthSpace, proportional, round_down
 from ..allocation.program import ProgramAllocator
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
 from ..core.guards import copied_with
 from ..core.processes import warned_once
 from ..core.progress import phase, shown
+from ..core.types import Ints
 from ..errors import BudgetError, SearchSpaceError
 from ..graph.cost import CostModel
 from ..graph.tracing import count_ops

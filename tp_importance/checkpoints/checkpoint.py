@@ -41,8 +41,8 @@ _PLAIN = (
 REBUILT: dict[str, type[nn.Module]] = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _PLAIN}
 """Modules that are built from the file where the factory has another class; the constructor says all about them."""
 _CONVERTED = {
-    "tp_importance.methods.resconv.block.ResConv2d": "call fuse(model) first and save again, or load with a factory that "
-    "calls convert_to_resconv on the network"
+    "tp_importance.methods.resconv.block.ResConv2d": "call fuse(model) first and save again, or load with a factory "
+    "that calls convert_to_resconv on the network"
 }
 """Layers that a conversion of ours puts in and no plain factory builds, with what to do about them. By name, because
 their module imports this one."""
@@ -85,8 +85,8 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file to write; its folder exists.
 
     Warns:
-        UserWarning: if layers of an unfused :class:`~tp_importance.methods.resconv.ResConv2d` kind are saved, which only a
-            factory can load that converts its network as well.
+        UserWarning: if layers of an unfused :class:`~tp_importance.methods.resconv.ResConv2d` kind are saved, which
+            only a factory can load that converts its network as well.
 
     Raises:
         TypeError: if ``model`` or ``path`` are of another type, or the model is compiled.

@@ -25,11 +25,11 @@ _LIBRARIES = {"numpy", "torch", *sys.stdlib_module_names}
 class untouched(Guard):
     """Restore on every exit what forward passes of ``model`` can change besides its parameters' values.
 
-    Modes, ``requires_grad`` and hooks come back as by :func:`~tp_importance.core.guards.preserved`. So do the attributes of
-    all modules; what their lists, dicts, sets and plain objects hold; the values of buffers, of other tensors and
-    arrays found there, and the states of the generators of random numbers, the global ones of Python, NumPy and torch
-    among them. Objects that hold other objects are followed no further. Tensors are cloned: this costs the memory of
-    the buffers once more.
+    Modes, ``requires_grad`` and hooks come back as by :func:`~tp_importance.core.guards.preserved`. So do the
+    attributes of all modules; what their lists, dicts, sets and plain objects hold; the values of buffers, of other
+    tensors and arrays found there, and the states of the generators of random numbers, the global ones of Python,
+    NumPy and torch among them. Objects that hold other objects are followed no further. Tensors are cloned: this
+    costs the memory of the buffers once more.
 
     Made for passes that only look at the network; surgery needs :func:`~tp_importance.core.guards.preserved`.
 

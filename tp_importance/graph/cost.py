@@ -10,10 +10,11 @@ from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import nn
 
 from ..budget import Cost
+from ..core.types import Floats, Ints
 from .groups import Excluded, PrunableGroups
 from .reparametrised import owner_of, sliced_sides
 from .tracing import CONV, is_depthwise
@@ -26,8 +27,6 @@ COST_FIELDS = ("macs", "params")
 LATENCY = "latency_ms"
 """The limit that is predicted rather than counted."""
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 _Affine = tuple[Fraction, dict[int, Fraction]]
 _ONE: _Affine = (Fraction(1), {})
 

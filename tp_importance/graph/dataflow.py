@@ -166,7 +166,7 @@ class Flow:
         return {v: op for op in self.ops for v in op.outputs}
 
     @cached_property
-    def readers(self) -> dict[int, list[Op]]:
+    def consumers(self) -> dict[int, list[Op]]:
         """The operations that read a tensor."""
         found: dict[int, list[Op]] = {}
         for op in self.ops:

@@ -1,4 +1,4 @@
-"""Gates on coupled groups: switch units off where their readers receive them, and feel what the loss thinks of it."""
+"""Gates on coupled groups: switch units off where their consumers receive them, and feel what the loss thinks of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import layer_input, reference_tensor
-from ..methods.psap.sparsity import Bools, Floats
+from ..core.types import Bools, Floats
 from .groups import PrunableGroups
 from .tracing import CONV
 
@@ -30,12 +30,12 @@ def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> t
 class ChannelGates:
     r"""One number per unit that scales its channels in every layer that reads them; 0 masks, 1 does nothing.
 
-    Readers are linear in their input, so the gate need not touch the activations: a convolution or linear layer with
+    Consumers are linear in their input, so the gate need not touch the activations: a convolution or linear layer with
     weight W reading g ⊙ x computes the same as one with weight W ⊙ g reading x, and
 
     .. math:: \frac{\partial L}{\partial g_c} = \sum_{r, o, k} W^r_{ock} \frac{\partial L}{\partial (W^r \odot g)_{ock}}
 
-    over all readers r is the same number. Weights are small, so gates and their gradients cost next to nothing.
+    over all consumers r is the same number. Weights are small, so gates and their gradients cost next to nothing.
     Where the weight is not an ordinary parameter (parametrizations, NNI's wrappers) the input is scaled instead.
 
     The gates live in forward hooks. They hold in train and eval mode, under autocast, checkpointing and gradient
@@ -70,7 +70,7 @@ class ChannelGates:
         self.values = torch.ones(total + 1, device=None if like is None else like.device)
         self._index: dict[str, Tensor] = {}
         for group in groups:
-            for member in group.readers:
+            for member in group.consumers:
                 index = self._index.setdefault(member.name, torch.full((member.width,), total))
                 index[torch.from_numpy(member.channels)] = self._offsets[group.name][0] + torch.from_numpy(member.units)
         self._factors: dict[str, Tensor | None] = dict.fromkeys(self._index)
@@ -118,7 +118,7 @@ class ChannelGates:
         self._handles = []
 
     def _gate(self, name: str, like: Tensor) -> Tensor | None:
-        """Gates of the input channels of a reader, shape (C,); ``None`` if there is nothing to do."""
+        """Gates of the input channels of a consumer, shape (C,); ``None`` if there is nothing to do."""
         if not self._open:
             return None
         if self.values.requires_grad and torch.is_grad_enabled():

@@ -44,7 +44,7 @@ def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[s
             does not run: what they would read is unknown then.
 
     Example:
-        >>> from tp_importance.graph.groups import build_groups
+        >>> from tp_importance.graph.host_groups import build_groups
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -87,13 +87,13 @@ def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[s
         try:
             strangers = _members(traced, group) - {(m.name, m.role) for m in group.members}
         except Exception as error:  # whatever Torch-Pruning's search raises
-            reasons[group.name] = f"its readers in training mode cannot be found ({type(error).__name__}: {error})"
+            reasons[group.name] = f"its consumers in training mode cannot be found ({type(error).__name__}: {error})"
             continue
         if strangers:
             name = min(strangers, key=lambda found: (not found[0], found[0] not in layers, found))[0]
-            readers = name or f"an output, or a function of {', '.join(added[:3])}"
+            consumers = name or f"an output, or a function of {', '.join(added[:3])}"
             reasons[group.name] = (
-                f"{readers} reads it in training mode only and would keep its old width; take that out of the model, "
+                f"{consumers} reads it in training mode only and would keep its old width; take that out of the model, "
                 "or pass allow_stale=True if it is never to run again"
             )
     return reasons
@@ -182,7 +182,7 @@ def _members(traced: Trace, group: ChannelGroup) -> set[tuple[str, str]]:
     """
     graph = traced.graph
     places = [(*group.root, group.root_channels.tolist())]
-    places += [(m.name, m.role, sorted(set(m.channels.tolist()))) for m in group.members if m.kind != "carrier"]
+    places += [(m.name, m.role, sorted(set(m.channels.tolist()))) for m in group.members if m.kind != "passthrough"]
     modules = dict(traced.model.named_modules())
     for name, role, channels in places:
         module = modules.get(name)

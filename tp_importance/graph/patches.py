@@ -1,4 +1,4 @@
-"""What a reader sees: its unfolded input at sampled output positions, and its weight in the same layout."""
+"""What a consumer sees: its unfolded input at sampled output positions, and its weight in the same layout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .tracing import CONV, is_batch_norm
 
 __all__ = [
     "bn_gain",
+    "consumer_weight",
     "feature_channels",
-    "reader_weight",
     "require_batched",
     "sampled_output",
-    "set_reader_weight",
+    "set_consumer_weight",
     "unfolded_input",
 ]
 
@@ -28,7 +28,7 @@ EPS = 1e-5
 def unfolded_input(
     module: nn.Module, x: Tensor, out: Tensor, positions: int | None, generator: torch.Generator
 ) -> Tensor:
-    r"""Rows u with ``reader output = Wᵀu + b`` at sampled output positions.
+    r"""Rows u with ``consumer output = Wᵀu + b`` at sampled output positions.
 
     Only the sampled patches are gathered: for 8 of 1024 positions this costs a fraction of a full ``unfold``.
 
@@ -127,7 +127,7 @@ def _taps(
     return index, inside
 
 
-def reader_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+def consumer_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     """Weight per conv group, shape (G, O/G, d), features in the layout of :func:`unfolded_input`.
 
     Args:
@@ -146,8 +146,8 @@ def reader_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def set_reader_weight(module: nn.Module, weight: Tensor) -> None:
-    """Write a weight in the layout of :func:`reader_weight`, shape (G, O/G, d), into the layer, in its precision."""
+def set_consumer_weight(module: nn.Module, weight: Tensor) -> None:
+    """Write a weight in the layout of :func:`consumer_weight`, shape (G, O/G, d), into the layer, in its precision."""
     if isinstance(module, CONV) and module.transposed:
         groups, outputs = weight.shape[:2]
         weight = weight.view(groups, outputs, module.in_channels // groups, -1).transpose(1, 2)
@@ -166,7 +166,7 @@ def feature_channels(module: nn.Module) -> Tensor:
 
 
 def bn_gain(batch_norm: nn.Module | None, outputs: int) -> Tensor:
-    r"""Gain :math:`g_o = \gamma_o/\sqrt{\sigma_o^2+\epsilon}` of the batch norm behind a reader, ones without; (O,)."""
+    r"""Gain :math:`g_o = \gamma_o/\sqrt{\sigma_o^2+\epsilon}` of the batch norm behind a layer, ones without; (O,)."""
     if batch_norm is None or not is_batch_norm(batch_norm) or not isinstance(batch_norm.running_var, Tensor):
         return torch.ones(outputs)
     gain = (batch_norm.running_var.detach().double() + getattr(batch_norm, "eps", EPS)).rsqrt()

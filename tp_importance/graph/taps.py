@@ -106,9 +106,9 @@ def _added(flow: Flow, name: str, norm: nn.Module | None) -> tuple[Op, int] | No
     calls = [op for op in flow.ops if op.module is not None and op.name == name]
     if len(calls) != 1:
         return None
-    value, op = _only_reader(flow, calls[0].outputs[0])
+    value, op = _only_consumer(flow, calls[0].outputs[0])
     if op is not None and norm is not None and op.module is norm:
-        value, op = _only_reader(flow, op.outputs[0])
+        value, op = _only_consumer(flow, op.outputs[0])
     if op is None or op.kind != "add" or len(op.inputs) != 2 or len(set(op.inputs)) != 2:
         return None
     other = next(v for v in op.inputs if v != value)
@@ -129,12 +129,12 @@ def _behind_a_layer(flow: Flow, value: int) -> bool:
     return False
 
 
-def _only_reader(flow: Flow, value: int) -> tuple[int, Op | None]:
+def _only_consumer(flow: Flow, value: int) -> tuple[int, Op | None]:
     """The one operation that reads a tensor, past those that hand it on unchanged."""
-    readers = flow.readers.get(value, [])
-    if len(readers) != 1 or value in flow.outputs:
+    consumers = flow.consumers.get(value, [])
+    if len(consumers) != 1 or value in flow.outputs:
         return value, None
-    return _only_reader(flow, readers[0].outputs[0]) if readers[0].kind == "same" else (value, readers[0])
+    return _only_consumer(flow, consumers[0].outputs[0]) if consumers[0].kind == "same" else (value, consumers[0])
 
 
 @contextmanager

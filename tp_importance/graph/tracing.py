@@ -139,7 +139,7 @@ class Trace:
 
 
 def is_batch_norm(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a batch norm: one of torch, or a frozen one (:func:`.graph.layer_pruners.is_frozen_norm`)."""
+    """Whether ``module`` is a batch norm: one of torch, or a frozen one."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or (module is not None and is_frozen_norm(module))
 
 

@@ -3,7 +3,7 @@
 Masked means a zero gate on the channel wherever it is made and wherever it is read, so that neither a batch
 norm's constant nor an activation's offset leaks through. Both copies are compared at the input of *every*
 convolution and linear layer and at the network's output; a surgery that takes the wrong channels shows up at the
-first reader, however small its trace in the output is.
+first consumer, however small its trace in the output is.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def gates(model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[i
     outputs: dict[str, list[Index]] = defaultdict(list)
     for name, units in removed.items():
         for member in groups[name].members:
-            if member.kind != "carrier":
+            if member.kind != "passthrough":
                 (inputs if member.role == "in" else outputs)[member.name].append(member.positions(units))
     with ExitStack() as stack:
         for name, positions in inputs.items():

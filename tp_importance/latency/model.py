@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import nn
 
 from ..core.guards import copied, preserved
 from ..core.progress import phase, track
+from ..core.types import Floats
 from ..graph.cost import channels_per_unit
 from ..graph.groups import PrunableGroups
 from ..graph.surgery import remove_units
@@ -24,7 +25,6 @@ from .table import LatencyTable, TimedLayer, conditions_of, timed_layer
 
 __all__ = ["LatencyModel"]
 
-Floats = NDArray[np.float64]
 FRACTIONS = (0.75, 0.5, 0.25)
 """Copies of the network at these uniform widths calibrate the model, with the dense one."""
 

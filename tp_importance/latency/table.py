@@ -142,7 +142,7 @@ class LatencyTable:
         return least_latency(model, example_inputs, forward_fn=forward_fn, min_run_time=seconds, measure=self.measure)
 
     def save(self) -> None:
-        """Write the file, if there is a path; readers see the old or the new one."""
+        """Write the file, if there is a path; consumers see the old or the new one."""
         if self.path is None:
             return
         content = {

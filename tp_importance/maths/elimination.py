@@ -1,6 +1,6 @@
-r"""Structured optimal brain surgeon: the elimination order that counts the refit of the readers.
+r"""Structured optimal brain surgeon: the elimination order that counts the refit of the consumers.
 
-A reader with weight W (O × d, rows scaled by the gain g of the batch norm behind) sees inputs of covariance P. When
+A consumer with weight W (O × d, rows scaled by the gain g of the batch norm behind) sees inputs of covariance P. When
 the features R go and the others are refitted by least squares (with ridge ε, see :mod:`.refit`), the output changes by
 
 .. math:: L(R) = \operatorname{tr}\bigl(W_R\,[(\hat P^{-1})_{RR}]^{-1} W_R^\top\bigr), \qquad \hat P = P + \varepsilon I
@@ -17,7 +17,7 @@ With a metric M of its own the loss is :math:`\operatorname{tr}(\Delta W M \Delt
 
 This is a Cholesky factorisation of B with the units as pivots, so it is backward stable, and the outputs enter by Q
 alone. Updates are kept back and applied in panels. Sources: optimal brain surgeon (Hassibi and Stork 1993), its
-structured form in ZipLM (arXiv 2302.04089); the Gram form and the sum over readers are ours.
+structured form in ZipLM (arXiv 2302.04089); the Gram form and the sum over consumers are ours.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .moments import Elimination, first_of_least
 __all__ = ["ReadUnits", "eliminate_with_refit"]
 
 RIDGE = 1e-3
-"""Ridge relative to the mean variance of a reader's features."""
+"""Ridge relative to the mean variance of a consumer's features."""
 
 PANEL = 128
 """Columns of updates that are kept back before they are applied."""
@@ -43,7 +43,7 @@ PANEL = 128
 
 @dataclass(frozen=True, eq=False)
 class ReadUnits:
-    r"""How one reader (one conv group of it) reads the units of a group.
+    r"""How one consumer (one conv group of it) reads the units of a group.
 
     Attributes:
         covariance: P, shape (d, d), or (Z, d, d) for Z independent problems with the same units.
@@ -61,19 +61,19 @@ class ReadUnits:
 
 
 def eliminate_with_refit(
-    readers: Sequence[ReadUnits],
+    consumers: Sequence[ReadUnits],
     n_units: int,
     *,
     ridge: float = RIDGE,
     first: Sequence[int] = (),
     tie_break: NDArray[np.float64] | None = None,
 ) -> Elimination:
-    r"""Remove units one at a time, least increase of :math:`\sum_r f_r L_r(R)` first, readers refitted after each.
+    r"""Remove units one at a time, least increase of :math:`\sum_r f_r L_r(R)` first, consumers refitted after each.
 
-    O(m³) per reader with m features of the group, two m × m float64 matrices; no loop over pairs.
+    O(m³) per consumer with m features of the group, two m × m float64 matrices; no loop over pairs.
 
     Args:
-        readers: who reads the units.
+        consumers: who reads the units.
         n_units: U.
         ridge: ε relative to the mean of diag P, > 0.
         first: units that go first at no loss, in this order: those that do not vary.
@@ -99,7 +99,7 @@ def eliminate_with_refit(
         raise ValueError(f"ridge={ridge!r} must be above 0, e.g. {RIDGE}")
     alive = np.ones(n_units, bool)
     alive[list(first)] = False
-    blocks = [b for r in readers for b in [_block(r, alive, ridge)] if b is not None]
+    blocks = [b for r in consumers for b in [_block(r, alive, ridge)] if b is not None]
     preference = np.arange(n_units) if tie_break is None else np.lexsort((np.arange(n_units), tie_break)).argsort()
     order, loss, total = np.empty(n_units, np.int64), np.zeros(n_units + 1), 0.0
     order[: len(first)] = first
@@ -167,7 +167,7 @@ class _Pending:
 
 
 class _Block:
-    """B, Q, and with a metric N and Z, of one reader, over the units that are left or went lately."""
+    """B, Q, and with a metric N and Z, of one consumer, over the units that are left or went lately."""
 
     def __init__(self, matrices: Sequence[Tensor], units: NDArray[np.int64], factor: float) -> None:
         self.factor = factor
@@ -232,11 +232,11 @@ def _right(columns: Tensor, factor: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
 
 
-def _block(reader: ReadUnits, alive: NDArray[np.bool_], ridge: float) -> _Block | None:
+def _block(consumer: ReadUnits, alive: NDArray[np.bool_], ridge: float) -> _Block | None:
     """B and Q over the features of the units, those of one unit side by side; None if it reads nothing of them."""
-    p, w = _batched(reader.covariance), _batched(reader.weight)
-    metric = None if reader.metric is None else _batched(reader.metric)
-    units = reader.units.cpu().numpy()
+    p, w = _batched(consumer.covariance), _batched(consumer.weight)
+    metric = None if consumer.metric is None else _batched(consumer.metric)
+    units = consumer.units.cpu().numpy()
     rest = np.flatnonzero(units < 0)
     mine = np.flatnonzero((units >= 0) & alive[units])
     if not len(mine):
@@ -265,7 +265,7 @@ def _block(reader: ReadUnits, alive: NDArray[np.bool_], ridge: float) -> _Block 
         slot = np.concatenate([i * most + np.arange(c) for i, c in enumerate(counts)])
         at = torch.from_numpy(slot).to(gram.device)
         matrices = [_spread(x, at, len(owners) * most, float(i == 0)) for i, x in enumerate(matrices)]
-    return _Block(matrices, owners, reader.factor)
+    return _Block(matrices, owners, consumer.factor)
 
 
 def _batched(matrix: Tensor) -> Tensor:

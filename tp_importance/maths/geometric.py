@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.types import Floats
 from .interior import Objective, minimise
 
 __all__ = ["Posynomial", "Solution", "condense", "solve", "solve_cvxpy"]
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import lu_factor, lu_solve
+
+from ..core.types import Floats
 
 __all__ = ["Objective", "minimise"]
 
-Floats = NDArray[np.float64]
 
 Objective = Callable[[Floats], tuple[float, Floats, Floats]]
 """y → value, gradient (n,) and diagonal of the Hessian (n,)."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from ..core.types import Floats, Ints
 
 __all__ = ["FRACTIONS", "Grid", "Surfaces", "calibrate", "knots", "monotone", "stair"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Fractions of a full width at which layers are timed; 0 is one step."""

@@ -1,8 +1,9 @@
-r"""Least-squares refit of a reader when some of its input features go ("compensated surgery").
+r"""Least-squares refit of a consumer when some of its input features go ("compensated surgery").
 
-A reader with weight W turns the unfolded input u into Wᵀu. Without the features r it is left with :math:`W_k^\top u_k`;
-what the kept features know of the removed ones is made up for by new weights W'. Only second moments are needed, so
-one matrix per reader serves every choice of r. Layout as in :mod:`.reader`: G conv groups, d features, O outputs each.
+A consumer with weight W turns the unfolded input u into Wᵀu. Without the features r it is left with :math:`W_k^\top
+u_k`; what the kept features know of the removed ones is made up for by new weights W'. Only second moments are
+needed, so one matrix per consumer serves every choice of r. Layout as in :mod:`.consumer`: G conv groups, d
+features, O outputs each.
 
 Source: least-squares reconstruction (He et al. 2017, arXiv 1707.06168; ThiNet, arXiv 1707.06342); the form in which
 the ridge pulls towards the old weights, from moments, for any criterion: ours.
@@ -30,7 +31,7 @@ def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, missing: T
               \epsilon = \mathrm{ridge} \cdot \mathrm{mean}\,\mathrm{diag}\,P_{kk}
 
     minimises :math:`\overline{|y - W'^\top u_k|^2} + \epsilon |W'_k - W_k|^2`, with M the moments of the inputs and of
-    what :math:`W_k` lacks, :math:`y - W_k^\top u_k`. By default the targets y are the reader's own outputs and
+    what :math:`W_k` lacks, :math:`y - W_k^\top u_k`. By default the targets y are the consumer's own outputs and
     :math:`M_k = P_{kr} W_r`: the error on the data is then never larger than that of :math:`W_k`.
 
     Args:

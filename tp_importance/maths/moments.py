@@ -1,9 +1,9 @@
-r"""Scatter where the next layer reads the channels, and backward elimination in it (CATRO, ``space="reader"``).
+r"""Scatter where the next layer reads the channels, and backward elimination in it (CATRO, ``space="consumer"``).
 
-A reader with weight W turns the unfolded input u (one entry per channel and kernel tap) into Wᵀu. Channel i
+A consumer with weight W turns the unfolded input u (one entry per channel and kernel tap) into Wᵀu. Channel i
 contributes :math:`c_{i,o} = \sum_a W_{o,(i,a)} u_{(i,a)}` to output o, and the batch norm behind scales output o
 by :math:`g_o = \gamma_o / \sqrt{\sigma_o^2 + \epsilon}`. Everything below needs the inputs only through their
-second moments, so one matrix per reader serves every group, every class weight and every budget. Ours.
+second moments, so one matrix per consumer serves every group, every class weight and every budget. Ours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Elimination", "Moments", "eliminate", "elimination_loss", "first_of_least", "reader_scatter"]
+__all__ = [
+    "NEGLIGIBLE",
+    "Elimination",
+    "Moments",
+    "consumer_scatter",
+    "eliminate",
+    "elimination_loss",
+    "first_of_least",
+]
+
+NEGLIGIBLE = 1e-12
+"""Channels with less than this fraction of the largest energy carry nothing."""
 
 
 @dataclass
@@ -26,7 +37,7 @@ class Moments:
     of :math:`\sum uu^\top - n\,mm^\top` when means are large.
 
     Attributes:
-        shift: shape (G, d) for G independent blocks (conv groups of the reader).
+        shift: shape (G, d) for G independent blocks (conv groups of the consumer).
         second: :math:`\sum (u-s)(u-s)^\top`, shape (G, d, d).
         class_sums: :math:`\sum_{k} (u-s)` per class, shape (K, G, d).
         class_rows: rows per class, shape (K,).
@@ -127,12 +138,12 @@ def _gram(rows: Tensor) -> Tensor:
     return (flat.mT @ flat).unsqueeze(0)
 
 
-def reader_scatter(moments: Tensor, weight: Tensor, gain: Tensor, units: Tensor, n_units: int) -> Tensor:
-    r"""Scatter matrix of the units of one group at one reader.
+def consumer_scatter(moments: Tensor, weight: Tensor, gain: Tensor, units: Tensor, n_units: int) -> Tensor:
+    r"""Scatter matrix of the units of one group at one consumer.
 
     .. math:: S_{ij} = \sum_o g_o^2 \sum_{a \in i, b \in j} W_{oa} W_{ob} P_{ab}
 
-    so that :math:`1_R^\top S\, 1_R` is the mean squared change of the reader's (scaled, centred) output when the
+    so that :math:`1_R^\top S\, 1_R` is the mean squared change of the consumer's (scaled, centred) output when the
     units R are masked.
 
     Args:
@@ -147,7 +158,7 @@ def reader_scatter(moments: Tensor, weight: Tensor, gain: Tensor, units: Tensor,
 
     Example:
         >>> P, W = torch.eye(2).unsqueeze(0), torch.tensor([[[1.0, 2.0]]])
-        >>> reader_scatter(P, W, torch.ones(1, 1), torch.tensor([[0, 1]]), 2).tolist()
+        >>> consumer_scatter(P, W, torch.ones(1, 1), torch.tensor([[0, 1]]), 2).tolist()
         [[1.0, 0.0], [0.0, 4.0]]
     """
     scatter = moments.new_zeros(n_units, n_units)

@@ -1,7 +1,7 @@
 r"""How strongly a refit is pulled towards the old weights, from the moments it is made of.
 
-With few rows for the many features of a reader, least squares fits their noise. Generalised cross-validation estimates
-what a refit with ridge ε is worth on other rows without keeping any:
+With few rows for the many features of a consumer, least squares fits their noise. Generalised cross-validation
+estimates what a refit with ridge ε is worth on other rows without keeping any:
 
 .. math:: \mathrm{GCV}(\epsilon) = \sum_o s_o
           \frac{\overline{(y_o - w_o^\top u)^2}}{\bigl(1 - (\mathrm{df}(\epsilon) + c)/n\bigr)^2}, \qquad

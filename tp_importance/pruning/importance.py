@@ -12,13 +12,15 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from ..allocation.curves import Curve, Floats
+from ..allocation.curves import Curve
 from ..allocation.greedy import WidthSpace, greedy_path
 from ..core.batches import ForwardFn, WholeBatches
 from ..core.progress import shown
+from ..core.types import Floats
 from ..errors import NotCollectedError, StaleStatisticsError
 from ..graph.cost import CostModel
-from ..graph.groups import PrunableGroups, Role, prunable_groups
+from ..graph.discovery import prunable_groups
+from ..graph.groups import PrunableGroups, Role
 from ..statistics.observe import LabelFn, Observed, Watch, observe
 
 __all__ = ["StatisticalImportance"]

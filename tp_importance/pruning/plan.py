@@ -27,7 +27,8 @@ class Plan:
         constant: units that do not vary on the data, per group that has any.
         latency_ms: for a latency budget ``dense`` (measured, with its ``dense_iqr``), ``limit`` and ``predicted``.
         uncounted: layers whose MACs are not known and in none of the costs, with the reason.
-        certificate: what the allocator proves of its widths, see :class:`~tp_importance.allocation.program.ProgramAllocator`.
+        certificate: what the allocator proves of its widths, see
+            :class:`~tp_importance.allocation.program.ProgramAllocator`.
     """
 
     widths: dict[str, int]
@@ -82,7 +83,7 @@ class Plan:
         """
         first = {m.name: g.name for g in reversed(groups.groups) for m in g.members if m.role == "out"}
         entries = []
-        for m, kept in [*self._kept(groups, "producer"), *self._kept(groups, "carrier")]:
+        for m, kept in [*self._kept(groups, "producer"), *self._kept(groups, "passthrough")]:
             module = dict(groups.trace.model.named_modules()).get(m.name)
             if kept == m.width or not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
                 continue

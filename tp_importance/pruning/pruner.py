@@ -24,13 +24,15 @@ from ..core.progress import phase, shown, shows_progress
 from ..core.stale_optimizers import replacing
 from ..errors import BudgetError
 from ..graph.cost import LATENCY, CostModel
-from ..graph.groups import PrunableGroups, Verifier, build_groups, prunable_groups
+from ..graph.discovery import prunable_groups
+from ..graph.groups import PrunableGroups, Verifier
+from ..graph.host_groups import build_groups
 from ..graph.surgery import remove_units
 from ..graph.tracing import count_ops, trace
 from ..latency.model import LatencyModel
 from ..latency.table import LatencyTable
 from ..refitting.refit import Compensation
-from ..refitting.refit import compensate as compensate_readers
+from ..refitting.refit import compensate as compensate_consumers
 from ..statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
 from ..statistics.observe import LabelFn
 from .importance import StatisticalImportance
@@ -59,9 +61,9 @@ class BudgetPruner:
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
             ``latency`` and ``latency_ms`` are those of ``example_inputs`` as they are, on a quiet machine.
         allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"``, ``"program"`` (with the weights of the importance, if it
-            has some) or a function, see :mod:`tp_importance.allocation.greedy`. Default (also ``"default"``): what suits the
-            importance, see :func:`~tp_importance.allocation.program.default_allocator`: its own choice, ``"greedy"`` where its
-            scores compare across layers, else ``"uniform"``.
+            has some) or a function, see :mod:`tp_importance.allocation.greedy`. Default (also ``"default"``): what
+            suits the importance, see :func:`~tp_importance.allocation.program.default_allocator`: its own choice,
+            ``"greedy"`` where its scores compare across layers, else ``"uniform"``.
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.
         max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.
@@ -423,9 +425,9 @@ class BudgetPruner:
 
     def _compensate(self, plan: Plan, settings: Compensation, recalibrate: bool) -> CompensationReport:
         assert self.loader is not None
-        known = getattr(self.importance, "reader_statistics", None)
+        known = getattr(self.importance, "consumer_statistics", None)
         reusable = known is not None and known.covers(self.groups, settings.sampled) and self._curves is not None
-        return compensate_readers(
+        return compensate_consumers(
             self.model,
             self.example_inputs,
             self.loader,
@@ -448,7 +450,7 @@ class BudgetPruner:
             raise ValueError(f"{asked} needs data: pass loader= to the pruner")
         collects = isinstance(self.importance, StatisticalImportance) and self._curves is None
         parallel = settings is not None and settings.mode == "parallel"
-        refits = settings is not None and not (parallel and hasattr(self.importance, "reader_statistics"))
+        refits = settings is not None and not (parallel and hasattr(self.importance, "consumer_statistics"))
         recalibrates = recalibrate and (settings is None or parallel)  # else as it refits
         if collects + refits + recalibrates > 1:
             require_reiterable(self.loader)
@@ -505,7 +507,7 @@ class BudgetPruner:
         layers, gone = dict(self.model.named_modules()), defaultdict[str, list[int]](list)
         for group in self.groups:
             for m in group.members:
-                if m.kind == "carrier" and m.role == "out" and is_calibrated(layers.get(m.name)):
+                if m.kind == "passthrough" and m.role == "out" and is_calibrated(layers.get(m.name)):
                     gone[m.name] += m.positions(removed.get(group.name, ())).tolist()
         return known.after(gone)
 

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..budget import Cost
+from ..core.optional import optional_import
 from ..graph.groups import Excluded
+from ..refitting.report import CompensationReport
 
-__all__ = ["CompensationReport", "CostReport", "GroupRow", "PruningReport", "RefitRow", "optional_import"]
+__all__ = ["CostReport", "GroupRow", "PruningReport"]
 
 
 @dataclass(frozen=True)
@@ -36,59 +38,6 @@ class GroupRow:
     def pruning_ratio(self) -> float:
         """Fraction of the initial channels that is gone."""
         return 1.0 - self.after / self.initial
-
-
-@dataclass(frozen=True)
-class RefitRow:
-    """One reader in a :class:`CompensationReport`.
-
-    Attributes:
-        name: the layer.
-        kept: input features (channels × taps) that stay.
-        removed: input features that go.
-        before: mean squared error of its outputs without them, as a fraction of the outputs' own energy.
-        after: the same after the refit.
-        skipped: why it was not refitted; empty if it was.
-        ridge: pull towards the old weights that the refit took; ``None`` if there was nothing to make up for.
-    """
-
-    name: str
-    kept: int
-    removed: int
-    before: float | None = None
-    after: float | None = None
-    skipped: str = ""
-    ridge: float | None = None
-
-    def __str__(self) -> str:
-        if self.before is None or self.after is None:
-            return f"not refitted: {self.name}: {self.skipped}"
-        left = f"{self.kept} of {self.kept + self.removed} features" if self.removed else "inputs changed"
-        pull = "" if self.ridge is None else f", ridge {self.ridge:g}"
-        return f"refitted: {self.name} ({left}{pull}): output error {self.before:.4f} → {self.after:.4f}"
-
-
-@dataclass(frozen=True)
-class CompensationReport:
-    """What a refit of the readers did.
-
-    Attributes:
-        mode: ``"parallel"`` or ``"sequential"``.
-        passes: forward passes over the data, cut-off ones included.
-        rows: one per reader that loses features, in execution order.
-    """
-
-    mode: str
-    passes: int
-    rows: list[RefitRow]
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.rows))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CompensationReport:
-        """Rebuild a report from plain data."""
-        return cls(data["mode"], data["passes"], [RefitRow(**row) for row in data["rows"]])
 
 
 class CostReport:
@@ -144,7 +93,7 @@ class PruningReport(CostReport):
         excluded: groups that were left alone, with the reason.
         constant: number of units that did not vary on the data, per group that has any.
         criterion: name of the importance.
-        compensation: what the refit of the readers did, if there was one.
+        compensation: what the refit of the consumers did, if there was one.
         latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` and ``measured``; ``dense_iqr`` and
             ``measured_iqr`` are interquartile ranges.
         uncounted: layers whose MACs are not known and in none of the costs, with the reason.
@@ -226,18 +175,3 @@ class PruningReport(CostReport):
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
-
-
-def optional_import(module: str) -> Any:
-    """Import a module of the extra ``report``.
-
-    Raises:
-        RuntimeError: if it is not there; names the extra.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise RuntimeError(f'{package} is needed for this; pip install "tp-importance[report]"') from error

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.optional import optional_import
 from .plan import Plan
-from .report import optional_import
 
 __all__ = ["plot_sweep", "sweep_frame"]
 

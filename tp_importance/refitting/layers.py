@@ -1,4 +1,4 @@
-"""Readers that lose input channels: settings, which can be refitted, and how new weights are put into them."""
+"""Consumers that lose input channels: settings, which can be refitted, and how new weights are put into them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.groups import Index, PrunableGroups
-from ..graph.patches import bn_gain, feature_channels, reader_weight, set_reader_weight
+from ..graph.patches import bn_gain, consumer_weight, feature_channels, set_consumer_weight
 from ..graph.reparametrised import computed_tensors
 from ..graph.surgery import checked_units
 from ..graph.tracing import CONV, Trace
 from ..maths.least_squares import refit
 from ..maths.ridge import choose_ridge
-from ..pruning.report import RefitRow
-from ..statistics.readers import MAX_FEATURES
+from ..refitting.report import RefitRow
+from ..statistics.consumers import MAX_FEATURES
 
 __all__ = ["Compensation", "Refit", "Ridge", "refittable", "touched"]
 
@@ -31,14 +31,14 @@ _POSITIONS = {"parallel": 8, "sequential": 32}
 
 @dataclass(frozen=True)
 class Compensation:
-    """How readers are refitted.
+    """How consumers are refitted.
 
     Args:
-        mode: ``"parallel"``: every reader by itself, to the inputs it has in the dense network; one pass.
-            ``"sequential"``: one reader after the other, to its inputs in the network pruned so far, with the dense
+        mode: ``"parallel"``: every consumer by itself, to the inputs it has in the dense network; one pass.
+            ``"sequential"``: one consumer after the other, to its inputs in the network pruned so far, with the dense
             network's outputs as targets.
         ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features; ``"auto"``
-            chooses it for every reader by generalised cross-validation (:mod:`.maths.ridge`): the fewer samples
+            chooses it for every consumer by generalised cross-validation (:mod:`.maths.ridge`): the fewer samples
             there are for its features, the larger it is.
         positions: output positions per sample, ``None`` for all; ``"auto"`` is 8 in parallel mode, as for the
             importances that share their pass, and 32 in sequential mode.
@@ -48,7 +48,7 @@ class Compensation:
             make up for the error of that tensor, too.
         seed: of the positions.
         memory_limit: bytes that the activations of all samples may take (an estimate): up to it, ``"sequential"``
-            sends them through the network at once, which refits everything in two passes; beyond, every reader takes
+            sends them through the network at once, which refits everything in two passes; beyond, every consumer takes
             two passes of its own and memory does not depend on the number of samples.
 
     Raises:
@@ -109,7 +109,7 @@ class Compensation:
 
 @dataclass(frozen=True, eq=False)
 class Refit:
-    """One layer to be refitted: a reader that loses features, or one whose inputs change.
+    """One layer to be refitted: a consumer that loses features, or one whose inputs change.
 
     Attributes:
         name: qualified name.
@@ -133,7 +133,7 @@ class Refit:
     @property
     def weight(self) -> Tensor:
         """Weight as it is now, shape (G, O, d)."""
-        return reader_weight(self.module)
+        return consumer_weight(self.module)
 
     @property
     def plain(self) -> Tensor:
@@ -209,7 +209,7 @@ class Refit:
                 "float32 weights"
             )
         shift = target - (weight.to(mean) @ mean.unsqueeze(2)).squeeze(2)
-        set_reader_weight(self.module, weight)
+        set_consumer_weight(self.module, weight)
         torch.clear_autocast_cache()  # or a pass under autocast goes on with the old weight
         bias, norm = self.module.bias, self.batch_norm
         if isinstance(bias, Tensor):
@@ -244,15 +244,15 @@ def refittable(
     *,
     downstream: bool = False,
 ) -> tuple[list[Refit], list[RefitRow]]:
-    """Readers that lose features and can be refitted, in execution order, and those that cannot, with the reason.
+    """Consumers that lose features and can be refitted, in execution order, and those that cannot, with the reason.
 
-    Depthwise convolutions are no readers: what they pass on is made up for by the next dense reader.
+    Depthwise convolutions are no consumers: what they pass on is made up for by the next dense consumer.
 
     Args:
         groups: the groups of the network.
         removed: units to be removed, per group name.
-        leave: readers that are not to be refitted, and why.
-        downstream: add all layers that run after the first of these readers: their inputs change.
+        leave: consumers that are not to be refitted, and why.
+        downstream: add all layers that run after the first of these consumers: their inputs change.
 
     Raises:
         ValueError: for an unknown group or unit, or if too few units would be left.
@@ -260,7 +260,7 @@ def refittable(
     model, gone, lost = groups.trace.model, defaultdict[str, list[Index]](list), defaultdict[str, list[Index]](list)
     for group, units in checked_units(groups, removed):
         for m in group.members:
-            if m.kind == "reader":
+            if m.kind == "consumer":
                 gone[m.name].append(m.positions(units))
             elif m.role == "out":
                 lost[m.name].append(m.positions(units))
@@ -293,7 +293,7 @@ def refittable(
 
 
 def _own_batch_norm(trace: Trace, name: str) -> nn.Module | None:
-    """The batch norm behind a reader if no other layer feeds it: then its mean is free to change."""
+    """The batch norm behind a consumer if no other layer feeds it: then its mean is free to change."""
     norm = trace.batch_norm_behind(name)
     node = None if norm is None else trace.graph.module2node[norm]
     return norm if node is not None and len({id(n) for n in node.inputs}) == 1 else None
@@ -315,5 +315,5 @@ def _obstacle(module: nn.Module, owners: Counter[int]) -> str:
 
 def _shape(module: nn.Module) -> tuple[int, int, int]:
     """G, O and d."""
-    groups, outputs, features = reader_weight(module).shape
+    groups, outputs, features = consumer_weight(module).shape
     return groups, outputs, features

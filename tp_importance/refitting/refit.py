@@ -1,4 +1,4 @@
-"""Compensated surgery: refit the readers to what stays, before any host removes the rest."""
+"""Compensated surgery: refit the consumers to what stays, before any host removes the rest."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ..core.batches import ForwardFn
 from ..core.guards import written
 from ..core.processes import warned_once
 from ..core.progress import shown, track
-from ..graph.groups import PrunableGroups, prunable_groups
+from ..graph.discovery import prunable_groups
+from ..graph.groups import PrunableGroups
 from ..maths.least_squares import output_energy
 from ..maths.moments import Moments
-from ..pruning.report import CompensationReport, RefitRow
+from ..refitting.report import CompensationReport, RefitRow
+from ..statistics.consumers import ConsumerStatistics
 from ..statistics.observe import LabelFn, observe
-from ..statistics.readers import ReaderStatistics
 from .layers import Compensation, Refit, Ridge, refittable, touched
 from .sequential import SequentialRefit
 
@@ -32,7 +33,7 @@ def compensate(
     how: Compensation | str = "parallel",
     *,
     groups: PrunableGroups | None = None,
-    statistics: ReaderStatistics | None = None,
+    statistics: ConsumerStatistics | None = None,
     leave: Mapping[str, str] | None = None,
     classes: Sequence[int] | None = None,
     forward_fn: ForwardFn | None = None,
@@ -40,16 +41,16 @@ def compensate(
     recalibrate: bool = False,
     progress: bool = False,
 ) -> CompensationReport:
-    r"""Refit all readers to the removal of units that is about to take place; the shapes stay.
+    r"""Refit all consumers to the removal of units that is about to take place; the shapes stay.
 
-    With :math:`P` the covariance of a reader's unfolded inputs, k the features that stay and r those that go
+    With :math:`P` the covariance of a consumer's unfolded inputs, k the features that stay and r those that go
     (of all groups it reads),
 
     .. math:: W'_k = W_k + (P_{kk} + \epsilon I)^{-1} P_{kr} W_r, \qquad W'_r = 0,
 
     and what the mean output has changed goes into the bias (b' = b + Wᵀm − W'ᵀm) or, without one, into the running
     mean of the batch norm behind. Without either, P is the uncentred second moment. The groups are such that removing
-    is masking, and a channel that no reader weighs is as good as masked; so any host may remove the units afterwards.
+    is masking, and a channel that no consumer weighs is as good as masked; so any host may remove the units afterwards.
 
     Args:
         model: the network, of the shape before surgery; weights and running means are changed in place.
@@ -58,8 +59,8 @@ def compensate(
         removed: units to be removed, per group name.
         how: settings, or a mode.
         groups: groups of the model, if they are at hand.
-        statistics: what the readers of these groups receive, if it was collected already; spares the pass.
-        leave: readers that are not to be refitted, and why.
+        statistics: what the consumers of these groups receive, if it was collected already; spares the pass.
+        leave: consumers that are not to be refitted, and why.
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
@@ -117,7 +118,7 @@ def compensate(
         passes = sequence.passes
     elif refits:
         if statistics is None:
-            statistics = ReaderStatistics(touched(groups, removed), positions=settings.sampled, seed=settings.seed)
+            statistics = ConsumerStatistics(touched(groups, removed), positions=settings.sampled, seed=settings.seed)
             observe(
                 model,
                 loader,
@@ -135,7 +136,7 @@ def compensate(
     return CompensationReport(settings.mode, passes, sorted(rows, key=lambda r: order.get(r.name, len(order))))
 
 
-def _in_parallel(refits: Sequence[Refit], statistics: ReaderStatistics, ridge: Ridge) -> list[RefitRow]:
+def _in_parallel(refits: Sequence[Refit], statistics: ConsumerStatistics, ridge: Ridge) -> list[RefitRow]:
     rows = []
     with written(t for r in refits for t in r.tensors()):
         for r in track(refits, "refitting", unit="layer"):
@@ -143,13 +144,13 @@ def _in_parallel(refits: Sequence[Refit], statistics: ReaderStatistics, ridge: R
     return rows
 
 
-def _refit_one(reader: Refit, moments: Moments, ridge: Ridge) -> RefitRow:
-    old, mean, second = reader.weight, moments.mean(), moments.total()
-    if not reader.centred:
+def _refit_one(consumer: Refit, moments: Moments, ridge: Ridge) -> RefitRow:
+    old, mean, second = consumer.weight, moments.mean(), moments.total()
+    if not consumer.centred:
         second += mean.unsqueeze(2) * mean.unsqueeze(1)
-    gone = (old - reader.plain).to(second)
+    gone = (old - consumer.plain).to(second)
     before = output_energy(second, gone)
-    new, chosen = reader.refitted(ridge, second, second @ gone.mT, before, moments.rows)
+    new, chosen = consumer.refitted(ridge, second, second @ gone.mT, before, moments.rows)
     after = output_energy(second, new.to(second) - old.to(second))
     target = (old.to(mean) @ mean.unsqueeze(2)).squeeze(2)
-    return reader.adopt(new, before, after, output_energy(second, old), mean, target, chosen)
+    return consumer.adopt(new, before, after, output_energy(second, old), mean, target, chosen)

@@ -1,7 +1,7 @@
-"""Refit one reader after the other, each to its inputs in the network pruned so far.
+"""Refit one consumer after the other, each to its inputs in the network pruned so far.
 
-Where memory allows, all samples go through the network as one batch: every reader is refitted at the moment it is
-about to run, so one forward pass refits them all. Otherwise each takes a pass of its own, cut off at the reader, next
+Where memory allows, all samples go through the network as one batch: every consumer is refitted at the moment it is
+about to run, so one forward pass refits them all. Otherwise each takes a pass of its own, cut off at the consumer, next
 to a dense copy that gives the targets.
 """
 
@@ -33,8 +33,9 @@ from ..graph.tracing import is_batch_norm
 from ..graph.verify import gates
 from ..maths.batchnorm import Moments as NormMoments
 from ..maths.least_squares import Shortfall, residual_energy
-from ..pruning.report import RefitRow
+from ..refitting.report import RefitRow
 from ..statistics.batchnorm import is_calibrated, move_statistics
+from ..statistics.consumers import checked_moments
 from ..statistics.observe import (
     LabelFn,
     at_least_float,
@@ -45,7 +46,6 @@ from ..statistics.observe import (
     undisturbed,
     wanted_classes,
 )
-from ..statistics.readers import checked_moments
 from .layers import Compensation, Refit
 
 __all__ = ["SequentialRefit"]
@@ -60,7 +60,7 @@ NEGLIGIBLE_GAIN = 1e-3
 
 @dataclass(frozen=True)
 class _Seen:
-    """One call of a reader in the dense network: outputs without bias at the sampled positions, and their frame.
+    """One call of a consumer in the dense network: outputs without bias at the sampled positions, and their frame.
 
     Attributes:
         y: shape (N, Q, G, O).
@@ -82,7 +82,7 @@ class SequentialRefit:
     Attributes:
         groups: groups of the model, which is changed in place.
         removed: units that are to go, per group name.
-        refits: readers to be refitted, in execution order.
+        refits: consumers to be refitted, in execution order.
         settings: of the refit.
         example_inputs: what the groups were traced with.
         recalibrate: move the statistics of every batch norm by the change of its input, before what follows is refit.
@@ -107,10 +107,10 @@ class SequentialRefit:
     _counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), init=False)
 
     def run(self, loader: Iterable[Any]) -> list[RefitRow]:
-        """Refit all readers; ``passes`` then says how many (cut-off) passes over the data it took.
+        """Refit all consumers; ``passes`` then says how many (cut-off) passes over the data it took.
 
         Raises:
-            ValueError: for bad data, a class without samples, a reader that did not run, or weights that are not
+            ValueError: for bad data, a class without samples, a consumer that did not run, or weights that are not
                 finite.
         """
         model, n = self.groups.trace.model, len(self.refits)
@@ -176,7 +176,7 @@ class SequentialRefit:
                 checked_moments(r.name, None)
         return [rows[r.name] for r in self.refits]
 
-    # -- one pass per reader
+    # -- one pass per consumer
 
     def _one_by_one(self, model: nn.Module, loader: Iterable[Any]) -> list[RefitRow]:
         dense, rows, order = copied(model), [], self.groups.trace.first_call()
@@ -240,7 +240,7 @@ class SequentialRefit:
     # -- sums
 
     def _find_sums(self, model: nn.Module) -> None:
-        """Readers whose output, behind a batch norm of their own if any, is added to something already there."""
+        """Consumers whose output, behind a batch norm of their own if any, is added to something already there."""
         if not self.settings.residual:
             return
         self._flow = recording(model, self.example_inputs, self.forward_fn)
@@ -253,13 +253,13 @@ class SequentialRefit:
 
     @contextmanager
     def _taps(self, model: nn.Module, into: Mapping[int, tuple[dict[int, Tensor], torch.Generator]]) -> Iterator[None]:
-        """While ``model`` runs, store what is added to the readers ``into``, at their sampled positions."""
-        readers: dict[int, list[int]] = {}
+        """While ``model`` runs, store what is added to the consumers ``into``, at their sampled positions."""
+        consumers: dict[int, list[int]] = {}
         for i in into:
-            readers.setdefault(self._sums[i], []).append(i)
+            consumers.setdefault(self._sums[i], []).append(i)
 
         def keep(value: int, tensor: Tensor) -> None:
-            for i in readers[value]:
+            for i in consumers[value]:
                 store, generator = into[i]
                 module = self.refits[i].module
                 with undisturbed(tensor.device):
@@ -269,7 +269,7 @@ class SequentialRefit:
             yield
             return
         try:
-            with tap(model, self._flow, {value: partial(keep, value) for value in readers}):
+            with tap(model, self._flow, {value: partial(keep, value) for value in consumers}):
                 yield
         except TracingError as error:
             raise ValueError(
@@ -287,7 +287,7 @@ class SequentialRefit:
     # -- parts
 
     def _target(self, i: int, x: Tensor, out: Tensor, generator: torch.Generator) -> _Seen:
-        """What the reader, whose weight is still the dense one, gives at the sampled positions."""
+        """What the consumer, whose weight is still the dense one, gives at the sampled positions."""
         r = self.refits[i]
         require_batched(r.name, r.module, x)
         u = unfolded_input(r.module, x, out, self.settings.sampled, generator)

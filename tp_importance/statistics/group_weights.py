@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..core.types import Bools
 from ..errors import StaleStatisticsError
 from ..graph.gates import scale_inputs, scale_outputs
 from ..graph.groups import ChannelGroup, Member, PrunableGroups
 from ..graph.layer_pruners import has_channels
 from ..graph.remap import check_optimizer
 from ..graph.tracing import CONV
-from ..methods.psap.sparsity import Bools
 
 __all__ = ["GroupWeights", "ParametersOf", "filter_norms", "own_parameters"]
 
@@ -136,7 +136,7 @@ def _width(module: Any, member: Member) -> int | None:
 
 def _factor(module: Any, member: Member, leaf: str, gate: Tensor, parameter: Tensor) -> Tensor | None:
     """``gate`` over one parameter of a member, in a shape that multiplies it; ``None`` if it has no such dimension."""
-    if leaf == "weight" and member.kind in ("producer", "reader"):
+    if leaf == "weight" and member.kind in ("producer", "consumer"):
         return (scale_outputs if member.role == "out" else scale_inputs)(module, gate)
     if member.role == "out" and len(parameter) == member.width:  # bias, batch norm, depthwise
         return gate.view(-1, *[1] * (parameter.dim() - 1))

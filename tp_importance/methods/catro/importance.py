@@ -9,32 +9,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...allocation.curves import Curve, Floats, Ints
+from ...allocation.curves import Curve
 from ...budget import Budget
 from ...core.progress import track
+from ...core.types import Floats, Ints
 from ...graph.groups import ChannelGroup, PrunableGroups
-from ...maths.moments import Moments, eliminate
+from ...maths.moments import NEGLIGIBLE, Moments, eliminate
 from ...pruning.importance import StatisticalImportance
 from ...pruning.pruner import BudgetPruner
+from ...statistics.consumers import ConsumerStatistics, check_reading
 from ...statistics.group_weights import filter_norms
 from ...statistics.observe import Watch, WatchFn
-from ...statistics.readers import ReaderStatistics, check_reading
-from .trace_ratio import NEGLIGIBLE, ClassScatter, select, top_d_values
+from .trace_ratio import ClassScatter, select, top_d_values
 
 __all__ = ["CATROImportance", "CATROPruner"]
 
-Space = Literal["reader", "channel"]
+Space = Literal["consumer", "channel"]
 
 
 class CATROImportance(StatisticalImportance):
     r"""Class-aware trace-ratio importance (CATRO, arXiv 2110.10921).
 
-    ``space="reader"`` (default, ours): scatter is measured where the next layer reads the channels,
+    ``space="consumer"`` (default, ours): scatter is measured where the next layer reads the channels,
 
     .. math:: S_{ij} = \sum_o g_o^2 \, \overline{\tilde c_{i,o}\, \tilde c_{j,o}}, \qquad
               S = 2\,(\theta S_b + (1 - \theta) S_w)
 
-    with :math:`c_{i,o}` channel i's contribution to output o of the reader, g the gain of the batch norm behind it
+    with :math:`c_{i,o}` channel i's contribution to output o of the consumer, g the gain of the batch norm behind it
     and θ = ``class_weight``; a set R of channels loses :math:`1_R^\top S 1_R`, over :math:`(1^\top S 1)^{3/4}`, the
     energy of the whole group there. Channels go by backward elimination; θ = ½ is the total scatter
     :math:`S_t = S_b + S_w`.
@@ -43,10 +44,10 @@ class CATROImportance(StatisticalImportance):
     :math:`\sum b / \sum w`. On real networks it is at the level of random pruning (docs/benchmarks.md).
 
     Args:
-        space: ``"reader"`` or ``"channel"``.
+        space: ``"consumer"`` or ``"channel"``.
         classes: labels of a classification subtask; samples of other classes are not counted.
-        class_weight: θ in [0, 1]; only ``"reader"``.
-        positions: output positions per sample at which readers are watched, ``None`` for all; only ``"reader"``.
+        class_weight: θ in [0, 1]; only ``"consumer"``.
+        positions: output positions per sample at which consumers are watched, ``None`` for all; only ``"consumer"``.
         pool: average a channel over its positions (p = 1) instead of taking the map (p = H·W); only ``"channel"``.
         ratio: λ of the gain b − λw: ``"min"`` (the smallest b/w, gains ≥ 0) or ``"full"`` (λ of all channels).
         seed: of the sampled positions.
@@ -68,7 +69,7 @@ class CATROImportance(StatisticalImportance):
     def __init__(
         self,
         *,
-        space: Space = "reader",
+        space: Space = "consumer",
         classes: Sequence[int] | None = None,
         class_weight: float = 0.5,
         positions: int | None = 8,
@@ -77,39 +78,41 @@ class CATROImportance(StatisticalImportance):
         seed: int = 0,
     ) -> None:
         super().__init__(classes=classes)
-        if space not in ("reader", "channel"):
-            raise ValueError(f"space={space!r} is unknown; choose 'reader' or 'channel'")
+        if space not in ("consumer", "channel"):
+            raise ValueError(f"space={space!r} is unknown; choose 'consumer' or 'channel'")
         if ratio not in ("min", "full"):
             raise ValueError(f"ratio={ratio!r} is unknown; choose 'min' or 'full'")
         check_reading(class_weight, positions)
         self.space, self.class_weight, self.positions, self.pool = space, class_weight, positions, pool
         self.ratio, self.seed = ratio, seed
-        self._readers: ReaderStatistics | None = None
+        self._consumers: ConsumerStatistics | None = None
         self._scatter: dict[str, ClassScatter] = {}
 
     @property
-    def reader_statistics(self) -> ReaderStatistics | None:
-        """What the readers received when the statistics were collected; spares compensation its own pass."""
-        return self._readers
+    def consumer_statistics(self) -> ConsumerStatistics | None:
+        """What the consumers received when the statistics were collected; spares compensation its own pass."""
+        return self._consumers
 
     def _watches(self, groups: PrunableGroups) -> list[Watch]:
-        if self.space == "reader":
-            self._readers = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
-            return self._readers.watches()
+        if self.space == "consumer":
+            self._consumers = ConsumerStatistics(groups, positions=self.positions, seed=self.seed)
+            return self._consumers.watches()
         return _channel_watches(groups, self._scatter, self.pool)
 
     def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
-        if self.space == "reader":
-            assert self._readers is not None
-            readers = self._readers
-            return {g.name: self._reader_curve(readers, groups, g) for g in _each(groups)}
-        return {g.name: _channel_curve(groups, g, self._scatter[g.readers[0].name], self.ratio) for g in _each(groups)}
+        if self.space == "consumer":
+            assert self._consumers is not None
+            consumers = self._consumers
+            return {g.name: self._consumer_curve(consumers, groups, g) for g in _each(groups)}
+        return {
+            g.name: _channel_curve(groups, g, self._scatter[g.consumers[0].name], self.ratio) for g in _each(groups)
+        }
 
-    def _reader_curve(self, readers: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
-        total = readers.scatter(group, Moments.total)
+    def _consumer_curve(self, consumers: ConsumerStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
+        total = consumers.scatter(group, Moments.total)
         energy = total.diagonal().cpu().numpy()
         constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
-        scatter = total if self.class_weight == 0.5 else readers.scatter(group, readers.blend(self.class_weight))
+        scatter = total if self.class_weight == 0.5 else consumers.scatter(group, consumers.blend(self.class_weight))
         elimination = eliminate(scatter, filter_norms(groups, group))
         return Curve(elimination.loss, elimination.order, constant=constant)
 
@@ -148,7 +151,7 @@ class CATROPruner(BudgetPruner):
         loader: Iterable[Any],
         *,
         budget: Budget,
-        space: Space = "reader",
+        space: Space = "consumer",
         classes: Sequence[int] | None = None,
         class_weight: float = 0.5,
         positions: int | None = 8,
@@ -215,16 +218,16 @@ class _BestSets(Mapping[int, Ints]):
 
 
 def _per_unit(group: ChannelGroup, values: Floats) -> Floats:
-    """Sum of the channels of every unit at the group's first reader."""
-    member = group.readers[0]
+    """Sum of the channels of every unit at the group's first consumer."""
+    member = group.consumers[0]
     return np.bincount(member.units, values[member.channels], group.n_units).astype(np.float64)
 
 
 def _channel_watches(groups: PrunableGroups, store: dict[str, ClassScatter], pool: bool) -> list[Watch]:
-    """Watch what the first reader of every group receives."""
+    """Watch what the first consumer of every group receives."""
     store.clear()
     for group in groups:
-        store[group.readers[0].name] = ClassScatter()
+        store[group.consumers[0].name] = ClassScatter()
     modules = {name: groups.trace.model.get_submodule(name) for name in store}
     return [Watch(name, modules[name], _feed(modules[name], name, store[name], pool)) for name in store]
 

@@ -17,10 +17,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-__all__ = ["ClassScatter", "TraceRatio", "select", "top_d_values"]
+from ...maths.moments import NEGLIGIBLE
 
-NEGLIGIBLE = 1e-12
-"""Channels with b + w below this fraction of the largest carry nothing: their ratio is noise."""
+__all__ = ["ClassScatter", "TraceRatio", "select", "top_d_values"]
 
 
 @dataclass

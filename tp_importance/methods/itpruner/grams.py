@@ -22,9 +22,10 @@ LEAST_SAMPLES: dict[Estimator, int] = {"biased": 2, "unbiased": 4}
 class GramStatistics:
     """nHSIC between groups from one pass.
 
-    The features of a group are its channels where its first reader receives them, flattened to one row per sample;
-    a reader that runs several times in a batch adds the features of all its runs. That is behind whatever lies between
-    producer and reader: in a pre-activation network behind the batch norm and ReLU of the first block that reads it.
+    The features of a group are its channels where its first consumer receives them, flattened to one row per sample;
+    a consumer that runs several times in a batch adds the features of all its runs. That is behind whatever lies
+    between producer and consumer: in a pre-activation network behind the batch norm and ReLU of the first block that
+    reads it.
 
     Args:
         groups: the groups.
@@ -43,7 +44,8 @@ class GramStatistics:
     def watches(self) -> list[Watch]:
         """What :func:`~tp_importance.statistics.observe.observe` is to watch."""
         return [
-            Watch(g.readers[0].name, self._model.get_submodule(g.readers[0].name), self._fn(g)) for g in self._groups
+            Watch(g.consumers[0].name, self._model.get_submodule(g.consumers[0].name), self._fn(g))
+            for g in self._groups
         ]
 
     def begin(self, samples: int) -> None:
@@ -72,13 +74,15 @@ class GramStatistics:
         idle = [g for g in self._groups if g.name not in self._grams]
         if idle:
             raise ValueError(
-                f"layer {idle[0].readers[0].name} did not run on the data, so group {idle[0].name} has no statistics"
+                f"layer {idle[0].consumers[0].name} did not run on the data, so group {idle[0].name} has no statistics"
             )
         centred: list[Tensor] = []
         for g in self._groups:
             found = self._grams.pop(g.name)
             if not torch.isfinite(found).all():
-                raise ValueError(f"the input of layer {g.readers[0].name} is not finite; check the data and the model")
+                raise ValueError(
+                    f"the input of layer {g.consumers[0].name} is not finite; check the data and the model"
+                )
             centred.append(centre(found, kernel=self._kernel, estimator=self._estimator).to(self._device(centred)))
         self._sums.update(centred, self._estimator)
         self._samples = 0
@@ -89,7 +93,7 @@ class GramStatistics:
         return centred[0].device if centred else None
 
     def _fn(self, group: ChannelGroup) -> WatchFn:
-        member = group.readers[0]
+        member = group.consumers[0]
         module: Any = self._model.get_submodule(member.name)
         channels = np.unique(member.channels)
         first, count = int(channels[0]), len(channels)

@@ -13,13 +13,14 @@ import torch_pruning as tp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...allocation.curves import Curve, Floats, curve_from_scores, host_scores
-from ...allocation.greedy import Allocator, Ints, WidthSpace
+from ...allocation.curves import Curve, curve_from_scores, host_scores
+from ...allocation.greedy import Allocator, WidthSpace
 from ...allocation.program import Objective, ProgramAllocator, Solver, checked_objective
 from ...budget import Budget
 from ...core.arguments import checked_budget, checked_importance
 from ...core.batches import ForwardFn
 from ...core.progress import phase
+from ...core.types import Floats, Ints
 from ...graph.cost import CostModel
 from ...graph.groups import PrunableGroups
 from ...pruning.importance import StatisticalImportance
@@ -37,7 +38,7 @@ Per = Literal["layer", "group"]
 class ITPrunerImportance(StatisticalImportance):
     r"""Information-theoretic weights per group, and any importance inside the groups (ITPruner, arXiv 2108.08532).
 
-    One pass, no labels: nHSIC between what the groups' first readers receive, relevance
+    One pass, no labels: nHSIC between what the groups' first consumers receive, relevance
     :math:`t_g = \sum_{h \ne g} \mathrm{nHSIC}_{gh}` over its sum, weight
     :math:`\alpha_g = N_g e^{-\beta (t_g - \min t)}` [paper: without N, and up to the shift], where :math:`N_g` layers
     produce the channels of the group (ours: what counts is layers, and coupled ones share a width). A group of U units
@@ -254,8 +255,8 @@ class ITPruner(BudgetPruner):
         beta: see :class:`ITPrunerImportance`.
         estimator: see :class:`ITPrunerImportance`.
         kernel: see :class:`ITPrunerImportance`.
-        objective: ``"gp"`` or ``"linear"``, see :class:`~tp_importance.allocation.program.ProgramAllocator`; the published
-            procedure is in :mod:`tp_importance.methods.itpruner.official`.
+        objective: ``"gp"`` or ``"linear"``, see :class:`~tp_importance.allocation.program.ProgramAllocator`; the
+            published procedure is in :mod:`tp_importance.methods.itpruner.official`.
         solver: ``"direct"`` or ``"cvxpy"``.
         pool: see :class:`ITPrunerImportance`.
         per: see :class:`ITPrunerImportance`.

@@ -1,4 +1,4 @@
-"""Structured optimal brain surgeon: channels ordered by the loss that is left after the readers are refitted."""
+"""Structured optimal brain surgeon: channels ordered by the loss that is left after the consumers are refitted."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ...allocation.curves import Curve, Floats
+from ...allocation.curves import Curve
 from ...budget import Budget
 from ...core.batches import ForwardFn
 from ...core.progress import track
+from ...core.types import Floats
 from ...graph.groups import ChannelGroup, PrunableGroups
 from ...maths.elimination import RIDGE, ReadUnits, eliminate_with_refit
-from ...maths.moments import Moments
+from ...maths.moments import NEGLIGIBLE, Moments
 from ...pruning.importance import StatisticalImportance
 from ...pruning.pruner import BudgetPruner
+from ...statistics.consumers import ConsumerStatistics, check_reading
 from ...statistics.group_weights import filter_norms
 from ...statistics.observe import Watch
-from ...statistics.readers import ReaderStatistics, check_reading
-from ..catro.trace_ratio import NEGLIGIBLE
 
 __all__ = ["OBSImportance", "OBSPruner"]
 
@@ -33,23 +33,23 @@ class OBSImportance(StatisticalImportance):
 
     .. math:: L(R) = \sum_r \frac{1}{E_r} \operatorname{tr}\bigl(G_r W_R [(\hat P_r^{-1})_{RR}]^{-1} W_R^\top\bigr)
 
-    over the readers r, with :math:`\hat P_r` the covariance of a reader's unfolded input plus a ridge, :math:`G_r` the
-    squared gains of the batch norm behind it and :math:`E_r` the energy of what its error disturbs: of its output, or
-    of the residual sum that this is added to. Channels go one at a time, least loss first
-    (:mod:`tp_importance.maths.elimination`). It pays if the readers are refitted afterwards. Ours; optimal brain
+    over the consumers r, with :math:`\hat P_r` the covariance of a consumer's unfolded input plus a ridge,
+    :math:`G_r` the squared gains of the batch norm behind it and :math:`E_r` the energy of what its error disturbs:
+    of its output, or of the residual sum that this is added to. Channels go one at a time, least loss first
+    (:mod:`tp_importance.maths.elimination`). It pays if the consumers are refitted afterwards. Ours; optimal brain
     surgeon (Hassibi and Stork 1993), structured in ZipLM (arXiv 2302.04089).
 
     Args:
         classes: labels of a classification subtask; samples of other classes are not counted.
         class_weight: θ in [0, 1], ½ without labels: what the refit leaves is measured in
-            :math:`2(\theta S_b + (1 - \theta) S_w)` of the reader's input instead of its covariance, which is θ = ½;
+            :math:`2(\theta S_b + (1 - \theta) S_w)` of the consumer's input instead of its covariance, which is θ = ½;
             the refit itself is the same. Ours.
-        positions: output positions per sample at which readers are watched, ``None`` for all.
-        ridge: relative to the mean variance of a reader's features, > 0.
+        positions: output positions per sample at which consumers are watched, ``None`` for all.
+        ridge: relative to the mean variance of a consumer's features, > 0.
         seed: of the sampled positions.
 
     Attributes:
-        reader_statistics: the moments of all readers, ``None`` before :meth:`collect`; whoever refits may use them.
+        consumer_statistics: the moments of all consumers, ``None`` before :meth:`collect`; whoever refits may use them.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -78,11 +78,11 @@ class OBSImportance(StatisticalImportance):
             raise ValueError(f"ridge={ridge!r} must be above 0, e.g. {RIDGE}")
         self.class_weight, self.positions, self.ridge, self.seed = class_weight, positions, ridge, seed
         self.needs_labels = class_weight != 0.5 or classes is not None
-        self.reader_statistics: ReaderStatistics | None = None
-        self._collecting: ReaderStatistics | None = None
+        self.consumer_statistics: ConsumerStatistics | None = None
+        self._collecting: ConsumerStatistics | None = None
 
     def _watches(self, groups: PrunableGroups) -> list[Watch]:
-        self._collecting = ReaderStatistics(groups, positions=self.positions, seed=self.seed)
+        self._collecting = ConsumerStatistics(groups, positions=self.positions, seed=self.seed)
         return self._collecting.watches()
 
     def _alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
@@ -97,13 +97,15 @@ class OBSImportance(StatisticalImportance):
         statistics = self._collecting
         assert statistics is not None
         curves = {g.name: self._curve(statistics, groups, g) for g in track(groups, "ordering channels", unit="group")}
-        self.reader_statistics = statistics  # not before: a failed pass leaves the old ones
+        self.consumer_statistics = statistics  # not before: a failed pass leaves the old ones
         return curves
 
-    def _curve(self, statistics: ReaderStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
+    def _curve(self, statistics: ConsumerStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
         norms = filter_norms(groups, group)
         reads, energy = [], np.zeros(group.n_units)
-        for member, (p, metric, weight, gain, units) in zip(group.readers, self._reads(statistics, group), strict=True):
+        for member, (p, metric, weight, gain, units) in zip(
+            group.consumers, self._reads(statistics, group), strict=True
+        ):
             scaled = weight.to(p) * gain.to(p).unsqueeze(2)
             energy += _unit_energy(p, scaled, units, group.n_units)
             factor = statistics.relative(member.name)
@@ -121,9 +123,9 @@ class OBSImportance(StatisticalImportance):
         return Curve(found.loss, found.order, constant=constant)
 
     def _reads(
-        self, statistics: ReaderStatistics, group: ChannelGroup
+        self, statistics: ConsumerStatistics, group: ChannelGroup
     ) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]]:
-        """Covariance, metric if it is another, weight, gain and units of every reader."""
+        """Covariance, metric if it is another, weight, gain and units of every consumer."""
         totals = statistics.reads(group, Moments.total)
         if self.class_weight == 0.5:
             for p, weight, gain, units in totals:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...pruning.report import optional_import
+from ...core.optional import optional_import
 
 __all__ = ["GroupStep", "PSAPHistory", "PruneStep"]
 

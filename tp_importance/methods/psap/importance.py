@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...allocation.curves import Curve, curve_from_scores
+from ...core.types import Bools
 from ...graph.gates import ChannelGates
 from ...graph.groups import PrunableGroups
 from ...pruning.importance import StatisticalImportance
 from ...statistics.gradients import LossFn, checked_loss_fn, loss_of
 from ...statistics.group_weights import GroupWeights
 from ...statistics.observe import Watch
-from .sparsity import Bools, filter_norms, outliers, select_masked
+from .sparsity import filter_norms, outliers, select_masked
 
 __all__ = ["PSAPImportance"]
 

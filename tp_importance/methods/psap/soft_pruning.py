@@ -22,6 +22,7 @@ from ...budget import Cost
 from ...core.guards import Guard, warn_in_eval_mode
 from ...core.processes import process_count
 from ...core.progress import phase
+from ...core.types import Bools, Floats, Ints
 from ...graph.cost import COST_FIELDS, CostModel
 from ...graph.gates import ChannelGates
 from ...graph.groups import ChannelGroup, PrunableGroups
@@ -29,17 +30,7 @@ from ...graph.remap import check_optimizer
 from ...statistics.group_weights import GroupWeights, ParametersOf, own_parameters
 from .history import GroupStep, PruneStep, PSAPHistory
 from .schedule import PSAPSchedule
-from .sparsity import (
-    Bools,
-    Floats,
-    Ints,
-    adaptive_widths,
-    cubic_target,
-    filter_norms,
-    outliers,
-    select_masked,
-    weight_sparsity,
-)
+from .sparsity import adaptive_widths, cubic_target, filter_norms, outliers, select_masked, weight_sparsity
 
 __all__ = ["Ratios", "SoftPruning"]
 

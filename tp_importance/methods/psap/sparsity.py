@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
+
+from ...core.types import Bools, Floats, Ints
 
 __all__ = ["adaptive_widths", "cubic_target", "filter_norms", "outliers", "select_masked", "weight_sparsity"]
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 LEAST_SPARSITY = 1e-12
 """Stands in for a sparsity of 0, so that such a group goes last but can go."""

@@ -19,7 +19,7 @@ from ...core.arguments import checked_model
 from ...core.guards import transaction
 from ...core.stale_optimizers import replacing
 from ...graph.dataflow import Flow, is_batchnorm, record
-from ...graph.groups import ignored_modules
+from ...graph.host_groups import ignored_modules
 from ...graph.reparametrised import computed_tensors
 from .fusion import fused_kernel
 
@@ -260,9 +260,9 @@ def _examine(model: nn.Module, flow: Flow, ignored: set[nn.Module]) -> Conversio
             left_out[name] = reason
             continue
         converted.append(name)
-        readers = flow.readers.get(calls[0].outputs[0], [])
-        if len(readers) == 1 and is_batchnorm(readers[0].module) and calls[0].outputs[0] not in flow.outputs:
-            bn = readers[0].module
+        consumers = flow.consumers.get(calls[0].outputs[0], [])
+        if len(consumers) == 1 and is_batchnorm(consumers[0].module) and calls[0].outputs[0] not in flow.outputs:
+            bn = consumers[0].module
             assert bn is not None
             if len(flow.calls(bn)) == 1 and bn not in ignored and not _entangled(bn, shared):
                 batchnorms[name] = names[bn]

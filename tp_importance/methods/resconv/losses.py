@@ -170,7 +170,7 @@ def removal_controls(
 ) -> dict[str, float]:
     r"""The factor a with which each layer would be removed.
 
-    That of the layer, if training has made it positive. Else, with data, what suits the reader of the output y best.
+    That of the layer, if training has made it positive. Else, with data, what suits the consumer of the output y best.
     If that is an add, the nearest multiple of the input, :math:`\max(\langle y, x \rangle / \langle x, x \rangle,
     10^{-3})`; it must be positive to be moved into other layers. If not, the multiple of the size it is used to,
     :math:`rms(y) / rms(x)`, y behind the activation. Without data 1, the identity.
@@ -189,12 +189,12 @@ def removal_controls(
     if not untrained or loader is None:
         return controls
     flow = record(model, example_inputs, layers=LAYERS, forward_fn=forward_fn)
-    readers = {op.name: {r.kind for r in flow.readers.get(op.outputs[0], [])} for op in flow.ops if op.outputs}
+    consumers = {op.name: {r.kind for r in flow.consumers.get(op.outputs[0], [])} for op in flow.ops if op.outputs}
     sums: dict[str, Tensor] = {}
 
     def add(name: str) -> WatchFn:
         def fn(x: Tensor, out: Tensor, _labels: Tensor) -> None:
-            seen = out.clamp(min=0) if readers[name] == {"relu"} else out
+            seen = out.clamp(min=0) if consumers[name] == {"relu"} else out
             found = torch.stack([(x * out).sum(), x.square().sum(), seen.square().sum()]).cpu().double()
             sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64)) + found
 
@@ -204,7 +204,7 @@ def removal_controls(
     observe(model, loader, watches, need_labels=False, forward_fn=forward_fn)
     for name, (xy, xx, yy) in sums.items():
         xx = xx.clamp(min=1e-300)
-        value = xy / xx if "add" in readers[name] else (yy / xx).sqrt()
+        value = xy / xx if "add" in consumers[name] else (yy / xx).sqrt()
         controls[name] = max(float(value), LEAST_CONTROL)
     return controls
 

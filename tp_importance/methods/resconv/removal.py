@@ -59,8 +59,8 @@ def remove_layers(
 ) -> RemovalReport:
     r"""Remove residual convolutions in place, as if their s were 0: :math:`y = \phi(a x)`.
 
-    The factor a goes into all readers of that tensor: weights of convolutions and linear layers, statistics of batch
-    norms, slices behind a concatenation, the a of readers that are still :class:`ResConv2d`; through adds also out of
+    The factor a goes into all consumers of that tensor: weights of convolutions and linear layers, statistics of batch
+    norms, slices behind a concatenation, the a of consumers that are still :class:`ResConv2d`; through adds also out of
     the layers that feed the same stream. What lies between must be positively homogeneous (ReLU, LeakyReLU, pools,
     reshapes). Where it is not (ReLU6, SiLU, sigmoid, an output of the network), one explicit :class:`Scale` stays; one
     by 1, a copy, stays where something writes in place. Activations that are modules and have become idle go, too,
@@ -174,7 +174,7 @@ def _copy_what_is_written_to(model: nn.Module, names: set[str], flow_of: Callabl
             for v in op.written:
                 maker = flow.maker.get(v)
                 new = maker is not None and (maker.module is not None or maker.kind == "add")
-                if not new or len(flow.readers[v]) > 1 or v in flow.outputs:
+                if not new or len(flow.consumers[v]) > 1 or v in flow.outputs:
                     on_the_way = [s.name for s in flow.spans if s.outputs == (v,) and s.ops.stop <= position]
                     found.update([name for name in on_the_way if name in names][-1:])
         if not found:

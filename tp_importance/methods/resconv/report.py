@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...budget import Cost
-from ...pruning.report import CostReport, optional_import
+from ...core.optional import optional_import
+from ...pruning.report import CostReport
 
 __all__ = ["LayerReport", "LayerRow"]
 

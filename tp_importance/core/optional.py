@@ -1,4 +1,4 @@
-"""Optional packages of the extra ``automl``."""
+"""Packages of the extras, imported when they are needed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from ..errors import MissingPackageError
 
 __all__ = ["optional_import"]
 
+_EXTRAS = {"pandas": "report", "matplotlib": "report", "optuna": "automl", "cmaes": "automl", "ray": "automl"}
+
 
 def optional_import(module: str) -> Any:
-    """Import a module of the extra ``automl``.
+    """Import a module of one of the extras.
 
     Args:
         module: dotted name.
@@ -25,5 +27,5 @@ def optional_import(module: str) -> Any:
         package = module.split(".")[0]
         raise MissingPackageError(
             f"{package} is needed for this and cannot be imported ({type(error).__name__}: {error}); "
-            'pip install "tp-importance[automl]"'
+            f'pip install "tp-importance[{_EXTRAS[package]}]"'
         ) from error

@@ -1,4 +1,4 @@
-"""Second moments of what every reader receives, collected once for all groups, budgets and class weights."""
+"""Second moments of what every consumer receives, collected once for all groups, budgets and class weights."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch import Tensor, nn
 from ..core.batches import ForwardFn
 from ..errors import TracingError
 from ..graph.groups import ChannelGroup, PrunableGroups
-from ..graph.patches import bn_gain, feature_channels, reader_weight, unfolded_input
+from ..graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input
 from ..graph.taps import addition, recording, tap
 from ..maths.batchnorm import Moments as NormMoments
-from ..maths.moments import Moments, reader_scatter
+from ..maths.moments import Moments, consumer_scatter
 from .observe import Watch, at_least_float, labels_per_row, undisturbed
 
-__all__ = ["ReaderStatistics", "check_reading", "checked_moments"]
+__all__ = ["ConsumerStatistics", "check_reading", "checked_moments"]
 
 MAX_FEATURES = 4608
-"""Features (channels × taps) up to which a reader's full moment matrix is kept: 512 channels of a 3×3 kernel."""
+"""Features (channels × taps) up to which a consumer's full moment matrix is kept: 512 channels of a 3×3 kernel."""
 
 ENERGY_EXPONENT = 0.75
-"""How far CATRO's losses are taken relative to the energy a group sends to a reader; chosen by measurement."""
+"""How far CATRO's losses are taken relative to the energy a group sends to a consumer; chosen by measurement."""
 
 STEADY = 1e-4
 """Below this fraction of its squared mean, the variance of a tensor does not count: it is a constant."""
 
 SKETCH = 64
-"""Outputs a wider reader is summarised by; exact if it has no more."""
+"""Outputs a wider consumer is summarised by; exact if it has no more."""
 
 
 def checked_moments(name: str, moments: Moments | None) -> Moments:
@@ -46,34 +46,34 @@ def checked_moments(name: str, moments: Moments | None) -> Moments:
 
 
 def check_reading(class_weight: float, positions: int | None) -> None:
-    """Refuse what no criterion in the space of the readers takes."""
+    """Refuse what no criterion in the space of the consumers takes."""
     if not 0.0 <= class_weight <= 1.0:
         raise ValueError(f"class_weight={class_weight!r} must be a fraction in [0, 1]")
     if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
         raise ValueError(f"positions={positions!r} must be a positive integer, or None for all")
 
 
-class ReaderStatistics:
-    r"""Moments of the unfolded inputs of all readers of some groups.
+class ConsumerStatistics:
+    r"""Moments of the unfolded inputs of all consumers of some groups.
 
-    Memory: one d×d float64 matrix and K class sums of length d per reader, d = channels/groups · taps, however
-    many samples there are. A reader with more than :data:`MAX_FEATURES` features (a linear layer behind a
+    Memory: one d×d float64 matrix and K class sums of length d per consumer, d = channels/groups · taps, however
+    many samples there are. A consumer with more than :data:`MAX_FEATURES` features (a linear layer behind a
     flattened map) is watched through the contributions of its channels to :data:`SKETCH` random ±1 combinations of
     its outputs instead, an unbiased estimate that is exact up to that many outputs (Johnson-Lindenstrauss).
 
     Args:
-        groups: the groups whose readers are watched.
+        groups: the groups whose consumers are watched.
         positions: output positions per sample, ``None`` for all.
         seed: of positions and sketches.
     """
 
     def __init__(self, groups: PrunableGroups, *, positions: int | None = 8, seed: int = 0) -> None:
         self._model = groups.trace.model
-        self._names = list(dict.fromkeys(r.name for g in groups for r in g.readers))
+        self._names = list(dict.fromkeys(r.name for g in groups for r in g.consumers))
         self._gains = {}
         self._norms = {name: groups.trace.batch_norm_behind(name) for name in self._names}
         for name in self._names:
-            weight = reader_weight(self._model.get_submodule(name))
+            weight = consumer_weight(self._model.get_submodule(name))
             gain = bn_gain(self._norms[name], weight.shape[0] * weight.shape[1])
             self._gains[name] = gain.view(weight.shape[:2]).to(weight.device)
         self._positions = positions
@@ -85,10 +85,10 @@ class ReaderStatistics:
         self._energies: dict[str, float] = {}
 
     def covers(self, groups: PrunableGroups, positions: int | None) -> bool:
-        """Whether these are statistics of all readers of ``groups``, at no fewer ``positions`` than asked for."""
+        """Whether these are statistics of all consumers of ``groups``, at no fewer ``positions`` than asked for."""
         enough = self._positions is None or (positions is not None and self._positions >= positions)
         same = self._model is groups.trace.model
-        return enough and same and {r.name for g in groups for r in g.readers} <= self._moments.keys()
+        return enough and same and {r.name for g in groups for r in g.consumers} <= self._moments.keys()
 
     def watches(self) -> list[Watch]:
         """What :func:`~tp_importance.statistics.observe.observe` is to watch."""
@@ -100,7 +100,7 @@ class ReaderStatistics:
 
     @contextmanager
     def sums(self, example_inputs: Any, forward_fn: ForwardFn | None = None) -> Iterator[None]:
-        """While the model runs over the data, also see what the outputs of readers are added up to, for :meth:`energy`.
+        """While the model runs over the data, see also what outputs of consumers are added to, for :meth:`energy`.
 
         Samples whose entry in ``labels``, to be set before each batch, is negative do not count.
 
@@ -112,35 +112,35 @@ class ReaderStatistics:
             UserWarning: if the model does other operations than on its example inputs; no sum is used then.
         """
         flow = recording(self._model, example_inputs, forward_fn)
-        readers: dict[int, list[str]] = {}
+        consumers: dict[int, list[str]] = {}
         for name in self._names:
             op = None if flow is None else addition(flow, name, self._norms[name])
             if op is not None:
-                readers.setdefault(op.outputs[0], []).append(name)
-        if flow is None or not readers:
+                consumers.setdefault(op.outputs[0], []).append(name)
+        if flow is None or not consumers:
             yield
             return
         lost: list[TracingError] = []
 
         def look(value: int, x: Tensor) -> None:
-            channels_first = x.dim() > 2 and not isinstance(self._model.get_submodule(readers[value][0]), nn.Linear)
+            channels_first = x.dim() > 2 and not isinstance(self._model.get_submodule(consumers[value][0]), nn.Linear)
             with undisturbed(x.device):
                 if self.labels is not None and bool((self.labels < 0).any()):
-                    x = x[labels_per_row(readers[value][0], x, self.labels) >= 0]
+                    x = x[labels_per_row(consumers[value][0], x, self.labels) >= 0]
                 if not len(x):
                     return
                 new = NormMoments.of(at_least_float(x if channels_first else x.flatten(0, -2)))
-            for name in readers[value]:
+            for name in consumers[value]:
                 self._sums[name] = self._sums[name].merged(new) if name in self._sums else new
 
-        with tap(self._model, flow, {value: partial(look, value) for value in readers}, otherwise=lost.append):
+        with tap(self._model, flow, {value: partial(look, value) for value in consumers}, otherwise=lost.append):
             yield
         if lost:
             self._sums.clear()
             warnings.warn(f"{lost[0]}; losses are taken relative to single layers, not to residual sums", stacklevel=4)
 
     def energy(self, name: str) -> float:
-        """Variance, summed over channels, of what errors of reader ``name`` disturb.
+        """Variance, summed over channels, of what errors of consumer ``name`` disturb.
 
         That is its output behind the batch norm, or the sum this is added up to, if :meth:`sums` saw one; at least
         :data:`STEADY` of its squared mean.
@@ -162,13 +162,13 @@ class ReaderStatistics:
         return self._energies[name]
 
     def _output(self, name: str) -> tuple[Tensor, Tensor]:
-        """Variance and mean of the outputs of a reader behind its batch norm."""
+        """Variance and mean of the outputs of a consumer behind its batch norm."""
         module, moments = self._model.get_submodule(name), self.moments(name)
         p, mean = moments.total(), moments.mean()
         if _is_wide(module):  # summed up over the channels already
             return p.sum((1, 2)), mean.sum(1)
         gain = self._gains[name].to(p)
-        weight = reader_weight(module).to(p) * gain.unsqueeze(2)
+        weight = consumer_weight(module).to(p) * gain.unsqueeze(2)
         output = (weight @ mean.unsqueeze(2)).flatten()
         norm = self._norms[name]
         if isinstance(module.bias, Tensor):
@@ -179,15 +179,15 @@ class ReaderStatistics:
         return ((weight @ p) * weight).sum(2).flatten(), output
 
     def relative(self, name: str) -> float:
-        """Factor that makes a loss at reader ``name`` a fraction of :meth:`energy`; 0 where nothing varies. Ours."""
+        """Factor that makes a loss at consumer ``name`` a fraction of :meth:`energy`; 0 where nothing varies. Ours."""
         energy = self.energy(name)
         return 1.0 / energy if energy > 0 else 0.0
 
     def moments(self, name: str) -> Moments:
-        """What reader ``name`` has received so far.
+        """What consumer ``name`` has received so far.
 
         Raises:
-            ValueError: if the reader did not run, or received values that are not finite.
+            ValueError: if the consumer did not run, or received values that are not finite.
         """
         return checked_moments(name, self._moments[name])
 
@@ -214,9 +214,9 @@ class ReaderStatistics:
         return matrix
 
     def scatter(self, group: ChannelGroup, matrix: Callable[[Moments], Tensor]) -> Tensor:
-        r"""Scatter of the units of ``group``, :math:`\sum_r S_r / E_r^{3/4}` over its readers r.
+        r"""Scatter of the units of ``group``, :math:`\sum_r S_r / E_r^{3/4}` over its consumers r.
 
-        :math:`E_r = 1^\top S_r 1` is what the reader loses without the whole group. Exponent 1 would make all groups
+        :math:`E_r = 1^\top S_r 1` is what the consumer loses without the whole group. Exponent 1 would make all groups
         equal, 0 count raw energies; ¾ was best or as good as any on four networks and fresh draws
         (docs/benchmarks.md). Ours.
 
@@ -225,14 +225,14 @@ class ReaderStatistics:
             matrix: what to take from the moments: total, between-class, or a blend; shape (G, d, d).
 
         Returns:
-            shape (U, U); a reader at which the group does not vary adds nothing.
+            shape (U, U); a consumer at which the group does not vary adds nothing.
 
         Raises:
-            ValueError: if a reader received values that are not finite, or was never run.
+            ValueError: if a consumer received values that are not finite, or was never run.
         """
         total: Tensor | None = None
         for p, weight, gain, units in self.reads(group, matrix):
-            s = reader_scatter(p, weight, gain, units, group.n_units)
+            s = consumer_scatter(p, weight, gain, units, group.n_units)
             energy = s.sum().abs()
             s = s / energy**ENERGY_EXPONENT if energy > 0 else s
             total = s if total is None else total + s.to(total.device)
@@ -242,7 +242,7 @@ class ReaderStatistics:
     def reads(
         self, group: ChannelGroup, matrix: Callable[[Moments], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """How every reader reads the units of ``group``, in order of ``group.readers``.
+        """How every consumer reads the units of ``group``, in order of ``group.consumers``.
 
         Args:
             group: one of the groups.
@@ -250,13 +250,13 @@ class ReaderStatistics:
 
         Yields:
             ``matrix`` of its moments, (G, d, d); its weight, (G, O/G, d); the gain behind it, (G, O/G); the unit of
-            every feature or -1, (G, d). A wide reader has a block per output of the sketch, a feature per channel and
+            every feature or -1, (G, d). A wide consumer has a block per output of the sketch, a feature per channel and
             weights of 1.
 
         Raises:
             ValueError: as :meth:`moments`.
         """
-        for member in group.readers:
+        for member in group.consumers:
             moments, module = self.moments(member.name), self._model.get_submodule(member.name)
             unit_of = torch.full((member.width,), -1)
             unit_of[torch.from_numpy(member.channels)] = torch.from_numpy(member.units)
@@ -265,7 +265,7 @@ class ReaderStatistics:
                 channels = torch.arange(member.width).expand(p.shape[0], -1)
                 weight, gain = p.new_ones(p.shape[0], 1, p.shape[1]), p.new_ones(p.shape[0], 1)
             else:
-                channels, weight, gain = feature_channels(module), reader_weight(module), self._gains[member.name]
+                channels, weight, gain = feature_channels(module), consumer_weight(module), self._gains[member.name]
             yield p, weight, gain, unit_of[channels].to(p.device)
 
     def _collector(self, name: str, module: nn.Module, index: int) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -288,9 +288,9 @@ class ReaderStatistics:
 
     def _sketch(self, module: nn.Module, gain: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
         """Map rows (R, G, d) to contributions of every channel to a few output combinations, (R, S, C)."""
-        weight = reader_weight(module) * gain.to(reader_weight(module)).unsqueeze(2)
+        weight = consumer_weight(module) * gain.to(consumer_weight(module)).unsqueeze(2)
         if weight.shape[0] > 1:
-            raise ValueError(f"grouped readers with more than {MAX_FEATURES} features per group are not supported")
+            raise ValueError(f"grouped consumers with more than {MAX_FEATURES} features per group are not supported")
         weight = weight[0]
         if weight.shape[0] > SKETCH:
             signs = torch.randint(0, 2, (SKETCH, weight.shape[0]), generator=generator) * 2 - 1
@@ -309,4 +309,4 @@ class ReaderStatistics:
 
 
 def _is_wide(module: Any) -> bool:
-    return reader_weight(module).shape[2] > MAX_FEATURES
+    return consumer_weight(module).shape[2] > MAX_FEATURES

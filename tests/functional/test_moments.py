@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tp_importance.maths.moments import Moments, eliminate, elimination_loss, reader_scatter
+from tp_importance.maths.moments import Moments, consumer_scatter, eliminate, elimination_loss
 
 F64 = torch.float64
 
@@ -116,7 +116,7 @@ def naive_scatter(p, weight, gain, units, n_units):
 
 @pytest.mark.parametrize("foreign", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_reader_scatter_is_the_sum_and_the_change_of_the_output(groups, foreign):
+def test_consumer_scatter_is_the_sum_and_the_change_of_the_output(groups, foreign):
     generator = torch.Generator().manual_seed(3)
     u, y = rows(groups=groups, d=8)
     weight = torch.randn(groups, 5, 8, generator=generator, dtype=F64)
@@ -126,7 +126,7 @@ def test_reader_scatter_is_the_sum_and_the_change_of_the_output(groups, foreign)
     if foreign:
         units[:, [1, 6]] = -1
     moments = Moments().update(u, y)
-    s = reader_scatter(moments.total(), weight, gain, units, 4)
+    s = consumer_scatter(moments.total(), weight, gain, units, 4)
     torch.testing.assert_close(s, naive_scatter(moments.total(), weight, gain, units, 4))
     for removed in ([0], [1, 3], [0, 1, 2, 3]):
         masked = u * ~torch.isin(units, torch.tensor(removed))
@@ -135,8 +135,10 @@ def test_reader_scatter_is_the_sum_and_the_change_of_the_output(groups, foreign)
         torch.testing.assert_close(elimination_loss(s, torch.tensor(removed)), loss)
 
 
-def test_reader_scatter_keeps_the_precision_of_the_moments():
-    s = reader_scatter(torch.eye(2, dtype=F64)[None], torch.ones(1, 1, 2), torch.ones(1, 1), torch.tensor([[0, 1]]), 3)
+def test_consumer_scatter_keeps_the_precision_of_the_moments():
+    s = consumer_scatter(
+        torch.eye(2, dtype=F64)[None], torch.ones(1, 1, 2), torch.ones(1, 1), torch.tensor([[0, 1]]), 3
+    )
     assert s.dtype == F64 and s.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 

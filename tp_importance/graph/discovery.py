@@ -1,0 +1,89 @@
+"""The groups of a network that can be pruned safely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..core.progress import phase, shown
+from .groups import PrunableGroups, Verifier
+from .host_groups import build_groups
+from .modes import read_in_training_only
+from .tracing import TraceOptions, trace
+from .verify import verify_groups
+
+__all__ = ["prunable_groups"]
+
+
+def prunable_groups(
+    model: nn.Module,
+    example_inputs: Any,
+    ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
+    *,
+    num_heads: Mapping[nn.Module, int] | None = None,
+    unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
+    customized_pruners: Mapping[Any, Any] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    output_transform: Callable[[Any], Any] | None = None,
+    allow_stale: bool = False,
+    verify: bool | Verifier = True,
+    progress: bool = False,
+) -> PrunableGroups:
+    """Find the coupled channel groups of any network, and keep only those that can be pruned safely.
+
+    The groups come from Torch-Pruning's dependency graph. Left out, each with its reason, are: the network's
+    outputs; groups with an ignored layer; groups whose channels are normalised together (LayerNorm, GroupNorm);
+    groups of a single unit; groups that some layer reads in training mode only (an auxiliary head, which the surgery
+    would not follow); and every group for which removal is not the same as masking. The last test
+    (``verify``, ours) prunes a copy and compares it, at every convolution and linear layer and at the output,
+    with the masked original: Torch-Pruning traces some constructions wrongly and prunes them without an error
+    (channel padding, uneven chunks).
+
+    Args:
+        model: the network; it is not changed.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        ignored_layers: modules (with everything inside), parameters or module types that must keep their outputs.
+        num_heads: ``{qkv projection: heads}`` as in Torch-Pruning; a unit is then one dimension of every head.
+        unwrapped_parameters: ``[(parameter, dim), ...]`` as in Torch-Pruning.
+        customized_pruners: as in Torch-Pruning.
+        forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
+        output_transform: applied to the network's output before tracing.
+        allow_stale: also offer channels that layers read in training mode only. These layers keep their old width, and
+            the network fails in training mode once it is pruned.
+        verify: compare masked and pruned copies (default). Costs one deep copy, one more trace and two passes. Or a
+            function that knows the verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
+        progress: show progress bars.
+
+    Returns:
+        :class:`PrunableGroups`.
+
+    Raises:
+        TracingError: if the network cannot be traced.
+        TypeError: for an ``ignored_layers`` entry that is neither module, parameter nor type.
+        ValueError: if layers do not run in eval mode, and what they read in training mode cannot be found out.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> groups = prunable_groups(net, torch.randn(1, 3, 8, 8))
+        >>> [(g.name, g.width) for g in groups], [e.reason for e in groups.excluded]
+        ([('0', 8)], ["produces the network's output"])
+    """
+    options = TraceOptions(
+        forward_fn,
+        output_transform,
+        unwrapped_parameters,
+        customized_pruners,
+        [p for p in ignored_layers or () if isinstance(p, nn.Parameter)],
+    )
+    with phase("tracing", progress=progress) as running:
+        groups = build_groups(trace(model, example_inputs, options), ignored_layers, num_heads, options)
+        if not allow_stale and len(groups):
+            groups = groups.exclude(read_in_training_only(groups, example_inputs))
+        running.note(groups=len(groups), left_out=len(groups.excluded))
+    if not verify or not len(groups):
+        return groups
+    with shown(progress):
+        return groups.exclude((verify if callable(verify) else verify_groups)(groups, example_inputs))
