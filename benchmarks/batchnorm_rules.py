@@ -29,12 +29,13 @@ from tp_importance import (
     BudgetPruner,
     CATROImportance,
     OBSImportance,
-    calibrate,
+    Refit,
     prunable_groups,
     recalibrate_batchnorm,
     slice_classifier,
 )
 from tp_importance.maths.batchnorm import Moments
+from tp_importance.statistics import batchnorm as calibrate
 from tp_importance.statistics.batchnorm import DenseReference
 
 RULES = ("left", "re-estimated", "shifted", "followed")
@@ -120,7 +121,7 @@ def run(case: Any, cells: Cells, key: dict[str, Any]) -> None:
     model, refit = case.dense(), None if key["refit"] == "none" else key["refit"]
     dense = copy.deepcopy(model)
     pruner, batches = case.pruner(model, key["criterion"], key["macs_kept"], key["draw"])
-    pruner.step(compensate=refit)
+    pruner.step(refit=None if refit is None else Refit(refit, recalibrate=False))
     model.zero_grad()
     reference = DenseReference.matched(dense, model)
     for rule in missing:

@@ -26,10 +26,10 @@ from tp_importance import (
     Budget,
     BudgetPruner,
     CATROImportance,
-    Compensation,
     ITPruner,
     OBSImportance,
     PSAPImportance,
+    Refit,
     count_ops,
 )
 from tp_importance.automl.methods import METHODS
@@ -130,8 +130,8 @@ def run(net: Network, arm: str, mode: str, draw: int, macs: float, args: Any, da
         verify=False,  # done once in Network
     )
     with by_outputs() if "by outputs" in arm else nullcontext():
-        how = None if mode == "none" else Compensation(mode, ridge=args.ridge)  # type: ignore[arg-type]
-        report = pruner.step(compensate=how, recalibrate=True)
+        how = None if mode == "none" else Refit(mode, ridge=args.ridge)  # type: ignore[arg-type]
+        report = pruner.step(refit=how)
     seconds = time.perf_counter() - start
     return {
         "top1": round(data.accuracy(model, args.n_test, args.device), 3),

@@ -28,7 +28,7 @@ def run(net: Network, exponent: float, draw: int, args: Any, data: Cifar10) -> d
     before, consumers.ENERGY_EXPONENT = consumers.ENERGY_EXPONENT, exponent
     try:
         pruner = CATROPruner(model, net.inputs, batches, budget=budget, ignored_layers=ignored, verify=False)
-        report = pruner.step(recalibrate=True)
+        report = pruner.step(refit="batchnorm")
     finally:
         consumers.ENERGY_EXPONENT = before
     return {"top1": round(data.accuracy(model, args.n_test, args.device), 3), "macs": report.cost.macs}

@@ -126,7 +126,7 @@ def run(net: Network, criterion: str, allocator: str, draw: int, args: Any, data
     pruner.importance = _score(CRITERIA[criterion].make(model, batches, net.layers), model, net, batches, pruner.groups)
     scoring = _now(args.device) - start
     model.zero_grad()
-    report = pruner.step(recalibrate=True)
+    report = pruner.step(refit="batchnorm")
     return {
         "top1": round(data.accuracy(model, args.n_test, args.device), 3),
         "macs": report.cost.macs,

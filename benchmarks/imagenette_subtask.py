@@ -26,8 +26,8 @@ from tp_importance import (
     Budget,
     BudgetPruner,
     CATROImportance,
-    Compensation,
     OBSImportance,
+    Refit,
     count_ops,
     slice_classifier,
 )
@@ -73,10 +73,10 @@ def run(arm: str, mode: str, macs: float, args: Any, data: Imagenette) -> dict[s
     with by_outputs() if "by outputs" in arm else nullcontext():
         plan = pruner.plan()
     model.zero_grad()
-    how = None if mode == "none" else Compensation(mode, memory_limit=args.memory << 30)
+    how = None if mode == "none" else Refit(mode, memory_limit=args.memory << 30)
     if mode == "sequential":
         pruner.loader = batches[: -(-args.refit_images // len(batches[0][0]))]
-    pruner.apply(plan, compensate=how, recalibrate=True)
+    pruner.apply(plan, refit=how)
     seconds = time.perf_counter() - start
     if not first:
         slice_classifier(model, CLASSES)

@@ -21,7 +21,7 @@ from common import Cells, add_data_arguments, environment, flat, markdown, parse
 from scoring_cost import BATCH, NETWORKS, Images, bare, seconds, status_mb, subject
 from torchvision import models
 
-from tp_importance import Budget, BudgetPruner, Compensation, OBSImportance
+from tp_importance import Budget, BudgetPruner, OBSImportance, Refit
 
 MODES = ("parallel", "sequential")
 
@@ -31,10 +31,10 @@ def pruned(model: Any, batches: Any, x: torch.Tensor, mode: str, memory: int) ->
     start = seconds(x.device)
     pruner = BudgetPruner(model, x, batches, importance=OBSImportance(), budget=Budget(macs=0.5))
     built = seconds(x.device)
-    how = Compensation(mode, memory_limit=memory << 30)  # type: ignore[arg-type]
-    report = pruner.step(compensate=how, recalibrate=True)
-    assert report.compensation is not None
-    return built - start, seconds(x.device) - built, report.compensation.passes
+    how = Refit(mode, memory_limit=memory << 30)  # type: ignore[arg-type]
+    report = pruner.step(refit=how)
+    assert report.refit is not None
+    return built - start, seconds(x.device) - built, report.refit.passes
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:

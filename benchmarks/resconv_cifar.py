@@ -54,12 +54,12 @@ def run(name: str, arm: str, kept: float, seed: int, args: Any, data: Cifar10) -
     if arm.startswith("layers"):
         importance = "scale" if arm == "layers, L1" else "output"
         pruner = ResConvPruner(model, INPUTS, loader, budget=Budget(macs=kept), importance=importance)
-        report: Any = pruner.step(fuse=False, recalibrate=True)
+        report: Any = pruner.step(fuse=False, refit="batchnorm")
         what = {"removed": report.removed, "collapsed": list(report.collapsed)}
     else:
         make, allocator = CHANNELS[arm]
         channels = BudgetPruner(model, INPUTS, loader, importance=make(), budget=Budget(macs=kept), allocator=allocator)
-        report = channels.step(recalibrate=True)
+        report = channels.step(refit="batchnorm")
         what = {"widths": [row.after for row in report.rows]}
     at_once = data.accuracy(model, args.n_test, args.device)
     train(model, data, args.train_images - spent, lr=args.lr, seed=seed + 1, device=args.device)

@@ -35,13 +35,13 @@ class Arm:
     Attributes:
         make: the criterion.
         allocator: how it spends the budget.
-        compensate: whether and how the consumers are refitted.
+        refit: whether and how the consumers are refitted.
         widths: a criterion whose widths are taken instead.
     """
 
     make: Make
     allocator: str
-    compensate: str | None = None
+    refit: str | None = None
     widths: Make | None = None
 
 
@@ -122,7 +122,7 @@ def pruned(net: Network, arm: Arm, seed: int, *, args: Any, data: Cifar10) -> tu
         )
 
     widths = pruner(arm.widths).plan().widths if arm.widths else None
-    report = pruner(arm.make, min_widths=widths, max_widths=widths).step(compensate=arm.compensate, recalibrate=True)
+    report = pruner(arm.make, min_widths=widths, max_widths=widths).step(refit=arm.refit)
     model.zero_grad()
     return model, {"macs": report.cost.macs, "widths": [row.after for row in report.rows]}
 

@@ -43,7 +43,7 @@ def main() -> None:
 
     start = time.perf_counter()
     pruner = CATROPruner(model, torch.randn(1, 3, 32, 32), loader, budget=Budget(macs=args.macs), space=args.space)
-    report = pruner.step(recalibrate=True)
+    report = pruner.step(refit="batchnorm")
     print(f"{report}\n\npruned in {time.perf_counter() - start:.1f} s")
     print(f"one shot, no training: {data.accuracy(model, args.n_test):.2f} %")
 

@@ -48,7 +48,7 @@ def main() -> None:
 
     distiller = Distiller(model, features=STAGES)  # before pruning: it keeps a copy
     pruner = CATROPruner(model, torch.randn(2, 3, 32, 32), calibration, budget=Budget(macs=args.macs))
-    pruner.step(compensate="sequential", recalibrate=True)
+    pruner.step(refit="sequential")
     print(f"pruned {data.accuracy(model, args.n_test):.2f} %", flush=True)
 
     start = time.perf_counter()

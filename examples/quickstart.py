@@ -29,6 +29,7 @@ from tqdm import tqdm
 import nni_plugins
 import tp_importance
 from nni_plugins._compat import import_nni
+from tp_importance import Refit
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -147,7 +148,7 @@ def torch_pruning_entries(budget: tp_importance.Budget, x: Tensor, loader: Batch
 
     def resconv(model: nn.Module) -> None:
         tp_importance.ResConvPruner(model, x, loader, budget=budget, importance="output").step(
-            fuse=False, recalibrate=True
+            fuse=False, refit="batchnorm"
         )
 
     def host(importance: Any, needs_gradients: bool = False) -> Callable[[nn.Module], None]:
@@ -244,7 +245,7 @@ def refit_entries(budget: tp_importance.Budget, x: Tensor, loader: Batches) -> d
         pruner = nni_plugins.OBSPruner(model, [{"op_types": ["Conv2d"]}], loader=loader, budget=budget)
         _, masks = pruner.compress()
         pruner.unwrap_model()
-        nni_plugins.compensate_masks(model, masks, loader, x, "sequential")
+        nni_plugins.refit_masks(model, masks, loader, x, Refit("sequential", recalibrate=False))
         nni_plugins.speedup(model, x, masks)
 
     return {"Torch-Pruning OBS + refit": one_call, "NNI OBS + refit": nni_obs}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from .base import ImportancePruner
 from .catro import CATROPruner
-from .compensation import compensate_masks
 from .experiment import experiment_running, nni_trial, run_experiment, trial_table
 from .itpruner import ITPruner
 from .obs import OBSPruner
 from .psap import PSAPPruner
+from .refit import refit_masks
 from .resconv import ResConvPruner
 from .speedup import speedup
 from .tuner import BudgetTuner, BudgetTunerValidator, register_tuner, registered_tuner, unregister_tuner
@@ -29,9 +29,9 @@ __all__ = [
     "OBSPruner",
     "PSAPPruner",
     "ResConvPruner",
-    "compensate_masks",
     "experiment_running",
     "nni_trial",
+    "refit_masks",
     "register_tuner",
     "registered_tuner",
     "run_experiment",

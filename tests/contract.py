@@ -612,7 +612,7 @@ class PrunerContract:
         plain, other, _ = self.fresh("residual")
         dense, groups, removed = copy.deepcopy(model), pruner.groups, pruner.plan().removed
         plain.step()
-        pruner.step(recalibrate=True)
+        pruner.step(refit="batchnorm")
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
         batches = [a for a, _ in loader_for(x)]
         for name, norm in dense.named_modules():
@@ -628,14 +628,14 @@ class PrunerContract:
         pruner = self.make_pruner(model, x, None, Budget(macs=0.5))
         snapshot = Snapshot(model)
         with pytest.raises(ValueError, match="loader"):
-            pruner.step(recalibrate=True)
+            pruner.step(refit="batchnorm")
         snapshot.check()
 
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
     def test_gradients_switched_off_around(self, context: Any) -> None:
         model, x = make_network("residual")
         with context():
-            self.make_pruner(model, x, loader_for(x), Budget(macs=0.5)).step(recalibrate=True)
+            self.make_pruner(model, x, loader_for(x), Budget(macs=0.5)).step(refit="batchnorm")
         assert not any(t.is_inference() for t in [*model.parameters(), *model.buffers()])
         model.train()(x).sum().backward()  # can be trained
         assert all(p.grad is not None for p in model.parameters())
@@ -658,7 +658,7 @@ class PrunerContract:
         with pytest.raises(errors) as caught, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             built.append(self.make_pruner(model, x, loader(loader_for(x)), Budget(macs=0.5), **options))
-            built[0].step(recalibrate=recalibrate)
+            built[0].step(refit="batchnorm" if recalibrate else None)
         snapshot.check()
         for pruner in built:  # what is no loader at all is refused at once
             assert pruner.groups.widths == pruner.initial_widths and pruner.pruning_history() == []
@@ -674,12 +674,12 @@ class PrunerContract:
     @pytest.mark.parametrize("kind", BAD_LOADERS)
     def test_bad_loaders(self, kind: str) -> None:
         spoil, error = BAD_LOADERS[kind]
-        self.assert_refused(spoil, error, recalibrate=not self.uses_data)
+        self.assert_refused(spoil, error, refit="batchnorm" if not self.uses_data else None)
 
     def test_the_loaders_own_exception_passes(self) -> None:
-        self.assert_refused(lambda batches: Fails(batches), LoaderError, recalibrate=True)
+        self.assert_refused(lambda batches: Fails(batches), LoaderError, refit="batchnorm")
         if self.uses_data:  # the second pass is the recalibration's, behind the surgery
-            self.assert_refused(lambda batches: Fails(batches, 2), LoaderError, recalibrate=True)
+            self.assert_refused(lambda batches: Fails(batches, 2), LoaderError, refit="batchnorm")
 
     def test_a_step_that_failed_can_be_repeated(self) -> None:
         model, x = make_network("concat")
@@ -687,7 +687,7 @@ class PrunerContract:
         pruner = self.make_pruner(model, x, loader, Budget(macs=0.5))
         snapshot = Snapshot(model)
         with pytest.raises(LoaderError):
-            pruner.step(recalibrate=True)
+            pruner.step(refit="batchnorm")
         snapshot.check()
         pruner.step()
         clean, expected, _ = self.fresh("concat")

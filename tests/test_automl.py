@@ -138,9 +138,9 @@ def test_widths_ratios_and_weights():
         ({"method": "psap_training"}, ValueError, "pass train="),
         ({"budget:macs": 0.0001}, BudgetError, "cannot be reached"),
         ({"allocator": "gready"}, ValueError, "allocator='gready' is unknown; choose from .*'default'.*'program'"),
-        ({"compensate": "serial"}, SearchSpaceError, "compensate='serial' is unknown"),
+        ({"refit": "serial"}, SearchSpaceError, "refit='serial' is unknown"),
         (
-            {"method": "resconv", "compensate": "parallel"},
+            {"method": "resconv", "refit": "parallel"},
             SearchSpaceError,
             "no consumers of removed channels to refit",
         ),
@@ -173,12 +173,12 @@ def test_a_trial_refits_if_asked_to(name):
         with torch.no_grad():
             return float((net(BATCHES[0][0]) - dense).square().mean())
 
-    plain, off = (run(model, {"method": name, **p}, evaluate=error) for p in ({}, {"compensate": None}))
+    plain, off = (run(model, {"method": name, **p}, evaluate=error) for p in ({}, {"refit": "batchnorm"}))
     found = {}
     for mode in ("parallel", "sequential"):
-        found[mode] = run(model, {"method": name, "compensate": mode}, evaluate=error)
-        assert run(model, {"method": name}, evaluate=error, compensate=mode) == found[mode]
-        assert run(model, {"method": name, "compensate": None}, evaluate=error, compensate=mode) == plain == off
+        found[mode] = run(model, {"method": name, "refit": mode}, evaluate=error)
+        assert run(model, {"method": name}, evaluate=error, refit=mode) == found[mode]
+        assert run(model, {"method": name, "refit": "batchnorm"}, evaluate=error, refit=mode) == plain == off
     assert found["sequential"]["default"] < plain["default"]
     assert all(f["macs"] == plain["macs"] for f in found.values())  # the widths are the same
 
@@ -198,26 +198,26 @@ def test_a_refit_comes_before_training_and_needs_data():
     model, order = network(), []
     trained = run(
         model,
-        {"compensate": "parallel"},
+        {"refit": "parallel"},
         train=lambda net, **_: order.append(weight_sum(net)),
         evaluate=lambda net: order.append(weight_sum(net)) or 0.0,
     )
-    refitted = run(model, {"compensate": "parallel"})["default"]
+    refitted = run(model, {"refit": "parallel"})["default"]
     assert order == [refitted, refitted] and trained["default"] == 0.0 and refitted != run(model, {})["default"]
-    with pytest.raises(ValueError, match="compensate needs data: pass loader="):
-        run(model, {"compensate": "parallel"}, loader=None)
+    with pytest.raises(ValueError, match="refit='parallel' needs data: pass loader="):
+        run(model, {"refit": "parallel"}, loader=None)
 
 
 def test_the_refit_is_a_choice_of_the_space_only_if_asked_for():
     others = {"allocators": ["default"], "methods": ["obs"], "budget": {"macs": (0.2, 0.8)}}
-    default, space = search_space(**others), search_space(**others, compensate=[None, "parallel", "sequential"])
+    default, space = search_space(**others), search_space(**others, refit=[None, "parallel", "sequential"])
     names = [p.name for p in space.parameters]
-    assert [n for n in names if n != "compensate"] == [p.name for p in default.parameters]
-    assert space.to_nni()["compensate"] == {"_type": "choice", "_value": [None, "parallel", "sequential"]}
+    assert [n for n in names if n != "refit"] == [p.name for p in default.parameters]
+    assert space.to_nni()["refit"] == {"_type": "choice", "_value": [None, "parallel", "sequential"]}
     assert SearchSpace.from_dict(space.to_dict()) == space
-    params = {"method": "obs", "obs.class_weight": 0.5, "allocator": "default", "budget:macs": 0.5, "compensate": None}
+    params = {"method": "obs", "obs.class_weight": 0.5, "allocator": "default", "budget:macs": 0.5, "refit": None}
     assert space.check(params) == params
-    assert run(network(), params)["macs"] == run(network(), {**params, "compensate": "parallel"})["macs"]
+    assert run(network(), params)["macs"] == run(network(), {**params, "refit": "parallel"})["macs"]
 
 
 def test_ignored_layers_are_those_of_the_copy():
@@ -278,8 +278,8 @@ def test_space_in_every_form():
         lambda: search_space(per_group="ratio"),
         lambda: search_space(budget={"macs": (0.5, 2.0)}),
         lambda: search_space(allocators=["gready"]),
-        lambda: search_space(compensate=["serial"]),
-        lambda: search_space(methods=["resconv"], compensate=[None, "parallel"]),
+        lambda: search_space(refit=["serial"]),
+        lambda: search_space(methods=["resconv"], refit=["batchnorm", "parallel"]),
         lambda: SearchSpace.from_dict({"a": {"kind": "real"}}),
     ],
 )
@@ -298,19 +298,15 @@ def test_statistics_are_collected_once(tmp_path):
             return iter(BATCHES)
 
     for space in ("consumer", "channel"):
-        first = run(
-            model, {"method": "catro", "catro.space": space}, statistics=tmp_path, loader=Loader(), recalibrate=False
-        )
+        first = run(model, {"method": "catro", "catro.space": space}, statistics=tmp_path, loader=Loader(), refit=None)
         assert len(passes) == 1
-        again = run(
-            model, {"method": "catro", "catro.space": space}, statistics=tmp_path, loader=Loader(), recalibrate=False
-        )
-        fresh = run(model, {"method": "catro", "catro.space": space}, recalibrate=False)
+        again = run(model, {"method": "catro", "catro.space": space}, statistics=tmp_path, loader=Loader(), refit=None)
+        fresh = run(model, {"method": "catro", "catro.space": space}, refit=None)
         assert first == again == fresh and len(passes) == 1
         passes.clear()
     with torch.no_grad():
         next(model.parameters()).mul_(2)
-    run(model, {"method": "catro"}, statistics=tmp_path, loader=Loader(), recalibrate=False)
+    run(model, {"method": "catro"}, statistics=tmp_path, loader=Loader(), refit=None)
     assert len(passes) == 1  # other weights, other statistics
     path = CurveStore(tmp_path, model).path("x", {})
     path.write_bytes(b"nonsense")

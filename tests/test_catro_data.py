@@ -86,7 +86,7 @@ def test_custom_batches():
     importance = CATROImportance().collect(model, x, records, **options)
     for name, curve in importance.curves().items():
         np.testing.assert_array_equal(curve.loss, expected(batches)[name].loss)
-    report = CATROPruner(model, x, records, budget=Budget(macs=0.5), **options).step(recalibrate=True)
+    report = CATROPruner(model, x, records, budget=Budget(macs=0.5), **options).step(refit="batchnorm")
     assert report.cost.macs == count_ops(model, x)[0]
     with pytest.raises(TypeError, match="Record"):
         CATROImportance().collect(make_network("plain")[0], x, records)

@@ -6,11 +6,11 @@ import torch_pruning as tp
 from torch import nn
 
 from networks import class_loader, make_network
-from tp_importance import Budget, BudgetPruner, Compensation, compensate, compensated_step, prunable_groups
+from tp_importance import Budget, BudgetPruner, Refit, prunable_groups, refit_consumers, refitted_step
 from tp_importance.graph.surgery import remove_units
 
 MODES = ["parallel", "sequential"]
-EXACT = Compensation(ridge=0.0, positions=None)
+EXACT = Refit("parallel", ridge=0.0, positions=None, recalibrate=False)
 
 
 def last_linear(model):
@@ -72,9 +72,9 @@ def test_a_host_pruner_gives_what_our_surgery_gives(name, mode):
     pruner = tp.pruner.BasePruner(
         model, x, Chosen(groups, removed), pruning_ratio=0.5, ignored_layers=[last_linear(model)]
     )
-    report = compensated_step(pruner, x, data, mode)
+    report = refitted_step(pruner, x, data, mode)
     twins = prunable_groups(twin, x)
-    by_hand = compensate(twin, x, data, removed, mode, groups=twins)
+    by_hand = refit_consumers(twin, x, data, removed, mode, groups=twins)
     remove_units(twins, removed)
     assert report == by_hand and report.rows and not any(r.skipped for r in report.rows)
     assert_same(state(model), state(twin))
@@ -94,7 +94,7 @@ def test_any_pruner_of_the_host(kind, options):
     plain = copy.deepcopy(model)
     pruner, other = (pruner_of(m, x, kind, **options) for m in (model, plain))
     for _ in range(options.get("iterative_steps", 1)):
-        report = compensated_step(pruner, x, [data], EXACT)
+        report = refitted_step(pruner, x, [data], EXACT)
         assert report.rows and all(r.after < r.before for r in report.rows)
         other.step()
     fresh = {k: v.shape for k, v in make_network("residual")[0].state_dict().items()}
@@ -109,7 +109,7 @@ def test_any_pruner_of_the_host(kind, options):
 def test_what_is_not_masking_is_reported_and_left_as_the_host_left_it(mode):
     model, x = make_network("padded_shortcut")
     plain = copy.deepcopy(model)
-    report = compensated_step(pruner_of(model, x), x, class_loader(32), mode)
+    report = refitted_step(pruner_of(model, x), x, class_loader(32), mode)
     pruner_of(plain, x).step()
     skipped = {r.name: r.skipped for r in report.rows if r.skipped}
     assert skipped and all("cannot be accounted for" in reason and "masking" in reason for reason in skipped.values())
@@ -132,7 +132,7 @@ def test_the_model_is_unchanged_after_an_exception(mode):
     model, x = make_network("plain")
     before, shapes = state(model), repr(model)
     with pytest.raises(OSError, match="disk"):
-        compensated_step(pruner_of(model, x), x, Broken(class_loader(32)), mode)
+        refitted_step(pruner_of(model, x), x, Broken(class_loader(32)), mode)
     assert_same(state(model), before)
     assert repr(model) == shapes and model(x).shape == (2, 4)
 
@@ -142,10 +142,10 @@ def test_recalibration_and_modes():
     mean = model[0][1].running_mean.clone()
     pruner = pruner_of(model, x)  # leaves the model in eval mode
     model.train()
-    compensated_step(pruner, x, class_loader(32), recalibrate=True)
+    refitted_step(pruner, x, class_loader(32), refit="parallel")
     assert model.training and not torch.equal(model[0][1].running_mean, mean[: len(model[0][1].running_mean)])
     with pytest.raises(TypeError, match="compensates nothing"):
-        compensated_step(pruner_of(model, x), x, class_loader(32), None)
+        refitted_step(pruner_of(model, x), x, class_loader(32), Refit(None, recalibrate=False))
 
 
 def test_the_model_is_unchanged_if_recalibration_fails():
@@ -156,7 +156,7 @@ def test_the_model_is_unchanged_if_recalibration_fails():
         model, x[:2], tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[model[3]]
     )
     with pytest.raises(ValueError, match="variance"):  # a batch of one sample
-        compensated_step(pruner, x[:2], [x[:1], x], "parallel", recalibrate=True)
+        refitted_step(pruner, x[:2], [x[:1], x], "parallel")
     assert_same(state(model), before)
 
 
@@ -166,17 +166,21 @@ def test_outputs_of_the_network_are_not_cut_off(name, layer):
     layer = layer or {m: n for n, m in model.named_modules()}[last_linear(model)]
     before = state(model)
     with pytest.raises(ValueError, match=rf"\(2, 4\).* became .*\(2, 2\).*ignored_layers: \['{layer}'\]"):
-        compensated_step(pruner_of(model, x, ignored_layers=[]), x, [images(x)])
+        refitted_step(
+            pruner_of(model, x, ignored_layers=[]), x, [images(x)], refit=Refit("parallel", recalibrate=False)
+        )
     assert_same(state(model), before)
-    assert compensated_step(pruner_of(model, x), x, [images(x)]).rows  # and as the message says it works
+    assert refitted_step(
+        pruner_of(model, x), x, [images(x)], refit=Refit("parallel", recalibrate=False)
+    ).rows  # and as the message says it works
 
 
 def test_pruners_of_another_kind_are_refused():
     model, x = make_network("plain")
     importance = tp.importance.MagnitudeImportance()
     ours = BudgetPruner(model, x, importance=importance, budget=Budget(macs=0.5))
-    with pytest.raises(TypeError, match=r"BudgetPruner refits by itself: call pruner.step\(compensate="):
-        compensated_step(ours, x, [images(x)])
+    with pytest.raises(TypeError, match=r"BudgetPruner refits by itself: call pruner.step\(refit="):
+        refitted_step(ours, x, [images(x)], refit=Refit("parallel", recalibrate=False))
     for wrong, given in ((importance, "of type MagnitudeImportance"), (tp.pruner.BasePruner, "the class BasePruner")):
         with pytest.raises(TypeError, match=f"pruner is {given}; give a pruner of Torch-Pruning"):
-            compensated_step(wrong, x, [images(x)])
+            refitted_step(wrong, x, [images(x)], refit=Refit("parallel", recalibrate=False))

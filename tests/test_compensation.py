@@ -12,20 +12,19 @@ from tp_importance import (
     BudgetError,
     BudgetPruner,
     CATROImportance,
-    Compensation,
     PruningReport,
-    compensate,
+    Refit,
     prunable_groups,
+    refit_consumers,
 )
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.patches import consumer_weight, set_consumer_weight, unfolded_input
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import gates, sample_units
 from tp_importance.refitting.layers import refittable
-from tp_importance.refitting.refit import Compensation as Settings
 
 L1 = tp.importance.MagnitudeImportance(p=1, normalizer=None)
-EXACT = Compensation(ridge=0.0, positions=None)
+EXACT = Refit("parallel", ridge=0.0, positions=None, recalibrate=False)
 MODES = ["parallel", "sequential"]
 
 
@@ -62,7 +61,7 @@ def compensated(name, how=EXACT, dtype=torch.float64):
     shape = x.shape[1:]
     data = torch.randn(16, *shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     dense = copy.deepcopy(model)
-    report = compensate(model, x, data.split(6), removed, how, groups=groups)
+    report = refit_consumers(model, x, data.split(6), removed, how, groups=groups)
     return dense, model, groups, removed, data, report
 
 
@@ -91,7 +90,7 @@ def test_the_refit_is_least_squares_on_the_stored_activations(name):
 
 @pytest.mark.parametrize("name", ["plain", "flatten", "no_bn", "transposed", "concat"])
 def test_the_mean_output_of_every_consumer_is_kept(name):
-    dense, model, groups, removed, data, _ = compensated(name, Compensation(positions=None))
+    dense, model, groups, removed, data, _ = compensated(name, Refit("parallel", positions=None))
     for r in refittable(groups, removed)[0]:
         u = inputs_of(dense, r.name, data).mean(0)
         old, new = dense.get_submodule(r.name), r.module
@@ -109,7 +108,7 @@ def test_neither_bias_nor_batch_norm_takes_the_uncentred_moments():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3, bias=False), nn.ReLU(), nn.Conv2d(5, 2, 3))
     net, x = net.double().eval(), images(dtype=torch.float64)
     dense = copy.deepcopy(net)
-    compensate(net, x[:2], [x], {"0": [0, 3, 5]}, EXACT)
+    refit_consumers(net, x[:2], [x], {"0": [0, 3, 5]}, EXACT)
     u = inputs_of(dense, "2", x)[:, 0]
     kept = ~torch.isin(torch.arange(72) // 9, torch.tensor([0, 3, 5]))
     direct = torch.linalg.lstsq(u[:, kept], u @ dense[2].weight.flatten(1).T).solution
@@ -142,7 +141,7 @@ def test_duplicate_channels_go_without_a_trace(name, mode):
     model, x, groups, group, units = duplicated(name)
     data = torch.randn(16, *x.shape[1:], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     wanted = model(data)
-    compensate(model, x, [data], {group: units}, Compensation(mode, 0.0, None), groups=groups)
+    refit_consumers(model, x, [data], {group: units}, Refit(mode, 0.0, None, recalibrate=False), groups=groups)
     remove_units(groups, {group: units})
     torch.testing.assert_close(model(data), wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max().detach()))
 
@@ -151,14 +150,14 @@ def test_duplicate_channels_go_without_a_trace(name, mode):
 def test_nothing_removed_nothing_changed(mode):
     model, x = make_network("plain")
     before = state(model)
-    report = compensate(model, x, [images(size=16)], {}, mode)
+    report = refit_consumers(model, x, [images(size=16)], {}, mode)
     assert not report.rows and same_state(model, before)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype, mode):
-    _dense, model, _groups, _removed, _data, report = compensated("plain", Compensation(mode), dtype)
+    _dense, model, _groups, _removed, _data, report = compensated("plain", Refit(mode), dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert all(r.after <= r.before for r in report.rows) and any(r.after < r.before for r in report.rows)
 
@@ -166,7 +165,7 @@ def test_low_precision(dtype, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_seed_decides(mode):
     def weights(seed):
-        model = compensated("plain", Compensation(mode, positions=2, seed=seed))[1]
+        model = compensated("plain", Refit(mode, positions=2, seed=seed))[1]
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
@@ -221,9 +220,9 @@ def test_one_sweep_equals_one_pass_per_consumer(name, recalibrate, downstream):
     for limit in (4 << 30, 0):
         model = copy.deepcopy(dense)
         groups = prunable_groups(model, x, verify=False)
-        how = Compensation("sequential", 0.0, None, downstream, residual=False, memory_limit=limit)
+        how = Refit("sequential", 0.0, None, downstream, residual=False, memory_limit=limit, recalibrate=recalibrate)
         loader = data.split(6)
-        reports.append(compensate(model, x, loader, removed, how, groups=groups, recalibrate=recalibrate))
+        reports.append(refit_consumers(model, x, loader, removed, how, groups=groups))
         models.append(model)
     naive = copy.deepcopy(dense)
     naive_sequence(dense, naive, prunable_groups(naive, x, verify=False), removed, data, recalibrate, downstream)
@@ -270,8 +269,8 @@ def test_a_sum_is_refitted_as_a_whole(limit, positions):
         model = copy.deepcopy(dense)
         groups = prunable_groups(model, data[:2], verify=False)
         removed = {"first.0": [0, 3, 5, 7], "second.0": [1, 2, 8]}
-        how = Compensation("sequential", 0.0, positions, residual=residual, memory_limit=limit)
-        report = compensate(model, data[:2], data.split(40), removed, how, groups=groups)
+        how = Refit("sequential", 0.0, positions, residual=residual, memory_limit=limit)
+        report = refit_consumers(model, data[:2], data.split(40), removed, how, groups=groups)
         assert [r.name for r in report.rows] == ["first.2", "second.0", "second.2", "head"]
         seen = []
         with gates(model, groups, removed):
@@ -302,18 +301,20 @@ def test_control_flow_that_depends_on_the_data_is_named():
     before = state(model)
     data = torch.randn(12, 3, 8, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="residual=False"):
-        compensate(model, data[:2], [data], {"first.0": [0, 3]}, "sequential")
+        refit_consumers(model, data[:2], [data], {"first.0": [0, 3]}, Refit("sequential", recalibrate=False))
     assert same_state(model, before) and not model._forward_hooks and not model._forward_pre_hooks
-    compensate(model, data[:2], [data], {"first.0": [0, 3]}, Compensation("sequential", residual=False))
+    refit_consumers(
+        model, data[:2], [data], {"first.0": [0, 3]}, Refit("sequential", residual=False, recalibrate=False)
+    )
 
 
 @pytest.mark.parametrize("limit", [4 << 30, 0])
 def test_sampled_positions_are_the_same_in_both_networks(limit):
     """A network of which nothing changes: the targets are met exactly, which other positions would not do."""
     model, x, groups, group, units = duplicated("plain")
-    how = Compensation("sequential", 0.0, 3, downstream=False, memory_limit=limit)
+    how = Refit("sequential", 0.0, 3, downstream=False, memory_limit=limit)
     data = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    report = compensate(model, x, data.split(20), {group: units}, how, groups=groups)
+    report = refit_consumers(model, x, data.split(20), {group: units}, how, groups=groups)
     assert all(r.after < 1e-9 and (r.before > 1e-9) == (r.removed > 0) for r in report.rows)
     assert any(r.removed for r in report.rows)
 
@@ -321,7 +322,7 @@ def test_sampled_positions_are_the_same_in_both_networks(limit):
 def test_sweep_and_passes_draw_the_same_positions():
     weights = []
     for limit in (4 << 30, 0):
-        model = compensated("plain", Compensation("sequential", positions=2, memory_limit=limit))[1]
+        model = compensated("plain", Refit("sequential", positions=2, memory_limit=limit))[1]
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-9)
 
@@ -336,8 +337,8 @@ def test_layers_downstream_are_refitted_to_their_changed_inputs(name):
         dense, wanted = state(model), model(data).detach()
         groups = prunable_groups(model, x, verify=False)
         removed = {g.name: list(range(0, g.n_units, 4)) for g in groups if g.name != "0.0"}
-        how = Compensation("sequential", 1e-6, None, downstream, residual=False, memory_limit=limit)
-        report = compensate(model, x, data.split(10), removed, how, groups=groups)
+        how = Refit("sequential", 1e-6, None, downstream, residual=False, memory_limit=limit)
+        report = refit_consumers(model, x, data.split(10), removed, how, groups=groups)
         remove_units(groups, removed)
         results.append((model, report, (model(data).detach() - wanted).square().mean()))
         assert torch.equal(model.get_submodule("0.0").weight, dense["0.0.weight"])  # nothing in front of it changes
@@ -371,7 +372,9 @@ def test_a_layer_that_runs_several_times_pools_its_calls(mode):
     model, x = Loop().double().eval(), images(dtype=torch.float64)
     dense = copy.deepcopy(model)
     groups = prunable_groups(model, x[:2])
-    report = compensate(model, x[:2], x.split(6), sample_units(groups), Compensation(mode, 0.0, None), groups=groups)
+    report = refit_consumers(
+        model, x[:2], x.split(6), sample_units(groups), Refit(mode, 0.0, None, recalibrate=False), groups=groups
+    )
     row = next(r for r in report.rows if r.name == "b")
     assert row.after < row.before and report.passes == {"parallel": 1, "sequential": 4}[mode]
     r = next(r for r in refittable(groups, sample_units(groups))[0] if r.name == "b")
@@ -385,7 +388,9 @@ def test_a_layer_that_runs_several_times_pools_its_calls(mode):
 def test_batches_that_do_not_join_take_a_pass_per_consumer():
     model, x = make_network("plain")
     loader = [torch.randn(4, 3, size, size) for size in (16, 12)]
-    report = compensate(model, x, loader, sample_units(prunable_groups(model, x)), "sequential")
+    report = refit_consumers(
+        model, x, loader, sample_units(prunable_groups(model, x)), Refit("sequential", recalibrate=False)
+    )
     assert report.passes == 2 * len(report.rows) > 2
 
 
@@ -402,17 +407,17 @@ def test_the_model_is_unchanged_after_an_exception(mode):
     pruner = BudgetPruner(model, x, Broken(class_loader()), importance=L1, budget=Budget(macs=0.6))
     before, modes = state(model), [m.training for m in model.modules()]
     with pytest.raises(OSError, match="disk"):
-        pruner.step(compensate=mode)
+        pruner.step(refit=mode)
     pruner.loader = class_loader()
     with pytest.raises(BudgetError):
-        pruner.step(Budget(macs=1), compensate=mode)
+        pruner.step(Budget(macs=1), refit=mode)
     pruner.loader = [(x * float("nan"), y[:2]) for x, y in [(x, torch.arange(2))]]
     with pytest.raises(ValueError, match="not finite"):
-        pruner.step(compensate=mode)
+        pruner.step(refit=mode)
     assert same_state(model, before) and modes == [m.training for m in model.modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     pruner.loader = class_loader()
-    assert pruner.step(compensate=mode).compensation.rows  # and still works
+    assert pruner.step(refit=mode).refit.rows  # and still works
 
 
 def test_a_failed_surgery_takes_the_refit_back(monkeypatch):
@@ -421,7 +426,7 @@ def test_a_failed_surgery_takes_the_refit_back(monkeypatch):
     pruner = BudgetPruner(model, x, class_loader(), importance=L1, budget=Budget(macs=0.6))
     monkeypatch.setattr("tp_importance.pruning.pruner.count_ops", lambda *a, **k: (1, 1))
     with pytest.raises(RuntimeError, match="planned were"):
-        pruner.step(compensate=True)
+        pruner.step(refit=Refit("parallel", recalibrate=False))
     assert same_state(model, before)
 
 
@@ -431,12 +436,12 @@ def test_budget_pruner_prunes_what_was_refitted(mode):
     twin = copy.deepcopy(model)
     pruner = BudgetPruner(model, x, class_loader(), importance=L1, budget=Budget(macs=0.6))
     plan = pruner.plan()
-    report = pruner.step(compensate=mode)
-    by_hand = compensate(twin, x, class_loader(), plan.removed, mode)
+    report = pruner.step(refit=mode)
+    by_hand = refit_consumers(twin, x, class_loader(), plan.removed, mode)
     groups = prunable_groups(twin, x)
     masked = twin(x)
     remove_units(groups, plan.removed)
-    assert same_state(model, state(twin)) and report.compensation == by_hand
+    assert same_state(model, state(twin)) and report.refit == by_hand
     assert report.cost == plan.cost
     torch.testing.assert_close(twin(x), masked)  # a channel nobody weighs is gone
     again = PruningReport.from_dict(json.loads(report.to_json()))
@@ -457,7 +462,7 @@ def test_statistics_of_the_importance_are_used_again():
         model, x = make_network("plain")
         loader = Counting(class_loader())
         pruner = BudgetPruner(model, x, loader, importance=CATROImportance(), budget=Budget(macs=0.5))
-        pruner.step(compensate=Compensation(positions=positions))
+        pruner.step(refit=Refit("parallel", positions=positions, recalibrate=False))
         models.append(state(model))
         passes.append(loader.passes)
     assert passes == [1, 2]  # all positions are more than were collected
@@ -471,18 +476,19 @@ def test_only_the_chosen_classes_count():
     for data, classes in ((loader, [0, 1]), (some, None)):
         model, x = make_network("flatten")  # the linear layers have one position each
         groups = prunable_groups(model, x)
-        compensate(model, x, data, sample_units(groups), Settings(positions=None), groups=groups, classes=classes)
+        all_positions = Refit("parallel", positions=None)
+        refit_consumers(model, x, data, sample_units(groups), all_positions, groups=groups, classes=classes)
         states.append(state(model))
     for a, b in zip(*(s.values() for s in states), strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("how", ["parallel", "sequential", Settings("sequential", memory_limit=0)])
+@pytest.mark.parametrize("how", ["parallel", "sequential", Refit("sequential", memory_limit=0)])
 def test_classes_that_do_not_occur_are_refused(how):
     model, x = make_network("flatten")
     groups, before = prunable_groups(model, x), state(model)
     with pytest.raises(ValueError, match=r"classes \[7, 9\] do not occur in the loader; of the chosen .* \[1\]"):
-        compensate(model, x, class_loader(32), sample_units(groups), how, groups=groups, classes=[7, 1, 9])
+        refit_consumers(model, x, class_loader(32), sample_units(groups), how, groups=groups, classes=[7, 1, 9])
     assert all(torch.equal(v, before[k]) for k, v in state(model).items())
 
 
@@ -490,7 +496,7 @@ def test_what_cannot_be_refitted_is_reported(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 4)).eval()
     monkeypatch.setattr("tp_importance.refitting.layers.MAX_FEATURES", 500)
     before = state(net)
-    report = compensate(net, images()[:2], [images()], {"0": [1]})
+    report = refit_consumers(net, images()[:2], [images()], {"0": [1]}, refit="parallel")
     assert "512 features are too many" in report.rows[0].skipped and "not refitted: 3" in str(report)
     assert report.rows[0].removed == 64 and same_state(net, before)
 
@@ -525,7 +531,7 @@ def test_a_batch_norm_of_two_layers_keeps_its_mean():
     refits, _ = refittable(groups, {"stem": [0, 1]})
     assert [r.name for r in refits] == ["a", "b"] and not any(r.centred for r in refits)
     mean = net.bn.running_mean.clone()
-    compensate(net, images()[:2], [images()], {"stem": [0, 1]}, groups=groups)
+    refit_consumers(net, images()[:2], [images()], {"stem": [0, 1]}, groups=groups, refit="parallel")
     assert torch.equal(net.bn.running_mean, mean)
 
 
@@ -540,24 +546,24 @@ def test_a_batch_norm_of_two_layers_keeps_its_mean():
 )
 def test_bad_settings(value, error, message):
     with pytest.raises(error, match=message):
-        Compensation(**value)
+        Refit(**value)
 
 
 def test_bad_arguments():
     model, x = make_network("plain")
     pruner = BudgetPruner(model, x, importance=L1, budget=Budget(macs=0.5))
     with pytest.raises(ValueError, match="compensate needs data"):
-        pruner.step(compensate=True)
-    with pytest.raises(TypeError, match="compensate=3"):
-        pruner.step(compensate=3)
+        pruner.step(refit=Refit("parallel", recalibrate=False))
+    with pytest.raises(TypeError, match="refit=3"):
+        pruner.step(refit=Refit(3, recalibrate=False))
     with pytest.raises(ValueError, match="no prunable group is called 'x'"):
-        compensate(model, x, class_loader(), {"x": [1]})
+        refit_consumers(model, x, class_loader(), {"x": [1]}, refit="parallel")
     with pytest.raises(ValueError, match="cannot be removed"):
-        compensate(model, x, class_loader(), {pruner.groups.names[0]: [99]})
+        refit_consumers(model, x, class_loader(), {pruner.groups.names[0]: [99]}, refit="parallel")
     with pytest.raises(ValueError, match="groups are of another"):
-        compensate(make_network("plain")[0], x, class_loader(), {}, groups=pruner.groups)
+        refit_consumers(make_network("plain")[0], x, class_loader(), {}, groups=pruner.groups, refit="parallel")
     with pytest.raises(TypeError, match="compensates nothing"):
-        compensate(model, x, class_loader(), {}, None)
+        refit_consumers(model, x, class_loader(), {}, Refit(None, recalibrate=False))
     assert isinstance(pruner.groups, PrunableGroups)
 
 
@@ -579,7 +585,7 @@ class Scaled(nn.Module):
 def test_targets_of_any_task_are_not_looked_at(mode, labels):
     model, x = Scaled(), images()
     batch = x if labels is None else (x, labels)
-    report = compensate(model, x[:2], [batch], {"body.0": [1, 5]}, mode)
+    report = refit_consumers(model, x[:2], [batch], {"body.0": [1, 5]}, mode)
     assert report.rows[0].name == "body.2"
 
 
@@ -601,7 +607,7 @@ def test_autocast_does_not_spoil_the_statistics(mode, around):
 
         groups = prunable_groups(model, x[:2])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and around == "call"):
-            compensate(model, x[:2], [x], {"0": [1, 5, 7], "2": [0, 3]}, mode, groups=groups, forward_fn=forward)
+            refit_consumers(model, x[:2], [x], {"0": [1, 5, 7], "2": [0, 3]}, mode, groups=groups, forward_fn=forward)
         with torch.no_grad():
             errors.append(float((model(x) - wanted).square().mean()))
     assert errors[1] < 1.1 * errors[0] + 1e-4
@@ -619,5 +625,5 @@ def test_an_unchanged_layer_stays_bit_for_bit():
 
     model, x = Twins(), images()
     old = model.c.weight.detach().clone()
-    report = compensate(model, x[:2], [x], {"a": [0, 2]}, "sequential")
+    report = refit_consumers(model, x[:2], [x], {"a": [0, 2]}, Refit("sequential", recalibrate=False))
     assert torch.equal(model.c.weight, old) and {r.name: r.before for r in report.rows}["c"] == 0.0

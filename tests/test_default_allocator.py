@@ -50,13 +50,13 @@ def test_all_routes_give_the_same_network(name):
 
     for choice in (None, "default", allocator):
         model, x = network()
-        prune(model, x, LOADER, budget=HALF, method=name, compensate=None, allocator=choice)
+        prune(model, x, LOADER, budget=HALF, method=name, refit="batchnorm", allocator=choice)
     model, x = network()
     with loss_gradients(model, LOADER):
-        prune(model, x, LOADER, budget=HALF, method=make(), compensate=None)
+        prune(model, x, LOADER, budget=HALF, method=make(), refit="batchnorm")
     model, x = network()
     with loss_gradients(model, LOADER):
-        BudgetPruner(model, x, LOADER, importance=make(), budget=HALF).step(recalibrate=True)
+        BudgetPruner(model, x, LOADER, importance=make(), budget=HALF).step(refit="batchnorm")
     model, x = network()
     options = {"example_inputs": x, "loader": LOADER, "evaluate": lambda net: 0.0, "latency_seconds": None}
     found = []

@@ -100,8 +100,8 @@ def test_the_loss_decides_what_goes(method):
         losses.append(len(labels))
         return F.cross_entropy(output * torch.tensor([1.0, 0.0, 0.0, 9.0]), labels)
 
-    prune(model, x, DATA, budget=HALF, method=method, loss_fn=loss_fn, compensate=None)
-    prune(twin, x, DATA, budget=HALF, method=method, compensate=None)
+    prune(model, x, DATA, budget=HALF, method=method, loss_fn=loss_fn, refit="batchnorm")
+    prune(twin, x, DATA, budget=HALF, method=method, refit="batchnorm")
     assert losses == [len(y) for _, y in DATA] and not torch.equal(weights(model), weights(twin))
 
 
@@ -123,7 +123,7 @@ def test_in_a_search(method):
             loader=data,
             budget=HALF,
             evaluate=lambda net: float(weights(net).sum()),
-            recalibrate=False,
+            refit=None,
             latency_seconds=None,
             **options,
         )

@@ -17,7 +17,7 @@ from torch import nn
 from contract import Snapshot, loader_for, same_values
 from networks import make_network
 from psap_cases import TOTAL, make
-from tp_importance import Budget, BudgetPruner, CATROImportance, compensated_step, recalibrate_batchnorm
+from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_batchnorm, refitted_step
 from tp_importance.core.guards import Guard, preserved, transaction, written
 from tp_importance.graph.remap import Survivors
 from tp_importance.statistics.gradients import loss_gradients
@@ -82,7 +82,7 @@ class AtCall:
             raise Injected(name)
 
 
-@pytest.mark.parametrize("options", [{"recalibrate": True}, {}, {"compensate": "parallel", "recalibrate": True}])
+@pytest.mark.parametrize("options", [{"recalibrate": True}, {}, {"refit": "parallel", "recalibrate": True}])
 def test_an_exception_at_any_call_of_a_step_undoes_it(options):
     pruner, names = fresh(), set()
     plan, before, snapshot = pruner.plan(), known(pruner), Snapshot(pruner.model)
@@ -106,7 +106,7 @@ def test_an_exception_at_any_call_of_a_step_undoes_it(options):
     pruner.model.train()(pruner.example_inputs).sum().backward()
 
 
-@pytest.mark.parametrize("options", [{"recalibrate": True}, {"compensate": "sequential", "recalibrate": True}])
+@pytest.mark.parametrize("options", [{"recalibrate": True}, {"refit": "sequential", "recalibrate": True}])
 def test_ctrl_c_at_any_time_leaves_all_or_nothing(options):
     reference = fresh()
     start = time.perf_counter()
@@ -276,7 +276,7 @@ def test_ctrl_c_in_a_step_of_the_host(mode):
         model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=ignored
     )
     with pytest.raises(KeyboardInterrupt):
-        compensated_step(pruner, x, Interrupting(data), mode, recalibrate=True)
+        refitted_step(pruner, x, Interrupting(data), mode)
     snapshot.check()
 
 

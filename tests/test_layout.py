@@ -11,13 +11,13 @@ from networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,
-    Compensation,
     PSAPPruner,
-    compensated_step,
+    Refit,
     load_pruned,
     prunable_groups,
     prune,
     recalibrate_batchnorm,
+    refitted_step,
     save_pruned,
 )
 
@@ -27,7 +27,7 @@ L1 = tp.importance.MagnitudeImportance(p=1)
 
 def host_step(model, x):
     pruner = tp.pruner.BasePruner(model, x, L1, pruning_ratio=0.5, ignored_layers=[model[3][2]])
-    compensated_step(pruner, x, DATA)
+    refitted_step(pruner, x, DATA, refit=Refit("parallel", recalibrate=False))
 
 
 def while_training(model, x):
@@ -43,19 +43,19 @@ def history(model, x):
 
 
 def one_by_one(model, x):
-    prune(model, x, DATA, budget=HALF, compensate=Compensation("sequential", memory_limit=1))
+    prune(model, x, DATA, budget=HALF, refit=Refit("sequential", memory_limit=1))
 
 
 CUTS = {
     "step": lambda m, x: BudgetPruner(m, x, importance=L1, budget=HALF).step(),
     "sequential": lambda m, x: prune(m, x, DATA, budget=HALF),
-    "parallel": lambda m, x: prune(m, x, DATA, budget=HALF, compensate="parallel"),
-    "no refit": lambda m, x: prune(m, x, DATA, budget=HALF, compensate=None),
+    "parallel": lambda m, x: prune(m, x, DATA, budget=HALF, refit="parallel"),
+    "no refit": lambda m, x: prune(m, x, DATA, budget=HALF, refit="batchnorm"),
     "one by one": one_by_one,
     "taylor": lambda m, x: prune(m, x, DATA, budget=HALF, method="taylor"),
     "psap": lambda m, x: prune(m, x, DATA, budget=HALF, method="psap"),
     "PSAPPruner": while_training,
-    "compensated_step": host_step,
+    "refitted_step": host_step,
     "history": history,
 }
 LOOKS = {

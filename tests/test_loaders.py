@@ -12,16 +12,16 @@ from networks import class_loader, make_network
 from tp_importance import (
     Budget,
     CATROPruner,
-    Compensation,
     ITPruner,
     ITPrunerImportance,
     OBSImportance,
     OBSPruner,
-    compensate,
-    compensated_step,
+    Refit,
     observe,
     prune,
     recalibrate_batchnorm,
+    refit_consumers,
+    refitted_step,
 )
 from tp_importance.automl import prune_trial
 from tp_importance.core.batches import WholeBatches
@@ -61,7 +61,7 @@ def test_a_short_last_batch_joins_the_one_before(estimator, last):
 def test_by_every_way_to_itpruner():
     model, x = make_network("plain")
     ways = {
-        "pruner": lambda m, data: ITPruner(m, x, data, budget=HALF).step(compensate="sequential", recalibrate=True),
+        "pruner": lambda m, data: ITPruner(m, x, data, budget=HALF).step(refit="sequential"),
         "prune": lambda m, data: prune(m, x, data, budget=HALF, method="itpruner"),
     }
     for way in ways.values():
@@ -135,10 +135,10 @@ def test_batch_norms_behind_one_position(name):
 
 
 @pytest.mark.parametrize("method", ["obs", "catro", "itpruner", "psap", "taylor", "l1"])
-@pytest.mark.parametrize("compensate", ["sequential", "parallel", None])
+@pytest.mark.parametrize("refit", ["sequential", "parallel", None])
 def test_every_method_takes_one_image_at_the_end(method, compensate):
     model, x = make_network("plain")
-    report = prune(model, x, ONE_LEFT, budget=HALF, method=method, compensate=compensate).report
+    report = prune(model, x, ONE_LEFT, budget=HALF, method=method, refit=compensate).report
     assert report.cost.macs <= 0.5 * report.dense.macs
     assert all(torch.isfinite(t).all() for t in model.state_dict().values())
 
@@ -157,8 +157,12 @@ class Image(nn.Module):
 
 USES = {
     "prune": lambda m, x, data, **o: prune(m, x, data, budget=HALF, method="catro", **o),
-    "itpruner": lambda m, x, data, **o: ITPruner(m, x, data, budget=HALF, **o).step(compensate="sequential"),
-    "obs": lambda m, x, data, **o: OBSPruner(m, x, data, budget=HALF, **o).step(compensate="parallel"),
+    "itpruner": lambda m, x, data, **o: ITPruner(m, x, data, budget=HALF, **o).step(
+        refit=Refit("sequential", recalibrate=False)
+    ),
+    "obs": lambda m, x, data, **o: OBSPruner(m, x, data, budget=HALF, **o).step(
+        refit=Refit("parallel", recalibrate=False)
+    ),
     "taylor": lambda m, x, data, **o: prune(m, x, data, budget=HALF, method="taylor", **o),
 }
 
@@ -194,36 +198,36 @@ def test_dicts_inside_of_pairs():
     assert "keyword arguments pixels." in note and "model(batch[0]['pixels'])" in note and "label_fn=" not in note
 
 
-# -- compensate=
+# -- refit=
 
 
 BAD_MODES = {
-    "prune": ("compensate", lambda m, x, v: prune(m, x, DATA, budget=HALF, compensate=v)),
-    "step": ("compensate", lambda m, x, v: CATROPruner(m, x, DATA, budget=HALF).step(compensate=v)),
-    "compensate": ("how", lambda m, x, v: compensate(m, x, DATA, {}, v)),
-    "compensate how": ("how", lambda m, x, v: compensate(m, x, DATA, {}, how=v)),
-    "compensated_step": ("how", lambda m, x, v: compensated_step(None, x, DATA, v)),
-    "of": ("compensate", lambda m, x, v: Compensation.of(v)),
+    "prune": ("refit", lambda m, x, v: prune(m, x, DATA, budget=HALF, refit=v)),
+    "step": ("refit", lambda m, x, v: CATROPruner(m, x, DATA, budget=HALF).step(refit=v)),
+    "refit_consumers": ("refit", lambda m, x, v: refit_consumers(m, x, DATA, {}, v)),
+    "refit_consumers by name": ("refit", lambda m, x, v: refit_consumers(m, x, DATA, {}, refit=v)),
+    "refitted_step": ("refit", lambda m, x, v: refitted_step(None, x, DATA, v)),
+    "of": ("refit", lambda m, x, v: Refit.of(v)),
     "trial": (
-        "compensate",
+        "refit",
         lambda m, x, v: prune_trial(
-            m, {"method": "l1"}, example_inputs=x, evaluate=lambda m: 0.0, budget=HALF, loader=DATA, compensate=v
+            m, {"method": "l1"}, example_inputs=x, evaluate=lambda m: 0.0, budget=HALF, loader=DATA, refit=v
         ),
     ),
     "parameter": (
-        "compensate",
+        "refit",
         lambda m, x, v: prune_trial(
-            m, {"method": "l1", "compensate": v}, example_inputs=x, evaluate=lambda m: 0.0, budget=HALF, loader=DATA
+            m, {"method": "l1", "refit": v}, example_inputs=x, evaluate=lambda m: 0.0, budget=HALF, loader=DATA
         ),
     ),
 }
 
 
 @pytest.mark.parametrize("use", BAD_MODES)
-def test_unknown_ways_to_compensate(use):
+def test_unknown_ways_to_refit(use):
     argument, call = BAD_MODES[use]
     model, x = make_network("plain")
-    with pytest.raises(ValueError, match=rf"^{argument}='seq' is unknown; choose .*'parallel' or 'sequential'"):
+    with pytest.raises(ValueError, match=rf"^{argument}='seq' is unknown; choose .*'sequential', 'parallel'"):
         call(model, x, "seq")
     with pytest.raises((TypeError, ValueError), match=rf"^{argument}=3 "):
         call(model, x, 3)
@@ -231,13 +235,13 @@ def test_unknown_ways_to_compensate(use):
 
 def test_masks_of_nni_too():
     pytest.importorskip("nni")
-    from nni_plugins import compensate_masks
+    from nni_plugins import refit_masks
 
     model, x = make_network("plain")
     rows = torch.ones(8, 1, 1, 1)
     rows[0] = 0
-    with pytest.raises(ValueError, match=r"^how='seq' is unknown"):
-        compensate_masks(model, {"0.0": {"weight": rows}}, DATA, x, "seq")
+    with pytest.raises(ValueError, match=r"^refit='seq' is unknown"):
+        refit_masks(model, {"0.0": {"weight": rows}}, DATA, x, "seq")
 
 
 # -- no end, nothing, once

@@ -18,9 +18,10 @@ from tp_importance import (
     CATROImportance,
     PSAPPruner,
     PSAPSchedule,
-    compensated_step,
+    Refit,
     prunable_groups,
     prune,
+    refitted_step,
 )
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -212,13 +213,13 @@ def test_a_hosts_step_that_cuts_them_is_refused():
         return tp.pruner.BasePruner(model, X, tp.importance.MagnitudeImportance(), 0.5, ignored_layers=layers)
 
     with pytest.raises(ValueError, match=r"aux\.2 reads it in training mode only.*ignored_layers: \['b\.0'\]"):
-        compensated_step(pruner(ignored), X, loader())
+        refitted_step(pruner(ignored), X, loader(), refit=Refit("parallel", recalibrate=False))
     snapshot.check()
     twin = copy.deepcopy(model)
-    compensated_step(pruner([*ignored, model.b[0]]), X, loader())
+    refitted_step(pruner([*ignored, model.b[0]]), X, loader(), refit=Refit("parallel", recalibrate=False))
     model.train()(X)
     host = tp.pruner.BasePruner(twin, X, tp.importance.MagnitudeImportance(), 0.5, ignored_layers=[twin.head[2]])
-    compensated_step(host, X, loader(), allow_stale=True)
+    refitted_step(host, X, loader(), allow_stale=True, refit=Refit("parallel", recalibrate=False))
     assert twin.b[0].out_channels == 6
 
 

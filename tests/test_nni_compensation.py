@@ -10,8 +10,8 @@ pytest.importorskip("nni")
 from nni.compression.pruning import L1NormPruner
 
 from networks import class_loader, make_network
-from nni_plugins import CATROPruner, compensate_masks, speedup
-from tp_importance import compensate, prunable_groups
+from nni_plugins import CATROPruner, refit_masks, speedup
+from tp_importance import prunable_groups, refit_consumers
 from tp_importance.graph.surgery import remove_units
 
 
@@ -39,9 +39,9 @@ def test_masks_give_what_our_surgery_gives(name, mode):
     groups = prunable_groups(model, x)
     removed = {g.name: list(range(0, g.n_units - 1, 3)) for g in groups}
     masks = masks_of(model, groups, removed)
-    report = compensate_masks(model, masks, data, x, mode, groups=groups)
+    report = refit_masks(model, masks, data, x, mode, groups=groups)
     twins = prunable_groups(twin, x, verify=False)
-    assert report == compensate(twin, x, data, removed, mode, groups=twins) and report.rows
+    assert report == refit_consumers(twin, x, data, removed, mode, groups=twins) and report.rows
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # batch norms are not masked, and yet nothing differs
         speedup(model, x, masks)
@@ -63,9 +63,9 @@ def test_masks_of_a_pruner(ours):
         pruner = L1NormPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     _, masks = pruner.compress()
     with pytest.raises(RuntimeError, match="still wrapped"):
-        compensate_masks(model, masks, data, x)
+        refit_masks(model, masks, data, x, refit="parallel")
     pruner.unwrap_model()
-    report = compensate_masks(model, masks, data, x)
+    report = refit_masks(model, masks, data, x, refit="parallel")
     assert len(report.rows) == 3 and all(r.after < r.before for r in report.rows)
     speedup(model, x, masks)
     assert model(x).shape == dense(x).shape and model[1][0].in_channels == 4
@@ -79,7 +79,7 @@ def test_a_unit_goes_only_if_all_its_layers_are_masked():
     first = coupled.producers[0].name
     del masks[first]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    report = compensate_masks(model, masks, class_loader(32), x, groups=groups)
+    report = refit_masks(model, masks, class_loader(32), x, groups=groups, refit="parallel")
     assert {r.name for r in report.rows} == {m.name for m in coupled.consumers}
     assert all("not all layers" in r.skipped for r in report.rows)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -91,7 +91,7 @@ def test_refused_groups_are_reported():
     name = next(e.name for e in groups.excluded if "masking" in e.reason)
     mask = torch.ones_like(model.get_submodule(name).weight)
     mask[0] = 0
-    report = compensate_masks(model, {name: {"weight": mask}}, class_loader(32), x, groups=groups)
+    report = refit_masks(model, {name: {"weight": mask}}, class_loader(32), x, groups=groups, refit="parallel")
     assert report.rows and all("masking" in r.skipped or "not all" in r.skipped for r in report.rows)
 
 
@@ -100,9 +100,9 @@ def test_the_model_is_unchanged_after_an_exception():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     mask = torch.ones_like(model[0][0].weight)
     with pytest.raises(ValueError, match="remove nothing"):
-        compensate_masks(model, {"0.0": {"weight": mask}}, class_loader(), x)
+        refit_masks(model, {"0.0": {"weight": mask}}, class_loader(), x, refit="parallel")
     mask[2] = 0
     with pytest.raises(ValueError, match="gave no batch"):
-        compensate_masks(model, {"0.0": {"weight": mask}}, [], x)
+        refit_masks(model, {"0.0": {"weight": mask}}, [], x, refit="parallel")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert isinstance(model, nn.Module)

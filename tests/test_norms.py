@@ -20,12 +20,13 @@ from tp_importance import (
     CATROImportance,
     OBSImportance,
     PSAPPruner,
+    Refit,
     channel_pruners,
-    compensated_step,
     count_ops,
     load_pruned,
     prunable_groups,
     prune,
+    refitted_step,
     save_pruned,
 )
 from tp_importance.graph.layer_pruners import FrozenNormPruner, is_frozen_norm
@@ -109,9 +110,9 @@ def test_values_and_refits_are_those_of_batch_norms(importance, mode):
     twin, data = frozen_twin(model), loader_for(x)
     outputs = []
     for network in (model, twin):
-        report = BudgetPruner(network, x, data, budget=Budget(macs=0.5), importance=importance()).step(compensate=mode)
+        report = BudgetPruner(network, x, data, budget=Budget(macs=0.5), importance=importance()).step(refit=mode)
         outputs.append(network.eval()(x))
-        assert not any(row.skipped for row in report.compensation.rows)
+        assert not any(row.skipped for row in report.refit.rows)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
 
 
@@ -290,9 +291,11 @@ def test_hosts_pruner_needs_our_functions(norm):
     data, options = [torch.randn(16, 3, 12, 12)], {"pruning_ratio": 0.5, "ignored_layers": [model[5][2]]}
     snapshot, importance = Snapshot(model), tp.importance.MagnitudeImportance()
     with pytest.raises(RuntimeError, match=rf"{type(norm).__name__} by itself: .*channel_pruners"):
-        compensated_step(tp.pruner.BasePruner(model, X, importance, **options), X, data)
+        refitted_step(
+            tp.pruner.BasePruner(model, X, importance, **options), X, data, refit=Refit("parallel", recalibrate=False)
+        )
     snapshot.check()
     pruner = tp.pruner.BasePruner(model, X, importance, customized_pruners=channel_pruners(model), **options)
-    report = compensated_step(pruner, X, data)
+    report = refitted_step(pruner, X, data, refit=Refit("parallel", recalibrate=False))
     assert [row.name for row in report.rows if not row.skipped] == ["3", "5.2"]
     assert model[0].out_channels == len(norm.running_mean) == 5

@@ -12,19 +12,19 @@ from tp_importance import (
     BudgetError,
     BudgetPruner,
     CATROImportance,
-    Compensation,
     ITPruner,
     LagrangeAllocator,
     OBSPruner,
+    Refit,
     ResConvPruner,
     TracingError,
-    compensate,
     convert_to_resconv,
     count_ops,
     observe,
     prunable_groups,
     prune,
     recalibrate_batchnorm,
+    refit_consumers,
 )
 from tp_importance.allocation.greedy import ALLOCATORS
 from tp_importance.automl import METHODS, RandomImportance, channel_method, prune_trial, register_method
@@ -45,7 +45,7 @@ def test_every_method_meets_the_budget_in_place(method):
     result = prune(model, x, class_loader(32), budget=HALF, method=method)
     assert result.model is model and not any(m.training for m in model.modules())
     assert result.report.cost.macs <= 0.5 * result.report.dense.macs
-    assert result.report.compensation.mode == "sequential" and result.report.compensation.rows
+    assert result.report.refit.mode == "sequential" and result.report.refit.rows
     assert model(x).isfinite().all()
 
 
@@ -56,7 +56,7 @@ def test_the_refit_brings_the_network_closer_to_what_it_was():
         wanted, errors = model.eval()(data[0]), {}
         for mode in (None, "parallel", "sequential"):
             twin = copy.deepcopy(model)
-            prune(twin, x, data, budget=HALF, method="l1", compensate=mode)
+            prune(twin, x, data, budget=HALF, method="l1", refit=mode)
             errors[mode] = float((twin(data[0]) - wanted).square().mean())
     assert errors["sequential"] < errors["parallel"] < errors[None]
 
@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_network():
         ({"method": "l3"}, ValueError, "catro"),
         ({"samples": 0}, ValueError, "samples=0"),
         ({"samples": True}, ValueError, "samples=True"),
-        ({"compensate": "serial"}, ValueError, "serial"),
+        ({"refit": "serial"}, ValueError, "serial"),
         ({"budget": Budget(macs=1)}, BudgetError, "cannot be reached"),
         ({"budget": 0.5}, TypeError, r"Budget\(macs=0.5\), not 0.5"),
         ({"method": None}, TypeError, "method=None cannot value channels"),
@@ -135,9 +135,9 @@ def test_a_loader_that_breaks_leaves_the_model_alone():
 
 def test_settings_pass_through():
     model, x = make_network("plain")
-    how = Compensation("sequential", downstream=False, residual=False)
-    report = prune(model, x, class_loader(32), budget=HALF, compensate=how, round_to=4).report
-    assert all(row.removed for row in report.compensation.rows)
+    how = Refit("sequential", downstream=False, residual=False)
+    report = prune(model, x, class_loader(32), budget=HALF, refit=how, round_to=4).report
+    assert all(row.removed for row in report.refit.rows)
     assert all(row.after % 4 == 0 or row.after == row.initial for row in report.rows)
 
 
@@ -209,14 +209,15 @@ def test_single_samples_that_run_are_refused_all_the_same(method):
 
 
 def test_one_pass_may_be_a_generator_and_two_may_not():
-    for how, recalibrate, possible in ((None, False, True), ("parallel", False, True), (None, True, False)):
+    shared = Refit("parallel", recalibrate=False)
+    for refit, possible in ((None, True), (shared, True), ("batchnorm", False)):
         model, x = make_network("plain")
         pruner = OBSPruner(model, x, (b for b in class_loader(32)), budget=HALF)
         if possible:
-            pruner.step(compensate=how, recalibrate=recalibrate)
+            pruner.step(refit=refit)
         else:
             with pytest.raises(TypeError, match="only once"):
-                pruner.step(compensate=how, recalibrate=recalibrate)
+                pruner.step(refit=refit)
 
 
 LOW = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -272,7 +273,7 @@ def test_compiled_networks_are_refused_by_everybody(compiled, remedy):
         lambda: ResConvPruner(model, x, budget=HALF),
         lambda: observe(model, data, []),
         lambda: recalibrate_batchnorm(model, data),
-        lambda: compensate(model, x, data, {}),
+        lambda: refit_consumers(model, x, data, {}, refit="parallel"),
     ):
         with pytest.raises(TypeError, match=remedy):
             use()

@@ -23,15 +23,13 @@ from tp_importance import (
     Budget,
     BudgetPruner,
     CATROPruner,
-    Compensation,
     Distiller,
     Latency,
     LatencyTable,
     OBSImportance,
     PSAPPruner,
+    Refit,
     ResConvPruner,
-    compensate,
-    compensated_step,
     convert_to_resconv,
     count_ops,
     fuse,
@@ -40,6 +38,8 @@ from tp_importance import (
     prunable_groups,
     prune,
     recalibrate_batchnorm,
+    refit_consumers,
+    refitted_step,
     remove_layers,
     slice_classifier,
 )
@@ -62,7 +62,7 @@ USES = {
     "collect": lambda m: OBSImportance().collect(m, X, DATA),
     "observe": lambda m: observe(m, DATA, []),
     "recalibrate_batchnorm": lambda m: recalibrate_batchnorm(m, DATA),
-    "compensate": lambda m: compensate(m, X, DATA, {}),
+    "refit": lambda m: refit_consumers(m, X, DATA, {}, refit="parallel"),
     "Distiller": Distiller,
     "watching": lambda m: Distiller(nn.Linear(2, 2)).watching(m).__enter__(),
     "measure_latency": lambda m: measure_latency(m, X, min_run_time=0.001),
@@ -160,7 +160,7 @@ def test_in_a_pruner_of_torch_pruning():
     model = nn.DataParallel(make_network("plain")[0])
     pruner = tp.pruner.BasePruner(model, X, L1(), pruning_ratio=0.5, ignored_layers=[model.module[3][2]])
     with pytest.raises(TypeError, match=r"pruner\.model is wrapped in DataParallel.*give pruner\.model\.module"):
-        compensated_step(pruner, X, DATA)
+        refitted_step(pruner, X, DATA, refit=Refit("parallel", recalibrate=False))
     assert model.module[0][0].out_channels == 8
 
 
@@ -177,7 +177,7 @@ def test_by_the_plugins_of_nni():
         lambda: nni_plugins.ITPruner(model, config, loader=DATA),
         lambda: nni_plugins.PSAPPruner(model, config, None, budget=HALF, example_inputs=X),
         lambda: nni_plugins.ResConvPruner(model, config, None, budget=HALF, example_inputs=X),
-        lambda: nni_plugins.compensate_masks(model, masks, DATA, X),
+        lambda: nni_plugins.refit_masks(model, masks, DATA, X, refit="parallel"),
         lambda: nni_plugins.speedup(model, X, masks),
     ):
         with pytest.raises(TypeError, match=r"model is wrapped in DataParallel.*give model\.module"):
@@ -215,14 +215,16 @@ def one_millisecond(model, x, **_):
 
 WARNS = {
     "prune": lambda m: prune(m, X, DATA, budget=HALF),
-    "prune in parallel": lambda m: prune(m, X, DATA, budget=HALF, compensate="parallel"),
+    "prune in parallel": lambda m: prune(m, X, DATA, budget=HALF, refit="parallel"),
     "prune by gradients": lambda m: prune(m, X, DATA, budget=HALF, method="taylor"),
-    "step": lambda m: CATROPruner(m, X, DATA, budget=HALF).step(compensate="sequential", recalibrate=True),
+    "step": lambda m: CATROPruner(m, X, DATA, budget=HALF).step(refit="sequential"),
     "plan": lambda m: CATROPruner(m, X, DATA, budget=HALF).plan(),
     "collect": lambda m: OBSImportance().collect(m, X, DATA),
     "observe": lambda m: observe(m, DATA, []),
     "recalibrate_batchnorm": lambda m: recalibrate_batchnorm(m, DATA),
-    "compensate": lambda m: compensate(m, X, DATA, {"0.0": [1]}, Compensation("sequential", memory_limit=1)),
+    "refit": lambda m: refit_consumers(
+        m, X, DATA, {"0.0": [1]}, Refit("sequential", memory_limit=1, recalibrate=False)
+    ),
     "latency": lambda m: BudgetPruner(
         m, X, importance=L1(), budget=Budget(latency=0.9), latency_table=LatencyTable(measure=one_millisecond)
     ).measure_latency(),

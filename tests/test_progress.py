@@ -20,17 +20,17 @@ from resconv_cases import X32, Basic
 from tp_importance import (
     Budget,
     CATROPruner,
-    Compensation,
     ITPruner,
     LatencyTable,
     OBSPruner,
     PSAPPruner,
     PSAPSchedule,
+    Refit,
     ResConvPruner,
-    compensated_step,
     progress,
     prune,
     recalibrate_batchnorm,
+    refitted_step,
 )
 from tp_importance.automl import prune_trial
 from tp_importance.core.progress import LOGGER, phase, shown, track
@@ -73,7 +73,7 @@ def by_prune(progress, **options):
 
 def by_pruner(cls, progress, **options):
     model, x = residual()
-    cls(model, x, LOADER, budget=HALF, progress=progress, **options).step(compensate="parallel", recalibrate=True)
+    cls(model, x, LOADER, budget=HALF, progress=progress, **options).step(refit="parallel")
 
 
 def by_latency(progress):
@@ -121,7 +121,7 @@ def by_host(progress):
     heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
     importance = tp.importance.MagnitudeImportance()
     host = tp.pruner.BasePruner(model, x, importance, pruning_ratio=0.5, ignored_layers=heads)
-    compensated_step(host, x, LOADER, recalibrate=True, progress=progress)
+    refitted_step(host, x, LOADER, refit="parallel", progress=progress)
 
 
 def by_trial(progress):
@@ -133,11 +133,11 @@ def by_trial(progress):
 RUNS = {
     "prune": (by_prune, [*FIRST, "collecting", *REST, "reading", "refitting"]),
     "prune, no refit": (
-        lambda progress: by_prune(progress, compensate=None),
+        lambda progress: by_prune(progress),
         [*FIRST, "collecting", *REST, "recalibrating batch norms"],
     ),
     "prune, layer by layer": (
-        lambda progress: by_prune(progress, compensate=Compensation("sequential", memory_limit=1)),
+        lambda progress: by_prune(progress, refit=Refit("sequential", memory_limit=1, recalibrate=False)),
         [*FIRST, "collecting", *REST, "refitting"],
     ),
     "prune by gradients": (

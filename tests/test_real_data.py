@@ -71,7 +71,7 @@ def test_consumer_scatter_beats_magnitude_and_the_literal_form(data, verify, tmp
         model = fresh()
         pruner = make(model, X, loader, budget=Budget(macs=0.5), verify=verify)
         assert "conv1" in {e.name for e in pruner.groups.excluded}
-        report = pruner.step(recalibrate=True)
+        report = pruner.step(refit="batchnorm")
         assert count_ops(model, X)[0] == report.cost.macs <= 0.5 * report.dense.macs
         accuracy[name], models[name] = data.accuracy(model, N_TEST), model
     # measured on 10,000 images (docs/benchmarks.md): 72.8, 45.3 and 59.5
@@ -91,7 +91,7 @@ def test_what_layers_share_is_no_reason_to_prune_them(data, verify):
     for beta in (-10.0, 0.0, 100.0):
         model = fresh()
         pruner = ITPruner(model, X, loader, budget=Budget(macs=0.5), beta=beta, estimator="unbiased", verify=verify)
-        report = pruner.step(recalibrate=True)
+        report = pruner.step(refit="batchnorm")
         assert report.cost.macs <= 0.5 * report.dense.macs
         accuracy[beta] = data.accuracy(model, N_TEST)
     # measured on 5,000 images (docs/benchmarks.md): 59.0, 57.2 and 28.2

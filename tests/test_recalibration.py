@@ -14,11 +14,12 @@ from tp_importance import (
     Budget,
     BudgetPruner,
     CATROImportance,
+    Refit,
     ResConvPruner,
-    compensated_step,
     prunable_groups,
     prune,
     recalibrate_batchnorm,
+    refitted_step,
 )
 from tp_importance.automl import prune_trial
 from tp_importance.graph.surgery import remove_units
@@ -145,10 +146,10 @@ def test_the_reference_over_steps_is_the_network_as_given():
         model, x = trained()
         pruner = make(model, x)
         first = pruner.plan(Budget(macs=0.7))
-        pruner.apply(first, recalibrate=steps == "both")
+        pruner.apply(first, refit="batchnorm" if steps == "both" else None)
         second = pruner.plan()
         plans = (first, second) if plans is None else plans
-        pruner.apply(replaced(second, plans[1]), recalibrate=True)
+        pruner.apply(replaced(second, plans[1]), refit="batchnorm")
         statistics.append([b.clone() for b in model.buffers()])
     for a, b in zip(*statistics, strict=True):
         torch.testing.assert_close(a, b)
@@ -162,7 +163,7 @@ def replaced(plan, by):
 def test_training_between_steps_makes_a_new_reference():
     model, x = trained()
     pruner = make(model, x)
-    pruner.step(Budget(macs=0.7), recalibrate=True)
+    pruner.step(Budget(macs=0.7), refit="batchnorm")
     first = pruner._reference.model
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
@@ -170,18 +171,18 @@ def test_training_between_steps_makes_a_new_reference():
     optimizer.step()
     model.eval()
     now = copy.deepcopy(model)
-    pruner.step(recalibrate=True)
+    pruner.step(refit="batchnorm")
     assert pruner._reference.model is not first and same_values(pruner._reference.model, now)
 
 
 @pytest.mark.parametrize("budget", [Budget(macs=1.0), Budget(macs=10**9), Budget(params=1.0)])
 @pytest.mark.parametrize("method", ["obs", "l1", "itpruner"])
-@pytest.mark.parametrize("compensate", ["sequential", "parallel", None])
+@pytest.mark.parametrize("refit", ["sequential", "parallel", None])
 def test_nothing_to_prune_changes_nothing(budget, method, compensate):
     model, x = trained()
     snapshot = Snapshot(model)
     with pytest.warns(UserWarning, match="nothing is pruned"):
-        report = prune(model, x, class_loader(32), budget=budget, method=method, compensate=compensate).report
+        report = prune(model, x, class_loader(32), budget=budget, method=method, refit=compensate).report
     snapshot.check()
     assert report.cost == report.dense
 
@@ -209,7 +210,7 @@ def test_a_trial_moves_statistics_as_a_step_does():
     kept = []
     options = {"example_inputs": x, "loader": class_loader(32), "evaluate": lambda net: 0.0, "latency_seconds": None}
     prune_trial(model, {"method": "l1"}, budget=HALF, keep=kept.append, **options)
-    prune(model, x, class_loader(32), budget=HALF, method="l1", compensate=None)
+    prune(model, x, class_loader(32), budget=HALF, method="l1", refit="batchnorm")
     assert same_values(kept[0], model)
 
 
@@ -221,12 +222,15 @@ def test_a_host_s_step_moves_statistics():
     plain = copy.deepcopy(model)
     ignored = [m for m in plain.modules() if isinstance(m, nn.Linear)]
     importance = tp.importance.MagnitudeImportance()
-    compensated_step(
-        tp.pruner.BasePruner(plain, x, importance, pruning_ratio=0.5, ignored_layers=ignored), x, batches, "parallel"
+    refitted_step(
+        tp.pruner.BasePruner(plain, x, importance, pruning_ratio=0.5, ignored_layers=ignored),
+        x,
+        batches,
+        Refit("parallel", recalibrate=False),
     )
     recalibrate_batchnorm(plain, batches, reference=dense)
     pruner = tp.pruner.BasePruner(model, x, importance, **options)
-    compensated_step(pruner, x, batches, "parallel", recalibrate=True)
+    refitted_step(pruner, x, batches, "parallel")
     for a, b in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -276,12 +280,12 @@ class Cached(nn.Module):
         return self.linear(x) / (self.linear.weight.norm() if self.training else self.norm)
 
 
-@pytest.mark.parametrize("compensate", ["sequential", "parallel", None])
+@pytest.mark.parametrize("refit", ["sequential", "parallel", None])
 def test_passes_leave_no_cache_behind(compensate):
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Cached()).eval()
-    prune(model, torch.randn(2, 3, 12, 12), class_loader(32), budget=HALF, method="l1", compensate=compensate)
+    prune(model, torch.randn(2, 3, 12, 12), class_loader(32), budget=HALF, method="l1", refit=compensate)
     assert model[8].norm is None and model[8].calls == 0
 
 
@@ -289,5 +293,5 @@ def test_converted_layers_name_their_own_way():
     model = nn.Sequential(*(conv_bn_relu(8 if i else 3, 8) for i in range(3)), head(8)).eval()
     dense, x = copy.deepcopy(model), torch.randn(2, 3, 16, 16)
     ResConvPruner(model, x, budget=Budget(macs=0.95), importance="output")
-    with pytest.raises(ValueError, match=r"ResConvPruner\(\.\.\.\)\.step\(recalibrate=True\)"):
+    with pytest.raises(ValueError, match=r"ResConvPruner\(\.\.\.\)\.step\(refit='batchnorm'\)"):
         recalibrate_batchnorm(model, class_loader(32), reference=dense)

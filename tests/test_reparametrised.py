@@ -17,15 +17,16 @@ from tp_importance import (
     BudgetPruner,
     Distiller,
     PSAPPruner,
+    Refit,
     ResConvPruner,
     channel_pruners,
-    compensated_step,
     convert_to_resconv,
     count_ops,
     load_pruned,
     prunable_groups,
     prune,
     recalibrate_batchnorm,
+    refitted_step,
     save_pruned,
 )
 from tp_importance.core.guards import copied
@@ -271,7 +272,7 @@ def test_the_same_channels_go_as_with_plain_weights(method):
 @pytest.mark.parametrize("kind", ["weight_norm", "new weight_norm", "new mask"])
 def test_round_trip(kind, tmp_path):
     model = network(ALL[kind])
-    prune(model, X, DATA, budget=BUDGET, method="l1", compensate=None)
+    prune(model, X, DATA, budget=BUDGET, method="l1", refit="batchnorm")
     save_pruned(model, tmp_path / "pruned.pt")
     again = load_pruned(lambda: network(ALL[kind]), tmp_path / "pruned.pt")
     assert torch.equal(again(X), model.eval()(X))
@@ -281,8 +282,8 @@ def test_computed_consumers_are_not_refitted():
     model = network(with_mask)
     report = BudgetPruner(
         model, X, DATA, importance=tp.importance.MagnitudeImportance(), budget=Budget(macs=0.5), allocator="uniform"
-    ).step(compensate="sequential")
-    skipped = {row.name: row.skipped for row in report.compensation.rows if row.skipped}
+    ).step(refit=Refit("sequential", recalibrate=False))
+    skipped = {row.name: row.skipped for row in report.refit.rows if row.skipped}
     assert skipped == {"2.0": "its weight is no plain parameter but computed (parametrization Fixed)"}
 
 
@@ -329,13 +330,18 @@ def test_hosts_pruner_is_told_what_is_in_the_way(kind):
     pruner = host_pruner(model)
     snapshot = Snapshot(model)
     with pytest.raises(RuntimeError, match=r"the model is as before.*2\.0\.weight is computed .*make it a parameter"):
-        compensated_step(pruner, X, DATA)
+        refitted_step(pruner, X, DATA, refit=Refit("parallel", recalibrate=False))
     snapshot.check()
 
 
 def test_hosts_pruner_with_our_functions():
     model = network(parametrizations.weight_norm, "0.0")
-    report = compensated_step(host_pruner(model, customized_pruners=channel_pruners(model)), X, DATA)
+    report = refitted_step(
+        host_pruner(model, customized_pruners=channel_pruners(model)),
+        X,
+        DATA,
+        refit=Refit("parallel", recalibrate=False),
+    )
     assert model[0][0].out_channels == 4 and not any(row.skipped for row in report.rows)
     model = network(parametrizations.weight_norm)  # would scale its filters up when inputs go
     with pytest.raises(RuntimeError, match="a removed input would change what the ParametrizedConv2d does"):

@@ -124,7 +124,7 @@ def test_modes_flags_and_hooks_stay():
         p.requires_grad_(False)
     hook = model[5].register_forward_hook(lambda *_: None)
     modes = {n: m.training for n, m in model.named_modules()}
-    pruner.step(recalibrate=True)
+    pruner.step(refit="batchnorm")
     assert all(m.training == modes[n] for n, m in model.named_modules())
     assert not any(p.requires_grad for p in model[4].parameters()) and model[1].training and not model[2].training
     assert [h for m in model.modules() for h in m._forward_hooks] == [hook.id]
@@ -149,7 +149,7 @@ def undisturbed():
     """Report and weights of a step in which nothing fails."""
     pruner = fresh(loader=LOADER)
     pruner.model.train()
-    return pruner.step(recalibrate=True), pruner.model.state_dict()
+    return pruner.step(refit="batchnorm"), pruner.model.state_dict()
 
 
 STAGES = ["remove_layers", "recalibrate_batchnorm", "fuse_layers", "count_ops", "LayerCosts.of", "_cheapest"]
@@ -171,12 +171,12 @@ def test_all_or_nothing(stage, late, monkeypatch):
 
     monkeypatch.setattr(owner, name, fails)
     with pytest.raises(LookupError, match=stage):
-        pruner.step(recalibrate=True)
+        pruner.step(refit="batchnorm")
     monkeypatch.undo()
     snapshot.check()
     assert not pruner.history
     report, values = undisturbed()
-    assert pruner.step(recalibrate=True) == report  # as if nothing had happened
+    assert pruner.step(refit="batchnorm") == report  # as if nothing had happened
     assert same_tensors(pruner.model.state_dict(), values)
 
 
@@ -193,7 +193,7 @@ def test_recalibration():
     pruner, plain = fresh(loader=LOADER), fresh(loader=LOADER)
     dense = copy.deepcopy(pruner.model)
     plain.step(fuse=False)
-    pruner.step(fuse=False, recalibrate=True)
+    pruner.step(fuse=False, refit="batchnorm")
     batches, compared = [x for x, _ in LOADER], 0
     for name, norm in pruner.model.named_modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -206,7 +206,7 @@ def test_recalibration():
     pruner = fresh()
     snapshot = Snapshot(pruner.model)
     with pytest.raises(ValueError, match="pass loader="):
-        pruner.step(recalibrate=True)
+        pruner.step(refit="batchnorm")
     snapshot.check()
 
 
@@ -233,7 +233,7 @@ def test_gradients_switched_off_around(context):
         warnings.simplefilter("ignore")
         pruner = ResConvPruner(model, X32, LOADER, budget=Budget(macs=0.7))
         pruner.step(Budget(macs=0.9), fuse=False)
-        pruner.step(recalibrate=True)
+        pruner.step(refit="batchnorm")
     assert not any(t.is_inference() for t in [*model.parameters(), *model.buffers()])
     train(model, torch.optim.SGD(model.parameters(), 0.01))
 
@@ -261,7 +261,7 @@ def test_inputs_of_all_forms(kind, importance):
     inputs, loader, options = INPUTS[kind]
     model = Named()
     pruner = ResConvPruner(model, inputs, loader, budget=Budget(macs=0.7), a=0.5, importance=importance, **options)
-    assert pruner.step(recalibrate=loader is not None).cost.macs <= 0.7 * pruner.dense.macs
+    assert pruner.step(refit="batchnorm" if loader is not None else None).cost.macs <= 0.7 * pruner.dense.macs
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from tp_importance import (
     Budget,
     BudgetError,
     BudgetPruner,
+    Refit,
     ResConvPruner,
-    compensated_step,
     convert_to_resconv,
     fuse,
     prune,
+    refitted_step,
     remove_layers,
     slice_classifier,
 )
@@ -56,7 +57,7 @@ def by_history(model, x):
 def by_host(model, x):
     head = [m for m in model.modules() if isinstance(m, nn.Linear)]
     host = tp.pruner.BasePruner(model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=head)
-    compensated_step(host, x, LOADER)
+    refitted_step(host, x, LOADER, refit=Refit("parallel", recalibrate=False))
 
 
 def by_subtask(model, x):

@@ -13,7 +13,6 @@ from .allocation.lagrange import LagrangeAllocator, lagrange
 from .allocation.program import ProgramAllocator
 from .budget import Budget, Cost
 from .checkpoints.checkpoint import load_pruned, save_pruned
-from .compensated_step import compensated_step
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
 from .graph.cost import CostModel
 from .graph.discovery import prunable_groups
@@ -48,8 +47,10 @@ from .pruning.report import PruningReport
 from .pruning.sweep import plot_sweep, sweep_frame
 from .recovery.distillation import Distiller, distillation_loss
 from .recovery.subtask import slice_classifier
-from .refitting.refit import Compensation, compensate
-from .refitting.report import CompensationReport
+from .refitted_step import refitted_step
+from .refitting.refit import refit_consumers
+from .refitting.report import RefitReport
+from .refitting.settings import Refit
 from .statistics.batchnorm import recalibrate_batchnorm
 from .statistics.observe import Observed, Watch, observe
 
@@ -66,8 +67,6 @@ __all__ = [
     "CATROImportance",
     "CATROPruner",
     "ChannelGroup",
-    "Compensation",
-    "CompensationReport",
     "Cost",
     "CostModel",
     "Curve",
@@ -94,6 +93,8 @@ __all__ = [
     "ProgramAllocator",
     "PrunableGroups",
     "PruningReport",
+    "Refit",
+    "RefitReport",
     "ResConv2d",
     "ResConvImportance",
     "ResConvPruner",
@@ -104,8 +105,6 @@ __all__ = [
     "WidthSpace",
     "__version__",
     "channel_pruners",
-    "compensate",
-    "compensated_step",
     "convert_to_resconv",
     "count_ops",
     "curve_from_scores",
@@ -121,6 +120,8 @@ __all__ = [
     "prunable_groups",
     "prune",
     "recalibrate_batchnorm",
+    "refit_consumers",
+    "refitted_step",
     "remove_layers",
     "save_pruned",
     "slice_classifier",

@@ -20,8 +20,7 @@ from .core.progress import shown
 from .methods.itpruner.importance import ITPruner, ITPrunerImportance
 from .pruning.pruner import BudgetPruner
 from .pruning.report import PruningReport
-from .refitting.layers import Compensation
-from .statistics.batchnorm import has_batch_norm
+from .refitting.settings import Refit
 from .statistics.gradients import LossFn, checked_loss_fn, loss_gradients
 
 __all__ = ["OneShot", "prune"]
@@ -54,7 +53,7 @@ def prune(
     budget: Budget,
     method: str | Any = "obs",
     allocator: str | Allocator | None = None,
-    compensate: Compensation | str | bool | None = "sequential",
+    refit: Refit | str | bool | None = "sequential",
     samples: int | None = 512,
     loss_fn: LossFn | None = None,
     progress: bool = False,
@@ -82,9 +81,8 @@ def prune(
         allocator: ``"greedy"``, ``"lagrange"``, ``"program"``, ``"uniform"`` or a function, see
             :mod:`tp_importance.allocation.greedy`; default (also ``"default"``): what suits the importance, see
             :func:`~tp_importance.allocation.program.default_allocator`.
-        compensate: see :func:`~tp_importance.compensate`; ``"parallel"`` is faster and less accurate.
-            With it, or with ``None``, batch norm statistics follow the change afterwards, see
-            :func:`~tp_importance.recalibrate_batchnorm`.
+        refit: how the network is repaired, see :class:`~tp_importance.Refit`; ``"parallel"`` is faster and less
+            accurate, ``"batchnorm"`` only moves batch norm statistics, ``None`` does nothing.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
             hundred cost accuracy (docs/benchmarks.md).
         loss_fn: ``loss_fn(output, labels)`` for the methods that look at gradients of a loss, ``"taylor"`` and
@@ -111,12 +109,12 @@ def prune(
         >>> result = prune(net, torch.randn(1, 3, 8, 8), loader, budget=Budget(macs=0.5))
         >>> net[0].out_channels, result.report.cost.macs <= 0.5 * result.report.dense.macs
         (4, True)
-        >>> all(row.after <= row.before for row in result.report.compensation.rows)
+        >>> all(row.after <= row.before for row in result.report.refit.rows)
         True
     """
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise ValueError(f"samples={samples!r} must be a positive integer, e.g. 512, or None for all of the loader")
-    settings = Compensation.of(compensate)
+    settings = Refit.of(refit)
     require_reiterable(loader)
     check_loader(loader)
     data = loader if samples is None else _First(loader, samples)
@@ -131,7 +129,7 @@ def prune(
             stack.enter_context(
                 loss_gradients(model, data, loss_fn or F.cross_entropy, forward_fn=run, label_fn=labels)
             )
-        report = pruner.step(compensate=settings, recalibrate=has_batch_norm(model))
+        report = pruner.step(refit=settings)
     return OneShot(model, report, pruner)
 
 

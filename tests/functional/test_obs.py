@@ -3,8 +3,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from tp_importance.maths import elimination as obs
 
+from tp_importance.maths import elimination as obs
 from tp_importance.maths.elimination import ReadUnits, eliminate_with_refit
 
 F64 = torch.float64

@@ -25,7 +25,7 @@ def search_space(
     per_group: Literal["ratio", "weight", "width"] | None = None,
     bounds: tuple[float, float] | None = None,
     allocators: Sequence[str] | None = None,
-    compensate: Sequence[str | None] | None = None,
+    refit: Sequence[str | None] | None = None,
     budget: Mapping[str, tuple[float, float]] | None = None,
 ) -> SearchSpace:
     """What :func:`~tp_importance.automl.prune_trial` understands, as a space to search.
@@ -38,12 +38,12 @@ def search_space(
             optimiser then stays on the budget) or its ``"width"`` in channels; default: widths come from the method.
         bounds: of ratios (default 0–0.9) or weights (default 0.05–20, logarithmic).
         allocators: let the search choose where widths come from, e.g. ``("default", "greedy", "program", "uniform")``.
-        compensate: let it choose the refit of the layers behind removed channels, e.g. ``(None, "sequential")``.
+        refit: let it choose the refit of the layers behind removed channels, e.g. ``("batchnorm", "sequential")``.
         budget: ranges of fractions, ``{"macs": (0.2, 0.8)}``, to search over the budget itself.
 
     Raises:
         SearchSpaceError: for an unknown method, allocator, refit or budget field, or a method that takes none of these
-            together with ``per_group``, ``allocators`` or ``compensate``.
+            together with ``per_group``, ``allocators`` or ``refit``.
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ def search_space(
     found = [find_method(name) for name in methods]
     parameters = [Parameter("method", Choice(tuple(methods)))]
     for method in found:
-        if not (per_group is allocators is compensate is None) and method.make is None:
+        if not (per_group is allocators is refit is None) and method.make is None:
             raise SearchSpaceError(
                 f"method {method.name!r} takes no widths per group, no allocator and no refit; leave it out, or search "
                 "over budget="
@@ -71,10 +71,10 @@ def search_space(
         for choice in allocators:
             checked_allocator(choice)
         parameters.append(Parameter("allocator", Choice(tuple(allocators))))
-    if compensate is not None:
-        for mode in compensate:
+    if refit is not None:
+        for mode in refit:
             checked_mode(mode)
-        parameters.append(Parameter("compensate", Choice(tuple(compensate))))
+        parameters.append(Parameter("refit", Choice(tuple(refit))))
     for name, (low, high) in (budget or {}).items():
         if name not in BUDGETS or not 0 < low <= high <= 1:
             raise SearchSpaceError(f"budget {name}=({low}, {high}) must be fractions 0 < low <= high <= 1 of {BUDGETS}")

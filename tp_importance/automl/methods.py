@@ -31,7 +31,7 @@ from ..methods.psap.schedule import PSAPSchedule
 from ..methods.resconv import ResConvPruner, fuse
 from ..pruning.importance import StatisticalImportance
 from ..pruning.pruner import BudgetPruner
-from ..refitting.layers import Compensation
+from ..refitting.settings import Refit
 from ..statistics.batchnorm import has_batch_norm
 from ..statistics.gradients import loss_gradients
 from .space import Choice, Domain, Float, Int, check_names
@@ -75,11 +75,10 @@ class Job:
         allocate: widths given by the search, as an allocator; None leaves them to the method.
         allocator: name of the allocator the search chose, or None.
         train: fine-tuning, or None.
-        recalibrate: move the batch norm statistics by the change that the surgery makes on the loader.
         store: shared statistics, or None.
         loss_fn: for criteria that need gradients.
         pruner_options: further arguments of the pruner, such as ``ignored_layers``; use :attr:`arguments`.
-        compensate: refit the layers that read removed channels, on the loader, or None.
+        refit: how the network is repaired on the loader, or None.
     """
 
     model: nn.Module
@@ -90,16 +89,17 @@ class Job:
     allocate: Allocator | None = None
     allocator: str | None = None
     train: Train | None = None
-    recalibrate: bool = True
     store: CurveStore | None = None
     loss_fn: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy
     pruner_options: dict[str, Any] = field(default_factory=dict)
-    compensate: Compensation | None = None
+    refit: Refit | None = None
 
     @property
-    def calibrates(self) -> bool:
-        """Whether batch norms are recalibrated."""
-        return self.recalibrate and self.loader is not None
+    def repair(self) -> Refit | None:
+        """How the network is repaired: batch norms follow only where there are some, and data."""
+        if self.refit is None or self.refit.solves:
+            return self.refit
+        return self.refit if self.loader is not None and has_batch_norm(self.model) else None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def channel_method(
         pruner.importance = found[0]
         plan = pruner.plan()
         if not plan.is_noop:
-            pruner.apply(plan, compensate=job.compensate, recalibrate=job.calibrates and has_batch_norm(job.model))
+            pruner.apply(plan, refit=job.repair)
         if job.train is not None:
             job.train(job.model)
 
@@ -303,7 +303,7 @@ def _prune_layers(job: Job) -> None:
         **job.pruner_options,
     )
     if pruner.plan().removed:
-        pruner.step(fuse=False, recalibrate=job.calibrates)
+        pruner.step(fuse=False, refit=job.repair)
     if job.train is not None:
         job.train(job.model)
     if pruner.layers:
@@ -325,8 +325,8 @@ def _prune_while_training(job: Job) -> None:
 def _needed(job: Job, name: str) -> Budget:
     if job.allocate is not None or job.allocator is not None:
         raise SearchSpaceError(f"method {name!r} takes no widths and no allocator per group; it needs a budget")
-    if job.compensate is not None:
-        raise SearchSpaceError(f"method {name!r} has no consumers of removed channels to refit; give compensate=None")
+    if job.refit is not None and job.refit.solves:
+        raise SearchSpaceError(f"method {name!r} has no consumers of removed channels to refit; give refit='batchnorm'")
     if job.budget is None:
         raise ValueError(f"method {name!r} needs a budget: pass budget=, or search over 'budget:macs'")
     return job.budget

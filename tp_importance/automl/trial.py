@@ -22,7 +22,7 @@ from ..errors import BudgetError, SearchSpaceError
 from ..graph.cost import CostModel
 from ..graph.tracing import count_ops
 from ..latency.measure import measure_latency
-from ..refitting.layers import Compensation
+from ..refitting.settings import Refit
 from ..statistics.gradients import checked_loss_fn
 from .methods import Job, Train, find_method
 from .space import check_names, flatten, parameters_noted
@@ -46,7 +46,7 @@ class TrialParameters:
         family: ``"ratio"``, ``"weight"``, ``"width"``, or None if there is nothing per group.
         per_group: the values of that family by group name.
         budget: fractions of the budget that the search chose.
-        compensate: mode of the refit, ``False`` for none, or ``None`` if the search leaves it open.
+        refit: mode of the refit, ``False`` for none, or ``None`` if the search leaves it open.
     """
 
     method: str = "magnitude"
@@ -55,14 +55,14 @@ class TrialParameters:
     family: str | None = None
     per_group: dict[str, float] = field(default_factory=dict)
     budget: dict[str, float] = field(default_factory=dict)
-    compensate: str | bool | None = None
+    refit: str | bool | None = None
 
     @classmethod
     def parse(cls, params: Mapping[str, Any]) -> TrialParameters:
         """Sort the parameters of a trial by what they are.
 
         Args:
-            params: ``"method"``, ``"<method>.<option>"``, ``"allocator"``, ``"compensate"``, ``"budget:macs"``,
+            params: ``"method"``, ``"<method>.<option>"``, ``"allocator"``, ``"refit"``, ``"budget:macs"``,
                 ``"budget:params"`` and one of ``"ratio:<group>"``, ``"weight:<group>"``, ``"width:<group>"``. Options
                 of other methods are dropped, as flat search spaces have them.
 
@@ -80,7 +80,7 @@ class TrialParameters:
         budget: dict[str, float] = {}
         groups: dict[str, dict[str, float]] = {}
         allocator = checked_allocator(flat.pop("allocator", "default"))
-        compensate = (checked_mode(flat.pop("compensate")) or False) if "compensate" in flat else None
+        refit = (checked_mode(flat.pop("refit")) or False) if "refit" in flat else None
         for key, value in flat.items():
             prefix, colon, rest = key.partition(":")
             if colon and prefix == "budget" and rest in BUDGETS:
@@ -95,7 +95,7 @@ class TrialParameters:
             else:
                 raise SearchSpaceError(
                     f"parameter {key!r} is not understood; there are 'method', '<method>.<option>', 'allocator', "
-                    "'compensate', 'budget:macs', 'budget:params', and per group 'ratio:<group>', 'weight:<group>', "
+                    "'refit', 'budget:macs', 'budget:params', and per group 'ratio:<group>', 'weight:<group>', "
                     "'width:<group>'"
                 )
         if len(groups) > 1:
@@ -110,7 +110,7 @@ class TrialParameters:
             family,
             groups[family] if family is not None else {},
             budget,
-            compensate,
+            refit,
         )
 
     def allocate(self, limited: bool) -> Allocator | None:
@@ -157,10 +157,10 @@ def checked_mode(mode: Any) -> str | None:
     """
     if mode is not None and mode is not False:
         try:
-            return Compensation(mode).mode
+            return Refit(mode).mode
         except ValueError as error:
-            known = "None, 'parallel' or 'sequential'"
-            raise SearchSpaceError(f"compensate={mode!r} is unknown; choose {known}") from error
+            known = "None, 'batchnorm', 'parallel' or 'sequential'"
+            raise SearchSpaceError(f"refit={mode!r} is unknown; choose {known}") from error
     return None
 
 
@@ -174,8 +174,7 @@ def prune_trial(
     loader: Iterable[Any] | None = None,
     budget: Budget | None = None,
     train: Train | None = None,
-    recalibrate: bool = True,
-    compensate: Compensation | str | bool | None = None,
+    refit: Refit | str | bool | None = "batchnorm",
     statistics: Any = None,
     loss_fn: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy,
     latency_seconds: float | None = 0.2,
@@ -198,10 +197,8 @@ def prune_trial(
         budget: limit; ``budget:macs`` and ``budget:params`` of the trial replace its fields. Without one, widths must
             be given.
         train: fine-tuning, see :class:`~tp_importance.automl.methods.Train`; default: none.
-        recalibrate: move the batch norm statistics by the change that the surgery makes on ``loader``, see
-            :func:`~tp_importance.recalibrate_batchnorm`.
-        compensate: refit the layers that read removed channels on ``loader`` before training, see
-            :func:`~tp_importance.compensate`; a ``"compensate"`` among the parameters goes first.
+        refit: how the network is repaired on ``loader`` before training, see :class:`~tp_importance.Refit`; a
+            ``"refit"`` among the parameters goes first. Without a loader or batch norms, ``"batchnorm"`` does nothing.
         statistics: folder for statistics that trials share, see
             :class:`~tp_importance.automl.statistics.CurveStore`; default: collected in every trial.
         loss_fn: ``loss_fn(output, labels)`` for trials of a criterion that looks at gradients of a loss (``"taylor"``,
@@ -239,8 +236,8 @@ def prune_trial(
             checked_budget(budget)
         # layers in the options are then those of the copy
         clone, options = copied_with(model, pruner_options)
-        job = Job(clone, example_inputs, loader, budget, train=train, recalibrate=recalibrate, loss_fn=loss_fn)
-        job.compensate = Compensation.of(compensate)
+        job = Job(clone, example_inputs, loader, budget, train=train, loss_fn=loss_fn)
+        job.refit = Refit.of(refit)
         job.store = None if statistics is None else CurveStore(statistics, model)
         job.pruner_options = options
         return _run(TrialParameters.parse(params), job, evaluate, latency_seconds, keep)
@@ -261,10 +258,10 @@ def _run(
             "the trial has no budget: pass budget=, search over 'budget:macs', or give ratio:<group> or width:<group>"
         )
     job.options, job.allocator = dict(params.options), params.allocator
-    if params.compensate is not None:
-        job.compensate = Compensation.of(params.compensate)
-    if job.compensate is not None and job.loader is None:
-        raise ValueError("compensate needs data: pass loader=")
+    if params.refit is not None:
+        job.refit = Refit.of(params.refit)
+    if job.refit is not None and job.refit.solves and job.loader is None:
+        raise ValueError(f"refit={job.refit.mode!r} needs data: pass loader=")
     job.allocate = params.allocate(limited=job.budget is not None)
     run = job.pruner_options.get("forward_fn")
     dense = Cost(*count_ops(job.model, x, forward_fn=run))

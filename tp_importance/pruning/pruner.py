@@ -31,13 +31,14 @@ from ..graph.surgery import remove_units
 from ..graph.tracing import count_ops, trace
 from ..latency.model import LatencyModel
 from ..latency.table import LatencyTable
-from ..refitting.refit import Compensation
-from ..refitting.refit import compensate as compensate_consumers
+from ..refitting.refit import refit_consumers
+from ..refitting.report import RefitReport
+from ..refitting.settings import Refit
 from ..statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
 from ..statistics.observe import LabelFn
 from .importance import StatisticalImportance
 from .plan import Plan
-from .report import CompensationReport, GroupRow, PruningReport
+from .report import GroupRow, PruningReport
 
 __all__ = ["BudgetPruner", "Plan"]
 
@@ -302,8 +303,7 @@ class BudgetPruner:
         self,
         budget: Budget | None = None,
         *,
-        compensate: Compensation | str | bool | None = None,
-        recalibrate: bool = False,
+        refit: Refit | str | bool | None = None,
     ) -> PruningReport:
         """Prune the model in place.
 
@@ -312,13 +312,10 @@ class BudgetPruner:
 
         Args:
             budget: default: the pruner's. Repeated steps with falling budgets prune iteratively.
-            compensate: refit the layers that read removed channels, on the pruner's loader, see
-                :func:`~tp_importance.compensate`: settings, a mode, or ``True``. Best measured:
-                ``"sequential"``.
-            recalibrate: move the batch norm statistics by the change that the step makes on the pruner's loader, from
-                the network as given (or as training has left it since), see
-                :func:`~tp_importance.recalibrate_batchnorm`; in a sequential compensation as it goes, where that is
-                of use. For that the pruner keeps a copy of the network.
+            refit: repair the network on the pruner's loader, see :class:`~tp_importance.Refit`: settings, a mode, or
+                ``True`` for ``"sequential"``, the best measured; ``None`` leaves weights and statistics alone. Batch
+                norms move by the change since the network as given (or as training has left it); for that the pruner
+                keeps a copy of it.
 
         Returns:
             The :class:`~tp_importance.PruningReport`.
@@ -331,29 +328,26 @@ class BudgetPruner:
         After any exception, Ctrl-C included, model and pruner are as before; a step that changes nothing changes no
         statistics either.
         """
-        self._require_loader(Compensation.of(compensate), recalibrate)
-        return self.apply(self.plan(budget), compensate=compensate, recalibrate=recalibrate)
+        self._require_loader(Refit.of(refit))
+        return self.apply(self.plan(budget), refit=refit)
 
     @warned_once()
-    def apply(
-        self, plan: Plan, *, compensate: Compensation | str | bool | None = None, recalibrate: bool = False
-    ) -> PruningReport:
+    def apply(self, plan: Plan, *, refit: Refit | str | bool | None = None) -> PruningReport:
         """Prune the model in place by a plan of this pruner, made for the model as it is now.
 
         Args:
             plan: what to remove.
-            compensate: as for :meth:`step`.
-            recalibrate: as for :meth:`step`.
+            refit: as for :meth:`step`.
 
         Returns:
             The :class:`~tp_importance.PruningReport`.
 
         Raises:
             RuntimeError: if the pruned network does not cost what was planned.
-            ValueError: if the plan is of another network, or compensation or recalibration has no loader.
+            ValueError: if the plan is of another network, or a refit has no loader.
         """
-        settings = Compensation.of(compensate)
-        self._require_loader(settings, recalibrate)
+        settings = Refit.of(refit)
+        self._require_loader(settings)
         report, run = self._report(plan), self.groups.options.forward_fn
         if plan.is_noop:
             time = f", {plan.latency_ms['predicted']:.3f} ms predicted" if plan.latency_ms else ""
@@ -361,13 +355,14 @@ class BudgetPruner:
                 f"the network already meets the budget ({plan.cost}{time}); nothing is pruned", stacklevel=levels_up()
             )
             return self._timed(report)
-        compares = recalibrate and (settings is None or settings.mode == "parallel")
+        compares = settings is not None and settings.follows and (not settings.solves or has_batch_norm(self.model))
         reference = self._reference_after(plan.removed, needed=compares)
-        values = () if settings is None else self.model.parameters()
+        solves = settings is not None and settings.solves
+        values = self.model.parameters() if solves else ()
         step = self.surgery(values)
         with shown(self._progress), step, replacing(self.model), torch.inference_mode(False):
-            if settings is not None:
-                report = replace(report, compensation=self._compensate(plan, settings, recalibrate))
+            if settings is not None and solves:
+                report = replace(report, refit=self._refit(plan, settings))
             with phase("removing channels", before=self.cost_model.dense, after=plan.cost):
                 remove_units(self.groups, plan.removed)
             counted = count_ops(self.model, self.example_inputs, forward_fn=run)
@@ -423,11 +418,11 @@ class BudgetPruner:
         """
         return Surgery(self, values)
 
-    def _compensate(self, plan: Plan, settings: Compensation, recalibrate: bool) -> CompensationReport:
+    def _refit(self, plan: Plan, settings: Refit) -> RefitReport:
         assert self.loader is not None
         known = getattr(self.importance, "consumer_statistics", None)
         reusable = known is not None and known.covers(self.groups, settings.sampled) and self._curves is not None
-        return compensate_consumers(
+        return refit_consumers(
             self.model,
             self.example_inputs,
             self.loader,
@@ -438,21 +433,17 @@ class BudgetPruner:
             classes=getattr(self.importance, "classes", None),
             forward_fn=self.groups.options.forward_fn,
             label_fn=self._label_fn,
-            recalibrate=recalibrate and settings.mode == "sequential",
             progress=self._progress,
         )
 
-    def _require_loader(self, settings: Compensation | None, recalibrate: bool) -> None:
-        if settings is None and not recalibrate:
+    def _require_loader(self, settings: Refit | None) -> None:
+        if settings is None:
             return
         if self.loader is None:
-            asked = "recalibrate=True" if settings is None else "compensate"
-            raise ValueError(f"{asked} needs data: pass loader= to the pruner")
+            raise ValueError(f"refit={settings.mode!r} needs data: pass loader= to the pruner")
         collects = isinstance(self.importance, StatisticalImportance) and self._curves is None
-        parallel = settings is not None and settings.mode == "parallel"
-        refits = settings is not None and not (parallel and hasattr(self.importance, "consumer_statistics"))
-        recalibrates = recalibrate and (settings is None or parallel)  # else as it refits
-        if collects + refits + recalibrates > 1:
+        shares = settings.mode == "parallel" and hasattr(self.importance, "consumer_statistics")
+        if collects + (settings.solves and not shares) + settings.follows > 1:
             require_reiterable(self.loader)
 
     def _weights(self) -> Mapping[str, float] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from ..budget import Cost
 from ..core.optional import optional_import
 from ..graph.groups import Excluded
-from ..refitting.report import CompensationReport
+from ..refitting.report import RefitReport
 
 __all__ = ["CostReport", "GroupRow", "PruningReport"]
 
@@ -93,7 +93,7 @@ class PruningReport(CostReport):
         excluded: groups that were left alone, with the reason.
         constant: number of units that did not vary on the data, per group that has any.
         criterion: name of the importance.
-        compensation: what the refit of the consumers did, if there was one.
+        refit: what the refit of the consumers did, if there was one.
         latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` and ``measured``; ``dense_iqr`` and
             ``measured_iqr`` are interquartile ranges.
         uncounted: layers whose MACs are not known and in none of the costs, with the reason.
@@ -108,7 +108,7 @@ class PruningReport(CostReport):
     excluded: list[Excluded]
     constant: dict[str, int] = field(default_factory=dict)
     criterion: str = ""
-    compensation: CompensationReport | None = None
+    refit: RefitReport | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
     uncounted: dict[str, str] = field(default_factory=dict)
 
@@ -126,8 +126,8 @@ class PruningReport(CostReport):
             lines.append(f"not counted: {layer}: {reason}")
         for e in self.excluded:
             lines.append(f"left alone: {e.name} ({e.width}): {e.reason}")
-        if self.compensation is not None:
-            lines.append(str(self.compensation))
+        if self.refit is not None:
+            lines.append(str(self.refit))
         return "\n".join(lines)
 
     @classmethod
@@ -136,9 +136,8 @@ class PruningReport(CostReport):
         costs = {key: Cost(**data[key]) for key in ("dense", "before", "cost")}
         rows = [GroupRow(**row) for row in data["rows"]]
         excluded = [Excluded(**row) for row in data["excluded"]]
-        refitted = data.get("compensation")
-        compensation = None if refitted is None else CompensationReport.from_dict(refitted)
-        return cls(**{**data, **costs, "rows": rows, "excluded": excluded, "compensation": compensation})
+        refit = None if data.get("refit") is None else RefitReport.from_dict(data["refit"])
+        return cls(**{**data, **costs, "rows": rows, "excluded": excluded, "refit": refit})
 
     def to_frame(self) -> Any:
         """The rows as ``pandas.DataFrame``.

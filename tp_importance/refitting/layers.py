@@ -1,11 +1,10 @@
-"""Consumers that lose input channels: settings, which can be refitted, and how new weights are put into them."""
+"""Consumers that lose input channels: which can be refitted, and how new weights are put into them."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,97 +17,15 @@ from ..graph.surgery import checked_units
 from ..graph.tracing import CONV, Trace
 from ..maths.least_squares import refit
 from ..maths.ridge import choose_ridge
-from ..refitting.report import RefitRow
 from ..statistics.consumers import MAX_FEATURES
+from .report import RefitRow
+from .settings import Ridge
 
-__all__ = ["Compensation", "Refit", "Ridge", "refittable", "touched"]
-
-
-Ridge = float | Literal["auto"]
-
-_POSITIONS = {"parallel": 8, "sequential": 32}
-
-
-@dataclass(frozen=True)
-class Compensation:
-    """How consumers are refitted.
-
-    Args:
-        mode: ``"parallel"``: every consumer by itself, to the inputs it has in the dense network; one pass.
-            ``"sequential"``: one consumer after the other, to its inputs in the network pruned so far, with the dense
-            network's outputs as targets.
-        ridge: pull towards the old weights, as a fraction of the mean second moment of the kept features; ``"auto"``
-            chooses it for every consumer by generalised cross-validation (:mod:`.maths.ridge`): the fewer samples
-            there are for its features, the larger it is.
-        positions: output positions per sample, ``None`` for all; ``"auto"`` is 8 in parallel mode, as for the
-            importances that share their pass, and 32 in sequential mode.
-        downstream: in sequential mode, refit all layers behind the first removed channel, the classifier and depthwise
-            convolutions among them, as their inputs have changed; else only those that lose inputs.
-        residual: in sequential mode, where the output of a layer is added to a tensor that is there already, let it
-            make up for the error of that tensor, too.
-        seed: of the positions.
-        memory_limit: bytes that the activations of all samples may take (an estimate): up to it, ``"sequential"``
-            sends them through the network at once, which refits everything in two passes; beyond, every consumer takes
-            two passes of its own and memory does not depend on the number of samples.
-
-    Raises:
-        ValueError: for an argument out of its range.
-
-    Example:
-        >>> Compensation.of("parallel") == Compensation.of(True) == Compensation()
-        True
-    """
-
-    mode: Literal["parallel", "sequential"] = "parallel"
-    ridge: Ridge = "auto"
-    positions: int | Literal["auto"] | None = "auto"
-    downstream: bool = True
-    residual: bool = True
-    seed: int = 0
-    memory_limit: int = 4 << 30
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("parallel", "sequential"):
-            raise ValueError(f"mode={self.mode!r} is unknown; choose 'parallel' or 'sequential'")
-        number = isinstance(self.ridge, (int, float)) and not isinstance(self.ridge, bool) and 0 <= self.ridge < 1e6
-        if self.ridge != "auto" and not number:
-            raise ValueError(f"ridge={self.ridge!r} must be 'auto', or a fraction, at least 0, e.g. ridge=1e-3")
-        n = self.positions
-        if n is not None and n != "auto" and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ValueError(f"positions={n!r} must be a positive integer, None for all, or 'auto'")
-
-    @property
-    def sampled(self) -> int | None:
-        """``positions`` with ``"auto"`` resolved."""
-        return _POSITIONS[self.mode] if self.positions == "auto" else self.positions
-
-    @classmethod
-    def of(cls, value: Compensation | str | bool | None, argument: str = "compensate") -> Compensation | None:
-        """Read what ``compensate=`` arguments take: settings, a mode, ``True`` for the defaults; ``None`` if off.
-
-        Args:
-            value: what was given.
-            argument: how the user calls it.
-
-        Raises:
-            TypeError: for anything else.
-            ValueError: for an unknown mode.
-        """
-        if value is None or value is False:
-            return None
-        if value is True:
-            return cls()
-        if isinstance(value, str):
-            if value not in _POSITIONS:
-                raise ValueError(f"{argument}={value!r} is unknown; choose 'parallel' or 'sequential'")
-            return cls(mode=value)  # type: ignore[arg-type]
-        if isinstance(value, cls):
-            return value
-        raise TypeError(f"{argument}={value!r} must be a Compensation, 'parallel', 'sequential', True or None")
+__all__ = ["LayerRefit", "refittable", "touched"]
 
 
 @dataclass(frozen=True, eq=False)
-class Refit:
+class LayerRefit:
     """One layer to be refitted: a consumer that loses features, or one whose inputs change.
 
     Attributes:
@@ -146,7 +63,7 @@ class Refit:
         """New weight, shape (G, O, d), and the ridge it took.
 
         Args:
-            ridge: see :class:`Compensation`.
+            ridge: see :class:`Refit`.
             second: second moments of the inputs, shape (G, d, d).
             missing: moments of the inputs and of what :attr:`plain` lacks, shape (G, d, O).
             error: mean squares of what it lacks, shape (G, O).
@@ -243,7 +160,7 @@ def refittable(
     leave: Mapping[str, str] | None = None,
     *,
     downstream: bool = False,
-) -> tuple[list[Refit], list[RefitRow]]:
+) -> tuple[list[LayerRefit], list[RefitRow]]:
     """Consumers that lose features and can be refitted, in execution order, and those that cannot, with the reason.
 
     Depthwise convolutions are no consumers: what they pass on is made up for by the next dense consumer.
@@ -288,7 +205,7 @@ def refittable(
         if reason:
             skipped.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
         elif downstream or not bool(kept.all()):
-            refits.append(Refit(name, module, kept, outputs, _own_batch_norm(groups.trace, name)))
+            refits.append(LayerRefit(name, module, kept, outputs, _own_batch_norm(groups.trace, name)))
     return refits, skipped
 
 

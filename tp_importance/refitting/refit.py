@@ -1,4 +1,4 @@
-"""Compensated surgery: refit the consumers to what stays, before any host removes the rest."""
+"""Refit the consumers to what stays, before any host removes the rest."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups
 from ..maths.least_squares import output_energy
 from ..maths.moments import Moments
-from ..refitting.report import CompensationReport, RefitRow
+from ..refitting.report import RefitReport, RefitRow
 from ..statistics.consumers import ConsumerStatistics
 from ..statistics.observe import LabelFn, observe
-from .layers import Compensation, Refit, Ridge, refittable, touched
+from .layers import LayerRefit, refittable, touched
 from .sequential import SequentialRefit
+from .settings import Refit, Ridge
 
-__all__ = ["Compensation", "compensate"]
+__all__ = ["refit_consumers"]
 
 
 @warned_once()
-def compensate(
+def refit_consumers(
     model: nn.Module,
     example_inputs: Any,
     loader: Iterable[Any],
     removed: Mapping[str, Sequence[int]],
-    how: Compensation | str = "parallel",
+    refit: Refit | str = "sequential",
     *,
     groups: PrunableGroups | None = None,
     statistics: ConsumerStatistics | None = None,
@@ -38,10 +39,9 @@ def compensate(
     classes: Sequence[int] | None = None,
     forward_fn: ForwardFn | None = None,
     label_fn: LabelFn | None = None,
-    recalibrate: bool = False,
     progress: bool = False,
-) -> CompensationReport:
-    r"""Refit all consumers to the removal of units that is about to take place; the shapes stay.
+) -> RefitReport:
+    r"""LayerRefit all consumers to the removal of units that is about to take place; the shapes stay.
 
     With :math:`P` the covariance of a consumer's unfolded inputs, k the features that stay and r those that go
     (of all groups it reads),
@@ -57,43 +57,36 @@ def compensate(
         example_inputs: tensor, tuple or dict, batch dimension first.
         loader: re-iterable of batches; labels are needed only with ``classes``.
         removed: units to be removed, per group name.
-        how: settings, or a mode.
+        refit: settings, or a mode. With ``recalibrate``, sequential mode moves the statistics of every batch norm by
+            the change of its input as soon as that is final, but for those behind a refitted layer: least squares has
+            set their means, and rescaling would enlarge its errors. After a parallel refit and the surgery call
+            :func:`~tp_importance.recalibrate_batchnorm`.
         groups: groups of the model, if they are at hand.
         statistics: what the consumers of these groups receive, if it was collected already; spares the pass.
         leave: consumers that are not to be refitted, and why.
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
-        recalibrate: in sequential mode only, move the statistics of every batch norm by the change of its input (see
-            :func:`~tp_importance.recalibrate_batchnorm`) as soon as that is final, but for those behind a refitted
-            layer: least squares has set their means, and rescaling would enlarge its errors.
         progress: show a progress bar.
 
     Returns:
-        The :class:`~tp_importance.pruning.report.CompensationReport`.
+        The :class:`~tp_importance.pruning.report.RefitReport`.
 
     Raises:
-        ValueError: for ``recalibrate`` in parallel mode, unknown groups or units, bad data, or weights that are not
+        ValueError: for settings that give no new weights, unknown groups or units, bad data, or weights that are not
             finite; the model is then as before.
 
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
         >>> x = torch.randn(16, 3, 12, 12)
-        >>> report = compensate(net, x[:2], [x], {"0": [1, 5]})
+        >>> report = refit_consumers(net, x[:2], [x], {"0": [1, 5]})
         >>> [(r.name, r.kept, r.removed, r.after < r.before) for r in report.rows]
         [('2', 54, 18, True)]
         >>> int((net[2].weight == 0).flatten(2).all(2).all(0).sum())  # ready for the surgery
         2
     """
-    settings = Compensation.of(how, "how")
-    if recalibrate and settings is not None and settings.mode == "parallel":
-        raise ValueError(
-            "recalibrate=True is for mode 'sequential'; after a parallel refit and the surgery call "
-            "recalibrate_batchnorm(model, loader, reference=dense), with a copy of the model made before"
-        )
-    if settings is None:
-        raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
+    settings = Refit.of_weights(refit)
     if groups is None:
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn, progress=progress)
     elif groups.trace.model is not model:
@@ -108,7 +101,6 @@ def compensate(
             refits,
             settings,
             example_inputs,
-            recalibrate=recalibrate,
             classes=classes,
             forward_fn=forward_fn,
             label_fn=label_fn,
@@ -133,10 +125,10 @@ def compensate(
         with shown(progress):
             rows += _in_parallel(refits, statistics, settings.ridge)
     order = groups.trace.first_call()
-    return CompensationReport(settings.mode, passes, sorted(rows, key=lambda r: order.get(r.name, len(order))))
+    return RefitReport(settings.mode, passes, sorted(rows, key=lambda r: order.get(r.name, len(order))))
 
 
-def _in_parallel(refits: Sequence[Refit], statistics: ConsumerStatistics, ridge: Ridge) -> list[RefitRow]:
+def _in_parallel(refits: Sequence[LayerRefit], statistics: ConsumerStatistics, ridge: Ridge) -> list[RefitRow]:
     rows = []
     with written(t for r in refits for t in r.tensors()):
         for r in track(refits, "refitting", unit="layer"):
@@ -144,7 +136,7 @@ def _in_parallel(refits: Sequence[Refit], statistics: ConsumerStatistics, ridge:
     return rows
 
 
-def _refit_one(consumer: Refit, moments: Moments, ridge: Ridge) -> RefitRow:
+def _refit_one(consumer: LayerRefit, moments: Moments, ridge: Ridge) -> RefitRow:
     old, mean, second = consumer.weight, moments.mean(), moments.total()
     if not consumer.centred:
         second += mean.unsqueeze(2) * mean.unsqueeze(1)

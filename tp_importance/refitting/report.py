@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CompensationReport", "RefitRow"]
+__all__ = ["RefitReport", "RefitRow"]
 
 
 @dataclass(frozen=True)
 class RefitRow:
-    """One consumer in a :class:`CompensationReport`.
+    """One consumer in a :class:`RefitReport`.
 
     Attributes:
         name: the layer.
@@ -40,7 +40,7 @@ class RefitRow:
 
 
 @dataclass(frozen=True)
-class CompensationReport:
+class RefitReport:
     """What a refit of the consumers did.
 
     Attributes:
@@ -57,6 +57,6 @@ class CompensationReport:
         return "\n".join(map(str, self.rows))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CompensationReport:
+    def from_dict(cls, data: Mapping[str, Any]) -> RefitReport:
         """Rebuild a report from plain data."""
         return cls(data["mode"], data["passes"], [RefitRow(**row) for row in data["rows"]])

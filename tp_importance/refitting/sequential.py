@@ -1,4 +1,4 @@
-"""Refit one consumer after the other, each to its inputs in the network pruned so far.
+"""LayerRefit one consumer after the other, each to its inputs in the network pruned so far.
 
 Where memory allows, all samples go through the network as one batch: every consumer is refitted at the moment it is
 about to run, so one forward pass refits them all. Otherwise each takes a pass of its own, cut off at the consumer, next
@@ -46,7 +46,8 @@ from ..statistics.observe import (
     undisturbed,
     wanted_classes,
 )
-from .layers import Compensation, Refit
+from .layers import LayerRefit
+from .settings import Refit
 
 __all__ = ["SequentialRefit"]
 
@@ -85,7 +86,6 @@ class SequentialRefit:
         refits: consumers to be refitted, in execution order.
         settings: of the refit.
         example_inputs: what the groups were traced with.
-        recalibrate: move the statistics of every batch norm by the change of its input, before what follows is refit.
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
@@ -93,10 +93,9 @@ class SequentialRefit:
 
     groups: PrunableGroups
     removed: Mapping[str, Sequence[int]]
-    refits: Sequence[Refit]
-    settings: Compensation
+    refits: Sequence[LayerRefit]
+    settings: Refit
     example_inputs: Any
-    recalibrate: bool = False
     classes: Sequence[int] | None = None
     forward_fn: ForwardFn | None = None
     label_fn: LabelFn | None = None
@@ -272,9 +271,7 @@ class SequentialRefit:
             with tap(model, self._flow, {value: partial(keep, value) for value in consumers}):
                 yield
         except TracingError as error:
-            raise ValueError(
-                f"{error}: its control flow depends on the data; pass Compensation(residual=False)"
-            ) from error
+            raise ValueError(f"{error}: its control flow depends on the data; pass Refit(residual=False)") from error
 
     def _corrected(self, i: int, seen: _Seen, dense: Tensor, pruned: Tensor) -> _Seen:
         """Target with which the sum is that of the dense network; outputs of negligible gain keep their own."""
@@ -305,7 +302,7 @@ class SequentialRefit:
             u, y = u[chosen.to(u.device)], y[chosen.to(y.device)]
         sums.update(u.flatten(0, 1), y.flatten(0, 1), r.plain)
 
-    def _solve(self, r: Refit, sums: Shortfall) -> RefitRow:
+    def _solve(self, r: LayerRefit, sums: Shortfall) -> RefitRow:
         checked_moments(r.name, sums.inputs)
         self._running.advance()
         second, mean, cross, error, energy, lacking = sums.moments(r.centred)
@@ -346,7 +343,7 @@ class SequentialRefit:
         return [
             (name, m)
             for name, m in self.groups.trace.model.named_modules()
-            if self.recalibrate and is_calibrated(m) and order.get(name, -1) > first and m not in own
+            if self.settings.recalibrate and is_calibrated(m) and order.get(name, -1) > first and m not in own
         ]
 
     @cached_property

@@ -93,7 +93,7 @@ class DenseReference:
                 raise ValueError(
                     f"layer {name!r} is a batch norm of the model but not of the reference: pass a copy of the model "
                     "that was made right before pruning, copy.deepcopy(model); for layers that ResConv has converted "
-                    "use ResConvPruner(...).step(recalibrate=True)"
+                    "use ResConvPruner(...).step(refit='batchnorm')"
                 )
             if before.num_features != layer.num_features or _permuted(before, layer):
                 kept[name] = _recognised(name, before, layer)

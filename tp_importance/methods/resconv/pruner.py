@@ -21,6 +21,7 @@ from ...core.stale_optimizers import replacing
 from ...errors import BudgetError
 from ...graph.tracing import count_ops
 from ...pruning.pruner import bytes_per_parameter
+from ...refitting.settings import Refit
 from ...statistics.batchnorm import DenseReference, has_batch_norm, recalibrate_batchnorm
 from .block import ConversionReport, ResConv2d, convert_to_resconv, resconv_layers
 from .block import fuse as fuse_layers
@@ -276,7 +277,9 @@ class ResConvPruner:
 
     @warned_once()
     @torch.inference_mode(False)  # what is made there could take no gradient
-    def step(self, budget: Budget | None = None, *, fuse: bool = True, recalibrate: bool = False) -> LayerReport:
+    def step(
+        self, budget: Budget | None = None, *, fuse: bool = True, refit: Refit | str | bool | None = None
+    ) -> LayerReport:
         """Remove layers, fold what they hand on into their neighbours, and fuse the others; in place.
 
         Works in eval mode whatever the mode of the model, and restores it. Build the optimizer anew afterwards.
@@ -285,8 +288,8 @@ class ResConvPruner:
             budget: default: the pruner's.
             fuse: turn the layers that stay into ordinary convolutions. With ``False`` they keep shortcut and batch
                 norm, so that training can go on; call :func:`~tp_importance.fuse` at the end.
-            recalibrate: move the batch norm statistics by the change that the removal makes on the pruner's loader,
-                before fusing; see :func:`~tp_importance.recalibrate_batchnorm`.
+            refit: ``"batchnorm"``: move the batch norm statistics by the change that the removal makes on the pruner's
+                loader, before fusing; see :class:`~tp_importance.Refit`. No layer gets new weights by least squares.
 
         Returns:
             :class:`~tp_importance.methods.resconv.LayerReport`.
@@ -295,14 +298,17 @@ class ResConvPruner:
             BudgetError: if the budget cannot be reached.
             RuntimeError: if the result does not cost or compute what was planned, or after the model was fused; the
                 model is then as before.
-            ValueError: if recalibration has no loader.
+            ValueError: if the refit has no loader, or is one of channels.
 
         Warns:
             UserWarning: if nothing needs to be removed, or (without data) a removed layer with a = 0 becomes the
                 identity.
         """
-        if recalibrate and self.loader is None:
-            raise ValueError("recalibrate=True needs data: pass loader= to the pruner")
+        settings = Refit.of(refit)
+        if settings is not None and settings.solves:
+            raise ValueError(f"refit={settings.mode!r} is for channels; after layers went give refit='batchnorm'")
+        if settings is not None and self.loader is None:
+            raise ValueError("refit='batchnorm' needs data: pass loader= to the pruner")
         plan, run = self.plan(budget), self._forward_fn
         rows = self._rows(plan)
         modes = {n: m.training for n, m in self.model.named_modules(remove_duplicate=False)}
@@ -314,7 +320,7 @@ class ResConvPruner:
         step = transaction(self.model, self.model.buffers())  # statistics are written in place
         with shown(self._progress), step, replacing(self.model):
             if plan.removed:
-                reference = DenseReference.of(self.model) if recalibrate and has_batch_norm(self.model) else None
+                reference = DenseReference.of(self.model) if settings and has_batch_norm(self.model) else None
                 with phase("removing layers", layers=len(plan.removed), before=self.dense, after=plan.cost):
                     factors = plan.controls or plan.removed
                     done = remove_layers(self.model, self._example_inputs, factors, forward_fn=run)

@@ -1,4 +1,4 @@
-"""Compensation for Torch-Pruning's own pruners: whatever they remove, the consumers are refitted."""
+"""Refit for Torch-Pruning's own pruners: whatever they remove, the consumers are refitted."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .graph.remap import Survivors, named_tensors
 from .graph.reparametrised import computed_tensors, follows, weight_source
 from .graph.tracing import CONV, TraceOptions, is_depthwise
 from .pruning.pruner import BudgetPruner
-from .refitting.layers import Compensation
-from .refitting.refit import compensate
-from .refitting.report import CompensationReport, RefitRow
-from .statistics.batchnorm import DenseReference, is_calibrated, recalibrate_batchnorm
+from .refitting.refit import refit_consumers
+from .refitting.report import RefitReport, RefitRow
+from .refitting.settings import Refit
+from .statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
 from .statistics.observe import LabelFn
 
-__all__ = ["Removal", "compensated_step", "removal"]
+__all__ = ["Removal", "refitted_step", "removal"]
 
 
 @dataclass
@@ -55,31 +55,30 @@ class Removal:
         self.leave[name] = refused
         self.rows.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=refused))
 
-    def added_to(self, report: CompensationReport) -> CompensationReport:
+    def added_to(self, report: RefitReport) -> RefitReport:
         """The report with the consumers that it does not know of."""
         listed = {row.name for row in report.rows}
         return replace(report, rows=[*report.rows, *(row for row in self.rows if row.name not in listed)])
 
 
 @warned_once()
-def compensated_step(
+def refitted_step(
     pruner: Any,
     example_inputs: Any,
     loader: Iterable[Any],
-    how: Compensation | str = "parallel",
+    refit: Refit | str = "sequential",
     *,
-    recalibrate: bool = False,
     forward_fn: ForwardFn | None = None,
     output_transform: Callable[[Any], Any] | None = None,
     label_fn: LabelFn | None = None,
     allow_stale: bool = False,
     progress: bool = False,
-) -> CompensationReport:
+) -> RefitReport:
     """``pruner.step()``, and the layers that read removed channels are refitted to those that stay.
 
     What the pruner removed is found by repeating its history on a copy whose entries are their own positions; the
     refit is done on a copy of the network before the step and what survives of it is put into the pruned one. Channels
-    of groups for which removal is not masking, and parts of units, are reported and not compensated.
+    of groups for which removal is not masking, and parts of units, are reported and not made up for.
 
     Torch-Pruning prunes the network's outputs, too, classes say, unless the layers that make them are among the
     pruner's ``ignored_layers``. Nothing could make up for that, so a step that changes the shape of the output is
@@ -92,9 +91,8 @@ def compensated_step(
             the layers that make the network's outputs among its ``ignored_layers``.
         example_inputs: those the pruner was built with.
         loader: re-iterable of batches.
-        how: settings, or a mode, see :func:`~tp_importance.compensate`.
-        recalibrate: move the batch norm statistics by the change on the loader, see
-            :func:`~tp_importance.recalibrate_batchnorm`; in sequential mode as it goes.
+        refit: settings, or ``"sequential"`` or ``"parallel"``, see :class:`~tp_importance.Refit`; batch norms follow
+            the change unless they say otherwise.
         forward_fn: ``forward_fn(model, batch)``; as given to the pruner.
         output_transform: as given to the pruner.
         label_fn: ``label_fn(batch)``.
@@ -102,10 +100,10 @@ def compensated_step(
         progress: show a progress bar.
 
     Returns:
-        The :class:`~tp_importance.pruning.report.CompensationReport`.
+        The :class:`~tp_importance.pruning.report.RefitReport`.
 
     Raises:
-        TypeError: for a pruner of this package, which refits by ``step(compensate=...)``, or something else.
+        TypeError: for a pruner of this package, which refits by ``step(refit=...)``, or something else.
         RuntimeError: if the pruner's history does not explain what it removed.
         ValueError: for bad data, or if outputs of the network, or what training mode alone reads, were cut off. After
             any exception the model is as before the step; build the pruner anew.
@@ -116,13 +114,11 @@ def compensated_step(
         >>> x = torch.randn(16, 3, 12, 12)
         >>> pruner = tp.pruner.BasePruner(net, x[:2], tp.importance.MagnitudeImportance(), pruning_ratio=0.5,
         ...                               ignored_layers=[net[4]])
-        >>> report = compensated_step(pruner, x[:2], [x])
+        >>> report = refitted_step(pruner, x[:2], [x])
         >>> net[2].in_channels, [(r.name, r.after < r.before) for r in report.rows]
         (4, [('2', True), ('4', True)])
     """
-    settings = Compensation.of(how, "how")
-    if settings is None:
-        raise TypeError("how=None compensates nothing; give a Compensation, 'parallel' or 'sequential'")
+    settings = Refit.of_weights(refit)
     _require_host(pruner)
     model, graph = checked_model(pruner.model, "pruner.model"), pruner.DG
     options = TraceOptions(
@@ -162,11 +158,11 @@ def compensated_step(
         survivors.settle(named_tensors(dense), model)
         groups = _groups(dense, example_inputs, options, heads)
         what = removal(groups, lambda name: survivors.alive(f"{name}.{weight_source(dense.get_submodule(name))}"))
-        compares = recalibrate and settings.mode == "parallel"  # else as it refits, against the dense network at hand
-        reference = DenseReference(copied(dense), _left(dense, survivors)) if compares else None
+        # in sequential mode batch norms follow as it refits, against the dense network at hand
+        reference = DenseReference(copied(dense), _left(dense, survivors)) if settings.follows else None
         if not allow_stale:
             _require_no_stale(groups, example_inputs, what)
-        report = compensate(
+        report = refit_consumers(
             dense,
             example_inputs,
             loader,
@@ -176,13 +172,12 @@ def compensated_step(
             leave=what.leave,
             forward_fn=forward_fn,
             label_fn=label_fn,
-            recalibrate=recalibrate and settings.mode == "sequential",
             progress=progress,
         )
         with torch.no_grad():
             for name, tensor in named_tensors(dense).items():
                 named_tensors(model)[name].copy_(survivors.take(name, tensor))
-        if reference is not None:
+        if reference is not None and has_batch_norm(model):
             recalibrate_batchnorm(model, loader, reference=reference, forward_fn=forward_fn)
         step.commit()
     return what.added_to(report)
@@ -195,7 +190,7 @@ def _left(dense: nn.Module, survivors: Survivors) -> dict[str, Tensor]:
 
 def _require_host(pruner: Any) -> None:
     if isinstance(pruner, BudgetPruner):
-        raise TypeError(f"{type(pruner).__name__} refits by itself: call pruner.step(compensate='sequential')")
+        raise TypeError(f"{type(pruner).__name__} refits by itself: call pruner.step(refit='sequential')")
     if not all(hasattr(pruner, name) for name in ("model", "DG", "step", "num_heads", "ignored_params")):
         given = f"the class {pruner.__name__}" if isinstance(pruner, type) else f"of type {type(pruner).__name__}"
         raise TypeError(f"pruner is {given}; give a pruner of Torch-Pruning, e.g. tp.pruner.BasePruner(model, ...)")

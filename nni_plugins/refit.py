@@ -1,4 +1,4 @@
-"""Compensation for NNI's masks: refit the layers that read masked channels, before ``ModelSpeedup`` removes them."""
+"""Refit for NNI's masks: refit the layers that read masked channels, before ``ModelSpeedup`` removes them."""
 
 from __future__ import annotations
 
@@ -9,53 +9,51 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tp_importance import Compensation, CompensationReport, PrunableGroups, compensate, prunable_groups
-from tp_importance.compensated_step import Removal
+from tp_importance import PrunableGroups, Refit, RefitReport, prunable_groups, refit_consumers
 from tp_importance.core.batches import ForwardFn
 from tp_importance.graph.groups import ChannelGroup
 from tp_importance.graph.host_groups import build_groups
+from tp_importance.refitted_step import Removal
 from tp_importance.statistics.observe import LabelFn
 
 from .config import require_unwrapped
 from .speedup import checked_masks
 
-__all__ = ["compensate_masks"]
+__all__ = ["refit_masks"]
 
 
-def compensate_masks(
+def refit_masks(
     model: nn.Module,
     masks: Mapping[str, Mapping[str, Tensor | None]],
     loader: Iterable[Any],
     example_inputs: Any,
-    how: Compensation | str = "parallel",
+    refit: Refit | str = "sequential",
     *,
     groups: PrunableGroups | None = None,
-    recalibrate: bool = False,
     forward_fn: ForwardFn | None = None,
     label_fn: LabelFn | None = None,
     progress: bool = False,
-) -> CompensationReport:
+) -> RefitReport:
     """Refit the consumers of masked channels, in place; then call :func:`nni_plugins.speedup` with the same masks.
 
     For masks of any NNI pruner. A unit counts as removed if its rows are masked in *all* layers that make it, for then
     ``ModelSpeedup`` takes it out. After the refit no layer weighs a removed channel any more, so that masked and
     smaller network agree even where the masks of the batch norms were not aligned. Masked channels that stay, or of
-    groups for which removal is not masking, are reported and not compensated.
+    groups for which removal is not masking, are reported and not made up for.
 
     Args:
         model: the network, after ``pruner.unwrap_model()``: its weights are the targets of the refit.
         masks: as returned by ``compress()`` of an NNI pruner.
         loader: re-iterable of batches.
         example_inputs: tensor, tuple or dict, batch dimension first.
-        how: settings, or a mode, see :func:`tp_importance.compensate`.
+        refit: settings, or ``"sequential"`` or ``"parallel"``, see :class:`tp_importance.Refit`.
         groups: groups of the model, if they are at hand.
-        recalibrate: in sequential mode, move batch norm statistics as it goes, see :func:`tp_importance.compensate`.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
         progress: show a progress bar.
 
     Returns:
-        The :class:`tp_importance.CompensationReport`.
+        The :class:`tp_importance.RefitReport`.
 
     Raises:
         RuntimeError: if the model is still wrapped.
@@ -66,7 +64,7 @@ def compensate_masks(
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
         >>> x, rows = torch.randn(16, 3, 12, 12), torch.ones(8, 1, 1, 1)
         >>> rows[[1, 5]] = 0
-        >>> report = compensate_masks(net, {"0": {"weight": rows, "bias": rows.flatten()}}, [x], x[:2])
+        >>> report = refit_masks(net, {"0": {"weight": rows, "bias": rows.flatten()}}, [x], x[:2])
         >>> [(r.name, r.removed, r.after < r.before) for r in report.rows]
         [('2', 18, True)]
     """
@@ -75,17 +73,16 @@ def compensate_masks(
     if groups is None:
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn, progress=progress)
     what = _removal(groups, full)
-    report = compensate(
+    report = refit_consumers(
         model,
         example_inputs,
         loader,
         what.units,
-        how,
+        refit,
         groups=groups,
         leave=what.leave,
         forward_fn=forward_fn,
         label_fn=label_fn,
-        recalibrate=recalibrate,
         progress=progress,
     )
     return what.added_to(report)
