@@ -1,0 +1,1 @@
+"""Benchmarks: `python benchmarks/run.py EXPERIMENT`; results and what they say are in docs/benchmarks.md."""

@@ -1,0 +1,20 @@
+"""The experiments; a module holds those that have their cells in common."""
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "one_shot": ("cifar", "exponent"),
+    "refit": ("refit", "refit-50", "refit-50-ridge", "default-widths"),
+    "batchnorm": ("batchnorm", "batchnorm-500"),
+    "subtask": ("subtask", "imagenette", "imagenette-250", "imagenette-500"),
+    "itpruner": ("itpruner",),
+    "recovery": ("recovery",),
+    "psap": ("psap", "psap-cifar"),
+    "resconv": ("resconv", "resconv-latency"),
+    "automl": ("automl", "automl-pareto"),
+    "scoring": ("scoring", "scoring-2threads", "one-shot-cost"),
+    "itpruner_cost": ("itpruner-cost",),
+    "psap_overhead": ("psap-overhead",),
+    "latency": ("latency",),
+    "zoo": ("zoo",),
+    "host_tests": ("host-tests",),
+}
+"""Names of the experiments of each module."""

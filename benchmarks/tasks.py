@@ -1,0 +1,215 @@
+"""A network, the images it is pruned and tested on, and what may be pruned in it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Iterator
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import networks
+from benchmarks.data import IMAGENETTE_CLASSES, Batches, Cifar10, augmented, imagenette, normalised
+from tp_importance import PrunableGroups, count_ops, prunable_groups, slice_classifier
+
+EFFICIENTNET, DIGITS = "efficientnet-lite0", "digits"
+NAMES = (*networks.PRETRAINED, *networks.TRAINED, EFFICIENTNET, DIGITS)
+
+
+class Task:
+    """What all have in common; groups are found and verified once.
+
+    Attributes:
+        inputs: two images.
+        stages: layers whose outputs a teacher may be compared in.
+        layout: memory format to train in.
+    """
+
+    inputs: Tensor
+    stages: tuple[str, ...] = ()
+    layout = torch.contiguous_format
+
+    def __init__(self, name: str, run: Any) -> None:
+        self.name, self.device, self.run = name, run.device, run
+
+    def fresh(self) -> nn.Module:
+        """The network with its weights, in eval mode."""
+        raise NotImplementedError
+
+    def draw(self, seed: int, images: int) -> Batches:
+        """So many random training images."""
+        raise NotImplementedError
+
+    def top1(self, model: nn.Module, images: int, last: bool = False) -> float:
+        """Accuracy on the first, or the last, test images in percent; the model ends up in eval mode."""
+        raise NotImplementedError
+
+    def stream(self, seed: int, images: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches, at least ``images`` images in all."""
+        raise NotImplementedError
+
+    def steps(self, images: int, batch_size: int) -> int:
+        """How many batches of a stream that is."""
+        return max(math.ceil(images / batch_size), 1)
+
+    def seeded(self, seed: int) -> Task:
+        """The task with the split and the weights of a seed, if it has several."""
+        return self
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The unpruned network; not to be changed."""
+        return self.fresh()
+
+    @cached_property
+    def groups(self) -> PrunableGroups:
+        return prunable_groups(self.model, self.inputs)
+
+    def verified(self, found: PrunableGroups, _x: Any) -> dict[str, str]:
+        """The verdict on :attr:`groups`, for ``verify=`` of pruners of other copies."""
+        return {e.name: e.reason for e in self.groups.excluded if e.name in found.names}
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """What makes the channels that may go."""
+        return [m.name for g in self.groups for m in g.producers]
+
+    def ignored(self, model: nn.Module) -> list[nn.Module]:
+        """Layers of a copy that pruners of the hosts must leave alone."""
+        counted = (nn.Conv2d, nn.Linear)
+        return [m for n, m in model.named_modules() if isinstance(m, counted) and n not in self.layers]
+
+    def unpruned(self, n_test: int) -> dict[str, Any]:
+        """Accuracy and cost before pruning."""
+        macs, params = count_ops(self.model, self.inputs)
+        return {"top1": round(self.top1(self.fresh(), n_test), 3), "macs": macs, "params": params}
+
+    def copy(self) -> tuple[nn.Module, PrunableGroups]:
+        """A fresh network and its groups."""
+        model = self.fresh()
+        return model, prunable_groups(model, self.inputs, verify=self.verified)
+
+
+class Cifar(Task):
+    """A CIFAR-10 ResNet."""
+
+    stages = ("layer1", "layer2", "layer3")
+    layout = torch.channels_last
+
+    def __init__(self, name: str, run: Any) -> None:
+        super().__init__(name, run)
+        self.inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    @cached_property
+    def data(self) -> Cifar10:
+        return cifar10(self.run.data_root, self.run.npz)
+
+    def fresh(self) -> nn.Module:
+        return networks.cifar_resnet(self.run.data_root, self.name).to(self.device)
+
+    def draw(self, seed: int, images: int) -> Batches:
+        return [(x.to(self.device), y.to(self.device)) for x, y in self.data.draw(seed, images)]
+
+    def top1(self, model: nn.Module, images: int, last: bool = False) -> float:
+        start = len(self.data.y_test) - images if last else 0
+        return self.data.accuracy(model, images, self.device, start=start)
+
+    def stream(self, seed: int, images: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return augmented(self.data, images, seed, self.device, batch_size)
+
+    def of_class(self, label: int) -> Tensor:
+        """The test images of a class."""
+        return normalised(self.data.x_test[self.data.y_test == label]).to(self.device)
+
+
+class Stored(Task):
+    """Data that are whole in memory."""
+
+    train: Batches
+    test: Batches
+
+    def draw(self, seed: int, images: int) -> Batches:
+        size = len(self.train[0][1])
+        x, y = (torch.cat(part) for part in zip(*self.train, strict=True))
+        if images >= len(y):
+            return self.train
+        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:images]
+        return list(zip(x[some].split(size), y[some].split(size), strict=True))
+
+    def top1(self, model: nn.Module, images: int, last: bool = False) -> float:
+        """At most one half of the images if the last are told from the first."""
+        model.eval()
+        x, y = (torch.cat(part) for part in zip(*self.test, strict=True))
+        part = slice(-images, None) if last else slice(images)
+        with torch.inference_mode():
+            guesses = torch.cat([model(some.to(self.device)).argmax(1).cpu() for some in x[part].split(50)])
+        return 100.0 * float((guesses == y[part]).double().mean())
+
+    def of_class(self, label: int) -> Tensor:
+        return torch.cat([x[y == label] for x, y in self.test])
+
+
+class EfficientNet(Stored):
+    """EfficientNet-Lite0 cut to the ten classes of Imagenette."""
+
+    def __init__(self, name: str, run: Any) -> None:
+        super().__init__(name, run)
+        whole = networks.efficientnet_lite0()  # first: without the package, the cells are left out
+        parts = imagenette(run.data_root)
+        self.train, self.test = ([(x.to(self.device), y.to(self.device)) for x, y in part] for part in parts)
+        self.inputs, self._whole = self.train[0][0][:2], whole.to(self.device)
+
+    def fresh(self) -> nn.Module:
+        return slice_classifier(self.whole(), IMAGENETTE_CLASSES)
+
+    def whole(self) -> nn.Module:
+        """With all 1,000 outputs."""
+        return copy.deepcopy(self._whole)
+
+
+class Digits(Stored):
+    """The residual CNN of examples/quickstart.py on scikit-learn's digits; split and weights by seed."""
+
+    def __init__(self, name: str, run: Any, seed: int = 0) -> None:
+        super().__init__(name, run)
+        self.example = importlib.import_module("examples.quickstart")
+        self.seed, self.stages = seed, ("3", "4", "5")
+        self.train, self.calibration, self.test = self.example.digits(seed)
+        self.inputs = self.train[0][0][:2]
+        self.trained, self.seeded = cache(self._trained), cache(lambda s: Digits(name, run, s))  # type: ignore[method-assign]
+
+    def fresh(self) -> nn.Module:
+        return copy.deepcopy(self.trained(10)).eval()
+
+    def _trained(self, epochs: int) -> nn.Module:
+        """After some epochs at learning rate 0.05; not to be changed."""
+        torch.manual_seed(self.seed)
+        model = self.example.build()
+        if epochs:
+            self.example.train(model, self.train, epochs, 0.05, self.seed)
+        return model
+
+    def stream(self, seed: int, images: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Its own batches of 64, in a random order per epoch, without end."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for i in torch.randperm(len(self.train), generator=generator).tolist():
+                yield self.train[i]
+
+    def steps(self, images: int, batch_size: int) -> int:
+        return max(round(images * len(self.train) / sum(len(y) for _, y in self.train)), 1)
+
+
+cifar10 = cache(Cifar10.load)
+
+
+def task(name: str, run: Any) -> Task:
+    """The task of that name, one of :data:`NAMES`."""
+    if name not in NAMES:
+        raise SystemExit(f"there is no network {name!r}; known: {', '.join(NAMES)}")
+    kinds: dict[str, type[Task]] = {EFFICIENTNET: EfficientNet, DIGITS: Digits}
+    return kinds.get(name, Cifar)(name, run)
