@@ -112,7 +112,9 @@ class Arm:
         found = NAME.fullmatch(name)
         if found is None or found["criterion"] not in CRITERIA or (found["widths"] or "L1") not in CRITERIA:
             known = ", ".join(CRITERIA)
-            raise SystemExit(f"{name!r} is no arm: it begins with one of {known}; then ', uniform' or ' + parallel refit'")
+            raise SystemExit(
+                f"{name!r} is no arm: it begins with one of {known}; then ', uniform' or ' + parallel refit'"
+            )
         theta = None if found["theta"] is None else float(found["theta"])
         refit, blind = found["refit"] or "none", bool(found["blind"])
         return cls(found["criterion"], found["allocator"], refit, theta, found["widths"], blind)

@@ -57,7 +57,9 @@ class Cells:
             except ValueError as error:
                 if number < len(lines) or raw.endswith(b"\n"):
                     raise SystemExit(f"{self.path}, line {number} is damaged: {error}") from error
-                warnings.warn(f"{self.path}: the last line is torn and dropped; its cell will be made again", stacklevel=4)
+                warnings.warn(
+                    f"{self.path}: the last line is torn and dropped; its cell will be made again", stacklevel=4
+                )
                 return
             self._whole += len(raw)
             self._add(line)

@@ -21,7 +21,14 @@ from benchmarks.data import DATA_ROOT
 
 FOLLOWED = {"batch_norms": "followed"}
 """Setting of results that depend on what happens to batch norms; those without it estimated them anew."""
-PLURALS = {"beta": "betas", "batch": "batches", "network": "networks", "arm": "arms", "budget": "budgets", "draw": "draws"}
+PLURALS = {
+    "beta": "betas",
+    "batch": "batches",
+    "network": "networks",
+    "arm": "arms",
+    "budget": "budgets",
+    "draw": "draws",
+}
 
 
 class Run:
@@ -137,13 +144,12 @@ class Experiment:
             p.add_argument(f"--{plural(name)}".replace("_", "-"), nargs="+", type=kind(*default), default=default)
         for what, part in (("must agree within a file of results", self.settings), ("free", self.options)):
             for name, default in part.items():
-                if name in FOLLOWED:
+                if name in ("device", "threads"):  # see below
+                    continue
+                if part is self.settings and isinstance(default, (str, list, dict)):  # a constant
                     p.set_defaults(**{name: default})
                     continue
-                how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if default is False else {}
-                how = how or ({"nargs": "+"} if isinstance(default, (list, tuple)) else {})
-                if "action" not in how:
-                    how["type"] = kind(*default) if "nargs" in how else kind(default)
+                how = {"action": argparse.BooleanOptionalAction} if default is False else {"type": kind(default)}
                 p.add_argument(f"--{name}".replace("_", "-"), default=default, help=what, **how)
         best = "cuda" if torch.cuda.is_available() else "cpu"
         p.add_argument("--device", default=self.device or best)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import experiment, prepare, tables
+from benchmarks import experiment, prepare, tables  # noqa: E402
 
 
 def main(arguments: list[str]) -> None:

@@ -31,9 +31,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 def chosen(rows: Rows, **values: Any) -> Rows:
     """Rows with these values; a list is one of several."""
-    return [
-        r for r in rows if all(r.get(k) in v if isinstance(v, list) else r.get(k) == v for k, v in values.items())
-    ]
+    return [r for r in rows if all(r.get(k) in v if isinstance(v, list) else r.get(k) == v for k, v in values.items())]
 
 
 def distinct(rows: Rows, *fields: str, order: Sequence[Any] = ()) -> list[Any]:
@@ -83,7 +81,9 @@ def regenerated(text: str, table: Callable[[str, str], str]) -> str:
     """A document with what is between its markers made anew; ``table(experiment, name)`` gives it."""
     opened, ends = text.count("<!-- table:"), len(MARKED.findall(text))
     if opened != ends or opened != text.count("<!-- end -->"):
-        raise SystemExit(f"{opened} tables are opened and {ends} closed: every <!-- table: A B --> needs an <!-- end -->")
+        raise SystemExit(
+            f"{opened} tables are opened and {ends} closed: every <!-- table: A B --> needs an <!-- end -->"
+        )
     return MARKED.sub(lambda m: f"{m[1]}\n{table(m[2], m[3])}\n\n{m[4]}", text)
 
 

@@ -177,7 +177,7 @@ class Digits(Stored):
     def __init__(self, name: str, run: Any, seed: int = 0) -> None:
         super().__init__(name, run)
         self.example = importlib.import_module("examples.quickstart")
-        self.seed, self.stages = seed, ("3", "4", "5")
+        self.seed = seed
         self.train, self.calibration, self.test = self.example.digits(seed)
         self.inputs = self.train[0][0][:2]
         self.trained, self.seeded = cache(self._trained), cache(lambda s: Digits(name, run, s))  # type: ignore[method-assign]

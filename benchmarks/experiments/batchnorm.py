@@ -107,7 +107,13 @@ EXPERIMENTS = (
         RULED,
         name="batchnorm-500",
         about="the same on further networks and fewer test images",
-        axes={**RULED.axes, "network": ["resnet56", "resnet32"], "refit": ["none"], "budget": [0.7], "arm": ["L1", "CATRO"]},
+        axes={
+            **RULED.axes,
+            "network": ["resnet56", "resnet32"],
+            "refit": ["none"],
+            "budget": [0.7],
+            "arm": ["L1", "CATRO"],
+        },
         settings={"images": 500, "n_test": 500},
     ),
 )

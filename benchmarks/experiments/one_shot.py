@@ -111,7 +111,13 @@ EXPERIMENTS = (
         cell,
         settings={"images": 500, "n_test": 10_000, **FOLLOWED},
         show={"by-arm": by_arm, "best": best},
-        smoke={"network": ["digits"], "arm": ["L1, uniform", "CATRO, greedy"], "draw": [0], "images": 100, "n_test": 200},
+        smoke={
+            "network": ["digits"],
+            "arm": ["L1, uniform", "CATRO, greedy"],
+            "draw": [0],
+            "images": 100,
+            "n_test": 200,
+        },
         device=None,
     ),
     Experiment(
