@@ -1,8 +1,8 @@
 """Results as JSON lines: a header with the settings, then environments and cells in the order they were made.
 
-A line is ``{"experiment": ..., "settings": {...}}`` (the first), ``{"environment": n, ...}`` (versions, device, threads,
-date, revision), ``{"key": {...}, "values": {...}, "seed": ..., "environment": n}``, or ``{"key": {...}, "left_out":
-reason}`` for what could not be imported.
+The first line is ``{"experiment": ..., "settings": {...}}``; then come ``{"environment": n, ...}`` (versions, device,
+threads, date, revision), ``{"key": {...}, "values": {...}, "seed": ..., "environment": n}``, and ``{"key": {...},
+"left_out": reason}`` for what could not be imported.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ from benchmarks.data import DATA_ROOT
 
 FOLLOWED = {"batch_norms": "followed"}
 """Setting of results that depend on what happens to batch norms; those without it estimated them anew."""
+SMOKE = {"network": ["digits"], "budget": [0.5], "draw": [0], "images": 100, "n_test": 200}
+"""Axes and settings of all experiments that have them, to see in seconds whether all works."""
 PLURALS = {
     "beta": "betas",
     "batch": "batches",
@@ -92,11 +94,10 @@ class Experiment:
         show: tables by name, from the rows of the results.
         keys: the keys of all cells, if they are not the product of the axes after the unpruned networks.
         dense: whether every network is measured unpruned first, by ``cell`` with the arm "dense".
-        smoke: replaces defaults so that all ends within seconds.
+        smoke: replaces defaults so that all ends within seconds, beside :data:`SMOKE`.
         threads: of torch; None for its own choice.
         device: None for a GPU if there is one.
         probe: what is measured in a process of its own.
-        after: what is done with the rows at the end.
     """
 
     name: str
@@ -110,9 +111,8 @@ class Experiment:
     dense: bool = True
     smoke: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
-    device: str | None = "cpu"
+    device: str | None = None
     probe: Callable[[Run, dict[str, Any]], float] | None = None
-    after: Callable[[tables.Rows], None] | None = None
 
     @property
     def results(self) -> Path:
@@ -149,7 +149,9 @@ class Experiment:
                 if part is self.settings and isinstance(default, (str, list, dict)):  # a constant
                     p.set_defaults(**{name: default})
                     continue
-                how = {"action": argparse.BooleanOptionalAction} if default is False else {"type": kind(default)}
+                how = (
+                    {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": kind(default)}
+                )
                 p.add_argument(f"--{name}".replace("_", "-"), default=default, help=what, **how)
         best = "cuda" if torch.cuda.is_available() else "cpu"
         p.add_argument("--device", default=self.device or best)
@@ -166,7 +168,9 @@ class Experiment:
         p = self.parser()
         if "--smoke" in arguments:
             out = Path(tempfile.mkdtemp()) / f"{self.name}.jsonl"
-            p.set_defaults(**{plural(k) if k in self.axes else k: v for k, v in self.smoke.items()}, out=out, threads=1)
+            known = {*self.axes, *self.settings, *self.options}
+            tiny = {k: v for k, v in {**SMOKE, **self.smoke}.items() if k in known}
+            p.set_defaults(**{plural(k) if k in self.axes else k: v for k, v in tiny.items()}, out=out, threads=1)
         args = p.parse_args(arguments)
         if not args.table:
             self.run(Run(self, vars(args)))
@@ -175,8 +179,6 @@ class Experiment:
         rows = self.rows(args.out)
         for name, table in self.show.items():
             print(f"{name}:\n\n{table(rows)}\n")
-        if self.after is not None:
-            self.after(rows)
 
     def run(self, run: Run) -> cells.Cells:
         """Make all cells that are not there."""

@@ -21,6 +21,15 @@ def markdown(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def listing(rows: Rows, columns: dict[str, str | Callable[[dict[str, Any]], Any]]) -> str:
+    """One line per row; a column is a format string with the row's fields, or a function of the row."""
+
+    def text(row: dict[str, Any], column: str | Callable[[dict[str, Any]], Any]) -> Any:
+        return column.format(**row) if isinstance(column, str) else column(row)
+
+    return markdown(list(columns), [[text(r, c) for c in columns.values()] for r in rows])
+
+
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean ± standard deviation; one value alone, nothing for none."""
     if not values:

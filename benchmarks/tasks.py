@@ -146,7 +146,7 @@ class Stored(Task):
         x, y = (torch.cat(part) for part in zip(*self.test, strict=True))
         part = slice(-images, None) if last else slice(images)
         with torch.inference_mode():
-            guesses = torch.cat([model(some.to(self.device)).argmax(1).cpu() for some in x[part].split(50)])
+            guesses = torch.cat([model(some).argmax(1) for some in x[part].split(50)])
         return 100.0 * float((guesses == y[part]).double().mean())
 
     def of_class(self, label: int) -> Tensor:
@@ -176,32 +176,43 @@ class Digits(Stored):
 
     def __init__(self, name: str, run: Any, seed: int = 0) -> None:
         super().__init__(name, run)
-        self.example = importlib.import_module("examples.quickstart")
         self.seed = seed
-        self.train, self.calibration, self.test = self.example.digits(seed)
+        parts = quickstart().digits(seed)
+        self.train, self.calibration, self.test = ([(x.to(run.device), y.to(run.device)) for x, y in p] for p in parts)
         self.inputs = self.train[0][0][:2]
-        self.trained, self.seeded = cache(self._trained), cache(lambda s: Digits(name, run, s))  # type: ignore[method-assign]
+
+    def seeded(self, seed: int) -> Digits:
+        return Digits(self.name, self.run, seed)
+
+    def trained(self, epochs: int) -> nn.Module:
+        """After some epochs at learning rate 0.05."""
+        return copy.deepcopy(trained_on_digits(self.seed, epochs, self.device))
 
     def fresh(self) -> nn.Module:
-        return copy.deepcopy(self.trained(10)).eval()
-
-    def _trained(self, epochs: int) -> nn.Module:
-        """After some epochs at learning rate 0.05; not to be changed."""
-        torch.manual_seed(self.seed)
-        model = self.example.build()
-        if epochs:
-            self.example.train(model, self.train, epochs, 0.05, self.seed)
-        return model
+        return self.trained(10).eval()
 
     def stream(self, seed: int, images: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Its own batches of 64, in a random order per epoch, without end."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            for i in torch.randperm(len(self.train), generator=generator).tolist():
-                yield self.train[i]
+            yield from (self.train[i] for i in torch.randperm(len(self.train), generator=generator).tolist())
 
     def steps(self, images: int, batch_size: int) -> int:
         return max(round(images * len(self.train) / sum(len(y) for _, y in self.train)), 1)
+
+
+def quickstart() -> Any:
+    return importlib.import_module("examples.quickstart")
+
+
+@cache
+def trained_on_digits(seed: int, epochs: int, device: str) -> nn.Module:
+    torch.manual_seed(seed)
+    model = quickstart().build().to(device)
+    if epochs:
+        training = [(x.to(device), y.to(device)) for x, y in quickstart().digits(seed)[0]]
+        quickstart().train(model, training, epochs, 0.05, seed)
+    return model
 
 
 cifar10 = cache(Cifar10.load)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from benchmarks.networks import cifar_resnet
+from benchmarks.networks import cifar_resnet, coupled_resnet
 
-BATCH = {"resnet20": 100, "resnet56": 100, "resnet50": 16, "mobilenet_v2": 16}
+BATCH = {"resnet8": 8, "resnet56": 100, "resnet50": 16, "mobilenet_v2": 16}
 
 
 def seconds(device: torch.device | str) -> float:
@@ -68,8 +68,8 @@ class Images:
 def subject(name: str, run: Any) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     """A network, and images to time it on: of CIFAR if it is there, else random."""
     model, size = network(name, run)
-    batches: Any = Images(run.images if size == 224 else 500, size, BATCH[name])
-    if size == 32:
+    batches: Any = Images(500 if name == "resnet56" else run.images, size, BATCH[name])
+    if name == "resnet56":
         try:
             batches = run.task(name).draw(0, 500)
         except SystemExit as missing:
@@ -80,8 +80,8 @@ def subject(name: str, run: Any) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]
 def network(name: str, run: Any) -> tuple[nn.Module, int]:
     """A network in eval mode, and the size of its images."""
     torch.manual_seed(0)
-    if name.startswith("resnet") and name != "resnet50":
-        return cifar_resnet(run.data_root, name), 32
+    if name in ("resnet8", "resnet56"):
+        return coupled_resnet(1).eval() if name == "resnet8" else cifar_resnet(run.data_root, name), 32
     return getattr(models, name)().eval(), 224
 
 

@@ -2,7 +2,8 @@
 
 Every file runs up to three times: *as shipped*; if anything failed, *repaired*: random stand-ins for downloads
 (weights, MNIST), and NNI's tracer made to run on a current torch; and *ours*, which is repaired with our importance or
-pruner for theirs. The last two are compared. A file is killed after ``--timeout`` seconds of CPU time. A cell is a file.
+pruner for theirs. The last two are compared. A file is killed after ``--timeout`` seconds of CPU time. A cell is one
+file.
 """
 
 from __future__ import annotations

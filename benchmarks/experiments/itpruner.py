@@ -198,19 +198,8 @@ EXPERIMENTS = (
         },
         cell,
         settings={"images": 500, **FOLLOWED},
-        show={
-            "by-network": by_network,
-            **{f"beta-{100 * b:.0f}": partial(by_beta, budget=b) for b in (0.7, 0.5, 0.3)},
-        },
+        show={"by-network": by_network, **{f"beta-{100 * b:.0f}": partial(by_beta, budget=b) for b in (0.7, 0.5, 0.3)}},
         keys=keys,
-        smoke={
-            "network": ["digits"],
-            "n_test": [200],
-            "budget": [0.5],
-            "width": ["gp", "uniform", "greedy"],
-            "beta": [-10.0, 0.0],
-            "images": 100,
-        },
-        device=None,
+        smoke={"n_test": [200], "width": ["gp", "uniform", "greedy"], "beta": [-10.0, 0.0]},
     ),
 )

@@ -22,7 +22,7 @@ from torchvision import models
 
 from benchmarks.experiment import Experiment, Run
 from benchmarks.networks import coupled_resnet
-from benchmarks.tables import Rows, markdown
+from benchmarks.tables import Rows, listing
 from benchmarks.timing import in_turns, ratios, seconds
 from tp_importance import Budget, ITPruner
 from tp_importance.allocation.curves import value_curves
@@ -119,23 +119,20 @@ def _keep(store: list[Tensor], channels: Tensor, x: Tensor, _out: Tensor, _label
 
 
 def by_network(rows: Rows) -> str:
-    columns = {
-        "groups": "groups",
-        "forward s": "forward_s",
-        "collect s": "collect_s",
-        "ratio": "ratio",
-        "without L1": "ratio_without_order",
-        "pool=True": "ratio_pooled",
-        "new budget ms": "solve_ms",
-        "worst KKT": "worst_kkt",
-        "double loop s": "loop_s",
-        "× ours": "loop_over_ours",
+    columns: dict[str, Any] = {
+        "network": "{network}",
+        "groups": "{groups:.3g}",
+        "forward s": "{forward_s:.3g}",
+        "collect s": "{collect_s:.3g}",
+        "ratio": "{ratio:.3g}",
+        "without L1": lambda r: f"{(r['collect_s'] - r['order_s']) / r['forward_s']:.3g}",
+        "pool=True": "{ratio_pooled:.3g}",
+        "new budget ms": "{solve_ms:.3g}",
+        "worst KKT": "{worst_kkt:.3g}",
+        "double loop s": lambda r: f"{r['loop_s']:.3g}" if "loop_s" in r else "",
+        "× ours": lambda r: f"{r['loop_over_ours']:.3g}" if "loop_s" in r else "",
     }
-    lines = []
-    for r in rows:
-        r["ratio_without_order"] = (r["collect_s"] - r["order_s"]) / r["forward_s"]
-        lines.append([r["network"], *(f"{r[k]:.3g}" if k in r else "" for k in columns.values())])
-    return markdown(["network", *columns], lines)
+    return listing(rows, columns)
 
 
 EXPERIMENTS = (
@@ -149,5 +146,6 @@ EXPERIMENTS = (
         show={"by-network": by_network},
         dense=False,
         smoke={"network": ["ResNet-8"], "batch": 4, "repeats": 1, "pairs": 3},
+        device="cpu",
     ),
 )

@@ -18,7 +18,7 @@ from torchvision import models
 
 from benchmarks.experiment import Experiment, Run
 from benchmarks.networks import coupled_resnet
-from benchmarks.tables import Rows, markdown
+from benchmarks.tables import listing
 from tp_importance import Budget, BudgetPruner, LatencyTable
 
 NETWORKS = {"resnet50": models.resnet50, "mobilenet_v2": models.mobilenet_v2, "resnet8": lambda: coupled_resnet(1)}
@@ -34,7 +34,7 @@ def build(name: str, batch: int, device: str) -> tuple[nn.Module, torch.Tensor]:
 @cache
 def layers(run: Run) -> LatencyTable:
     """Layer times, measured anew unless a file is given."""
-    return LatencyTable(run.layers or None)
+    return LatencyTable(run.layers or None, min_run_time=run.layer_seconds)
 
 
 def pruner(run: Run, name: str, batch: int, arm: str) -> BudgetPruner:
@@ -72,24 +72,17 @@ def cell(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def by_budget(rows: Rows) -> str:
-    lines = [
-        [
-            *(r[k] for k in ("network", "batch")),
-            r["arm"].removeprefix("L2, "),
-            r["budget"],
-            f"{r['dense']:.2f} ± {r['dense_iqr']:.2f}",
-            f"{r['predicted']:.2f}",
-            f"{r['measured']:.2f} ± {r['measured_iqr']:.2f}",
-            f"{100 * r['error']:+.1f} %",
-            f"{r['macs']:.3f}",
-        ]
-        for r in rows
-    ]
-    header = ["network", "batch", "allocator", "budget", "dense ms", "predicted ms", "measured ms", "error"]
-    return markdown([*header, "MACs kept"], lines)
-
-
+COLUMNS = {
+    "network": "{network}",
+    "batch": "{batch}",
+    "allocator": lambda r: r["arm"].removeprefix("L2, "),
+    "budget": "{budget}",
+    "dense ms": "{dense:.2f} ± {dense_iqr:.2f}",
+    "predicted ms": "{predicted:.2f}",
+    "measured ms": "{measured:.2f} ± {measured_iqr:.2f}",
+    "error": lambda r: f"{100 * r['error']:+.1f} %",
+    "MACs kept": "{macs:.3f}",
+}
 EXPERIMENTS = (
     Experiment(
         "latency",
@@ -102,10 +95,11 @@ EXPERIMENTS = (
         },
         cell,
         settings={"device": "cpu"},
-        options={"layers": ""},  # file to keep the layer times in
-        show={"by-budget": by_budget},
+        options={"layers": "", "layer_seconds": 0.03},  # file to keep layer times in, and how long to measure one
+        show={"by-budget": lambda rows: listing(rows, COLUMNS)},
         dense=False,
-        smoke={"network": ["resnet8"], "batch": [1], "arm": ["L2, uniform"], "budget": [0.7]},
+        smoke={"network": ["resnet8"], "batch": [16], "arm": ["L2, uniform"], "budget": [0.9], "layer_seconds": 0.002},
         threads=1,
+        device="cpu",
     ),
 )

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.experiment import Experiment, Run
-from benchmarks.tables import Rows, markdown
+from benchmarks.tables import Rows, listing
 from benchmarks.timing import in_turns, ratios
 from tp_importance import Budget, PSAPPruner, PSAPSchedule
 
@@ -70,14 +70,22 @@ def prune_step(run: Run, name: str) -> float:
 
 
 def by_step(rows: Rows) -> str:
-    lines = []
-    for r in rows:
-        for kind, ratio in r["ratio"].items():
-            low, high = r["quartiles"][kind]
-            known = [r[k] for k in ("network", "batch", "device", "bare_s")]
-            lines.append([*known, kind, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}", r["prune_step_s"]])
-    header = ["network", "batch", "device", "bare step, s", "step", "time / bare step", "quartiles", "prune step, s"]
-    return markdown(header, lines)
+    columns = {
+        "network": "{network}",
+        "batch": "{batch}",
+        "device": "{device}",
+        "bare step, s": "{bare_s}",
+        "step": "{step}",
+        "time / bare step": "{time:.3f}",
+        "quartiles": "{within[0]:.3f} to {within[1]:.3f}",
+        "prune step, s": "{prune_step_s}",
+    }
+    kinds = [
+        {**r, "step": kind, "time": time, "within": r["quartiles"][kind]}
+        for r in rows
+        for kind, time in r["ratio"].items()
+    ]
+    return listing(kinds, columns)
 
 
 EXPERIMENTS = (
@@ -93,7 +101,8 @@ EXPERIMENTS = (
             for n in run.axis("network")
             for b in run.axis("batch")
         ),
-        smoke={"network": ["digits"], "batch": [8], "rounds": 2},
+        smoke={"batch": [8], "rounds": 2},
         threads=1,
+        device="cpu",
     ),
 )

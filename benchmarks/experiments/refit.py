@@ -95,15 +95,7 @@ REFIT = Experiment(
     cell,
     settings={"images": 500, "n_test": 5_000, **FOLLOWED},
     show={"by-network": by_network, "both": both},
-    smoke={
-        "network": ["digits"],
-        "draw": [0],
-        "arm": ["L1, uniform", "OBS, greedy"],
-        "refit": ["none", "sequential"],
-        "images": 100,
-        "n_test": 200,
-    },
-    device=None,
+    smoke={"arm": ["L1, uniform", "OBS, greedy"], "refit": ["none", "sequential"]},
 )
 FIFTY = replace(
     REFIT,

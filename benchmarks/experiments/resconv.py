@@ -148,15 +148,8 @@ def by_arm(rows: Rows) -> str:
 
 
 AXES: dict[str, Any] = {"network": ["resnet56"], "budget": [0.7, 0.5], "arm": ARMS, "draw": [0]}
-SETTINGS = {"train_images": 50_000, "images": 200, "lr": 0.02, "scalar_lr": 0.1, "reg": 0.1, "n_test": 10_000}
-SMOKE = {
-    "network": ["digits"],
-    "budget": [0.7],
-    "work": "outputs/smoke",
-    "train_images": 256,
-    "images": 100,
-    "n_test": 200,
-}
+SETTINGS = {"train_images": 30_000, "images": 200, "lr": 0.02, "scalar_lr": 0.1, "reg": 0.1, "n_test": 5_000}
+SMOKE = {"budget": [0.7], "work": "outputs/smoke", "train_images": 256}
 EXPERIMENTS = (
     Experiment(
         "resconv",
@@ -167,7 +160,6 @@ EXPERIMENTS = (
         options={"work": "outputs/resconv"},
         show={"by-arm": by_arm},
         smoke=SMOKE,
-        device=None,
     ),
     Experiment(
         "resconv-latency",
@@ -179,5 +171,6 @@ EXPERIMENTS = (
         keys=latency_keys,
         smoke={**SMOKE, "arm": [], "batch": [1], "seconds": 0.1},
         threads=1,
+        device="cpu",
     ),
 )

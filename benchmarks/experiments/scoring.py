@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.arms import accumulate_gradients
 from benchmarks.experiment import Experiment, Run
-from benchmarks.tables import Rows, markdown
+from benchmarks.tables import Rows, listing, markdown
 from benchmarks.timing import BATCH, Images, bare, in_turns, network, peak_mb, ratios, seconds, subject
 from tp_importance import Budget, BudgetPruner, CATROImportance, OBSImportance, PrunableGroups, Refit, prunable_groups
 from tp_importance.allocation.curves import value_curves
@@ -111,7 +111,7 @@ def pruned(model: nn.Module, batches: Any, x: torch.Tensor, mode: str, memory: i
 def one_shot_keys(run: Run) -> Iterator[dict[str, Any]]:
     yield from ({"network": name} for name in run.axis("network"))
     for name in run.axis("memory_network"):
-        for images in run.axis("image_count") if name == "resnet56" else [64]:
+        for images in [64] if name == "resnet50" else run.axis("image_count"):
             yield {"network": name, "refit": "parallel", "images": images}
 
 
@@ -163,35 +163,38 @@ def peaks(rows: Rows) -> str:
 
 
 def one_shot_times(rows: Rows) -> str:
-    header = ["network", "images", "refit", "time / bare pass", "passes of the refit", "bare pass, s", "build, s"]
-    lines = []
-    for r in (r for r in rows if "ratio" in r):
-        for m in MODES:
-            cost = [f"{r['ratio'][m]:.1f}", r["passes"][m], f"{r['bare_s']:.2f}", f"{r['build_s']:.2f}"]
-            lines.append([r["network"], r["images"], m, *cost])
-    return markdown(header, lines)
+    columns = {
+        "network": "{network}",
+        "images": "{images}",
+        "refit": "{refit}",
+        "time / bare pass": "{time:.1f}",
+        "passes of the refit": "{n}",
+        "bare pass, s": "{bare_s:.2f}",
+        "build, s": "{build_s:.2f}",
+    }
+    timed = [r for r in rows if "ratio" in r]
+    return listing(
+        [{**r, "refit": m, "time": r["ratio"][m], "n": r["passes"][m]} for r in timed for m in MODES], columns
+    )
 
 
 def one_shot_peaks(rows: Rows) -> str:
-    lines = [[r["network"], r["refit"], r["images"], r["peak_mb"]] for r in rows if "peak_mb" in r]
-    return markdown(["network", "refit", "images", "peak MB"], lines)
+    columns = {"network": "{network}", "refit": "{refit}", "images": "{images}", "peak MB": "{peak_mb}"}
+    return listing([r for r in rows if "peak_mb" in r], columns)
 
 
-SMOKE = {"network": ["mobilenet_v2"], "memory_network": [], "images": 2, "rounds": 1}
+SMOKE = {"network": ["resnet8"], "memory_network": [], "image_count": [16], "images": 16, "rounds": 1}
 SCORING = Experiment(
     "scoring",
     "what scoring costs",
-    {
-        "network": ["resnet56", "resnet50", "mobilenet_v2"],
-        "memory_network": ["resnet56"],
-        "image_count": [100, 1000],
-    },
+    {"network": ["resnet56", "resnet50", "mobilenet_v2"], "memory_network": ["resnet56"], "image_count": [100, 1000]},
     scoring,
     settings={"images": 32, "rounds": 5, "threads": 8, "device": "cpu"},
     show={"times": times, "peaks": peaks},
     keys=scoring_keys,
     smoke=SMOKE,
     threads=8,
+    device="cpu",
     probe=scoring_probe,
 )
 EXPERIMENTS = (
@@ -212,7 +215,8 @@ EXPERIMENTS = (
         settings={"images": 32, "rounds": 3, "threads": 1, "memory": 4},  # GiB a refit may take for activations
         show={"times": one_shot_times, "peaks": one_shot_peaks},
         keys=one_shot_keys,
-        smoke={**SMOKE, "images": 2},
+        smoke={**SMOKE, "memory_network": ["resnet8"]},
+        device="cpu",
         threads=1,
         probe=one_shot_probe,
     ),

@@ -113,15 +113,7 @@ IMAGENETTE = Experiment(
     settings={"images": 1_000, "refit_images": 1_000, "n_test": 1_000, **FOLLOWED},
     options={"memory": 20},  # GiB that a sequential refit may take
     show={"by-refit": by_refit},
-    smoke={
-        "network": ["digits"],
-        "budget": [0.5],
-        "refit": ["sequential"],
-        "arm": ["L1, uniform", "OBS by outputs"],
-        "images": 128,
-        "refit_images": 64,
-    },
-    device=None,
+    smoke={"refit": ["sequential"], "arm": ["L1, uniform", "OBS by outputs"], "images": 128, "refit_images": 64},
 )
 EXPERIMENTS = (
     Experiment(
@@ -132,8 +124,7 @@ EXPERIMENTS = (
         settings={"images": 500, "subtasks": 5, **FOLLOWED},
         show={"by-arm": by_arm},
         keys=keys,
-        smoke={"network": ["digits"], "draw": [0], "arm": ARMS[:3], "images": 200, "subtasks": 1},
-        device=None,
+        smoke={"arm": ARMS[:3], "images": 200, "subtasks": 1},
     ),
     IMAGENETTE,
     *(

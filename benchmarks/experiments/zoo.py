@@ -23,7 +23,7 @@ from torchvision import models
 from benchmarks.cells import ROOT
 from benchmarks.data import load_module
 from benchmarks.experiment import Experiment, Run
-from benchmarks.tables import Rows, markdown
+from benchmarks.tables import Rows, listing
 from tp_importance import ALLOCATORS, Budget, BudgetPruner, CostModel, PrunableGroups, count_ops, prunable_groups
 from tp_importance.allocation.curves import curve_from_scores
 from tp_importance.allocation.greedy import WidthSpace
@@ -163,33 +163,23 @@ def cell(run: Run, key: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
+COLUMNS: dict[str, Any] = {
+    "network": "{network}",
+    "groups": "{groups}",
+    "left out": lambda r: "; ".join(f"{n} {k}" for k, n in Counter(map(_kind, r["excluded"].values())).items()),
+    "masked = removed": lambda r: r["masked_is_removed"] or "yes",
+    "shifts caught": "{shifts_caught[0]}/{shifts_caught[1]}",
+    "costs exact": "{cost_exact}",
+    "budgets met": lambda r: " ".join(f"{a} {met}/{n}" for a, (met, n) in r["budgets"].items()),
+    "step: MACs": "{step[reached]:.4f} of {step[budget]} (floor {step[floor]:.3f})",
+    "groups s": "{seconds[verified_groups_s]}",
+    "step s": "{seconds[step_s]}",
+}
+
+
 def by_network(rows: Rows) -> str:
-    lines: list[list[Any]] = []
-    for cell in rows:
-        if "error" in cell:
-            lines.append([cell["network"], cell["error"]])
-            continue
-        caught, shifted = cell["shifts_caught"]
-        exact = cell["cost_exact"]
-        budgets = " ".join(f"{a} {met}/{n}" for a, (met, n) in cell["budgets"].items())
-        step = cell["step"]
-        reasons = Counter(_kind(r) for r in cell["excluded"].values())
-        lines.append(
-            [
-                cell["network"],
-                cell["groups"],
-                "; ".join(f"{n} {r}" for r, n in reasons.items()),
-                cell["masked_is_removed"] or "yes",
-                f"{caught}/{shifted}",
-                exact,
-                budgets,
-                f"{step['reached']:.4f} of {step['budget']} (floor {step['floor']:.3f})",
-                cell["seconds"]["verified_groups_s"],
-                cell["seconds"]["step_s"],
-            ]
-        )
-    header = ["network", "groups", "left out", "masked = removed", "shifts caught", "costs exact", "budgets met"]
-    return markdown([*header, "step: MACs", "groups s", "step s"], lines)
+    whole = listing([r for r in rows if "error" not in r], COLUMNS)
+    return "\n".join([whole, *(f"| {r['network']} | {r['error']} |" for r in rows if "error" in r)])
 
 
 def _kind(reason: str) -> str:
@@ -210,5 +200,6 @@ EXPERIMENTS = (
         dense=False,
         smoke={"network": ["resnet18"], "shifts": 1, "draws": 1, "budgets": 2},
         threads=1,
+        device="cpu",
     ),
 )
