@@ -31,26 +31,13 @@ Make = Callable[..., Any]
 REFITS = ("none", "parallel", "sequential")
 
 
-def of_method(name: str) -> Make:
-    """The importance of a registered method, with gradients where it reads them."""
+def criterion(make: Make, gradients: bool = False) -> Make:
+    """An importance for a network, its images, and the layers that may be pruned; gradients first, if it reads them."""
 
-    def make(model: nn.Module, batches: Batches, layers: list[str], **options: Any) -> Any:
-        found = METHODS[name]
-        assert found.make is not None
-        if found.needs_gradients:
-            accumulate_gradients(model, batches)
-        return found.make(**options)
-
-    return make
-
-
-def of_host(make: Make, gradients: bool = False) -> Make:
-    """An importance of Torch-Pruning."""
-
-    def made(model: nn.Module, batches: Batches, layers: list[str]) -> Any:
+    def made(model: nn.Module, batches: Batches, layers: list[str], **options: Any) -> Any:
         if gradients:
             accumulate_gradients(model, batches)
-        return make()
+        return make(**options)
 
     return made
 
@@ -60,26 +47,27 @@ def of_nni(kind: str) -> Make:
 
 
 imp = tp.importance
+METHOD = {name: criterion(m.make, m.needs_gradients) for name, m in METHODS.items() if m.make is not None}
 raw = {"normalizer": None}
 CRITERIA: dict[str, Make] = {
-    **{f'method "{name}"': of_method(name) for name, method in METHODS.items() if method.make is not None},
-    "random": of_host(imp.RandomImportance),
-    "L1": of_host(partial(imp.MagnitudeImportance, p=1, **raw)),
-    "L2": of_host(partial(imp.MagnitudeImportance, p=2, **raw)),
-    "FPGM": of_host(partial(imp.FPGMImportance, **raw)),
-    "BN scale": of_host(partial(imp.BNScaleImportance, **raw)),
-    "Taylor": of_host(partial(imp.TaylorImportance, **raw), gradients=True),
-    "Taylor multivariable": of_host(partial(imp.TaylorImportance, multivariable=True, **raw), gradients=True),
+    **{f'method "{name}"': registered for name, registered in METHOD.items()},
+    "random": criterion(imp.RandomImportance),
+    "L1": criterion(partial(imp.MagnitudeImportance, p=1, **raw)),
+    "L2": criterion(partial(imp.MagnitudeImportance, p=2, **raw)),
+    "FPGM": criterion(partial(imp.FPGMImportance, **raw)),
+    "BN scale": criterion(partial(imp.BNScaleImportance, **raw)),
+    "Taylor": criterion(partial(imp.TaylorImportance, **raw), gradients=True),
+    "Taylor multivariable": criterion(partial(imp.TaylorImportance, multivariable=True, **raw), gradients=True),
     "NNI L1": of_nni("l1"),
     "NNI FPGM": of_nni("fpgm"),
     "NNI Taylor": of_nni("taylor"),
-    "PSAP": of_method("psap"),
-    "ITPruner": of_method("itpruner"),
-    "CATRO channel": of_host(partial(CATROImportance, space="channel", pool=True)),
-    "CATRO channel maps": of_host(partial(CATROImportance, space="channel", pool=False)),
-    "CATRO": of_method("catro"),
-    "OBS": of_method("obs"),
-    "OBS by outputs": of_method("obs"),
+    "PSAP": METHOD["psap"],
+    "ITPruner": METHOD["itpruner"],
+    "CATRO channel": criterion(partial(CATROImportance, space="channel", pool=True)),
+    "CATRO channel maps": criterion(partial(CATROImportance, space="channel", pool=False)),
+    "CATRO": METHOD["catro"],
+    "OBS": METHOD["obs"],
+    "OBS by outputs": METHOD["obs"],
 }
 NAME = re.compile(
     r"(?P<blind>blind )?(?P<criterion>.+?)(?: θ = (?P<theta>[\d.]+))?(?: at (?P<widths>\w+)'s widths)?"

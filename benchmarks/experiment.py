@@ -23,14 +23,6 @@ FOLLOWED = {"batch_norms": "followed"}
 """Setting of results that depend on what happens to batch norms; those without it estimated them anew."""
 SMOKE = {"network": ["digits"], "budget": [0.5], "draw": [0], "images": 100, "n_test": 200}
 """Axes and settings of all experiments that have them, to see in seconds whether all works."""
-PLURALS = {
-    "beta": "betas",
-    "batch": "batches",
-    "network": "networks",
-    "arm": "arms",
-    "budget": "budgets",
-    "draw": "draws",
-}
 
 
 class Run:
@@ -169,7 +161,7 @@ class Experiment:
         if "--smoke" in arguments:
             out = Path(tempfile.mkdtemp()) / f"{self.name}.jsonl"
             known = {*self.axes, *self.settings, *self.options}
-            tiny = {k: v for k, v in {**SMOKE, **self.smoke}.items() if k in known}
+            tiny = {k: v for k, v in {**SMOKE, **self.smoke, "work": str(out.parent)}.items() if k in known}
             p.set_defaults(**{plural(k) if k in self.axes else k: v for k, v in tiny.items()}, out=out, threads=1)
         args = p.parse_args(arguments)
         if not args.table:
@@ -197,17 +189,13 @@ class Experiment:
 
 
 def plural(axis: str) -> str:
-    return PLURALS.get(axis, axis if axis.endswith("s") else axis + "s")
+    return axis if axis.endswith("s") else axis + ("es" if axis.endswith("ch") else "s")
 
 
 def kind(*values: Any) -> Callable[[str], Any]:
-    """How to read an argument that is like these values; whole numbers stay whole where texts are allowed, too."""
-    types = {type(v) for v in values if v is not None}
-    if types <= {int, float} and types:
-        return float if float in types else int
-    if types == {str} or not types:
-        return str
-    return lambda text: float(text) if text.replace(".", "", 1).replace("e-", "", 1).isdigit() else text
+    """How to read an argument that is like these values."""
+    types = {type(v) for v in values}
+    return float if float in types else int if types == {int} else str
 
 
 def experiments() -> dict[str, str]:

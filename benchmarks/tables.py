@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.cells import ROOT
 
 DOCUMENTS = ("docs/benchmarks.md", "README.md", "docs/host-tests.md")
-MARKED = re.compile(r"(<!-- table: ([\w-]+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"^(<!-- table: ([\w-]+) ([\w-]+) -->\n).*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 Rows = list[dict[str, Any]]
 
 
@@ -88,10 +88,10 @@ def pivot(
 
 def regenerated(text: str, table: Callable[[str, str], str]) -> str:
     """A document with what is between its markers made anew; ``table(experiment, name)`` gives it."""
-    opened, ends = text.count("<!-- table:"), len(MARKED.findall(text))
-    if opened != ends or opened != text.count("<!-- end -->"):
+    opened, whole = len(re.findall(r"^<!-- table:", text, re.MULTILINE)), len(MARKED.findall(text))
+    if not opened == whole == len(re.findall(r"^<!-- end -->$", text, re.MULTILINE)):
         raise SystemExit(
-            f"{opened} tables are opened and {ends} closed: every <!-- table: A B --> needs an <!-- end -->"
+            f"{opened} tables are opened and {whole} closed: every <!-- table: A B --> needs an <!-- end -->"
         )
     return MARKED.sub(lambda m: f"{m[1]}\n{table(m[2], m[3])}\n\n{m[4]}", text)
 

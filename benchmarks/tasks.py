@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property
 from typing import Any
 
@@ -23,6 +23,10 @@ NAMES = (*networks.PRETRAINED, *networks.TRAINED, EFFICIENTNET, DIGITS)
 class Task:
     """What all have in common; groups are found and verified once.
 
+    Each has ``fresh()``, the network with its weights in eval mode; ``draw(seed, images)``, random training images as
+    batches; ``top1(model, images, last=False)``, the accuracy on the first, or the last, test images in percent, which
+    leaves the model in eval mode; and, to train, ``stream(seed, images, batch_size)``, at least so many images.
+
     Attributes:
         inputs: two images.
         stages: layers whose outputs a teacher may be compared in.
@@ -32,25 +36,13 @@ class Task:
     inputs: Tensor
     stages: tuple[str, ...] = ()
     layout = torch.contiguous_format
+    fresh: Callable[[], nn.Module]
+    draw: Callable[[int, int], Batches]
+    top1: Callable[..., float]
+    stream: Callable[[int, int, int], Iterator[tuple[Tensor, Tensor]]]
 
     def __init__(self, name: str, run: Any) -> None:
         self.name, self.device, self.run = name, run.device, run
-
-    def fresh(self) -> nn.Module:
-        """The network with its weights, in eval mode."""
-        raise NotImplementedError
-
-    def draw(self, seed: int, images: int) -> Batches:
-        """So many random training images."""
-        raise NotImplementedError
-
-    def top1(self, model: nn.Module, images: int, last: bool = False) -> float:
-        """Accuracy on the first, or the last, test images in percent; the model ends up in eval mode."""
-        raise NotImplementedError
-
-    def stream(self, seed: int, images: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches, at least ``images`` images in all."""
-        raise NotImplementedError
 
     def steps(self, images: int, batch_size: int) -> int:
         """How many batches of a stream that is."""

@@ -149,7 +149,7 @@ def by_arm(rows: Rows) -> str:
 
 AXES: dict[str, Any] = {"network": ["resnet56"], "budget": [0.7, 0.5], "arm": ARMS, "draw": [0]}
 SETTINGS = {"train_images": 30_000, "images": 200, "lr": 0.02, "scalar_lr": 0.1, "reg": 0.1, "n_test": 5_000}
-SMOKE = {"budget": [0.7], "work": "outputs/smoke", "train_images": 256}
+SMOKE = {"budget": [0.7], "train_images": 256}
 EXPERIMENTS = (
     Experiment(
         "resconv",

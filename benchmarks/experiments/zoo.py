@@ -58,7 +58,14 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
 def examine(name: str, run: Run) -> dict[str, Any]:
     """All checks on one network."""
     model, x = build(name)
-    clock = _Clock()
+    spent: dict[str, float] = {}
+    last = [time.process_time()]
+
+    def clock(name: str) -> None:
+        """Processor seconds since the last call."""
+        now = time.process_time()
+        spent[name], last[0] = round(now - last[0], 2), now
+
     found = prunable_groups(model, x, verify=False)
     clock("trace_s")
     groups = prunable_groups(model, x)
@@ -80,7 +87,7 @@ def examine(name: str, run: Run) -> dict[str, Any]:
     clock("budgets_s")
     result["step"] = one_step(model, x, groups, cost)
     clock("step_s")
-    return {**result, "seconds": clock.spent}
+    return {**result, "seconds": spent}
 
 
 def shifts_caught(groups: PrunableGroups, x: torch.Tensor, most: int) -> list[int]:
@@ -142,18 +149,6 @@ def one_step(model: nn.Module, x: torch.Tensor, groups: PrunableGroups, cost: Co
         "finite": bool(torch.isfinite(out).all()),
         "shape": list(out.shape),
     }
-
-
-class _Clock:
-    """Processor seconds since the last call, by name."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
-        self._last = time.process_time()
-
-    def __call__(self, name: str) -> None:
-        now = time.process_time()
-        self.spent[name], self._last = round(now - self._last, 2), now
 
 
 def cell(run: Run, key: dict[str, Any]) -> dict[str, Any]:

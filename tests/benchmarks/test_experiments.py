@@ -142,6 +142,7 @@ def test_hosts_tests(tmp_path, capsys, monkeypatch):
     assert "| Torch-Pruning | 1 | 1 passed | 1 passed | 1 passed | 1 of 1 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA_ROOT / CIFAR_TARBALL).exists(), reason=f"no CIFAR-10 in {DATA_ROOT}")
 def test_a_subset_serves_as_data(tmp_path, capsys):
     folder = tmp_path / "small"
