@@ -159,7 +159,7 @@ def checked_mode(mode: Any) -> str | None:
         try:
             return Refit(mode).mode
         except ValueError as error:
-            known = "None, 'batchnorm', 'parallel' or 'sequential'"
+            known = "None, 'sequential', 'parallel' or 'batchnorm'"
             raise SearchSpaceError(f"refit={mode!r} is unknown; choose {known}") from error
     return None
 
