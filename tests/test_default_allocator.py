@@ -20,7 +20,7 @@ from tp_importance import (
 )
 from tp_importance.allocation.program import default_allocator
 from tp_importance.automl import RandomImportance, prune_trial
-from tp_importance.automl.methods import METHODS
+from tp_importance.pruning.registry import METHODS
 from tp_importance.statistics.gradients import loss_gradients
 
 HALF = Budget(macs=0.5)

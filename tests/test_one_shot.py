@@ -27,8 +27,8 @@ from tp_importance import (
     refit_consumers,
 )
 from tp_importance.allocation.greedy import ALLOCATORS
-from tp_importance.automl import METHODS, RandomImportance, channel_method, prune_trial, register_method
-from tp_importance.automl import methods as registry
+from tp_importance.automl import METHODS, RandomImportance, prune_trial, register_method
+from tp_importance.pruning import registry
 
 HALF = Budget(macs=0.5)
 NAMES = [name for name, method in METHODS.items() if method.make is not None]
@@ -325,7 +325,7 @@ def test_methods_that_choose_no_channels_are_named(name, remedy):
 def test_what_is_registered_is_known_to_prune(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.setattr(registry, "METHODS", registry._METHODS)
-    register_method(channel_method("lamp", tp.importance.LAMPImportance))
+    register_method("lamp", tp.importance.LAMPImportance)
     model, x = make_network("plain")
     assert prune(model, x, class_loader(32), budget=HALF, method="lamp").report.criterion == "LAMPImportance"
 
