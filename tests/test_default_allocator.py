@@ -107,7 +107,7 @@ def test_the_importance_may_be_set_later():
     for later in (False, True):
         model, x = make_network("residual")
         importance = tp.importance.MagnitudeImportance(p=1)
-        pruner = BudgetPruner(model, x, importance=None if later else importance, budget=HALF)
+        pruner = BudgetPruner(model, x, importance="random" if later else importance, budget=HALF)
         pruner.importance = importance
         widths.append(pruner.plan().widths)
     assert widths[0] == widths[1]

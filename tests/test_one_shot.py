@@ -158,7 +158,7 @@ def test_arguments_are_checked_before_anything_runs():
     model, x = make_network("plain")
     model.forward = never
     good = {"importance": tp.importance.LAMPImportance(), "budget": HALF}
-    for bad in ({"importance": CATROImportance}, {"importance": "l1"}, {"allocator": 3}, {"budget": 0.5}):
+    for bad in ({"importance": CATROImportance}, {"importance": 1}, {"allocator": 3}, {"budget": 0.5}):
         with pytest.raises(TypeError, match=next(iter(bad))):
             BudgetPruner(model, x, [], **{**good, **bad})
     with pytest.raises(TypeError, match="importance=MagnitudeImportance is a class"):
@@ -167,7 +167,10 @@ def test_arguments_are_checked_before_anything_runs():
 
 def test_an_importance_that_is_set_later_is_checked_then():
     model, x = make_network("plain")
-    pruner = BudgetPruner(model, x, importance=None, budget=HALF)
+    with pytest.raises(TypeError, match="importance=None cannot value channels"):
+        BudgetPruner(model, x, importance=None, budget=HALF)
+    pruner = BudgetPruner(model, x, importance="random", budget=HALF)
+    pruner.importance = None
     with pytest.raises(TypeError, match="importance=None cannot value channels"):
         pruner.plan()
     pruner.importance = tp.importance.LAMPImportance()

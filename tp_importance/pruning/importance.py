@@ -130,7 +130,9 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             ValueError: for an empty loader, missing or malformed labels, non-finite activations, or no prunable group.
         """
         if groups is None:
-            groups = prunable_groups(model, example_inputs, ignored_layers, forward_fn=forward_fn, progress=progress)
+            groups = prunable_groups(
+                model, example_inputs, ignored_layers=ignored_layers, forward_fn=forward_fn, progress=progress
+            )
         groups.require_some()
         if self.least_samples > 1:
             loader = WholeBatches(loader, self.least_samples)

@@ -188,12 +188,9 @@ class BudgetPruner:
             budget: default: the pruner's.
 
         Raises:
-            ValueError: if there is none.
+            TypeError: if there is none.
         """
-        chosen = self.budget if budget is None else checked_budget(budget)
-        if chosen is None:
-            raise ValueError("there is no budget: give one to the pruner or to this call, e.g. Budget(macs=0.5)")
-        return self.target.limits(chosen)
+        return self.target.limits(checked_budget(self.budget if budget is None else budget))
 
     def pruning_history(self) -> list[Any]:
         """Torch-Pruning's history ``[[module name, is_out, indices], ...]`` of all steps so far."""
