@@ -175,3 +175,4 @@ def test_files_that_are_named(path):
 def test_nothing_outside_is_cited(path):
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"\bMETHODS(?:\.md| §)|\bSTYLE\.md|\bGRAPH\.md|design document|/work/\w+", text) == []
+    assert re.findall(r"\[[PDC](?:, code)?\]", text) == []  # marks of a document that is not here: say it in words

@@ -323,7 +323,7 @@ class BudgetPruner:
         Raises:
             BudgetError: if the budget cannot be reached.
             RuntimeError: if the pruned network does not cost what was planned.
-            ValueError: as :meth:`plan`, or if compensation or recalibration has no loader.
+            ValueError: as :meth:`plan`, or if a refit has no loader.
 
         After any exception, Ctrl-C included, model and pruner are as before; a step that changes nothing changes no
         statistics either.

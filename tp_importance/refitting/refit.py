@@ -41,7 +41,7 @@ def refit_consumers(
     label_fn: LabelFn | None = None,
     progress: bool = False,
 ) -> RefitReport:
-    r"""LayerRefit all consumers to the removal of units that is about to take place; the shapes stay.
+    r"""Refit all consumers to the removal of units that is about to take place; the shapes stay.
 
     With :math:`P` the covariance of a consumer's unfolded inputs, k the features that stay and r those that go
     (of all groups it reads),
