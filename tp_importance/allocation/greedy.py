@@ -413,7 +413,7 @@ def count_hint(field: str, limit: float, dense: float) -> str:
 
 
 def _remedies(cost: CostModel, space: WidthSpace, host: Mapping[str, str]) -> list[str]:
-    ignored = ["ignored"] if any(e.group.ignored for e in cost.left_out) else []
+    ignored = ["ignored"] if any(e.group.kind == "ignored" for e in cost.left_out) else []
     return [host.get(name, _REMEDIES[name]) for name in (*space.binding, *ignored)]
 
 
@@ -427,7 +427,7 @@ def _left_out(cost: CostModel, field: str, host: Mapping[str, str]) -> str:
     largest = sorted(cost.left_out, key=lambda e: -e.shares[by])
     named = [
         f"{e.group.name} ({e.group.width} channels, {100 * e.shares[by]:.1f} % of the {by}: "
-        f"{host.get('reason', e.group.reason) if e.group.ignored else e.group.reason})"
+        f"{host.get('reason', e.group.reason) if e.group.kind == 'ignored' else e.group.reason})"
         for e in largest[:_NAMED]
     ]
     more = f" and {len(largest) - _NAMED} more" if len(largest) > _NAMED else ""

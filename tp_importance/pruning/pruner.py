@@ -153,7 +153,7 @@ class BudgetPruner:
             progress=progress,
         )
         warn_of_uncounted(self.groups)
-        self._left_out = {e.name: e.reason for e in self.groups.excluded}
+        self._left_out = list(self.groups.excluded)
         self.initial_widths = self.groups.widths
         self.cost_model = CostModel.from_groups(self.groups)
         self.dense: Cost = self.cost_model.dense
@@ -466,7 +466,7 @@ class BudgetPruner:
         options = self.groups.options.renamed(self.groups.trace.names, self.model)
         traced = trace(self.model, self.example_inputs, options)
         groups = build_groups(traced, self._ignored_layers, self._num_heads, options)
-        return groups.exclude({n: r for n, r in self._left_out.items() if n in groups.names})
+        return groups.exclude_again(self._left_out)
 
     def _adopting(self, groups: PrunableGroups, history: Sequence[Any]) -> dict[str, Any]:
         """What changes in the pruner when it goes on with ``groups`` after a surgery."""
