@@ -34,7 +34,7 @@ from tp_importance import (
     prunable_groups,
     uniform,
 )
-from tp_importance.allocation.greedy import allocate, proportional, round_down, within
+from tp_importance.allocation.greedy import allocate, proportional, round_down
 from tp_importance.core.guards import preserved
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.tracing import Call
@@ -281,7 +281,7 @@ def user_allocator(curves, cost, space, limits):
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        fits = within(cost, round_down(space, middle * space.full), limits)
+        fits = cost.within(round_down(space, middle * space.full), limits)
         low, high = (middle, high) if fits else (low, middle)
     return round_down(space, low * space.full)
 
@@ -316,7 +316,7 @@ def test_every_allocator_keeps_all_limits_and_uses_them(name, allocator, step, k
             for higher in levels[levels > units[g]][:1]:
                 more = units.copy()
                 more[g] = higher
-                assert not within(cost, more, limits), f"{cost.names[g]} could grow to {higher}"
+                assert not cost.within(more, limits), f"{cost.names[g]} could grow to {higher}"
 
 
 def test_greedy_takes_whole_stairs():

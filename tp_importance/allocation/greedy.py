@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..budget import Absolute
 from ..core.types import Floats, Ints
 from ..errors import BudgetError
-from ..graph.cost import COST_FIELDS, LATENCY, CostModel
+from ..graph.cost import COST_FIELDS, LATENCY, CostModel, headroom
 from ..graph.groups import ChannelGroup
 from .curves import Curve, convex_envelope
 
@@ -31,7 +31,6 @@ __all__ = [
     "require_reachable",
     "round_down",
     "uniform",
-    "within",
 ]
 
 Limits = Mapping[str, float]
@@ -188,8 +187,8 @@ class Walk:
 
     def fits(self, marginal: Prices, limits: Limits) -> NDArray[np.bool_]:
         """Groups whose next step keeps every limit."""
-        kept = [marginal[f] <= _lowered(f, limit) - self.present[f] for f, limit in limits.items()]
-        return self.open() & np.all(kept, axis=0)
+        room = headroom(self.present, limits)
+        return self.open() & np.all([marginal[f] <= room[f] for f in limits], axis=0)
 
     def fill(self, limits: Limits, frozen: int | None = None) -> Ints:
         """Take steps that fit, best first, until none fits (one that does not fit never will: costs only grow).
@@ -203,11 +202,6 @@ class Walk:
             if not allowed.any():
                 return self.units.copy()
             self.advance(self.best(marginal, allowed), marginal)
-
-
-def _lowered(field: str, limit: float) -> float:
-    """A predicted limit without the rounding of sums of floats; counts are exact."""
-    return limit * (1 - 1e-9) if field == LATENCY else limit
 
 
 def _stair_tops(cost: CostModel, space: WidthSpace) -> WidthSpace:
@@ -325,8 +319,8 @@ def proportional(curves: Curves, cost: CostModel, space: WidthSpace, limits: Lim
     low, high = 0.0, most
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if within(cost, round_down(space, scaled(middle)), limits) else (low, middle)
-    factor = most if within(cost, round_down(space, scaled(most)), limits) else low
+        low, high = (middle, high) if cost.within(round_down(space, scaled(middle)), limits) else (low, middle)
+    factor = most if cost.within(round_down(space, scaled(most)), limits) else low
     return fill_up(curves, cost, space, limits, scaled(factor))
 
 
@@ -348,7 +342,7 @@ def fill_up(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits, 
     """
     require_reachable(cost, space, limits)
     goal, shrink = np.asarray(target, np.float64), 1e-9
-    while not within(cost, units := round_down(space, goal), limits):  # it costs a rounding error too much
+    while not cost.within(units := round_down(space, goal), limits):  # it costs a rounding error too much
         goal, shrink = goal * (1 - shrink), 2 * shrink
     walk = Walk(curves, cost, space, tuple(limits))
     walk.jump(units)
@@ -377,17 +371,15 @@ def require_reachable(
     Raises:
         BudgetError: naming the least reachable cost.
     """
-    floor = cost.spent(space.floor, limits)
-    for field, limit in limits.items():
-        if floor[field] > _lowered(field, limit):
-            style, are = (".4g", "predicted") if field == LATENCY else ("", "left")
-            raise BudgetError(
-                f"the budget of {limit:{style}} {field} cannot be reached: with every group at its floor "
-                f"{floor[field]:{style}} {field} are {are}. "
-                + _joined([f"Give at least {floor[field]:{style}}", *_remedies(cost, space, host)])
-                + _left_out(cost, field, host)
-                + count_hint(field, limit, cost.spent(cost.full, [field])[field])
-            )
+    for field, least in cost.exceeded(space.floor, limits).items():
+        style, are = (".4g", "predicted") if field == LATENCY else ("", "left")
+        raise BudgetError(
+            f"the budget of {limits[field]:{style}} {field} cannot be reached: with every group at its floor "
+            f"{least:{style}} {field} are {are}. "
+            + _joined([f"Give at least {least:{style}}", *_remedies(cost, space, host)])
+            + _left_out(cost, field, host)
+            + count_hint(field, limits[field], cost.spent(cost.full, [field])[field])
+        )
 
 
 def count_hint(field: str, limit: float, dense: float) -> str:
@@ -440,12 +432,6 @@ def round_down(space: WidthSpace, units: Floats) -> Ints:
     return np.array([lv[max(int(np.searchsorted(lv, u + 1e-9, "right")) - 1, 0)] for lv, u in pairs], np.int64)
 
 
-def within(cost: CostModel, units: Ints, limits: Limits) -> bool:
-    """Whether ``units`` of shape (G,) keep all limits."""
-    values = cost.spent(units, limits)
-    return all(values[f] <= _lowered(f, limit) for f, limit in limits.items())
-
-
 Allocator = Callable[[Curves, CostModel, WidthSpace, Limits], Ints]
 """Any function with the arguments of :func:`greedy`."""
 
@@ -488,13 +474,13 @@ def allocate(allocator: Allocator, curves: Curves, cost: CostModel, space: Width
     def under(macs: int) -> Ints:
         return allocator(curves, cost, space, {**counts, "macs": macs})
 
-    if not within(cost, units := under(high), limits):
+    if not cost.within(units := under(high), limits):
         units = space.floor
         for _ in range(_BISECTIONS):
             if high - low < 2:
                 break
             middle = (low + high) // 2
-            if within(cost, found := under(middle), limits):
+            if cost.within(found := under(middle), limits):
                 low, units = middle, found
             else:
                 high = middle

@@ -100,9 +100,7 @@ class _Problem:
 
     def fits(self, units: Ints) -> bool:
         """Whether every limit is kept."""
-        return all(
-            v <= limit for v, limit in zip(self.cost.evaluate(units)[self.rows], self.limits.values(), strict=True)
-        )
+        return self.cost.within(units, self.limits)
 
     def fill(self, units: Ints) -> Ints:
         """Steps from ``units`` that fit, by gain per cost."""

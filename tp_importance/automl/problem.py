@@ -127,9 +127,8 @@ class BudgetProblem:
 
     def fits(self, units: ArrayLike) -> bool:
         """Whether the units keep every limit and are admissible."""
-        values, u = self.cost.evaluate(units), np.asarray(units)
-        admissible = all(v in levels for v, levels in zip(u, self.space.levels, strict=True))
-        return admissible and all(values[COST_FIELDS.index(f)] <= limit for f, limit in self.limits.items())
+        admissible = all(u in levels for u, levels in zip(np.asarray(units), self.space.levels, strict=True))
+        return admissible and self.cost.within(units, self.limits)
 
     def project(self, weights: ArrayLike, method: str) -> Ints:
         r"""Units on the budget for any weights α > 0: the geometric program, rounded down and filled up.

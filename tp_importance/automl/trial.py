@@ -19,7 +19,7 @@ from ..core.processes import warned_once
 from ..core.progress import phase, shown
 from ..core.types import Ints
 from ..errors import BudgetError, SearchSpaceError
-from ..graph.cost import CostModel
+from ..graph.cost import CostModel, exceeded
 from ..graph.tracing import count_ops
 from ..latency.measure import measure_latency
 from ..refitting.settings import Refit
@@ -267,11 +267,9 @@ def _run(
     dense = Cost(*count_ops(job.model, x, forward_fn=run))
     method.prune(job)
     cost = Cost(*count_ops(job.model, x, forward_fn=run))
-    for name, limit in (job.budget.limits(dense) if job.budget is not None else {}).items():
-        if getattr(cost, name) > limit:
-            raise BudgetError(
-                f"method {params.method!r} left {getattr(cost, name)} {name}, more than the limit {limit}"
-            )
+    limits = job.budget.limits(dense) if job.budget is not None else {}
+    for name, left in exceeded(cost.as_dict(), limits).items():
+        raise BudgetError(f"method {params.method!r} left {left} {name}, more than the limit {limits[name]}")
     job.model.eval()
     with phase("evaluating") as running:
         value = _metric(evaluate(job.model))
@@ -290,13 +288,11 @@ def _exact(widths: Mapping[str, float], cost: CostModel, space: WidthSpace, limi
     for name, levels, u, size in zip(cost.names, space.levels, units, cost.unit_sizes, strict=True):
         if u not in levels:
             raise SearchSpaceError(f"width:{name}={u * size} is not admissible; admissible: {(levels * size).tolist()}")
-    values = cost.cost(cost.widths(units)).as_dict()
-    for name, limit in limits.items():
-        if values[name] > limit:
-            raise BudgetError(
-                f"the widths of the trial cost {values[name]} {name}, more than the limit {limit}; let the search "
-                "propose weight:<group> or ratio:<group>, which are scaled to the budget, or use the tuner"
-            )
+    for name, spent in cost.exceeded(units, limits).items():
+        raise BudgetError(
+            f"the widths of the trial cost {spent} {name}, more than the limit {limits[name]}; let the search "
+            "propose weight:<group> or ratio:<group>, which are scaled to the budget, or use the tuner"
+        )
     return units
 
 
