@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tp_importance import Budget, BudgetPruner, ChannelGroup, Plan, StatisticalImportance
-from tp_importance.allocation.greedy import require_reachable
+from tp_importance.allocation.limits import require_reachable
 from tp_importance.core.batches import iterate, reference_tensor, split_batch, to_model
 from tp_importance.core.processes import warned_once
 from tp_importance.graph.cost import LATENCY

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from tp_importance import Budget, ITPrunerImportance
-from tp_importance.allocation.greedy import Allocator
 from tp_importance.allocation.program import Objective, Solver
+from tp_importance.allocation.registry import Allocator
 from tp_importance.methods.itpruner.hsic import Estimator, Kernel
 from tp_importance.methods.itpruner.importance import Per
 

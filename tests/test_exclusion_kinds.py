@@ -9,7 +9,7 @@ import torch_pruning as tp
 from torch import nn
 
 from tp_importance import Budget, BudgetPruner, CostModel, Excluded, PruningReport, WidthSpace, prunable_groups
-from tp_importance.allocation.greedy import require_reachable
+from tp_importance.allocation.limits import require_reachable
 from tp_importance.graph.host_groups import build_groups
 from tp_importance.graph.tracing import trace
 

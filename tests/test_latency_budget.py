@@ -34,7 +34,9 @@ from tp_importance import (
     prunable_groups,
     uniform,
 )
-from tp_importance.allocation.greedy import allocate, proportional, round_down
+from tp_importance.allocation.allocate import allocate
+from tp_importance.allocation.proportional import proportional
+from tp_importance.allocation.space import round_down
 from tp_importance.core.guards import preserved
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.tracing import Call

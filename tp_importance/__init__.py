@@ -1,16 +1,19 @@
 """Structured-pruning methods from the literature as plugins for Torch-Pruning, and what they share.
 
 The way through the package is one-directional: loader → statistics (:mod:`.statistics.observe`) → value curves
-(:mod:`.allocation.curves`) → widths under a budget (:mod:`.allocation.greedy`) → surgery by the host
+(:mod:`.allocation.curves`) → widths under a budget (:mod:`.allocation.registry`) → surgery by the host
 (:mod:`.graph.surgery`) → report.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from .allocation.curves import Curve, curve_from_scores, value_curves
-from .allocation.greedy import ALLOCATORS, WidthSpace, greedy, greedy_path, uniform
+from .allocation.greedy import greedy, greedy_path
 from .allocation.lagrange import LagrangeAllocator, lagrange
 from .allocation.program import ProgramAllocator
+from .allocation.proportional import uniform
+from .allocation.registry import ALLOCATORS
+from .allocation.space import WidthSpace
 from .budget import Budget, Cost
 from .checkpoints.checkpoint import load_pruned, save_pruned
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError

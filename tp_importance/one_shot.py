@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from .allocation.greedy import Allocator
+from .allocation.registry import Allocator
 from .automl.methods import Method, find_criterion
 from .budget import Budget
 from .core.arguments import checked_importance
@@ -79,8 +79,8 @@ def prune(
             :class:`~tp_importance.automl.RandomImportance`), or what
             :func:`~tp_importance.automl.register_method` added for channels.
         allocator: ``"greedy"``, ``"lagrange"``, ``"program"``, ``"uniform"`` or a function, see
-            :mod:`tp_importance.allocation.greedy`; default (also ``"default"``): what suits the importance, see
-            :func:`~tp_importance.allocation.program.default_allocator`.
+            :mod:`tp_importance.allocation.registry`; default (also ``"default"``): what suits the importance, see
+            :func:`~tp_importance.allocation.registry.default_allocator`.
         refit: how the network is repaired, see :class:`~tp_importance.Refit`; ``"parallel"`` is faster and less
             accurate, ``"batchnorm"`` only moves batch norm statistics, ``None`` does nothing.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few

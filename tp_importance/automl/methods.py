@@ -14,9 +14,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from ..allocation.curves import value_curves
-from ..allocation.greedy import Allocator, Curves, Limits, WidthSpace
-from ..allocation.program import default_allocator, named_allocator
+from ..allocation.curves import Curves, value_curves
+from ..allocation.limits import Limits
+from ..allocation.registry import Allocator, default_allocator, named_allocator
+from ..allocation.space import WidthSpace
 from ..budget import Budget
 from ..core.types import Ints
 from ..errors import SearchSpaceError
@@ -203,8 +204,8 @@ def channel_method(
 ) -> Method:
     """A method that is an importance: ours, or any ``tp.importance.Importance``.
 
-    If the search gives no widths, they come from the :func:`~tp_importance.allocation.program.default_allocator` of the
-    importance.
+    If the search gives no widths, they come from the
+    :func:`~tp_importance.allocation.registry.default_allocator` of the importance.
 
     Args:
         name: how a search calls it.

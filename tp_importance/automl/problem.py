@@ -12,8 +12,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..allocation.curves import Curve
-from ..allocation.greedy import WidthSpace, require_reachable
-from ..allocation.program import ProgramAllocator, implied_weights, named_allocator
+from ..allocation.limits import require_reachable
+from ..allocation.program import ProgramAllocator, implied_weights
+from ..allocation.registry import named_allocator
+from ..allocation.space import WidthSpace
 from ..budget import Budget
 from ..core.arguments import checked_budget, checked_model
 from ..core.files import read_json, write_json

@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..allocation.greedy import ALLOCATORS, Allocator, Curves, Limits, WidthSpace, proportional, round_down
+from ..allocation.curves import Curves
+from ..allocation.limits import Limits
 from ..allocation.program import ProgramAllocator
+from ..allocation.proportional import proportional
+from ..allocation.registry import ALLOCATORS, Allocator
+from ..allocation.space import WidthSpace, round_down
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
 from ..core.guards import copied_with

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..allocation.allocate import allocate
 from ..allocation.curves import Curve, value_curves
-from ..allocation.greedy import Allocator, WidthSpace, allocate
-from ..allocation.program import named_allocator
+from ..allocation.registry import Allocator, named_allocator
+from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_importance, checked_model
 from ..core.batches import check_loader, require_reiterable
@@ -62,8 +63,8 @@ class BudgetPruner:
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
             ``latency`` and ``latency_ms`` are those of ``example_inputs`` as they are, on a quiet machine.
         allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"``, ``"program"`` (with the weights of the importance, if it
-            has some) or a function, see :mod:`tp_importance.allocation.greedy`. Default (also ``"default"``): what
-            suits the importance, see :func:`~tp_importance.allocation.program.default_allocator`: its own choice,
+            has some) or a function, see :mod:`tp_importance.allocation.registry`. Default (also ``"default"``): what
+            suits the importance, see :func:`~tp_importance.allocation.registry.default_allocator`: its own choice,
             ``"greedy"`` where its scores compare across layers, else ``"uniform"``.
         ignored_layers: modules, parameters or module types whose outputs are kept.
         round_to: widths become multiples of it.

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...allocation.curves import Curve, curve_from_scores, host_scores
-from ...allocation.greedy import Allocator, WidthSpace
 from ...allocation.program import Objective, ProgramAllocator, Solver, checked_objective
+from ...allocation.registry import Allocator
+from ...allocation.space import WidthSpace
 from ...budget import Budget
 from ...core.arguments import checked_budget, checked_importance
 from ...core.batches import ForwardFn

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...allocation.greedy import WidthSpace, require_reachable
+from ...allocation.limits import require_reachable
+from ...allocation.space import WidthSpace
 from ...budget import Cost
 from ...core.guards import Guard, warn_in_eval_mode
 from ...core.processes import process_count

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...allocation.greedy import count_hint
+from ...allocation.limits import count_hint
 from ...budget import Budget, Cost
 from ...core.arguments import checked_budget, checked_model
 from ...core.guards import transaction, warn_in_eval_mode
