@@ -32,6 +32,7 @@ from ..graph.surgery import remove_units
 from ..graph.tracing import count_ops, trace
 from ..latency.model import LatencyModel
 from ..latency.table import LatencyTable
+from ..latency.times import LatencyTimes
 from ..refitting.refit import refit_consumers
 from ..refitting.report import RefitReport
 from ..refitting.settings import Refit
@@ -275,12 +276,12 @@ class BudgetPruner:
         constant = {n: c.constant.tolist() for n, c in (self._curves or {}).items() if len(c.constant)}
         gone = {n: list(units) for n, units in removed.items()}
         counts = {f: int(v) for f, v in (limits or {}).items() if f != LATENCY}
-        found = {} if limits is None or LATENCY not in limits else self._times(widths, limits[LATENCY])
+        found = LatencyTimes() if LATENCY not in (limits or {}) else self._times(widths, (limits or {})[LATENCY])
         uncounted = dict(self.groups.trace.uncounted)
         cost = self.cost_model.cost(widths)
         return Plan(widths, cost, self.dense, counts, gone, constant, latency_ms=found, uncounted=uncounted)
 
-    def _times(self, widths: Mapping[str, int], limit: float) -> dict[str, float]:
+    def _times(self, widths: Mapping[str, int], limit: float) -> LatencyTimes:
         predicted = self.cost_model.timed.predict(self.cost_model.units(widths))
         dense = self.measure_latency().dense
         now = self.cost_model.timed.predict(self.cost_model.full)
@@ -297,7 +298,7 @@ class BudgetPruner:
                 "predicted: the machine was busy at one of these times. Measure on a quiet one",
                 stacklevel=levels_up(),
             )
-        return {"dense": dense.median_ms, "dense_iqr": dense.iqr_ms, "limit": limit, "predicted": predicted}
+        return LatencyTimes(dense.median_ms, dense.iqr_ms, limit, predicted)
 
     @warned_once()
     def step(
@@ -351,7 +352,7 @@ class BudgetPruner:
         self._require_loader(settings)
         report, run = self._report(plan), self.groups.options.forward_fn
         if plan.is_noop:
-            time = f", {plan.latency_ms['predicted']:.3f} ms predicted" if plan.latency_ms else ""
+            time = f", {plan.latency_ms.predicted:.3f} ms predicted" if plan.latency_ms.is_limited else ""
             warnings.warn(
                 f"the network already meets the budget ({plan.cost}{time}); nothing is pruned", stacklevel=levels_up()
             )
@@ -506,11 +507,11 @@ class BudgetPruner:
     @shows_progress
     def _timed(self, report: PruningReport) -> PruningReport:
         """The report with the measured latency of the network, if it was limited."""
-        if not report.latency_ms:
+        if not report.latency_ms.is_limited:
             return report
         with phase("measuring latency"):
             found = self._latency_table.network(self.model, self.example_inputs, self.groups.options.forward_fn)
-        times = {**report.latency_ms, "measured": found.median_ms, "measured_iqr": found.iqr_ms}
+        times = replace(report.latency_ms, measured=found.median_ms, measured_iqr=found.iqr_ms)
         return replace(report, latency_ms=times)
 
     def _report(self, plan: Plan) -> PruningReport:
@@ -532,7 +533,7 @@ class BudgetPruner:
             excluded=list(self.groups.excluded),
             constant={g: len(u) for g, u in plan.constant.items()},
             criterion=type(self.importance).__name__,
-            latency_ms=dict(plan.latency_ms),
+            latency_ms=plan.latency_ms,
             uncounted=dict(plan.uncounted),
         )
 
