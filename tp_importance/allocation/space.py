@@ -13,6 +13,9 @@ from ..graph.groups import ChannelGroup
 
 __all__ = ["WidthSpace", "round_down"]
 
+_OPTIONS = ("max_pruning_ratio", "round_to", "min_widths")
+"""What may keep a group from becoming as narrow as the graph allows."""
+
 
 @dataclass(frozen=True)
 class WidthSpace:
@@ -66,15 +69,15 @@ class WidthSpace:
             inside = (units * g.unit_size >= least) & (units * g.unit_size <= most)
             levels.append(units[((enough & rounded) | (units == g.n_units)) & inside])
             full = units == g.n_units
-            options = {"max_pruning_ratio": enough, "round_to": rounded, "min_widths": units * g.unit_size >= least}
-            binding |= {name for name, allowed in options.items() if not (allowed | full)[0]}
+            options = zip(_OPTIONS, (enough, rounded, units * g.unit_size >= least), strict=True)
+            binding |= {name for name, allowed in options if not (allowed | full)[0]}
             if not len(levels[-1]):
                 raise ValueError(
                     f"group {g.name} of {g.width} channels has no admissible width: min_widths {least}, max_widths "
                     f"{most}, max_pruning_ratio {ratio}, round_to {round_to}, units of {g.unit_size}, at least "
                     f"{g.min_units * g.unit_size}"
                 )
-        return cls(tuple(levels), tuple(name for name in options if name in binding))
+        return cls(tuple(levels), tuple(name for name in _OPTIONS if name in binding))
 
     @property
     def floor(self) -> Ints:
