@@ -4,6 +4,8 @@ The way is conversion (:mod:`.block`) → training, yours → losses (:mod:`.los
 cheapest set of layers → removal (:mod:`.removal`) and folding (:mod:`.folding`) → fusing → report.
 """
 
+from ...pruning.domains import Choice
+from ...pruning.registry import Job, register_method
 from .block import ConversionReport, ResConv2d, Scale, convert_to_resconv, fuse, resconv_layers
 from .importance import ResConvImportance
 from .losses import LayerImportance, output_losses, removal_controls, scale_losses
@@ -30,3 +32,26 @@ __all__ = [
     "resconv_layers",
     "scale_losses",
 ]
+
+
+def _prune_layers(job: Job) -> None:
+    """Whole layers go, the rest is trained with its shortcuts and fused."""
+    pruner = ResConvPruner(
+        job.model,
+        job.example_inputs,
+        job.loader,
+        budget=job.whole_budget("resconv"),
+        **job.options,
+        **job.pruner_options,
+    )
+    if pruner.plan().removed:
+        pruner.step(fuse=False, refit=job.repair)
+    if job.train is not None:
+        job.train(job.model)
+    if pruner.layers:
+        fuse(job.model.eval())
+
+
+register_method(
+    "resconv", prune=_prune_layers, options={"importance": Choice(("output", "scale"))}, instead="ResConvPruner"
+)

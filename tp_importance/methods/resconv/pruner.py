@@ -21,7 +21,7 @@ from ...core.stale_optimizers import replacing
 from ...errors import BudgetError
 from ...graph.tracing import count_ops
 from ...latency.times import LatencyTimes
-from ...pruning.pruner import bytes_per_parameter
+from ...pruning.target import bytes_per_parameter
 from ...refitting.settings import Refit
 from ...statistics.batchnorm import DenseReference, has_batch_norm, recalibrate_batchnorm
 from .block import ConversionReport, ResConv2d, convert_to_resconv, resconv_layers
@@ -348,16 +348,6 @@ class ResConvPruner:
             step.commit()
             self.history.append(report)
         return report
-
-    def report(self) -> LayerReport:
-        """Report of the last :meth:`step`.
-
-        Raises:
-            RuntimeError: before the first step.
-        """
-        if not self.history:
-            raise RuntimeError("no layer was removed yet: call step() first, or plan() to see what it would do")
-        return self.history[-1]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the states of model and optimizer; plain values."""
