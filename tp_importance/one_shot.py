@@ -57,7 +57,7 @@ def prune(
 ) -> OneShot:
     r"""Prune ``model`` in place to a budget that is met exactly, and make up for it by least squares; no training.
 
-    Channels are ordered by the loss that is left after the consumers are refitted (:class:`OBSImportance`), widths
+    Channels are ordered by the loss that is left after the consumers are refitted (:class:`.OBSImportance`), widths
     follow from the losses and the exact cost, Torch-Pruning removes the channels, and every layer behind them is
     refitted so that the network gives what it gave before on the samples. The recommended way to prune without
     training, and to start a fine-tuning (with :class:`~tp_importance.Distiller`): build the optimizer afterwards, for

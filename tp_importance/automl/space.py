@@ -129,7 +129,7 @@ class SearchSpace:
         return found
 
     def to_ray(self) -> dict[str, Any]:
-        """Ray Tune's ``param_space``. It is flat: :func:`ray_trainable` drops what belongs to other methods.
+        """Ray Tune's ``param_space``. It is flat: :func:`.ray_trainable` drops what belongs to other methods.
 
         Raises:
             MissingPackageError: without Ray Tune; names the extra.

@@ -1,4 +1,4 @@
-"""LayerRefit one consumer after the other, each to its inputs in the network pruned so far.
+"""Refit one consumer after the other, each to its inputs in the network pruned so far.
 
 Where memory allows, all samples go through the network as one batch: every consumer is refitted at the moment it is
 about to run, so one forward pass refits them all. Otherwise each takes a pass of its own, cut off at the consumer, next

@@ -88,7 +88,7 @@ class CATROImportance(StatisticalImportance):
 
     @property
     def consumer_statistics(self) -> ConsumerStatistics | None:
-        """What the consumers received when the statistics were collected; spares compensation its own pass."""
+        """What the consumers received when the statistics were collected; spares a refit its own pass."""
         return self._consumers
 
     def watches(self, groups: PrunableGroups) -> list[Watch]:

@@ -192,7 +192,7 @@ class SoftPruning:
         self._gates.watch(self._pulse_left > 0)
 
     def require_unchanged(self) -> None:
-        """Raise :class:`StaleStatisticsError` if the layers are not those the groups were built from."""
+        """Raise :class:`~tp_importance.StaleStatisticsError` if the layers are not those the groups were built from."""
         self._weights.require_unchanged()
 
     @property

@@ -1,6 +1,6 @@
 """Fusible residual convolutions (ResConv, arXiv 2011.14356): put in, train, fuse.
 
-Removing layers is in :mod:`.removal`, doing so to a budget in :mod:`.pruning.pruner`.
+Removing layers is in :mod:`.removal`, doing so to a budget in :mod:`.pruner`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ResConv2d(nn.Module):
         a: initial information control.
 
     Attributes:
-        s: parameter, shape (1,); L1 drives it to 0 (:meth:`ResConvPruner.regularize`).
+        s: parameter, shape (1,); L1 drives it to 0 (:meth:`~tp_importance.ResConvPruner.regularize`).
         a: parameter, shape (1,), kept ≥ 0 by the pruner.
 
     Raises:
@@ -194,7 +194,7 @@ def convert_to_resconv(
     out, and why, is at ``model.resconv_report``.
 
     Args:
-        model: the network; build the optimizer afterwards, see :meth:`ResConvPruner.parameter_groups`.
+        model: the network; build the optimizer afterwards, see :meth:`~tp_importance.ResConvPruner.parameter_groups`.
         example_inputs: tensor, tuple or dict, batch dimension first.
         s: initial layer scaling factor.
         a: initial information control, ≥ 0.
