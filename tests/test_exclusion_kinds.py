@@ -92,7 +92,7 @@ def test_kind(kind):
 def test_kind_and_reason_are_those_that_stay_when_nothing_is_ignored():
     narrow = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 4, 1))
     for model, name, kind in ((chain(), "2", "output"), (narrow, "0", "minimum")):
-        asked = {e.name: e for e in prunable_groups(model, X, [nn.Conv2d]).excluded}
+        asked = {e.name: e for e in prunable_groups(model, X, ignored_layers=[nn.Conv2d]).excluded}
         plain = {e.name: e for e in prunable_groups(model, X).excluded}
         assert asked[name] == plain[name] and plain[name].kind == kind
 
