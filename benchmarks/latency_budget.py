@@ -56,7 +56,7 @@ class Case:
         plan = self._planner.plan(Budget(latency=fraction))
         planned = time.perf_counter() - start
         report = pruner(*build(*self.args), self.table, self.allocator).apply(plan)
-        ms = {key: round(value, 4) for key, value in report.latency_ms.items()}
+        ms = {key: round(value, 4) for key, value in report.latency_ms.to_dict().items()}
         return {
             **ms,
             "error": round(ms["predicted"] / ms["measured"] - 1, 4),

@@ -18,7 +18,7 @@ from tp_importance import (
     PSAPImportance,
     prune,
 )
-from tp_importance.allocation.program import default_allocator
+from tp_importance.allocation.registry import default_allocator
 from tp_importance.automl import RandomImportance, prune_trial
 from tp_importance.pruning.registry import METHODS
 from tp_importance.statistics.gradients import loss_gradients

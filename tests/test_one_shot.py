@@ -26,7 +26,7 @@ from tp_importance import (
     recalibrate_batchnorm,
     refit_consumers,
 )
-from tp_importance.allocation.greedy import ALLOCATORS
+from tp_importance.allocation.registry import ALLOCATORS
 from tp_importance.automl import METHODS, RandomImportance, prune_trial, register_method
 from tp_importance.pruning import registry
 

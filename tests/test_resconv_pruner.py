@@ -378,17 +378,17 @@ def test_latency_budgets(budget, share, monkeypatch):
     plan = pruner.plan()
     snapshot.check()
     found = plan.latency_ms
-    assert found["measured"] <= found["limit"] == pytest.approx(budget.latency * found["dense"])
+    assert found.measured <= found.limit == pytest.approx(budget.latency * found.dense)
     if budget.latency == 1:
-        assert not plan.removed and found["measured"] == found["predicted"] == found["dense"]
+        assert not plan.removed and found.measured == found.predicted == found.dense
         return
     report = pruner.step()
     assert report.removed == plan.removed and report.latency_ms == found and "latency, ms" in str(report)
     assert all(report.cost.as_dict()[f] <= limit for f, limit in report.limits.items())
     if share == 1:
-        assert found["predicted"] == pytest.approx(found["measured"])
+        assert found.predicted == pytest.approx(found.measured)
         rest = [r.params for r in report.rows if r.removed]
-        assert found["limit"] - found["measured"] <= max(rest) / 1e3 or "macs" in report.limits
+        assert found.limit - found.measured <= max(rest) / 1e3 or "macs" in report.limits
 
 
 def test_latency_that_cannot_be_had(monkeypatch):
@@ -404,11 +404,11 @@ def test_latency_that_cannot_be_had(monkeypatch):
 def test_latency_by_the_clock():
     pruner = ResConvPruner(resnet(), X32, budget=Budget(latency_ms=1e4), min_run_time=0.01)
     plan = pruner.plan()
-    assert not plan.removed and set(plan.latency_ms) == {"dense", "limit", "predicted", "measured"}
-    assert all(v > 0 for v in plan.latency_ms.values())
-    assert pruner.state_dict()["dense_ms"] == plan.latency_ms["dense"]
+    assert not plan.removed and set(plan.latency_ms.to_dict()) == {"dense", "limit", "predicted", "measured"}
+    assert all(v > 0 for v in plan.latency_ms.to_dict().values())
+    assert pruner.state_dict()["dense_ms"] == plan.latency_ms.dense
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        assert pruner.step().latency_ms["dense"] == plan.latency_ms["dense"]
+        assert pruner.step().latency_ms.dense == plan.latency_ms.dense
     with pytest.raises(ValueError, match="min_run_time"):
         ResConvPruner(resnet(), X32, budget=Budget(latency=0.5), min_run_time=0).plan()

@@ -85,18 +85,21 @@ __all__ = [
 ]
 
 # TEMPORARY until the tests import these from their folders
-from .allocation.greedy import ALLOCATORS, WidthSpace, greedy, greedy_path, uniform  # noqa: E402
-from .refitting.refit import refit_consumers  # noqa: E402
-from .refitting.report import RefitReport  # noqa: E402
-from .graph.cost import CostModel  # noqa: E402
 from .allocation.curves import Curve, curve_from_scores, value_curves  # noqa: E402
-from .recovery.distillation import distillation_loss  # noqa: E402
-from .graph.groups import ChannelGroup, Excluded, PrunableGroups  # noqa: E402
+from .allocation.greedy import greedy, greedy_path  # noqa: E402
 from .allocation.lagrange import LagrangeAllocator, lagrange  # noqa: E402
+from .allocation.program import ProgramAllocator  # noqa: E402
+from .allocation.proportional import uniform  # noqa: E402
+from .allocation.registry import ALLOCATORS  # noqa: E402
+from .allocation.space import WidthSpace  # noqa: E402
+from .graph.cost import CostModel  # noqa: E402
+from .graph.groups import ChannelGroup, Excluded, PrunableGroups  # noqa: E402
 from .latency.measure import Latency  # noqa: E402
 from .latency.model import LatencyModel  # noqa: E402
-from .statistics.observe import Observed, Watch, observe  # noqa: E402
-from .one_shot import OneShot  # noqa: E402
-from .allocation.program import ProgramAllocator  # noqa: E402
 from .methods.psap import PSAPHistory  # noqa: E402
 from .methods.resconv import LayerPlan, LayerReport, ResConv2d, remove_layers  # noqa: E402
+from .one_shot import OneShot  # noqa: E402
+from .recovery.distillation import distillation_loss  # noqa: E402
+from .refitting.refit import refit_consumers  # noqa: E402
+from .refitting.report import RefitReport  # noqa: E402
+from .statistics.observe import Observed, Watch, observe  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .allocation.greedy import Allocator
+from .allocation.registry import Allocator
 from .budget import Budget
 from .core.arguments import checked_budget, checked_importance
 from .core.batches import check_loader, iterate, require_reiterable, tensors_in
@@ -75,7 +75,7 @@ def prune(
             samples), ``"random"`` (seed 0; others: :class:`~tp_importance.automl.RandomImportance`).
         allocator: ``"greedy"``, ``"lagrange"``, ``"program"``, ``"uniform"`` or a function, see
             :mod:`tp_importance.allocation.greedy`; default (also ``"default"``): what suits the importance, see
-            :func:`~tp_importance.allocation.program.default_allocator`.
+            :func:`~tp_importance.allocation.registry.default_allocator`.
         refit: how the network is repaired, see :class:`~tp_importance.Refit`; ``"parallel"`` is faster and less
             accurate, ``"batchnorm"`` only moves batch norm statistics, ``None`` does nothing.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_importance import Budget, Plan
-from tp_importance.allocation.greedy import require_reachable
+from tp_importance.allocation.limits import require_reachable
 from tp_importance.core.options import hand_on, split_options
 from tp_importance.core.processes import levels_up, warned_once
 from tp_importance.graph.cost import LATENCY

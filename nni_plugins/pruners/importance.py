@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from tp_importance import Budget, BudgetPruner
-from tp_importance.allocation.greedy import Allocator
+from tp_importance.allocation.registry import Allocator
 from tp_importance.core.arguments import checked_importance
 from tp_importance.core.options import hand_on, split_options
 from tp_importance.pruning.registry import find_criterion

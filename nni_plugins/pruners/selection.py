@@ -79,15 +79,16 @@ def left_out(groups: PrunableGroups, ratios: Mapping[str, float], num_heads: Any
         return {}
     unignored = build_groups(groups.trace, None, num_heads, groups.options)
     members = {g.name: g.members for g in unignored}
-    hard = {e.name: e.reason for e in unignored.excluded}
+    hard = {e.name: e for e in unignored.excluded}
     modules = dict(groups.trace.model.named_modules())
     found = {}
     for e in groups.excluded:
         out = [m.name for m in members.get(e.name, ()) if m.role == "out" and has_channels(modules.get(m.name))]
-        layers = out or [e.name.split("/")[0]]
+        layers = out or list(e.layers[:1])
         unselected = [name for name in layers if name not in ratios]
-        reason = hard.get(e.name, e.reason)
-        if reason == "produces the network's output" or len(unselected) == len(layers):
+        why = hard.get(e.name, e)
+        reason = why.reason
+        if why.kind == "output" or len(unselected) == len(layers):
             continue
         if unselected:
             reason = f"shares its channels with {', '.join(unselected)}, which config_list does not select"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
+from ..allocation.allocate import allocate
 from ..allocation.curves import value_curves
-from ..allocation.greedy import allocate
-from ..allocation.program import default_allocator, named_allocator
+from ..allocation.registry import default_allocator, named_allocator
 from ..errors import SearchSpaceError
 from ..graph.groups import PrunableGroups
 from ..pruning.importance import StatisticalImportance
@@ -21,7 +21,7 @@ def prune_channels(method: Method, job: Job) -> None:
     """Prune ``job.model`` in place by the importance of a method, and train it if the job says so.
 
     If the search gives no widths, they come from the
-    :func:`~tp_importance.allocation.program.default_allocator` of the importance.
+    :func:`~tp_importance.allocation.registry.default_allocator` of the importance.
 
     Args:
         method: the method; it has an importance.

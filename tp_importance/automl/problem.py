@@ -12,8 +12,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..allocation.curves import Curve
-from ..allocation.greedy import WidthSpace, require_reachable
-from ..allocation.program import ProgramAllocator, implied_weights, named_allocator
+from ..allocation.limits import require_reachable
+from ..allocation.program import ProgramAllocator, implied_weights
+from ..allocation.registry import named_allocator
+from ..allocation.space import WidthSpace
 from ..budget import Budget
 from ..core.arguments import checked_budget, checked_model
 from ..core.files import read_json, write_json
@@ -130,9 +132,8 @@ class BudgetProblem:
 
     def fits(self, units: ArrayLike) -> bool:
         """Whether the units keep every limit and are admissible."""
-        values, u = self.cost.evaluate(units), np.asarray(units)
-        admissible = all(v in levels for v, levels in zip(u, self.space.levels, strict=True))
-        return admissible and all(values[COST_FIELDS.index(f)] <= limit for f, limit in self.limits.items())
+        admissible = all(u in levels for u, levels in zip(np.asarray(units), self.space.levels, strict=True))
+        return admissible and self.cost.within(units, self.limits)
 
     def project(self, weights: ArrayLike, method: str) -> Ints:
         r"""Units on the budget for any weights α > 0: the geometric program, rounded down and filled up.

@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..allocation.greedy import ALLOCATORS, Allocator, Curves, Limits, WidthSpace, proportional, round_down
+from ..allocation.curves import Curves
+from ..allocation.limits import Limits
 from ..allocation.program import ProgramAllocator
+from ..allocation.proportional import proportional
+from ..allocation.registry import ALLOCATORS, Allocator
+from ..allocation.space import WidthSpace, round_down
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
 from ..core.guards import copied_with
@@ -19,7 +23,7 @@ from ..core.processes import warned_once
 from ..core.progress import phase, shown
 from ..core.types import Ints
 from ..errors import BudgetError, SearchSpaceError
-from ..graph.cost import CostModel
+from ..graph.cost import CostModel, exceeded
 from ..graph.tracing import count_ops
 from ..latency.measure import measure_latency
 from ..pruning.domains import check_names
@@ -272,11 +276,9 @@ def _run(
     else:
         method.prune(job)
     cost = Cost(*count_ops(job.model, x, forward_fn=run))
-    for name, limit in (job.budget.limits(dense) if job.budget is not None else {}).items():
-        if getattr(cost, name) > limit:
-            raise BudgetError(
-                f"method {params.method!r} left {getattr(cost, name)} {name}, more than the limit {limit}"
-            )
+    limits = job.budget.limits(dense) if job.budget is not None else {}
+    for name, left in exceeded(cost.as_dict(), limits).items():
+        raise BudgetError(f"method {params.method!r} left {left} {name}, more than the limit {limits[name]}")
     job.model.eval()
     with phase("evaluating") as running:
         value = _metric(evaluate(job.model))
@@ -295,13 +297,11 @@ def _exact(widths: Mapping[str, float], cost: CostModel, space: WidthSpace, limi
     for name, levels, u, size in zip(cost.names, space.levels, units, cost.unit_sizes, strict=True):
         if u not in levels:
             raise SearchSpaceError(f"width:{name}={u * size} is not admissible; admissible: {(levels * size).tolist()}")
-    values = cost.cost(cost.widths(units)).as_dict()
-    for name, limit in limits.items():
-        if values[name] > limit:
-            raise BudgetError(
-                f"the widths of the trial cost {values[name]} {name}, more than the limit {limit}; let the search "
-                "propose weight:<group> or ratio:<group>, which are scaled to the budget, or use the tuner"
-            )
+    for name, spent in cost.exceeded(units, limits).items():
+        raise BudgetError(
+            f"the widths of the trial cost {spent} {name}, more than the limit {limits[name]}; let the search "
+            "propose weight:<group> or ratio:<group>, which are scaled to the budget, or use the tuner"
+        )
     return units
 
 

@@ -37,7 +37,7 @@ def recording(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | Non
         return None
     args, kwargs = calls[0]
     flow = record(model, None, forward_fn=lambda m, _: m(*args, **kwargs))
-    return None if any("(not seen)" in op.name for op in flow.ops) else flow
+    return flow if all(op.seen for op in flow.ops) else None
 
 
 def addition(flow: Flow, name: str, norm: nn.Module | None = None) -> Op | None:

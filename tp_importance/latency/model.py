@@ -14,7 +14,7 @@ from torch import nn
 from ..core.guards import copied, preserved
 from ..core.progress import phase, track
 from ..core.types import Floats
-from ..graph.cost import channels_per_unit
+from ..graph.cost_terms import channels_per_unit
 from ..graph.groups import PrunableGroups
 from ..graph.surgery import remove_units
 from ..graph.tracing import CONV, Call

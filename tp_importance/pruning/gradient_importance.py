@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..allocation.curves import Curve, value_curves
-from ..allocation.program import default_allocator
+from ..allocation.registry import default_allocator
 from ..core.arguments import checked_importance
 from ..core.batches import ForwardFn
 from ..graph.groups import PrunableGroups

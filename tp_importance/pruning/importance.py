@@ -13,7 +13,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ..allocation.curves import Curve
-from ..allocation.greedy import WidthSpace, greedy_path
+from ..allocation.greedy import greedy_path
+from ..allocation.space import WidthSpace
 from ..core.batches import ForwardFn, WholeBatches
 from ..core.progress import shown
 from ..core.types import Floats

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..allocation.allocate import allocate
 from ..allocation.curves import Curve, value_curves
-from ..allocation.greedy import Allocator, WidthSpace, allocate
-from ..allocation.program import named_allocator
+from ..allocation.registry import Allocator, named_allocator
+from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_importance
 from ..core.batches import check_loader, require_reiterable
@@ -50,7 +51,7 @@ class BudgetPruner:
             one, :meth:`plan` and :meth:`step` want it.
         allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"``, ``"program"`` (with the weights of the importance, if it
             has some) or a function, see :mod:`tp_importance.allocation`. Default (also ``"default"``): what suits the
-            importance, see :func:`~tp_importance.allocation.program.default_allocator`: its own choice, ``"greedy"``
+            importance, see :func:`~tp_importance.allocation.registry.default_allocator`: its own choice, ``"greedy"``
             where its scores compare across layers, else ``"uniform"``.
         label_fn: ``label_fn(batch)`` for loaders of unusual form.
         **options: see :class:`~tp_importance.pruning.target.PruningTarget`.

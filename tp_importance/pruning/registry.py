@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..allocation.greedy import Allocator
+from ..allocation.registry import Allocator
 from ..budget import Budget
 from ..errors import SearchSpaceError
 from ..refitting.settings import Refit
@@ -156,7 +156,7 @@ def register_method(
 
     What the method needs (labels, gradients, data) and where its widths come from, its importance says, see
     :class:`~tp_importance.StatisticalImportance` and
-    :func:`~tp_importance.allocation.program.default_allocator`.
+    :func:`~tp_importance.allocation.registry.default_allocator`.
 
     Args:
         name: how it is called.

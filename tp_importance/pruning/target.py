@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..allocation.greedy import WidthSpace
+from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
 from ..core.guards import preserved, settled, transaction
@@ -29,6 +29,7 @@ from ..graph.surgery import remove_units
 from ..graph.tracing import count_ops, trace
 from ..latency.model import LatencyModel
 from ..latency.table import LatencyTable
+from ..latency.times import LatencyTimes
 from ..refitting.refit import refit_consumers
 from ..refitting.report import RefitReport
 from ..refitting.settings import Refit
@@ -100,7 +101,7 @@ class PruningTarget:
         self._ignored_layers, self._num_heads = options.get("ignored_layers"), options.get("num_heads")
         self.groups: PrunableGroups = prunable_groups(model, example_inputs, progress=progress, **options)
         _warn_of_uncounted(self.groups)
-        self._left_out = {e.name: e.reason for e in self.groups.excluded}
+        self._left_out = list(self.groups.excluded)
         self.initial_widths = self.groups.widths
         self.cost_model = CostModel.from_groups(self.groups)
         self.dense: Cost = self.cost_model.dense
@@ -187,7 +188,7 @@ class PruningTarget:
         """
         widths = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in self.groups}
         counts = {f: int(v) for f, v in (limits or {}).items() if f != LATENCY}
-        times = {} if limits is None or LATENCY not in limits else self._times(widths, limits[LATENCY])
+        times = LatencyTimes() if LATENCY not in (limits or {}) else self._times(widths, (limits or {})[LATENCY])
         return Plan(
             widths,
             self.cost_model.cost(widths),
@@ -200,7 +201,7 @@ class PruningTarget:
             uncounted=dict(self.groups.trace.uncounted),
         )
 
-    def _times(self, widths: Mapping[str, int], limit: float) -> dict[str, float]:
+    def _times(self, widths: Mapping[str, int], limit: float) -> LatencyTimes:
         predicted = self.cost_model.timed.predict(self.cost_model.units(widths))
         dense = self.measure_latency().dense
         now = self.cost_model.timed.predict(self.cost_model.full)
@@ -217,7 +218,7 @@ class PruningTarget:
                 "predicted: the machine was busy at one of these times. Measure on a quiet one",
                 stacklevel=levels_up(),
             )
-        return {"dense": dense.median_ms, "dense_iqr": dense.iqr_ms, "limit": limit, "predicted": predicted}
+        return LatencyTimes(dense.median_ms, dense.iqr_ms, limit, predicted)
 
     # -- surgery
 
@@ -257,7 +258,7 @@ class PruningTarget:
             raise ValueError(f"refit={settings.mode!r} needs data: pass loader= to the pruner")
         report, run = self.report(plan, criterion), self.groups.options.forward_fn
         if plan.is_noop:
-            time = f", {plan.latency_ms['predicted']:.3f} ms predicted" if plan.latency_ms else ""
+            time = f", {plan.latency_ms.predicted:.3f} ms predicted" if plan.latency_ms.is_limited else ""
             warnings.warn(
                 f"the network already meets the budget ({plan.cost}{time}); nothing is pruned", stacklevel=levels_up()
             )
@@ -355,7 +356,7 @@ class PruningTarget:
         options = self.groups.options.renamed(self.groups.trace.names, self.model)
         traced = trace(self.model, self.example_inputs, options)
         groups = build_groups(traced, self._ignored_layers, self._num_heads, options)
-        return groups.exclude({n: r for n, r in self._left_out.items() if n in groups.names})
+        return groups.exclude_again(self._left_out)
 
     def _adopting(self, groups: PrunableGroups, history: Sequence[Any]) -> dict[str, Any]:
         """What changes in the target when it goes on with ``groups`` after a surgery."""
@@ -415,18 +416,18 @@ class PruningTarget:
             excluded=list(self.groups.excluded),
             constant={g: len(u) for g, u in plan.constant.items()},
             criterion=criterion,
-            latency_ms=dict(plan.latency_ms),
+            latency_ms=plan.latency_ms,
             uncounted=dict(plan.uncounted),
         )
 
     @shows_progress
     def _timed(self, report: PruningReport) -> PruningReport:
         """The report with the measured latency of the network, if it was limited."""
-        if not report.latency_ms:
+        if not report.latency_ms.is_limited:
             return report
         with phase("measuring latency"):
             found = self._latency_table.network(self.model, self.example_inputs, self.groups.options.forward_fn)
-        times = {**report.latency_ms, "measured": found.median_ms, "measured_iqr": found.iqr_ms}
+        times = replace(report.latency_ms, measured=found.median_ms, measured_iqr=found.iqr_ms)
         return replace(report, latency_ms=times)
 
 

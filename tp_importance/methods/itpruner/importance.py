@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...allocation.curves import Curve, curve_from_scores, host_scores
-from ...allocation.greedy import WidthSpace
 from ...allocation.program import Objective, ProgramAllocator, Solver, WeightSource, checked_objective
+from ...allocation.space import WidthSpace
 from ...budget import Budget
 from ...core.arguments import checked_budget, checked_importance
 from ...core.batches import ForwardFn

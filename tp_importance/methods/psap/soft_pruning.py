@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...allocation.greedy import WidthSpace, require_reachable
+from ...allocation.limits import require_reachable
+from ...allocation.space import WidthSpace
 from ...budget import Cost
 from ...core.guards import Guard, warn_in_eval_mode
 from ...core.processes import process_count
@@ -271,8 +272,7 @@ class SoftPruning:
         return {f: dense[f] - math.ceil(share * max(dense[f] - limit, 0)) for f, limit in self.limits.items()}
 
     def _fits(self, units: Ints, limits: Mapping[str, int]) -> bool:
-        cost = self.cost_model.evaluate(units)
-        return all(cost[COST_FIELDS.index(f)] <= limit for f, limit in limits.items())
+        return self.cost_model.within(units, limits)
 
     def _levels(self, protected: Mapping[str, Bools]) -> list[Ints]:
         """Admissible widths that leave room for the protected units."""

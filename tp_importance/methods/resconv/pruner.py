@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...allocation.greedy import count_hint
+from ...allocation.limits import count_hint
 from ...budget import Budget, Cost
 from ...core.arguments import checked_budget, checked_model
 from ...core.guards import transaction, warn_in_eval_mode
@@ -20,6 +20,7 @@ from ...core.progress import phase, shown, shows_progress
 from ...core.stale_optimizers import replacing
 from ...errors import BudgetError
 from ...graph.tracing import count_ops
+from ...latency.times import LatencyTimes
 from ...pruning.target import bytes_per_parameter
 from ...refitting.settings import Refit
 from ...statistics.batchnorm import DenseReference, has_batch_norm, recalibrate_batchnorm
@@ -49,7 +50,7 @@ class LayerPlan:
         dense: cost of the network before it was converted.
         limits: absolute limits of the budget.
         controls: per removed layer what it hands on, see :func:`.removal_controls`; empty without data.
-        latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` (sum of layers) and ``measured``.
+        latency_ms: latencies in milliseconds, ``predicted`` as a sum of layers; none is known if none is limited.
         savings: per cost field, what the removal of each layer saves of the fused network.
     """
 
@@ -59,7 +60,7 @@ class LayerPlan:
     dense: Cost
     limits: dict[str, int]
     controls: dict[str, float]
-    latency_ms: dict[str, float] = field(default_factory=dict)
+    latency_ms: LatencyTimes = field(default_factory=LatencyTimes)
     savings: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -416,7 +417,7 @@ class ResConvPruner:
             predicted = now - sum(each[name] for name in gone)
             measured = clock.without_ms(gone) if gone else now
             if measured <= limit:
-                found = {"dense": self._dense_ms, "limit": limit, "predicted": predicted, "measured": measured}
+                found = LatencyTimes(dense=self._dense_ms, limit=limit, predicted=predicted, measured=measured)
                 controls = self._controls(gone)
                 left = costs.without(gone)
                 return LayerPlan(gone, losses, left, self.dense, limits, controls, found, costs.savings)
