@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_map
 
 from tp_importance import Budget, BudgetPruner, ChannelGroup, Plan, StatisticalImportance
 from tp_importance.allocation.greedy import require_reachable
-from tp_importance.core.batches import iterate, reference_tensor, split_batch, to_model
+from tp_importance.core.batches import split_batch
+from tp_importance.core.devices import reference_tensor, to_model
+from tp_importance.core.loaders import iterate
 from tp_importance.core.processes import warned_once
 from tp_importance.graph.cost import LATENCY
 from tp_importance.graph.groups import PrunableGroups, Verifier

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_importance import PrunableGroups, Refit, RefitReport, prunable_groups, refit_consumers
-from tp_importance.core.batches import ForwardFn
+from tp_importance.core.forward import ForwardFn
 from tp_importance.graph.groups import ChannelGroup
 from tp_importance.graph.host_groups import build_groups
 from tp_importance.refitted_step import Removal

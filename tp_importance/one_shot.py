@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from .allocation.greedy import Allocator
 from .automl.methods import Method, find_criterion
 from .budget import Budget
 from .core.arguments import checked_importance
-from .core.batches import check_loader, iterate, require_reiterable, tensors_in
+from .core.loaders import FirstSamples, check_loader, require_reiterable
 from .core.processes import warned_once
 from .core.progress import shown
 from .methods.itpruner.importance import ITPruner, ITPrunerImportance
@@ -117,7 +117,7 @@ def prune(
     settings = Refit.of(refit)
     require_reiterable(loader)
     check_loader(loader)
-    data = loader if samples is None else _First(loader, samples)
+    data = loader if samples is None else FirstSamples(loader, samples)
     criterion = find_criterion(method) if isinstance(method, str) else None
     importance = checked_importance(method, "method") if criterion is None else _made(criterion)
     _take_loss(loss_fn, criterion, importance, method)
@@ -175,19 +175,3 @@ def _pruner(
     return BudgetPruner(
         model, example_inputs, data, importance=importance, budget=budget, allocator=allocator, **options
     )
-
-
-class _First:
-    """The first batches of a loader, up to a number of samples; re-iterable as the loader is."""
-
-    def __init__(self, loader: Iterable[Any], samples: int) -> None:
-        self._loader, self._samples = loader, samples
-
-    def __iter__(self) -> Iterator[Any]:
-        seen = 0
-        for batch in iterate(self._loader):
-            yield batch
-            sizes = [len(t) for t in tensors_in(batch) if t.dim()]
-            seen += sizes[0] if sizes else 1
-            if seen >= self._samples:
-                return

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .core.arguments import checked_model
-from .core.batches import ForwardFn, run_model, tensors_in
+from .core.batches import tensors_in
+from .core.forward import ForwardFn, run_model
 from .core.guards import copied, preserved, settled, transaction
 from .core.processes import warned_once
 from .core.progress import phase, shown

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ..core.batches import call_model, fresh_inputs, tensors_in
+from ..core.batches import tensors_in
+from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
 from .tracing import CONV
 

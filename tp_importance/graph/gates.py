@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import layer_input, reference_tensor
+from ..core.devices import reference_tensor
+from ..core.forward import layer_input
 from ..core.types import Bools, Floats
 from .groups import PrunableGroups
 from .tracing import CONV

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core.batches import ForwardFn, fresh_inputs, run_model, tensors_in
+from ..core.batches import tensors_in
+from ..core.forward import ForwardFn, fresh_inputs, run_model
 from ..core.untouched import untouched
 from ..errors import TracingError
 from .dataflow import Flow, Op, function_name, is_question, made_tensors, record, watched_modules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +15,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ..core.arguments import checked_model
-from ..core.batches import call_model, fresh_inputs, misplaced, tensors_in
+from ..core.batches import sample_count, tensors_in
+from ..core.devices import misplaced
+from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
 from ..errors import TracingError
 from .layer_pruners import channel_pruners, is_frozen_norm
@@ -154,16 +156,14 @@ def batch_size(example_inputs: Any) -> int:
     Raises:
         TypeError: if there is no tensor with at least one dimension.
     """
-    if isinstance(example_inputs, Tensor) and example_inputs.dim() > 0:
-        return int(example_inputs.shape[0])
-    items: Sequence[Any] = ()
+    values: Iterable[Any] = ()
     if isinstance(example_inputs, Mapping):
-        items = tuple(example_inputs.values())
-    elif isinstance(example_inputs, (tuple, list)):
-        items = example_inputs
-    for item in items:
-        if isinstance(item, Tensor) and item.dim() > 0:
-            return int(item.shape[0])
+        values = example_inputs.values()
+    elif isinstance(example_inputs, (Tensor, tuple, list)):
+        values = [example_inputs] if isinstance(example_inputs, Tensor) else example_inputs
+    count = sample_count(values)
+    if count is not None:
+        return count
     raise TypeError(
         f"example_inputs of type {type(example_inputs).__name__} hold no batched tensor; pass a tensor, "
         "a tuple of positional arguments or a dict of keyword arguments, batch dimension first"

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core.batches import call_model, fresh_inputs, layer_input, reference_tensor, tensors_in, to_model
+from ..core.batches import tensors_in
+from ..core.devices import reference_tensor, to_model
+from ..core.forward import call_model, fresh_inputs, layer_input
 from ..core.guards import copied, full_precision
 from ..core.progress import phase
 from ..core.untouched import untouched

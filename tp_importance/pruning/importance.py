@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..allocation.curves import Curve
 from ..allocation.greedy import WidthSpace, greedy_path
-from ..core.batches import ForwardFn, WholeBatches
+from ..core.forward import ForwardFn
+from ..core.loaders import WholeBatches
 from ..core.progress import shown
 from ..core.types import Floats
 from ..errors import NotCollectedError, StaleStatisticsError

@@ -17,8 +17,8 @@ from ..allocation.greedy import Allocator, WidthSpace, allocate
 from ..allocation.program import named_allocator
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_importance, checked_model
-from ..core.batches import check_loader, require_reiterable
 from ..core.guards import preserved, settled, transaction
+from ..core.loaders import check_loader, require_reiterable
 from ..core.processes import levels_up, warned_once
 from ..core.progress import phase, shown, shows_progress
 from ..core.stale_optimizers import replacing

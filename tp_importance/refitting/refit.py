@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.batches import ForwardFn
+from ..core.forward import ForwardFn
 from ..core.guards import written
 from ..core.processes import warned_once
 from ..core.progress import shown, track

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..core.batches import ForwardFn, iterate, layer_input, require_reiterable, run_batch
+from ..core.forward import ForwardFn, layer_input, run_batch
 from ..core.guards import copied
+from ..core.loaders import iterate, require_reiterable
 from ..core.progress import Phase, phase, track
 from ..core.untouched import untouched
 from ..errors import TracingError

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import ForwardFn
+from ..core.forward import ForwardFn
 from ..errors import TracingError
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input

@@ -12,18 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import checked_model
-from ..core.batches import (
-    ForwardFn,
-    fresh_inputs,
-    iterate,
-    keyed_labels,
-    layer_input,
-    reference_tensor,
-    run_batch,
-    single_label,
-    split_batch,
-    tensors_in,
-)
+from ..core.batches import keyed_labels, sample_count, single_label, split_batch, tensors_in
+from ..core.devices import reference_tensor
+from ..core.forward import ForwardFn, fresh_inputs, layer_input, run_batch
+from ..core.loaders import iterate
 from ..core.progress import phase
 from ..core.untouched import untouched
 from ..graph.patches import require_batched
@@ -249,10 +241,10 @@ def _samples(batch: Any) -> int:
         values = tensors_in(batch)
         if not values:
             raise
-    for value in values:
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    raise ValueError("a batch holds no tensor with a batch dimension; pass forward_fn and label_fn")
+    count = sample_count(values)
+    if count is None:
+        raise ValueError("a batch holds no tensor with a batch dimension; pass forward_fn and label_fn")
+    return count
 
 
 def check_range(labels: Tensor, output: Any) -> None:

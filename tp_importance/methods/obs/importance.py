@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...allocation.curves import Curve
 from ...budget import Budget
-from ...core.batches import ForwardFn
+from ...core.forward import ForwardFn
 from ...core.progress import track
 from ...core.types import Floats
 from ...graph.groups import ChannelGroup, PrunableGroups

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...budget import Budget, Cost
-from ...core.batches import to_model
+from ...core.devices import to_model
 from ...core.progress import shown
 from ...core.stale_optimizers import replacing
 from ...graph.groups import PrunableGroups, Verifier

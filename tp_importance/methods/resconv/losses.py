@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.batches import iterate, run_batch, run_model, tensors_in
+from ...core.batches import tensors_in
+from ...core.forward import run_batch, run_model
+from ...core.loaders import iterate
 from ...core.progress import phase, track
 from ...core.untouched import untouched
 from ...graph.dataflow import record
