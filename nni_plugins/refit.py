@@ -14,7 +14,7 @@ from tp_importance.core.forward import ForwardFn
 from tp_importance.graph.groups import ChannelGroup
 from tp_importance.graph.host_groups import build_groups
 from tp_importance.refitted_step import Removal
-from tp_importance.statistics.observe import LabelFn
+from tp_importance.statistics.labels import LabelFn
 
 from .config import require_unwrapped
 from .speedup import checked_masks

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tp_importance.core.arguments import checked_model
-from tp_importance.core.guards import HOOKS, copy_memo, transaction
+from tp_importance.core.copies import copy_memo
+from tp_importance.core.guards import HOOKS, transaction
 from tp_importance.core.progress import phase
 from tp_importance.core.stale_optimizers import replacing
 from tp_importance.graph.reparametrised import computed_tensors

@@ -16,8 +16,8 @@ from ..allocation.greedy import WidthSpace, require_reachable
 from ..allocation.program import ProgramAllocator, implied_weights, named_allocator
 from ..budget import Budget
 from ..core.arguments import checked_budget, checked_model
+from ..core.copies import copied_with
 from ..core.files import read_json, write_json
-from ..core.guards import copied_with
 from ..core.processes import warned_once
 from ..core.types import Ints
 from ..errors import SearchSpaceError

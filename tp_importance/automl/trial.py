@@ -14,7 +14,7 @@ from ..allocation.greedy import ALLOCATORS, Allocator, Curves, Limits, WidthSpac
 from ..allocation.program import ProgramAllocator
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
-from ..core.guards import copied_with
+from ..core.copies import copied_with
 from ..core.processes import warned_once
 from ..core.progress import phase, shown
 from ..core.types import Ints

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..core.batches import tensors_in
+from ..core.copies import copied
 from ..core.devices import reference_tensor, to_model
 from ..core.forward import call_model, fresh_inputs, layer_input
-from ..core.guards import copied, full_precision
+from ..core.precision import full_precision
 from ..core.progress import phase
 from ..core.untouched import untouched
 from .cost import CostModel

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from ..core.guards import copied, preserved
+from ..core.copies import copied
+from ..core.guards import preserved
 from ..core.progress import phase, track
 from ..core.types import Floats
 from ..graph.cost import channels_per_unit

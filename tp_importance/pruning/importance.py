@@ -22,7 +22,8 @@ from ..errors import NotCollectedError, StaleStatisticsError
 from ..graph.cost import CostModel
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups, Role
-from ..statistics.observe import LabelFn, Observed, Watch, observe
+from ..statistics.labels import LabelFn
+from ..statistics.observe import Observed, Watch, observe
 
 __all__ = ["StatisticalImportance"]
 

@@ -17,7 +17,7 @@ from ..allocation.greedy import Allocator, WidthSpace, allocate
 from ..allocation.program import named_allocator
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_importance, checked_model
-from ..core.guards import preserved, settled, transaction
+from ..core.guards import preserved, transaction
 from ..core.loaders import check_loader, require_reiterable
 from ..core.processes import levels_up, warned_once
 from ..core.progress import phase, shown, shows_progress
@@ -27,7 +27,7 @@ from ..graph.cost import LATENCY, CostModel
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups, Verifier
 from ..graph.host_groups import build_groups
-from ..graph.surgery import remove_units
+from ..graph.surgery import remove_units, settled
 from ..graph.tracing import count_ops, trace
 from ..latency.model import LatencyModel
 from ..latency.table import LatencyTable
@@ -35,7 +35,7 @@ from ..refitting.refit import refit_consumers
 from ..refitting.report import RefitReport
 from ..refitting.settings import Refit
 from ..statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
-from ..statistics.observe import LabelFn
+from ..statistics.labels import LabelFn
 from .importance import StatisticalImportance
 from .plan import Plan
 from .report import GroupRow, PruningReport

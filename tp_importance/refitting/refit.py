@@ -17,7 +17,8 @@ from ..maths.least_squares import output_energy
 from ..maths.moments import Moments
 from ..refitting.report import RefitReport, RefitRow
 from ..statistics.consumers import ConsumerStatistics
-from ..statistics.observe import LabelFn, observe
+from ..statistics.labels import LabelFn
+from ..statistics.observe import observe
 from .layers import LayerRefit, refittable, touched
 from .sequential import SequentialRefit
 from .settings import Refit, Ridge

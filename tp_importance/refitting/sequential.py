@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..core.copies import copied
 from ..core.forward import ForwardFn, layer_input, run_batch
-from ..core.guards import copied
 from ..core.loaders import iterate, require_reiterable
+from ..core.precision import at_least_float, undisturbed
 from ..core.progress import Phase, phase, track
 from ..core.untouched import untouched
 from ..errors import TracingError
@@ -37,16 +38,7 @@ from ..maths.least_squares import Shortfall, residual_energy
 from ..refitting.report import RefitRow
 from ..statistics.batchnorm import is_calibrated, move_statistics
 from ..statistics.consumers import checked_moments
-from ..statistics.observe import (
-    LabelFn,
-    at_least_float,
-    batch_labels,
-    counted,
-    labels_per_row,
-    require_classes,
-    undisturbed,
-    wanted_classes,
-)
+from ..statistics.labels import LabelFn, batch_labels, counted, labels_per_row, require_classes, wanted_classes
 from .layers import LayerRefit
 from .settings import Refit
 

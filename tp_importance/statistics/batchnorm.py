@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import checked_model
+from ..core.copies import copied
 from ..core.forward import ForwardFn, layer_input, run_batch
-from ..core.guards import copied, written
+from ..core.guards import written
 from ..core.loaders import WholeBatches
 from ..core.processes import levels_up
 from ..core.progress import track

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..core.forward import ForwardFn
+from ..core.precision import at_least_float, undisturbed
 from ..errors import TracingError
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input
 from ..graph.taps import addition, recording, tap
 from ..maths.batchnorm import Moments as NormMoments
 from ..maths.moments import Moments, consumer_scatter
-from .observe import Watch, at_least_float, labels_per_row, undisturbed
+from .labels import labels_per_row
+from .observe import Watch
 
 __all__ = ["ConsumerStatistics", "check_reading", "checked_moments"]
 

@@ -18,7 +18,7 @@ from ..core.loaders import iterate
 from ..core.progress import track
 from ..core.untouched import untouched
 from ..graph.reparametrised import as_leaves
-from .observe import LabelFn
+from .labels import LabelFn
 
 __all__ = ["LossFn", "checked_loss_fn", "loss_gradients", "loss_of"]
 

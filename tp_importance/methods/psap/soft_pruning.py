@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from ...allocation.greedy import WidthSpace, require_reachable
 from ...budget import Cost
-from ...core.guards import Guard, warn_in_eval_mode
+from ...core.eval_mode import warn_in_eval_mode
+from ...core.guards import Guard
 from ...core.processes import process_count
 from ...core.progress import phase
 from ...core.types import Bools, Floats, Ints

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ...budget import Cost
-from ...core.guards import copied
+from ...core.copies import copied
 from ...core.processes import warn_of_processes
 from ...core.progress import track
 from ...graph.dataflow import record

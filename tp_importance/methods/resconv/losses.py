@@ -17,7 +17,8 @@ from ...core.progress import phase, track
 from ...core.untouched import untouched
 from ...graph.dataflow import record
 from ...graph.tracing import batch_size
-from ...statistics.observe import LabelFn, Watch, WatchFn, observe
+from ...statistics.labels import LabelFn
+from ...statistics.observe import Watch, WatchFn, observe
 from .block import ResConv2d
 from .fusion import layer_loss
 from .removal import LAYERS

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ...allocation.greedy import count_hint
 from ...budget import Budget, Cost
 from ...core.arguments import checked_budget, checked_model
-from ...core.guards import transaction, warn_in_eval_mode
+from ...core.eval_mode import warn_in_eval_mode
+from ...core.guards import transaction
 from ...core.processes import levels_up, warned_once
 from ...core.progress import phase, shown, shows_progress
 from ...core.stale_optimizers import replacing
