@@ -32,8 +32,10 @@ from .pruning.pruner import BudgetPruner
 from .refitting.refit import refit_consumers
 from .refitting.report import RefitReport, RefitRow
 from .refitting.settings import Refit
-from .statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
+from .statistics.batchnorm import recalibrate_batchnorm
+from .statistics.dense_reference import DenseReference
 from .statistics.labels import LabelFn
+from .statistics.running_statistics import has_batch_norm, is_calibrated
 
 __all__ = ["Removal", "refitted_step", "removal"]
 

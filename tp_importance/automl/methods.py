@@ -32,8 +32,8 @@ from ..methods.resconv import ResConvPruner, fuse
 from ..pruning.importance import StatisticalImportance
 from ..pruning.pruner import BudgetPruner
 from ..refitting.settings import Refit
-from ..statistics.batchnorm import has_batch_norm
 from ..statistics.gradients import loss_gradients
+from ..statistics.running_statistics import has_batch_norm
 from .space import Choice, Domain, Float, Int, check_names
 from .statistics import CurveStore, Valuation
 

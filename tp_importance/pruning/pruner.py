@@ -34,8 +34,10 @@ from ..latency.table import LatencyTable
 from ..refitting.refit import refit_consumers
 from ..refitting.report import RefitReport
 from ..refitting.settings import Refit
-from ..statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
+from ..statistics.batchnorm import recalibrate_batchnorm
+from ..statistics.dense_reference import DenseReference
 from ..statistics.labels import LabelFn
+from ..statistics.running_statistics import has_batch_norm, is_calibrated
 from .importance import StatisticalImportance
 from .plan import Plan
 from .report import GroupRow, PruningReport

@@ -33,12 +33,12 @@ from ..graph.patches import bn_gain, require_batched, sampled_output, unfolded_i
 from ..graph.taps import added_to, recording, tap
 from ..graph.tracing import is_batch_norm
 from ..graph.verify import gates
-from ..maths.batchnorm import Moments as NormMoments
+from ..maths.batchnorm import ChannelMoments
 from ..maths.least_squares import Shortfall, residual_energy
 from ..refitting.report import RefitRow
-from ..statistics.batchnorm import is_calibrated, move_statistics
 from ..statistics.consumers import checked_moments
 from ..statistics.labels import LabelFn, batch_labels, counted, labels_per_row, require_classes, wanted_classes
+from ..statistics.running_statistics import is_calibrated, move_statistics
 from .layers import LayerRefit
 from .settings import Refit
 
@@ -126,7 +126,7 @@ class SequentialRefit:
         require_classes(wanted_classes(self.classes), self._counts)
         targets: dict[int, _Seen] = {}
         dense, pruned = dict[int, Tensor](), dict[int, Tensor]()
-        before: dict[str, NormMoments] = {}
+        before: dict[str, ChannelMoments] = {}
 
         def look(i: int, x: Tensor, out: Tensor) -> None:
             targets[i] = self._target(i, x, out, self._generator(i))
@@ -142,12 +142,12 @@ class SequentialRefit:
             rows[r.name] = self._solve(r, sums)
 
         def measure(name: str, x: Tensor) -> None:
-            before[name] = NormMoments.of(x)
+            before[name] = ChannelMoments.of(x)
 
         def calibrate(name: str, norm: nn.Module, x: Tensor) -> None:
             if name not in before:
                 raise ValueError(f"layer {name} {_MORE}")
-            move_statistics(norm, name, before.pop(name), NormMoments.of(x))
+            move_statistics(norm, name, before.pop(name), ChannelMoments.of(x))
 
         with ExitStack() as stack:
             for i, r in enumerate(self.refits):
@@ -213,10 +213,10 @@ class SequentialRefit:
 
     def _recalibrate(self, model: nn.Module, dense: nn.Module, name: str, loader: Iterable[Any]) -> None:
         networks = (dense, model)
-        pooled: list[list[NormMoments]] = [[], []]
+        pooled: list[list[ChannelMoments]] = [[], []]
 
-        def look(found: list[NormMoments], x: Tensor) -> None:
-            new = NormMoments.of(x)
+        def look(found: list[ChannelMoments], x: Tensor) -> None:
+            new = ChannelMoments.of(x)
             found[:] = [found[0].merged(new) if found else new]
 
         with ExitStack() as stack:

@@ -18,7 +18,7 @@ from ..errors import TracingError
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input
 from ..graph.taps import addition, recording, tap
-from ..maths.batchnorm import Moments as NormMoments
+from ..maths.batchnorm import ChannelMoments, PooledMoments
 from ..maths.moments import Moments, consumer_scatter
 from .labels import labels_per_row
 from .observe import Watch
@@ -83,7 +83,7 @@ class ConsumerStatistics:
         self._moments = {name: Moments() for name in self._names}
         self._rows_per_sample: dict[int, float] = {}
         self.labels: Tensor | None = None
-        self._sums: dict[str, NormMoments] = {}
+        self._sums = PooledMoments()
         self._energies: dict[str, float] = {}
 
     def covers(self, groups: PrunableGroups, positions: int | None) -> bool:
@@ -131,9 +131,9 @@ class ConsumerStatistics:
                     x = x[labels_per_row(consumers[value][0], x, self.labels) >= 0]
                 if not len(x):
                     return
-                new = NormMoments.of(at_least_float(x if channels_first else x.flatten(0, -2)))
+                new = ChannelMoments.of(at_least_float(x if channels_first else x.flatten(0, -2)))
             for name in consumers[value]:
-                self._sums[name] = self._sums[name].merged(new) if name in self._sums else new
+                self._sums.add(name, new)
 
         with tap(self._model, flow, {value: partial(look, value) for value in consumers}, otherwise=lost.append):
             yield

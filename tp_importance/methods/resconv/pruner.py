@@ -23,7 +23,9 @@ from ...errors import BudgetError
 from ...graph.tracing import count_ops
 from ...pruning.pruner import bytes_per_parameter
 from ...refitting.settings import Refit
-from ...statistics.batchnorm import DenseReference, has_batch_norm, recalibrate_batchnorm
+from ...statistics.batchnorm import recalibrate_batchnorm
+from ...statistics.dense_reference import DenseReference
+from ...statistics.running_statistics import has_batch_norm
 from .block import ConversionReport, ResConv2d, convert_to_resconv, resconv_layers
 from .block import fuse as fuse_layers
 from .costs import LayerClock, LayerCosts
