@@ -15,10 +15,10 @@ from .budget import Budget, Cost
 from .checkpoints.checkpoint import load_pruned, save_pruned
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
 from .graph.cost import CostModel
+from .graph.counting import count_ops
 from .graph.discovery import prunable_groups
 from .graph.groups import ChannelGroup, Excluded, PrunableGroups
 from .graph.layer_pruners import channel_pruners
-from .graph.tracing import count_ops
 from .latency.measure import Latency, measure_latency
 from .latency.model import LatencyModel
 from .latency.table import LatencyTable

@@ -21,13 +21,14 @@ from .core.stale_optimizers import replacing
 from .core.untouched import untouched
 from .graph.discovery import prunable_groups
 from .graph.groups import ChannelGroup, Excluded, PrunableGroups
+from .graph.layer_kinds import CONV, is_depthwise
 from .graph.layer_pruners import channel_pruners
 from .graph.modes import read_in_training_only
 from .graph.patches import consumer_weight, feature_channels
 from .graph.remap import Survivors, named_tensors
 from .graph.reparametrised import computed_tensors, follows, weight_source
 from .graph.surgery import settled
-from .graph.tracing import CONV, TraceOptions, is_depthwise
+from .graph.tracing import TraceOptions
 from .pruning.pruner import BudgetPruner
 from .refitting.refit import refit_consumers
 from .refitting.report import RefitReport, RefitRow

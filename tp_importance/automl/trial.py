@@ -20,7 +20,7 @@ from ..core.progress import phase, shown
 from ..core.types import Ints
 from ..errors import BudgetError, SearchSpaceError
 from ..graph.cost import CostModel
-from ..graph.tracing import count_ops
+from ..graph.counting import count_ops
 from ..latency.measure import measure_latency
 from ..refitting.settings import Refit
 from ..statistics.gradients import checked_loss_fn

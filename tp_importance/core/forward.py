@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from .batches import likely_keys, split_batch, tensors_in
 from .devices import misplaced, reference_tensor, to_model
 
-__all__ = ["ForwardFn", "call_model", "fresh_inputs", "layer_input", "run_batch", "run_model"]
+__all__ = ["ForwardFn", "call_model", "fresh_inputs", "layer_input", "run_batch", "run_model", "with_input"]
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 """``forward_fn(model, batch)``: runs the model on a batch exactly as the loader gave it."""
@@ -170,3 +170,8 @@ def _called_by_keyword(batch: Any) -> str:
         f"If its forward takes others, pass forward_fn=lambda model, batch: model({at}[{first!r}]); forward_fn gets "
         f"example_inputs, too, so give these as the loader gives its batches{label_fn}"
     )
+
+
+def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer with ``x`` in place of its first one."""
+    return ((x, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, next(iter(kwargs)): x})

@@ -16,8 +16,8 @@ from torch import nn
 from ..budget import Cost
 from ..core.types import Floats, Ints
 from .groups import Excluded, PrunableGroups
+from .layer_kinds import CONV, is_depthwise
 from .reparametrised import owner_of, sliced_sides
-from .tracing import CONV, is_depthwise
 
 __all__ = ["COST_FIELDS", "LATENCY", "CostModel", "LeftOut", "Timed", "channels_per_unit"]
 

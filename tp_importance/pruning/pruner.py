@@ -24,11 +24,12 @@ from ..core.progress import phase, shown, shows_progress
 from ..core.stale_optimizers import replacing
 from ..errors import BudgetError
 from ..graph.cost import LATENCY, CostModel
+from ..graph.counting import count_ops
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups, Verifier
 from ..graph.host_groups import build_groups
 from ..graph.surgery import remove_units, settled
-from ..graph.tracing import count_ops, trace
+from ..graph.tracing import trace
 from ..latency.model import LatencyModel
 from ..latency.table import LatencyTable
 from ..refitting.refit import refit_consumers

@@ -23,8 +23,8 @@ from ..core.loaders import iterate, require_reiterable
 from ..core.progress import Phase, phase
 from ..core.untouched import untouched
 from ..graph.groups import PrunableGroups
-from ..graph.tracing import is_batch_norm
-from ..graph.verify import gates
+from ..graph.layer_kinds import is_batch_norm
+from ..graph.masking import masked_units
 from ..maths.batchnorm import ChannelMoments, PooledMoments
 from ..maths.least_squares import Shortfall
 from ..refitting.report import RefitRow
@@ -131,7 +131,7 @@ class SequentialRefit:
                 stack.callback(before_layer(norm, partial(measure, name)))
             stack.enter_context(targets.summands(model, {i: (dense, targets.generator(i)) for i in targets.sums}))
             run_until_cut(model, batch, self.forward_fn)
-        with gates(model, self.groups, _lists(self.removed)), ExitStack() as stack:
+        with masked_units(model, self.groups, _lists(self.removed)), ExitStack() as stack:
             for i, r in enumerate(self.refits):
                 stack.callback(before_layer(r.module, partial(act, i)))
             for name, norm in self._norms():
@@ -149,7 +149,7 @@ class SequentialRefit:
         dense, rows, order = copied(model), [], self.groups.trace.first_call()
         index = {r.name: i for i, r in enumerate(self.refits)}
         stops = [*index, *(name for name, _ in self._norms())]
-        with gates(model, self.groups, _lists(self.removed)):
+        with masked_units(model, self.groups, _lists(self.removed)):
             for name in sorted(stops, key=lambda n: order.get(n, 0)):
                 self.passes += 2
                 if name in index:

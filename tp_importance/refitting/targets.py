@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..core.forward import ForwardFn
 from ..core.precision import at_least_float, undisturbed
 from ..errors import TracingError
+from ..graph.activations import recording, watch_activations
 from ..graph.dataflow import Flow
 from ..graph.patches import bn_gain, require_batched, sampled_output, unfolded_input
-from ..graph.taps import added_to, recording, tap
+from ..graph.residual_sums import added_to
 from .layers import LayerRefit
 from .settings import Refit
 
@@ -134,7 +135,7 @@ class Targets:
             return
         looks: dict[int, Callable[[Tensor], None]] = {value: partial(keep, value) for value in consumers}
         try:
-            with tap(model, self._flow, looks):
+            with watch_activations(model, self._flow, looks):
                 yield
         except TracingError as error:
             raise ValueError(f"{error}: its control flow depends on the data; pass Refit(residual=False)") from error

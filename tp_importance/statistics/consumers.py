@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..core.forward import ForwardFn
 from ..core.precision import at_least_float, undisturbed
 from ..errors import TracingError
+from ..graph.activations import recording, watch_activations
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input
-from ..graph.taps import addition, recording, tap
+from ..graph.residual_sums import addition
 from ..maths.batchnorm import ChannelMoments, PooledMoments
 from ..maths.moments import Moments, consumer_scatter
 from .labels import labels_per_row
@@ -135,7 +136,9 @@ class ConsumerStatistics:
             for name in consumers[value]:
                 self._sums.add(name, new)
 
-        with tap(self._model, flow, {value: partial(look, value) for value in consumers}, otherwise=lost.append):
+        with watch_activations(
+            self._model, flow, {value: partial(look, value) for value in consumers}, otherwise=lost.append
+        ):
             yield
         if lost:
             self._sums.clear()

@@ -16,8 +16,8 @@ from ...budget import Cost
 from ...core.copies import copied
 from ...core.processes import warn_of_processes
 from ...core.progress import track
+from ...graph.counting import Call, batch_size, count_ops
 from ...graph.dataflow import record
-from ...graph.tracing import Call, batch_size, count_ops
 from ...latency.measure import least_latency, measure_latency
 from ...latency.table import LatencyTable, conditions_of, timed_layer
 from .block import ResConv2d, fuse, replace_module, resconv_layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.dataflow import Flow, Op, is_batchnorm
-from ...graph.tracing import CONV
+from ...graph.layer_kinds import CONV
 from ...maths.rescaling import Ratios
 from .block import ResConv2d, Scale, replace_module, shared_parameters
 from .fusion import scaled_batchnorm

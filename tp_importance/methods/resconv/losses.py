@@ -15,8 +15,8 @@ from ...core.forward import run_batch, run_model
 from ...core.loaders import iterate
 from ...core.progress import phase, track
 from ...core.untouched import untouched
+from ...graph.counting import batch_size
 from ...graph.dataflow import record
-from ...graph.tracing import batch_size
 from ...statistics.labels import LabelFn
 from ...statistics.observe import Watch, WatchFn, observe
 from .block import ResConv2d

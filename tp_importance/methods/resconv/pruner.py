@@ -20,7 +20,7 @@ from ...core.processes import levels_up, warned_once
 from ...core.progress import phase, shown, shows_progress
 from ...core.stale_optimizers import replacing
 from ...errors import BudgetError
-from ...graph.tracing import count_ops
+from ...graph.counting import count_ops
 from ...pruning.pruner import bytes_per_parameter
 from ...refitting.settings import Refit
 from ...statistics.batchnorm import recalibrate_batchnorm

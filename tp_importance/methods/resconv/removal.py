@@ -23,8 +23,8 @@ from ...core.forward import call_model, run_model
 from ...core.guards import preserved, transaction
 from ...core.stale_optimizers import replacing
 from ...core.untouched import untouched
+from ...graph.comparison import difference
 from ...graph.dataflow import Flow, Kind, Span, record
-from ...graph.verify import difference
 from .block import ResConv2d, Scale, replace_module
 from .folding import fold_scales
 
