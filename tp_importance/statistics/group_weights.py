@@ -19,7 +19,7 @@ from ..graph.layer_kinds import CONV
 from ..graph.layer_pruners import has_channels
 from ..graph.remap import check_optimizer
 
-__all__ = ["GroupWeights", "ParametersOf", "filter_norms", "own_parameters"]
+__all__ = ["GroupWeights", "ParametersOf", "own_parameters", "summed_l1_norms"]
 
 ParametersOf = Callable[[nn.Module], Mapping[str, Any]]
 """Parameters of a module by leaf name; NNI, say, keeps them elsewhere."""
@@ -107,7 +107,7 @@ class GroupWeights:
                     )
 
 
-def filter_norms(groups: PrunableGroups, group: ChannelGroup) -> NDArray[np.float64]:
+def summed_l1_norms(groups: PrunableGroups, group: ChannelGroup) -> NDArray[np.float64]:
     """L1 norm of the filters of every unit over all producers: breaks ties; shape (U,)."""
     norms = np.zeros(group.n_units)
     for rows, units in GroupWeights(groups).filters(group):

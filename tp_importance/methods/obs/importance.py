@@ -20,7 +20,7 @@ from ...maths.moments import NEGLIGIBLE, Moments
 from ...pruning.importance import StatisticalImportance
 from ...pruning.pruner import BudgetPruner
 from ...statistics.consumers import ConsumerStatistics, check_reading
-from ...statistics.group_weights import filter_norms
+from ...statistics.group_weights import summed_l1_norms
 from ...statistics.observe import Watch
 
 __all__ = ["OBSImportance", "OBSPruner"]
@@ -101,7 +101,7 @@ class OBSImportance(StatisticalImportance):
         return curves
 
     def _curve(self, statistics: ConsumerStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
-        norms = filter_norms(groups, group)
+        norms = summed_l1_norms(groups, group)
         reads, energy = [], np.zeros(group.n_units)
         for member, (p, metric, weight, gain, units) in zip(
             group.consumers, self._reads(statistics, group), strict=True

@@ -31,7 +31,7 @@ from ...graph.remap import check_optimizer
 from ...statistics.group_weights import GroupWeights, ParametersOf, own_parameters
 from .history import GroupStep, PruneStep, PSAPHistory
 from .schedule import PSAPSchedule
-from .sparsity import adaptive_widths, cubic_target, filter_norms, outliers, select_masked, weight_sparsity
+from .sparsity import adaptive_widths, cubic_target, outliers, relative_norms, select_masked, weight_sparsity
 
 __all__ = ["Ratios", "SoftPruning"]
 
@@ -244,7 +244,7 @@ class SoftPruning:
         values = list(sparsity.values()) if self.ratios == "adaptive" else [0.5] * len(self.groups)
         units, kappa = adaptive_widths(values, levels, self.cost_model.full, lambda u: self._fits(u, limits))
         for g, left in zip(self.groups, units.tolist(), strict=True):
-            norms = filter_norms(self._weights.filters(g), g.n_units)
+            norms = relative_norms(self._weights.filters(g), g.n_units)
             self.masked[g.name] = select_masked(norms, self.masked[g.name], protected[g.name], g.n_units - left)
         hangs_on = -self.cost_model.marginal(units, -units)[COST_FIELDS.index("macs")]
         rows = tuple(
@@ -335,7 +335,7 @@ class SoftPruning:
         """Open the gates of ``found``; after the last step close as many others of the group, for the budget's sake."""
         masked, change = self.masked[group.name], {}
         if last:
-            norms = filter_norms(self._weights.filters(group), group.n_units)
+            norms = relative_norms(self._weights.filters(group), group.n_units)
             free = np.flatnonzero(~masked & ~self._protected(group.name))
             free = free[np.lexsort((norms[free], self._strength[group.name][free] > 0))]  # once restored: last
             found, kept_out = found[: len(free)], found[len(free) :]
