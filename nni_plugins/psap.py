@@ -12,7 +12,8 @@ from torch import nn
 from tp_importance import Budget, PSAPHistory, PSAPImportance
 from tp_importance.core.progress import Phase, phase
 from tp_importance.methods.psap.schedule import PSAPSchedule
-from tp_importance.methods.psap.soft_pruning import Ratios, SoftPruning
+from tp_importance.methods.psap.soft_masks import Ratios
+from tp_importance.methods.psap.soft_pruning import SoftPruning
 
 from .base import Config, ImportancePruner, Masks
 

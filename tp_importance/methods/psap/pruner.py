@@ -20,7 +20,8 @@ from ...pruning.report import PruningReport
 from .history import PSAPHistory
 from .importance import PSAPImportance
 from .schedule import PSAPSchedule
-from .soft_pruning import Ratios, SoftPruning
+from .soft_masks import Ratios
+from .soft_pruning import SoftPruning
 
 __all__ = ["PSAPPruner"]
 
