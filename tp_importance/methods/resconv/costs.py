@@ -20,7 +20,8 @@ from ...graph.counting import Call, batch_size, count_ops
 from ...graph.dataflow import record
 from ...latency.measure import least_latency, measure_latency
 from ...latency.table import LatencyTable, conditions_of, timed_layer
-from .block import ResConv2d, fuse, replace_module, resconv_layers
+from .block import ResConv2d, replace_module, resconv_layers
+from .conversion import fuse
 from .removal import LAYERS, remove_layers
 
 __all__ = ["LayerClock", "LayerCosts"]

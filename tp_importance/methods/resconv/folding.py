@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...graph.dataflow import Flow, Op, is_batchnorm
 from ...graph.layer_kinds import CONV
 from ...maths.rescaling import Ratios
-from .block import ResConv2d, Scale, replace_module, shared_parameters
+from .block import ResConv2d, Scale, replace_module
+from .conversion import shared_parameters
 from .fusion import scaled_batchnorm
 
 __all__ = ["fold_scales"]
