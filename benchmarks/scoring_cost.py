@@ -79,10 +79,10 @@ class Timed(CATROImportance):
 
     solve_s = 0.0
 
-    def _curves(self, groups: PrunableGroups) -> dict[str, Any]:
+    def value(self, groups: PrunableGroups) -> dict[str, Any]:
         device = next(groups.trace.model.parameters()).device
         start = seconds(device)
-        curves = super()._curves(groups)
+        curves = super().value(groups)
         self.solve_s = seconds(device) - start
         return curves
 

@@ -66,7 +66,7 @@ def refit_masks(
         >>> rows[[1, 5]] = 0
         >>> report = refit_masks(net, {"0": {"weight": rows, "bias": rows.flatten()}}, [x], x[:2])
         >>> [(r.name, r.removed, r.after < r.before) for r in report.rows]
-        [('2', 18, True)]
+        [('2', 18, True), ('4', 0, True)]
     """
     require_unwrapped(model)
     full = checked_masks(model, masks)

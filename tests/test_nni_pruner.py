@@ -347,7 +347,7 @@ def test_latency_budget_and_its_schedule():
     pruner.compress()
     found = pruner.plan.latency_ms
     assert 0 < found["predicted"] <= found["limit"] == 0.6 * found["dense"]
-    cost = pruner._planner.cost_model
+    cost = pruner._target.cost_model
     dense = cost.timed.predict(cost.full)
     assert pruner._budget_at(0.5).latency_ms == pytest.approx(dense - 0.5 * (dense - found["limit"]))
     with pytest.raises(BudgetError, match=r"latency_ms are predicted.*select more layers"):

@@ -165,7 +165,7 @@ def test_training_between_steps_makes_a_new_reference():
     model, x = trained()
     pruner = make(model, x)
     pruner.step(Budget(macs=0.7), refit="batchnorm")
-    first = pruner._reference.model
+    first = pruner.target._reference.model
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     model(x).square().mean().backward()
@@ -173,7 +173,7 @@ def test_training_between_steps_makes_a_new_reference():
     model.eval()
     now = copy.deepcopy(model)
     pruner.step(refit="batchnorm")
-    assert pruner._reference.model is not first and same_values(pruner._reference.model, now)
+    assert pruner.target._reference.model is not first and same_values(pruner.target._reference.model, now)
 
 
 @pytest.mark.parametrize("budget", [Budget(macs=1.0), Budget(macs=10**9), Budget(params=1.0)])

@@ -395,7 +395,7 @@ def count_hint(field: str, limit: float, dense: float) -> str:
 
     Args:
         field: of the cost.
-        limit: upper limit of it, as :meth:`Budget.marked_limits` gives it.
+        limit: upper limit of it, as :meth:`~tp_importance.Budget.marked_limits` gives it.
         dense: present cost.
 
     Example:

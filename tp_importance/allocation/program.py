@@ -169,7 +169,9 @@ def named_allocator(choice: str | Allocator | None, weights: WeightSource = None
     if choice is None or (isinstance(choice, str) and choice == "default"):
         choice = default_allocator(importance)
     found = find_allocator(choice)
-    return ProgramAllocator(weights) if found is program else found
+    if found is not program:
+        return found
+    return importance.program() if hasattr(importance, "program") else ProgramAllocator(weights)
 
 
 def posynomials(cost: CostModel, limits: Limits) -> list[Posynomial]:

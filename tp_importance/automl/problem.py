@@ -22,9 +22,11 @@ from ..core.processes import warned_once
 from ..core.types import Ints
 from ..errors import SearchSpaceError
 from ..graph.cost import COST_FIELDS, CostModel
-from ..pruning.pruner import BudgetPruner
-from .methods import Job, find_method, value_network
-from .space import Choice, Int, Parameter, SearchSpace
+from ..pruning.domains import Choice, Int
+from ..pruning.registry import Job, find_method
+from ..pruning.target import PruningTarget
+from .channels import value_network
+from .space import Parameter, SearchSpace
 from .statistics import CurveStore
 from .trial import checked_number
 
@@ -102,16 +104,17 @@ class BudgetProblem:
         clone, options = copied_with(model, pruner_options)
         store = None if statistics is None else CurveStore(statistics, model)
         arguments = Job(clone, example_inputs, loader, budget, store=store, pruner_options=options).arguments
-        pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **arguments)
-        cost, space, limits = pruner.cost_model, pruner.space, budget.marked_limits(pruner.dense)
+        arguments.pop("label_fn", None)
+        target = PruningTarget(clone, example_inputs, **arguments)
+        cost, space, limits = target.cost_model, target.space, budget.marked_limits(target.dense)
         require_reachable(cost, space, limits)
         losses, starts = {}, {}
         for name, method in chosen.items():
             job = Job(
                 clone, example_inputs, loader, budget, given[name], store=store, loss_fn=loss_fn, pruner_options=options
             )
-            found = value_network(method, job, pruner.groups)
-            curves = found.curves(pruner.groups)
+            found = value_network(method, job, target.groups)
+            curves = found.curves(target.groups)
             starts[name] = named_allocator(None, found.weights, found)(curves, cost, space, limits)
             losses[name] = [curves[g].loss.tolist() for g in cost.names]
         return cls(cost, space, limits, losses, starts, given)

@@ -22,10 +22,12 @@ from ..errors import BudgetError, SearchSpaceError
 from ..graph.cost import CostModel
 from ..graph.counting import count_ops
 from ..latency.measure import measure_latency
+from ..pruning.domains import check_names
+from ..pruning.registry import Job, Train, find_method
 from ..refitting.settings import Refit
 from ..statistics.gradients import checked_loss_fn
-from .methods import Job, Train, find_method
-from .space import check_names, flatten, parameters_noted
+from .channels import prune_channels
+from .space import flatten, parameters_noted
 from .statistics import CurveStore
 
 __all__ = ["TrialParameters", "prune_trial"]
@@ -196,7 +198,7 @@ def prune_trial(
         loader: re-iterable of batches for statistics and batch norms.
         budget: limit; ``budget:macs`` and ``budget:params`` of the trial replace its fields. Without one, widths must
             be given.
-        train: fine-tuning, see :class:`~tp_importance.automl.methods.Train`; default: none.
+        train: fine-tuning, see :class:`~tp_importance.automl.Train`; default: none.
         refit: how the network is repaired on ``loader`` before training, see :class:`~tp_importance.Refit`; a
             ``"refit"`` among the parameters goes first. Without a loader or batch norms, ``"batchnorm"`` does nothing.
         statistics: folder for statistics that trials share, see
@@ -265,7 +267,10 @@ def _run(
     job.allocate = params.allocate(limited=job.budget is not None)
     run = job.pruner_options.get("forward_fn")
     dense = Cost(*count_ops(job.model, x, forward_fn=run))
-    method.prune(job)
+    if method.prune is None:
+        prune_channels(method, job)
+    else:
+        method.prune(job)
     cost = Cost(*count_ops(job.model, x, forward_fn=run))
     for name, limit in (job.budget.limits(dense) if job.budget is not None else {}).items():
         if getattr(cost, name) > limit:

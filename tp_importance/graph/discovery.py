@@ -20,8 +20,8 @@ __all__ = ["prunable_groups"]
 def prunable_groups(
     model: nn.Module,
     example_inputs: Any,
-    ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
     *,
+    ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
     num_heads: Mapping[nn.Module, int] | None = None,
     unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
     customized_pruners: Mapping[Any, Any] | None = None,

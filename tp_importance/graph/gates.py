@@ -1,4 +1,4 @@
-"""Gates on coupled groups: switch units off where their consumers receive them, and feel what the loss thinks of it."""
+"""Gates on coupled groups: switch units off where consumers receive them, with the gradient of the loss there."""
 
 from __future__ import annotations
 

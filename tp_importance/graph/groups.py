@@ -1,6 +1,6 @@
 """Coupled channel groups: what a network is to a pruner.
 
-A *group* is a set of channels, spread over many layers, that live or die together. Its atoms are *units*: the
+A *group* is a set of channels, spread over many layers, that can only be removed together. Its atoms are *units*: the
 smallest sets of root channels that can go alone. Usually a unit is one channel; a grouped convolution or an
 attention head count makes it several.
 """

@@ -33,7 +33,7 @@ def build_groups(
     num_heads: Mapping[nn.Module, int] | None = None,
     options: TraceOptions = TraceOptions(),
 ) -> PrunableGroups:
-    """Groups of a traced network, without verification; see :func:`prunable_groups`."""
+    """Groups of a traced network, without verification; see :func:`~tp_importance.prunable_groups`."""
     ignored = ignored_modules(traced.model, ignored_layers)
     order = traced.first_call()
     found: list[tuple[ChannelGroup, Any]] = []

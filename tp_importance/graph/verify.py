@@ -1,4 +1,4 @@
-"""The oracle: a group may be pruned only if removing its channels equals masking them.
+"""Verification: a group may be pruned only if removing its channels equals masking them.
 
 Masked means a zero on the channel wherever it is made and wherever it is read, so that neither a batch
 norm's constant nor an activation's offset leaks through. Both copies are compared at the input of *every*
@@ -41,7 +41,7 @@ TOLERANCE = 1e-3
 
 
 def sample_units(groups: PrunableGroups, seed: int = 0) -> dict[str, list[int]]:
-    """Up to half of the units of every group, drawn at random: what the oracle removes.
+    """Up to half of the units of every group, drawn at random: what the verification removes.
 
     Their number has no common divisor with that of all units, so that no part of the group (a head, a chunk) can lose
     as much as every other: what is right only then must not pass by chance.

@@ -64,7 +64,7 @@ class LayerRefit:
         """New weight, shape (G, O, d), and the ridge it took.
 
         Args:
-            ridge: see :class:`Refit`.
+            ridge: see :class:`~tp_importance.Refit`.
             second: second moments of the inputs, shape (G, d, d).
             missing: moments of the inputs and of what :attr:`plain` lacks, shape (G, d, O).
             error: mean squares of what it lacks, shape (G, O).

@@ -41,7 +41,7 @@ def refit_consumers(
     label_fn: LabelFn | None = None,
     progress: bool = False,
 ) -> RefitReport:
-    r"""LayerRefit all consumers to the removal of units that is about to take place; the shapes stay.
+    r"""Refit all consumers to the removal of units that is about to take place; the shapes stay.
 
     With :math:`P` the covariance of a consumer's unfolded inputs, k the features that stay and r those that go
     (of all groups it reads),
@@ -82,7 +82,7 @@ def refit_consumers(
         >>> x = torch.randn(16, 3, 12, 12)
         >>> report = refit_consumers(net, x[:2], [x], {"0": [1, 5]})
         >>> [(r.name, r.kept, r.removed, r.after < r.before) for r in report.rows]
-        [('2', 54, 18, True)]
+        [('2', 54, 18, True), ('4', 36, 0, True)]
         >>> int((net[2].weight == 0).flatten(2).all(2).all(0).sum())  # ready for the surgery
         2
     """

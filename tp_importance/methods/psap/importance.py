@@ -76,7 +76,8 @@ class PSAPImportance(StatisticalImportance):
                 self._gates.remove()
                 self._gates = None
 
-    def _watches(self, groups: PrunableGroups) -> list[Watch]:
+    def watches(self, groups: PrunableGroups) -> list[Watch]:
+        """See :meth:`~tp_importance.StatisticalImportance.watches`."""
         weights = GroupWeights(groups)
         self._norms = {g.name: relative_norms(weights.filters(g), g.n_units) for g in groups}
         self._masked = {}
@@ -97,7 +98,8 @@ class PSAPImportance(StatisticalImportance):
 
         return [Watch("the model", groups.trace.model, pulse)]
 
-    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
+    def value(self, groups: PrunableGroups) -> dict[str, Curve]:
+        """See :meth:`~tp_importance.StatisticalImportance.value`."""
         assert self._gates is not None
         curves, protected = {}, {}
         for name, gradients in self._gates.split(self._sum.numpy()).items():

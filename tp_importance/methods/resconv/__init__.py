@@ -5,6 +5,8 @@ costs (:mod:`.costs`) → the cheapest set of layers (:mod:`.plan`) → removal 
 (:mod:`.folding`) → fusing → report.
 """
 
+from ...pruning.domains import Choice
+from ...pruning.registry import Job, register_method
 from .block import ResConv2d, Scale, resconv_layers
 from .conversion import ConversionReport, convert_to_resconv, fuse
 from .importance import ResConvImportance
@@ -33,3 +35,26 @@ __all__ = [
     "resconv_layers",
     "scale_losses",
 ]
+
+
+def _prune_layers(job: Job) -> None:
+    """Whole layers go, the rest is trained with its shortcuts and fused."""
+    pruner = ResConvPruner(
+        job.model,
+        job.example_inputs,
+        job.loader,
+        budget=job.whole_budget("resconv"),
+        **job.options,
+        **job.pruner_options,
+    )
+    if pruner.plan().removed:
+        pruner.step(fuse=False, refit=job.repair)
+    if job.train is not None:
+        job.train(job.model)
+    if pruner.layers:
+        fuse(job.model.eval())
+
+
+register_method(
+    "resconv", prune=_prune_layers, options={"importance": Choice(("output", "scale"))}, instead="ResConvPruner"
+)

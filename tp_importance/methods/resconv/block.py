@@ -24,7 +24,7 @@ class ResConv2d(nn.Module):
         a: initial information control.
 
     Attributes:
-        s: parameter, shape (1,); L1 drives it to 0 (:meth:`ResConvPruner.regularize`).
+        s: parameter, shape (1,); L1 drives it to 0 (:meth:`~tp_importance.ResConvPruner.regularize`).
         a: parameter, shape (1,), kept ≥ 0 by the pruner.
 
     Raises:

@@ -61,7 +61,7 @@ def convert_to_resconv(
     out, and why, is at ``model.resconv_report``.
 
     Args:
-        model: the network; build the optimizer afterwards, see :meth:`ResConvPruner.parameter_groups`.
+        model: the network; build the optimizer afterwards, see :meth:`~tp_importance.ResConvPruner.parameter_groups`.
         example_inputs: tensor, tuple or dict, batch dimension first.
         s: initial layer scaling factor.
         a: initial information control, ≥ 0.

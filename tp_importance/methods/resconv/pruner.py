@@ -17,7 +17,7 @@ from ...core.processes import levels_up, warned_once
 from ...core.progress import phase, shown
 from ...core.stale_optimizers import replacing
 from ...graph.counting import count_ops
-from ...pruning.pruner import bytes_per_parameter
+from ...pruning.target import bytes_per_parameter
 from ...refitting.settings import Refit
 from ...statistics.batchnorm import recalibrate_batchnorm
 from ...statistics.dense_reference import DenseReference
@@ -249,16 +249,6 @@ class ResConvPruner(LayerPlanner):
             step.commit()
             self.history.append(report)
         return report
-
-    def report(self) -> LayerReport:
-        """Report of the last :meth:`step`.
-
-        Raises:
-            RuntimeError: before the first step.
-        """
-        if not self.history:
-            raise RuntimeError("no layer was removed yet: call step() first, or plan() to see what it would do")
-        return self.history[-1]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the states of model and optimizer; plain values."""

@@ -16,8 +16,8 @@ from tp_importance.core.processes import warned_once
 from tp_importance.core.progress import Phase, phase
 from tp_importance.methods.resconv import LayerImportance, LayerPlan, resconv_layers
 
-from ._compat import import_nni
-from .config import (
+from .._compat import import_nni
+from ..config import (
     Config,
     Masks,
     SharedWrappers,
@@ -27,8 +27,8 @@ from .config import (
     require_free,
     require_unwrapped,
 )
-from .layers import LAYER_TARGET
-from .states import evaluator_kept, hold_scalars, on_modules, unchanged_on_error, unwrapped
+from ..layers import LAYER_TARGET
+from ..states import evaluator_kept, hold_scalars, on_modules, unchanged_on_error, unwrapped
 
 _compressor = import_nni("nni.compression.base.compressor")
 _setting = import_nni("nni.compression.base.setting")

@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tp_importance import Budget, PSAPHistory, PSAPImportance
+from tp_importance import Budget
 from tp_importance.core.progress import Phase, phase
+from tp_importance.methods.psap.history import PSAPHistory
 from tp_importance.methods.psap.schedule import PSAPSchedule
 from tp_importance.methods.psap.soft_masks import Ratios
 from tp_importance.methods.psap.soft_pruning import SoftPruning
 
-from .base import Config, ImportancePruner, Masks
+from ..config import Config
+from .base import MaskingPruner
 
 __all__ = ["PSAPPruner"]
 
 
-class PSAPPruner(ImportancePruner):
+class PSAPPruner(MaskingPruner):
     """Self-adaptive iterative pruning with protection (PSAP, arXiv 2303.11881) inside NNI's training.
 
     ``compress(max_steps, max_epochs)`` trains through the evaluator and prunes on the way, as
@@ -46,14 +48,14 @@ class PSAPPruner(ImportancePruner):
         protect: see :class:`tp_importance.PSAPPruner`.
         protect_steps: see :class:`tp_importance.PSAPPruner`.
         max_pruning_ratio: see :class:`tp_importance.PSAPPruner`.
-        **options: see :class:`~nni_plugins.base.ImportancePruner`.
+        **options: see :class:`~nni_plugins.pruners.base.MaskingPruner`.
 
     Attributes:
-        history: what every prune step did, see :class:`tp_importance.PSAPHistory`.
+        history: what every prune step did, see :class:`~tp_importance.methods.psap.history.PSAPHistory`.
 
     Raises:
         BudgetError: if the budget cannot be reached.
-        ValueError: as :class:`~nni_plugins.base.ImportancePruner`, or without example inputs.
+        ValueError: as :class:`~nni_plugins.pruners.base.MaskingPruner`, or without example inputs.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class PSAPPruner(ImportancePruner):
             "protect": protect,
             "protect_steps": protect_steps,
         }
-        self._loader, self._total_steps = loader, total_steps
+        self._batches, self._total_steps = loader, total_steps
         self._duration: tuple[int | None, int | None] = (None, None)
         self._running = Phase("training")
         super().__init__(
@@ -97,7 +99,6 @@ class PSAPPruner(ImportancePruner):
             evaluator,
             existed_wrappers,
             loader=loader if loader is not None else (),
-            importance=PSAPImportance(),  # never asked: the soft phase says what goes
             budget=budget,
             example_inputs=example_inputs,
             max_pruning_ratio=max_pruning_ratio,
@@ -113,15 +114,14 @@ class PSAPPruner(ImportancePruner):
         self._soft = self._fresh()
 
     def _fresh(self) -> SoftPruning:
-        planner = self._planner
         if self._budget is None:
-            uniform = {g.name: list(range(int(g.n_units * self._goal[g.name]))) for g in planner.groups}
-            limits = {"macs": planner.plan_of(uniform).cost.macs}
+            uniform = {g.name: list(range(int(g.n_units * self._goal[g.name]))) for g in self._target.groups}
+            limits = {"macs": self._target.plan(uniform).cost.macs}
         else:
-            limits = self._budget.marked_limits(planner.dense)
+            limits = self._budget.marked_limits(self._target.dense)
         return SoftPruning(
-            planner.groups,
-            planner.cost_model,
+            self._target.groups,
+            self._target.cost_model,
             self._space,
             limits,
             parameters_of=_parameters_of,
@@ -138,7 +138,7 @@ class PSAPPruner(ImportancePruner):
             raise ValueError("say how long to train: compress(max_steps=...) or compress(max_epochs=...)")
         self._duration = (max_steps, max_epochs)
         try:
-            with phase("training", max_steps, unit="step", progress=self._planner._progress) as self._running:
+            with phase("training", max_steps, unit="step", progress=self._target._progress) as self._running:
                 super()._fusion_compress(max_steps, max_epochs)
         except BaseException:
             self._soft.close()
@@ -171,7 +171,7 @@ class PSAPPruner(ImportancePruner):
         if max_steps is not None:
             return max_steps
         try:
-            return (max_epochs or 0) * len(self._loader) or 1  # type: ignore[arg-type]
+            return (max_epochs or 0) * len(self._batches) or 1  # type: ignore[arg-type]
         except TypeError:
             raise ValueError(
                 "how many optimizer steps there will be is not known: give compress(max_steps=...), or loader= (with a "
@@ -179,21 +179,12 @@ class PSAPPruner(ImportancePruner):
             ) from None
 
     def _collect_data(self) -> dict[str, Any]:
-        return {}
-
-    def _calculate_metrics(self, data: dict[str, Any]) -> Masks:
-        """One value per filter, shape (C, 1, ...): 0 for those that are masked."""
-        metrics: Masks = {}
-        for group in self._planner.groups:
-            keep = (~self._soft.masked[group.name]).astype(np.float64)
-            for m in group.producers:
-                mine = metrics.setdefault(m.name, {})  # a split layer is part of several groups
-                mine["weight"] = mine.get("weight", 0.0) + self._spread(m, keep[m.units], 0.0)
-        return metrics
+        """0 for units that are masked, shape (U,)."""
+        return {g.name: (~self._soft.masked[g.name]).astype(np.float64) for g in self._target.groups}
 
     def _removed(self) -> dict[str, list[int]]:
         removed = self._soft.removed
-        self.plan = self._planner.plan_of(removed, self._soft.limits)
+        self.plan = self._target.plan(removed, self._soft.limits)
         return removed
 
 
