@@ -16,8 +16,8 @@ from tp_importance.graph.host_groups import build_groups
 from tp_importance.refitted_step import Removal
 from tp_importance.statistics.labels import LabelFn
 
-from .config import require_unwrapped
-from .speedup import checked_masks
+from .surgery.masks import checked_masks
+from .wrappers import require_unwrapped
 
 __all__ = ["refit_masks"]
 
