@@ -57,9 +57,9 @@ class SoftMasks:
         space: WidthSpace,
         limits: Mapping[str, int],
         *,
-        threshold: float,
-        ratios: Ratios,
-        protect_steps: int | None,
+        threshold: float = 0.25,
+        ratios: Ratios = "adaptive",
+        protect_steps: int | None = 1,
         parameters_of: ParametersOf = own_parameters,
     ) -> None:
         if ratios not in ("adaptive", "uniform"):

@@ -14,18 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...allocation.greedy import WidthSpace
 from ...core.eval_mode import warn_in_eval_mode
 from ...core.processes import process_count
 from ...core.progress import phase
-from ...graph.cost import CostModel
-from ...graph.groups import PrunableGroups
 from ...graph.remap import check_optimizer
-from ...statistics.group_weights import ParametersOf, own_parameters
 from .history import PSAPHistory
 from .pulse import PulsedMasks
 from .schedule import PSAPSchedule
-from .soft_masks import Ratios
 
 __all__ = ["SoftPruning"]
 
@@ -36,16 +31,10 @@ class SoftPruning(PulsedMasks):
     """Adaptive masks on a network in training; :meth:`start`, then :meth:`step` after every optimizer step.
 
     Args:
-        groups: groups of the model, which keeps its shapes meanwhile.
-        cost: their cost model.
-        space: admissible widths.
-        limits: cost to end with, by field.
-        schedule: see :class:`PSAPSchedule`.
-        threshold: a in τ = a·RMS.
-        ratios: ``"adaptive"`` by weight sparsity, or ``"uniform"`` (all sparsities taken as equal).
+        *args: see :class:`.SoftMasks`.
+        schedule: see :class:`.PSAPSchedule`.
         protect: watch the gates and restore outliers.
-        protect_steps: prune steps during which a restored unit cannot be masked; ``None``: all that follow.
-        parameters_of: parameters of a module by leaf name, where they are not in the module itself.
+        **options: see :class:`.SoftMasks`.
 
     Raises:
         BudgetError: if the limits cannot be reached.
@@ -53,31 +42,11 @@ class SoftPruning(PulsedMasks):
     """
 
     def __init__(
-        self,
-        groups: PrunableGroups,
-        cost: CostModel,
-        space: WidthSpace,
-        limits: Mapping[str, int],
-        *,
-        schedule: PSAPSchedule = PSAPSchedule(),
-        threshold: float = 0.25,
-        ratios: Ratios = "adaptive",
-        protect: bool = True,
-        protect_steps: int | None = 1,
-        parameters_of: ParametersOf = own_parameters,
+        self, *args: Any, schedule: PSAPSchedule = PSAPSchedule(), protect: bool = True, **options: Any
     ) -> None:
         if not isinstance(schedule, PSAPSchedule):
             raise TypeError(f"schedule must be a PSAPSchedule, e.g. PSAPSchedule(prune_steps=10), not {schedule!r}")
-        super().__init__(
-            groups,
-            cost,
-            space,
-            limits,
-            threshold=threshold,
-            ratios=ratios,
-            protect_steps=protect_steps,
-            parameters_of=parameters_of,
-        )
+        super().__init__(*args, **options)
         self.schedule, self.protect = schedule, protect
         self._iteration, self._total = 0, 0
         self._iterations: list[int] = []
