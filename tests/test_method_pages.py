@@ -13,6 +13,7 @@ from test_documentation import (
     names,  # noqa: F401 - a fixture
 )
 from tp_importance import count_ops
+from tp_importance.pruning import registry
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "methods").glob("*.md"))}
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
@@ -43,6 +44,13 @@ def budgets(code):
     """Fractions of MACs that a block prunes its network to, in order; none if it only plans."""
     prunes = re.search(r"\b(?:prune|step|finish|speedup)\(", code.replace("optimizer.step()", ""))
     return [float(f) for f in re.findall(r"Budget\(macs=([\d.]+)", code)] if prunes else []
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """What a page registers is gone after it."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "METHODS", registry._METHODS)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
