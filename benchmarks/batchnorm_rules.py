@@ -34,9 +34,9 @@ from tp_importance import (
     recalibrate_batchnorm,
     slice_classifier,
 )
-from tp_importance.maths.batchnorm import Moments
+from tp_importance.maths.batchnorm import ChannelMoments as Moments
 from tp_importance.statistics import batchnorm as calibrate
-from tp_importance.statistics.batchnorm import DenseReference
+from tp_importance.statistics.dense_reference import DenseReference
 
 RULES = ("left", "re-estimated", "shifted", "followed")
 EFFICIENTNET = "efficientnet-lite0"

@@ -21,6 +21,7 @@ from cifar_oneshot import CRITERIA, Network
 from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from host_criteria import accumulate_gradients
 from torch import nn
+from tp_importance.automl.methods import METHODS
 
 from tp_importance import (
     Budget,
@@ -32,7 +33,6 @@ from tp_importance import (
     Refit,
     count_ops,
 )
-from tp_importance.automl.methods import METHODS
 from tp_importance.statistics.consumers import ConsumerStatistics
 
 Make = Callable[..., BudgetPruner]

@@ -25,7 +25,7 @@ from torchvision import models
 
 from tp_importance import Budget, ITPruner
 from tp_importance.allocation.curves import value_curves
-from tp_importance.core.batches import call_model
+from tp_importance.core.forward import call_model
 from tp_importance.statistics.observe import Watch, observe
 
 L1 = tp.importance.MagnitudeImportance(p=1)

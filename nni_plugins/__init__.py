@@ -5,7 +5,6 @@ Importing this package needs NNI: ``pip install "tp-importance[nni]"``.
 
 from pathlib import Path
 
-from .experiment import experiment_running, nni_trial, run_experiment, trial_table
 from .pruners.catro import CATROPruner
 from .pruners.importance import ImportancePruner
 from .pruners.itpruner import ITPruner
@@ -13,8 +12,9 @@ from .pruners.obs import OBSPruner
 from .pruners.psap import PSAPPruner
 from .pruners.resconv import ResConvPruner
 from .refit import refit_masks
-from .speedup import speedup
-from .tuner import BudgetTuner, BudgetTunerValidator, register_tuner, registered_tuner, unregister_tuner
+from .search.experiment import experiment_running, nni_trial, run_experiment, trial_table
+from .search.tuner import BudgetTuner, BudgetTunerValidator, register_tuner, registered_tuner, unregister_tuner
+from .surgery.speedup import speedup
 
 ALGORITHMS = Path(__file__).with_name("algorithms.yml")
 """Meta file for ``nnictl algo register --meta``."""

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tp_importance import PrunableGroups, Refit, RefitReport, prunable_groups, refit_consumers
-from tp_importance.core.batches import ForwardFn
+from tp_importance.core.forward import ForwardFn
 from tp_importance.graph.groups import ChannelGroup
 from tp_importance.graph.host_groups import build_groups
 from tp_importance.refitted_step import Removal
-from tp_importance.statistics.observe import LabelFn
+from tp_importance.statistics.labels import LabelFn
 
-from .config import require_unwrapped
-from .speedup import checked_masks
+from .surgery.masks import checked_masks
+from .wrappers import require_unwrapped
 
 __all__ = ["refit_masks"]
 

@@ -32,8 +32,9 @@ from tp_importance import (
 )
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.host_groups import build_groups
+from tp_importance.graph.masking import masked_units as gates
 from tp_importance.graph.tracing import trace
-from tp_importance.graph.verify import gates, masked_equals_removed
+from tp_importance.graph.verify import masked_equals_removed
 
 
 @dataclass(frozen=True)

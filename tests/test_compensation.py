@@ -18,9 +18,10 @@ from tp_importance import (
     refit_consumers,
 )
 from tp_importance.graph.groups import PrunableGroups
+from tp_importance.graph.masking import masked_units as gates
 from tp_importance.graph.patches import consumer_weight, set_consumer_weight, unfolded_input
 from tp_importance.graph.surgery import remove_units
-from tp_importance.graph.verify import gates, sample_units
+from tp_importance.graph.verify import sample_units
 from tp_importance.refitting.layers import refittable
 
 L1 = tp.importance.MagnitudeImportance(p=1, normalizer=None)

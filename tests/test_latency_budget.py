@@ -38,8 +38,8 @@ from tp_importance.allocation.allocate import allocate
 from tp_importance.allocation.proportional import proportional
 from tp_importance.allocation.space import round_down
 from tp_importance.core.guards import preserved
+from tp_importance.graph.counting import Call
 from tp_importance.graph.surgery import remove_units
-from tp_importance.graph.tracing import Call
 from tp_importance.graph.verify import same_groups
 from tp_importance.latency.table import conditions_of, timed_layer
 from tp_importance.maths.latency import Grid, Surfaces, calibrate, knots, monotone, stair

@@ -30,9 +30,10 @@ LAYERS = {
     ],
     "nni_plugins": [
         ["_compat", "config"],
-        ["layers", "states", "speedup"],
+        ["wrappers", "evaluator"],
+        ["surgery"],
         ["pruners", "refit"],
-        ["tuner", "experiment"],
+        ["search"],
     ],
 }
 PACKAGES = list(LAYERS)

@@ -24,7 +24,7 @@ from tp_importance import (
     refitted_step,
 )
 from tp_importance.automl import prune_trial
-from tp_importance.core.batches import WholeBatches
+from tp_importance.core.loaders import WholeBatches
 
 HALF = Budget(macs=0.5)
 DATA = class_loader(32)

@@ -24,8 +24,9 @@ from tp_importance import (
 from tp_importance.automl import prune_trial
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import sample_units
-from tp_importance.maths.batchnorm import Moments, follow_change
-from tp_importance.statistics.batchnorm import DenseReference
+from tp_importance.maths.batchnorm import ChannelMoments as Moments
+from tp_importance.maths.batchnorm import follow_change
+from tp_importance.statistics.dense_reference import DenseReference
 
 HALF = Budget(macs=0.5)
 

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from .budget import Budget, Cost
 from .checkpoints.checkpoint import load_pruned, save_pruned
 from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
+from .graph.counting import count_ops
 from .graph.discovery import prunable_groups
 from .graph.layer_pruners import channel_pruners
-from .graph.tracing import count_ops
 from .latency.measure import measure_latency
 from .latency.table import LatencyTable
 from .methods.catro import CATROImportance, CATROPruner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from .allocation.registry import Allocator
 from .budget import Budget
 from .core.arguments import checked_budget, checked_importance
-from .core.batches import check_loader, iterate, require_reiterable, tensors_in
+from .core.loaders import FirstSamples, check_loader, require_reiterable
 from .core.options import hand_on, split_options
 from .core.processes import warned_once
 from .pruning.pruner import BudgetPruner
@@ -112,7 +112,7 @@ def prune(
     (chosen,) = split_options(prune, options, BudgetPruner)
     require_reiterable(loader)
     check_loader(loader)
-    data = loader if samples is None else _First(loader, samples)
+    data = loader if samples is None else FirstSamples(loader, samples)
     importance = find_criterion(method).create() if isinstance(method, str) else checked_importance(method, "method")
     if loss_fn is not None:
         _take_loss(loss_fn, importance, method)
@@ -141,19 +141,3 @@ def _take_loss(loss_fn: LossFn, importance: Any, method: Any) -> None:
     if not hasattr(importance, "loss_fn"):
         raise ValueError(f"method={method!r} looks at no loss, so loss_fn would do nothing: leave it out")
     importance.loss_fn = loss_fn
-
-
-class _First:
-    """The first batches of a loader, up to a number of samples; re-iterable as the loader is."""
-
-    def __init__(self, loader: Iterable[Any], samples: int) -> None:
-        self._loader, self._samples = loader, samples
-
-    def __iter__(self) -> Iterator[Any]:
-        seen = 0
-        for batch in iterate(self._loader):
-            yield batch
-            sizes = [len(t) for t in tensors_in(batch) if t.dim()]
-            seen += sizes[0] if sizes else 1
-            if seen >= self._samples:
-                return

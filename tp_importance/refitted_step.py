@@ -11,26 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from .core.arguments import checked_model
-from .core.batches import ForwardFn, run_model, tensors_in
-from .core.guards import copied, preserved, settled, transaction
+from .core.batches import tensors_in
+from .core.copies import copied
+from .core.forward import ForwardFn, run_model
+from .core.guards import preserved, transaction
 from .core.processes import warned_once
 from .core.progress import phase, shown
 from .core.stale_optimizers import replacing
 from .core.untouched import untouched
 from .graph.discovery import prunable_groups
 from .graph.groups import ChannelGroup, PrunableGroups
+from .graph.layer_kinds import CONV, is_depthwise
 from .graph.layer_pruners import channel_pruners
 from .graph.modes import read_in_training_only
 from .graph.patches import consumer_weight, feature_channels
 from .graph.remap import Survivors, named_tensors
 from .graph.reparametrised import computed_tensors, follows, weight_source
-from .graph.tracing import CONV, TraceOptions, is_depthwise
+from .graph.surgery import settled
+from .graph.tracing import TraceOptions
 from .pruning.pruner import BudgetPruner
 from .refitting.refit import refit_consumers
 from .refitting.report import RefitReport, RefitRow
 from .refitting.settings import Refit
-from .statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
-from .statistics.observe import LabelFn
+from .statistics.batchnorm import recalibrate_batchnorm
+from .statistics.dense_reference import DenseReference
+from .statistics.labels import LabelFn
+from .statistics.running_statistics import has_batch_norm, is_calibrated
 
 __all__ = ["Removal", "refitted_step", "removal"]
 

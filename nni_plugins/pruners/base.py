@@ -24,7 +24,8 @@ from tp_importance.graph.groups import Verifier
 from tp_importance.pruning.target import PruningTarget
 
 from .._compat import import_nni
-from ..config import Config, Masks, SharedWrappers, require_unwrapped
+from ..config import Config, Masks
+from ..wrappers import SharedWrappers, require_unwrapped
 from .selection import (
     aligned_norms,
     common_ratio,

@@ -13,7 +13,7 @@ from tp_importance.allocation.registry import Allocator
 from tp_importance.core.arguments import checked_importance
 from tp_importance.core.options import hand_on, split_options
 from tp_importance.pruning.registry import find_criterion
-from tp_importance.statistics.observe import LabelFn
+from tp_importance.statistics.labels import LabelFn
 
 from ..config import Config
 from .base import MaskingPruner

@@ -13,7 +13,8 @@ from tp_importance import Budget
 from tp_importance.core.progress import Phase, phase
 from tp_importance.methods.psap.history import PSAPHistory
 from tp_importance.methods.psap.schedule import PSAPSchedule
-from tp_importance.methods.psap.soft_pruning import Ratios, SoftPruning
+from tp_importance.methods.psap.soft_masks import Ratios
+from tp_importance.methods.psap.soft_pruning import SoftPruning
 
 from ..config import Config
 from .base import MaskingPruner

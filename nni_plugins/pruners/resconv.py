@@ -17,18 +17,10 @@ from tp_importance.core.progress import Phase, phase
 from tp_importance.methods.resconv import LayerImportance, LayerPlan, resconv_layers
 
 from .._compat import import_nni
-from ..config import (
-    Config,
-    Masks,
-    SharedWrappers,
-    chosen_convolutions,
-    require_chosen,
-    require_convertible,
-    require_free,
-    require_unwrapped,
-)
-from ..layers import LAYER_TARGET
-from ..states import evaluator_kept, hold_scalars, on_modules, unchanged_on_error, unwrapped
+from ..config import Config, Masks, chosen_convolutions, require_chosen
+from ..evaluator import evaluator_kept, hold_scalars, unchanged_on_error
+from ..surgery.layers import LAYER_TARGET
+from ..wrappers import SharedWrappers, on_modules, require_convertible, require_free, require_unwrapped, unwrapped
 
 _compressor = import_nni("nni.compression.base.compressor")
 _setting = import_nni("nni.compression.base.setting")

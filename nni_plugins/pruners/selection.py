@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tp_importance import Budget
-from tp_importance.core.batches import iterate, reference_tensor, split_batch, to_model
+from tp_importance.core.batches import split_batch
+from tp_importance.core.devices import reference_tensor, to_model
+from tp_importance.core.loaders import iterate
 from tp_importance.graph.groups import ChannelGroup, PrunableGroups, Verifier
 from tp_importance.graph.host_groups import build_groups
 from tp_importance.graph.reparametrised import computed_tensors

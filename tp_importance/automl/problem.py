@@ -18,8 +18,8 @@ from ..allocation.registry import named_allocator
 from ..allocation.space import WidthSpace
 from ..budget import Budget
 from ..core.arguments import checked_budget, checked_model
+from ..core.copies import copied_with
 from ..core.files import read_json, write_json
-from ..core.guards import copied_with
 from ..core.processes import warned_once
 from ..core.types import Ints
 from ..errors import SearchSpaceError

@@ -18,13 +18,13 @@ from ..allocation.registry import ALLOCATORS, Allocator
 from ..allocation.space import WidthSpace, round_down
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
-from ..core.guards import copied_with
+from ..core.copies import copied_with
 from ..core.processes import warned_once
 from ..core.progress import phase, shown
 from ..core.types import Ints
 from ..errors import BudgetError, SearchSpaceError
 from ..graph.cost import CostModel, exceeded
-from ..graph.tracing import count_ops
+from ..graph.counting import count_ops
 from ..latency.measure import measure_latency
 from ..pruning.domains import check_names
 from ..pruning.registry import Job, Train, find_method

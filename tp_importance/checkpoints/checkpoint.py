@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import checked_model
-from ..core.batches import reference_tensor
+from ..core.devices import reference_tensor
 from ..core.files import check_archive, written_at_once
 from .attribute_loading import AttributeLoader
 from .attributes import class_name, module_attributes

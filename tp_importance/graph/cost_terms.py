@@ -13,8 +13,8 @@ from torch import nn
 
 from ..core.types import Ints
 from .groups import Excluded, PrunableGroups
+from .layer_kinds import CONV, is_depthwise
 from .reparametrised import owner_of, sliced_sides
-from .tracing import CONV, is_depthwise
 
 __all__ = ["COST_FIELDS", "CostTerms", "LeftOut", "channels_per_unit", "cost_terms"]
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ..core.batches import call_model, fresh_inputs, tensors_in
+from ..core.batches import tensors_in
+from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
-from .tracing import CONV
+from .layer_kinds import CONV
 
 __all__ = [
     "Flow",
@@ -69,8 +70,7 @@ class Op:
         outputs: the tensors it makes; in-place results count as new tensors.
         args: positional and keyword arguments; a tensor stands there as its :class:`Value`.
         written: tensors that it changes in place, among them others in the same memory.
-        seen: false if it stands for operations that could not be recorded, a scripted function's say; it is then named
-            after the module around them.
+        seen: whether it is one operation; ``False`` for all that a scripted function, say, does out of sight.
     """
 
     name: str

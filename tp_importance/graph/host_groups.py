@@ -16,9 +16,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from .groups import ChannelGroup, Excluded, ExclusionKind, Index, Kind, Member, PrunableGroups, Role
+from .layer_kinds import CONV, is_depthwise
 from .layer_pruners import NEIGHBOURS, ParametrisedPruner
 from .reparametrised import computed_tensors
-from .tracing import CONV, Trace, TraceOptions, is_depthwise
+from .tracing import Trace, TraceOptions
 
 __all__ = ["build_groups", "ignored_modules"]
 

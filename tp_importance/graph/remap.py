@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ..checkpoints.content import integers
-from ..core.guards import copied
+from ..core.copies import copied
 from .groups import PrunableGroups
 from .surgery import remove_units
 from .tracing import TraceOptions, trace

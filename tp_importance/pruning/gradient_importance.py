@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from ..allocation.curves import Curve, value_curves
 from ..allocation.registry import default_allocator
 from ..core.arguments import checked_importance
-from ..core.batches import ForwardFn
+from ..core.forward import ForwardFn
 from ..graph.groups import PrunableGroups
 from ..statistics.gradients import LossFn, checked_loss_fn, loss_gradients
-from ..statistics.observe import LabelFn, Observed, Watch
+from ..statistics.labels import LabelFn
+from ..statistics.observe import Observed, Watch
 from .importance import StatisticalImportance
 
 __all__ = ["GradientImportance"]

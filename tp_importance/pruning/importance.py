@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from ..allocation.curves import Curve
 from ..allocation.greedy import greedy_path
 from ..allocation.space import WidthSpace
-from ..core.batches import ForwardFn, WholeBatches
+from ..core.forward import ForwardFn
+from ..core.loaders import WholeBatches
 from ..core.progress import shown
 from ..core.types import Floats
 from ..errors import NotCollectedError, StaleStatisticsError
 from ..graph.cost import CostModel
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups, Role
-from ..statistics.observe import LabelFn, Observed, Watch, observe
+from ..statistics.labels import LabelFn
+from ..statistics.observe import Observed, Watch, observe
 
 __all__ = ["StatisticalImportance"]
 

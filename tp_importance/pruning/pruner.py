@@ -13,7 +13,7 @@ from ..allocation.registry import Allocator, named_allocator
 from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_importance
-from ..core.batches import check_loader, require_reiterable
+from ..core.loaders import check_loader, require_reiterable
 from ..core.options import hand_on, split_options
 from ..core.processes import warned_once
 from ..core.progress import phase, shows_progress
@@ -21,7 +21,7 @@ from ..graph.cost import CostModel
 from ..graph.groups import PrunableGroups
 from ..latency.model import LatencyModel
 from ..refitting.settings import Refit
-from ..statistics.observe import LabelFn
+from ..statistics.labels import LabelFn
 from .importance import StatisticalImportance
 from .plan import Plan
 from .registry import find_criterion

@@ -13,8 +13,8 @@ from ..allocation.registry import Allocator
 from ..budget import Budget
 from ..errors import SearchSpaceError
 from ..refitting.settings import Refit
-from ..statistics.batchnorm import has_batch_norm
 from ..statistics.gradients import LossFn
+from ..statistics.running_statistics import has_batch_norm
 from .domains import Domain, check_names
 from .importance import StatisticalImportance
 

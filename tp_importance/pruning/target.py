@@ -15,27 +15,30 @@ from torch import nn
 from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
-from ..core.guards import preserved, settled, transaction
+from ..core.guards import preserved, transaction
 from ..core.options import hand_on
 from ..core.processes import levels_up, warned_once
 from ..core.progress import phase, shown, shows_progress
 from ..core.stale_optimizers import replacing
 from ..errors import BudgetError
 from ..graph.cost import LATENCY, CostModel
+from ..graph.counting import count_ops
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups
 from ..graph.host_groups import build_groups
-from ..graph.surgery import remove_units
-from ..graph.tracing import count_ops, trace
+from ..graph.surgery import remove_units, settled
+from ..graph.tracing import trace
 from ..latency.model import LatencyModel
 from ..latency.table import LatencyTable
 from ..latency.times import LatencyTimes
 from ..refitting.refit import refit_consumers
 from ..refitting.report import RefitReport
 from ..refitting.settings import Refit
-from ..statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
+from ..statistics.batchnorm import recalibrate_batchnorm
 from ..statistics.consumers import ConsumerStatistics
-from ..statistics.observe import LabelFn
+from ..statistics.dense_reference import DenseReference
+from ..statistics.labels import LabelFn
+from ..statistics.running_statistics import has_batch_norm, is_calibrated
 from .plan import Plan
 from .report import GroupRow, PruningReport
 

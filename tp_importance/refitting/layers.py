@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.groups import Index, PrunableGroups
+from ..graph.layer_kinds import CONV
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, set_consumer_weight
 from ..graph.reparametrised import computed_tensors
 from ..graph.surgery import checked_units
-from ..graph.tracing import CONV, Trace
+from ..graph.tracing import Trace
 from ..maths.least_squares import refit
 from ..maths.ridge import choose_ridge
 from ..statistics.consumers import MAX_FEATURES

@@ -16,7 +16,7 @@ from ...graph.groups import ChannelGroup, PrunableGroups
 from ...maths.moments import NEGLIGIBLE, Moments, eliminate
 from ...pruning.importance import StatisticalImportance
 from ...statistics.consumers import ConsumerStatistics, check_reading
-from ...statistics.group_weights import filter_norms
+from ...statistics.group_weights import summed_l1_norms
 from ...statistics.observe import Watch, WatchFn
 from .trace_ratio import ClassScatter, select, top_d_values
 
@@ -113,7 +113,7 @@ class CATROImportance(StatisticalImportance):
         energy = total.diagonal().cpu().numpy()
         constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
         scatter = total if self.class_weight == 0.5 else consumers.scatter(group, consumers.blend(self.class_weight))
-        elimination = eliminate(scatter, filter_norms(groups, group))
+        elimination = eliminate(scatter, summed_l1_norms(groups, group))
         return Curve(elimination.loss, elimination.order, constant=constant)
 
 
@@ -128,7 +128,7 @@ def _channel_curve(
     total = b + w
     constant = np.flatnonzero(total <= NEGLIGIBLE * max(total.max(initial=0.0), 1e-300))
     alive = np.setdiff1d(np.arange(len(b)), constant)
-    norms = filter_norms(groups, group)
+    norms = summed_l1_norms(groups, group)
     if not len(alive):  # the whole group is constant: it loses nothing at any width
         return Curve(np.zeros(len(b) + 1), np.argsort(norms, kind="stable"), constant=constant)
     ratios = b[alive] / np.maximum(w[alive], 1e-300)

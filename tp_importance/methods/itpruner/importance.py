@@ -18,7 +18,7 @@ from ...allocation.program import Objective, ProgramAllocator, Solver, WeightSou
 from ...allocation.space import WidthSpace
 from ...budget import Budget
 from ...core.arguments import checked_budget, checked_importance
-from ...core.batches import ForwardFn
+from ...core.forward import ForwardFn
 from ...core.progress import phase
 from ...core.types import Floats, Ints
 from ...graph.cost import CostModel

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ...allocation.curves import Curve
-from ...core.batches import ForwardFn
+from ...core.forward import ForwardFn
 from ...core.progress import track
 from ...core.types import Floats
 from ...graph.groups import ChannelGroup, PrunableGroups
@@ -17,7 +17,7 @@ from ...maths.elimination import RIDGE, ReadUnits, eliminate_with_refit
 from ...maths.moments import NEGLIGIBLE, Moments
 from ...pruning.importance import StatisticalImportance
 from ...statistics.consumers import ConsumerStatistics, check_reading
-from ...statistics.group_weights import filter_norms
+from ...statistics.group_weights import summed_l1_norms
 from ...statistics.observe import Watch
 
 __all__ = ["OBSImportance"]
@@ -103,7 +103,7 @@ class OBSImportance(StatisticalImportance):
         return curves
 
     def _curve(self, statistics: ConsumerStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
-        norms = filter_norms(groups, group)
+        norms = summed_l1_norms(groups, group)
         reads, energy = [], np.zeros(group.n_units)
         for member, (p, metric, weight, gain, units) in zip(
             group.consumers, self._reads(statistics, group), strict=True

@@ -17,7 +17,7 @@ from ...pruning.importance import StatisticalImportance
 from ...statistics.gradients import LossFn, checked_loss_fn, loss_of
 from ...statistics.group_weights import GroupWeights
 from ...statistics.observe import Watch
-from .sparsity import filter_norms, outliers, select_masked
+from .sparsity import outliers, relative_norms, select_masked
 
 __all__ = ["PSAPImportance"]
 
@@ -79,7 +79,7 @@ class PSAPImportance(StatisticalImportance):
     def watches(self, groups: PrunableGroups) -> list[Watch]:
         """See :meth:`~tp_importance.StatisticalImportance.watches`."""
         weights = GroupWeights(groups)
-        self._norms = {g.name: filter_norms(weights.filters(g), g.n_units) for g in groups}
+        self._norms = {g.name: relative_norms(weights.filters(g), g.n_units) for g in groups}
         self._masked = {}
         for g in groups:
             none = np.zeros(g.n_units, bool)

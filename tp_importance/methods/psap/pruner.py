@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from ...budget import Budget, Cost
 from ...core.arguments import checked_budget
-from ...core.batches import check_loader, to_model
+from ...core.devices import to_model
+from ...core.loaders import check_loader
 from ...core.options import hand_on, split_options
 from ...core.progress import shown
 from ...core.stale_optimizers import replacing
@@ -20,10 +21,11 @@ from ...graph.remap import Survivors, check_optimizer, named_tensors
 from ...pruning.report import PruningReport
 from ...pruning.target import PruningTarget
 from ...refitting.settings import Refit
-from ...statistics.observe import LabelFn
+from ...statistics.labels import LabelFn
 from .history import PSAPHistory
 from .schedule import PSAPSchedule
-from .soft_pruning import Ratios, SoftPruning
+from .soft_masks import Ratios
+from .soft_pruning import SoftPruning
 
 __all__ = ["PSAPPruner"]
 

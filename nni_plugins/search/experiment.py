@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tp_importance.automl.space import parameters_noted
 
-from ._compat import import_nni, patient_launcher
+from .._compat import import_nni
+from .patches import patient_launcher
+from .server import end_orphans, end_processes, exit_on_signal, free_port, preloaded, processes_of
 
 __all__ = ["experiment_running", "nni_trial", "run_experiment", "trial_table"]
-
-PRELOAD = Path(__file__).with_name("preload.js")
-"""Repairs of NNI's server: 127.0.0.1 only, and patience with the tuner."""
 
 
 def nni_trial(run: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> dict[str, float]:
@@ -71,23 +68,23 @@ def experiment_running(
             it was stopped and killed.
     """
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _exit) if main else None
+    before = signal.signal(signal.SIGTERM, exit_on_signal) if main else None
     try:
         if resume:
-            _end_orphans(experiment.id)
-        with _preloaded(loopback), patient_launcher():
-            chosen = _free_port() if port is None else port
+            end_orphans(experiment.id)
+        with preloaded(loopback), patient_launcher():
+            chosen = free_port() if port is None else port
             if resume:
                 experiment.resume(chosen, wait_completion=False)
             else:
                 experiment.start(chosen)
         yield experiment
     finally:
-        family = _family(experiment.id)  # the server may be there and NNI not know it yet
+        family = processes_of(experiment.id)  # the server may be there and NNI not know it yet
         try:
             experiment.stop()
         finally:
-            _end([*family, *_family(experiment.id)])
+            end_processes([*family, *processes_of(experiment.id)])
             if main:
                 signal.signal(signal.SIGTERM, before)
 
@@ -172,78 +169,3 @@ def _reason(log: Path) -> str:
     text = (log / "nnimanager.log").read_text(encoding="utf-8", errors="replace")
     found = re.findall(r"Dispatcher error: (.+)", text)
     return f": {found[-1]}" if found else ""
-
-
-@contextmanager
-def _preloaded(loopback: bool) -> Iterator[None]:
-    """Processes started inside, if they are node, load the script first."""
-    ours = {"NODE_OPTIONS": f'{os.environ.get("NODE_OPTIONS", "")} --require "{PRELOAD}"'.strip()}
-    ours["NNI_PLUGINS_LOOPBACK"] = "1" if loopback else ""
-    before = {key: os.environ.get(key) for key in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key)
-            if value is not None:
-                os.environ[key] = value
-
-
-def _exit(number: int, frame: Any) -> None:
-    """SIGTERM as an exception, so that what is running is stopped on the way out."""
-    raise SystemExit(128 + number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _server(name: str) -> Any:
-    """The server of an experiment, or None."""
-    psutil = import_nni("psutil")
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if "--experiment-id" in words[:-1] and words[words.index("--experiment-id") + 1] == name:
-            return process
-    return None
-
-
-def _family(name: str) -> list[Any]:
-    """All processes of an experiment: its server, its tuner, its trials; also if their parents are gone."""
-    psutil = import_nni("psutil")
-    server = _server(name)
-    found = set() if server is None else {server}
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # gone, or not ours
-            given = process.environ()
-            if given.get("NNI_EXP_ID") == name or f"/{name}/log" in given.get("NNI_LOG_DIRECTORY", ""):
-                found.add(process)
-    for process in list(found):
-        with suppress(psutil.Error):
-            found |= set(process.children(recursive=True))
-    return [process for process in found if process.pid != os.getpid()]
-
-
-def _end(family: list[Any]) -> None:
-    """Make sure that processes are gone."""
-    psutil = import_nni("psutil")
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    alive = [member for member in alive if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
-    if alive:
-        raise RuntimeError(f"processes {[member.pid for member in alive]} of the experiment cannot be ended")
-
-
-def _end_orphans(name: str, seconds: float = 60) -> None:
-    """What a killed server has left behind; a server that lost its Python ends itself, which takes a moment."""
-    end = time.monotonic() + seconds
-    while (server := _server(name)) is not None:
-        if time.monotonic() > end:
-            raise RuntimeError(f"experiment {name} still runs (process {server.pid}): nnictl stop {name}")
-        time.sleep(0.5)
-    _end(_family(name))

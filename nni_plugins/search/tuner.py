@@ -14,16 +14,20 @@ from tp_importance.automl import BudgetProblem, BudgetSearch, SearchExhaustedErr
 from tp_importance.core.files import read_json, write_json
 from tp_importance.errors import SearchSpaceError
 
-from ._compat import import_nni, report_resumed_trials, report_tuner_errors
+from .._compat import import_nni
+from .patches import report_resumed_trials, report_tuner_errors
 
 __all__ = ["BudgetTuner", "BudgetTunerValidator", "register_tuner", "registered_tuner", "unregister_tuner"]
 
 CHECKPOINT = "pruning_budget.json"
+
 NAME = "PruningBudget"
 """How experiments call the tuner once it is registered: ``config.tuner.name = "PruningBudget"``."""
 
 _nni: Any = import_nni()
+
 _Tuner: Any = import_nni("nni.tuner").Tuner
+
 _scalar: Any = import_nni("nni.utils").extract_scalar_reward
 
 

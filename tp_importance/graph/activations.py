@@ -1,4 +1,4 @@
-"""Look at tensors of a forward pass that are no module's output, and at what a layer is added to."""
+"""See tensors of a forward pass that are no module's output, also in passes over other inputs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core.batches import ForwardFn, fresh_inputs, run_model, tensors_in
+from ..core.batches import tensors_in
+from ..core.forward import ForwardFn, fresh_inputs, run_model
 from ..core.untouched import untouched
 from ..errors import TracingError
-from .dataflow import Flow, Op, function_name, is_question, made_tensors, record, watched_modules
+from .dataflow import Flow, function_name, is_question, made_tensors, record, watched_modules
 
-__all__ = ["added_to", "addition", "recording", "tap"]
+__all__ = ["recording", "watch_activations"]
 
 
 def recording(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> Flow | None:
@@ -37,111 +38,14 @@ def recording(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | Non
         return None
     args, kwargs = calls[0]
     flow = record(model, None, forward_fn=lambda m, _: m(*args, **kwargs))
-    return flow if all(op.seen for op in flow.ops) else None
-
-
-def addition(flow: Flow, name: str, norm: nn.Module | None = None) -> Op | None:
-    r"""The addition in ``s + bn(layer(x))``, behind a layer that runs once.
-
-    Args:
-        flow: recording of the network.
-        name: qualified name of the layer.
-        norm: the batch norm that may stand between, if any.
-
-    Returns:
-        ``None`` if the output of the layer (behind ``norm``, if given) goes anywhere else, or s is broadcast or behind
-        no layer, as a parameter is.
-
-    Example:
-        >>> class Block(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
-        ...     def forward(self, x):
-        ...         x = self.first(x)
-        ...         return x + self.second(x)
-        >>> flow = record(Block(), torch.zeros(1, 2))
-        >>> addition(flow, "second").outputs == flow.outputs
-        True
-    """
-    found = _added(flow, name, norm)
-    return None if found is None else found[0]
-
-
-def added_to(flow: Flow, name: str, norm: nn.Module | None = None) -> int | None:
-    r"""The tensor s in ``s + bn(layer(x))``, if it is there before the layer runs.
-
-    Args:
-        flow: recording of the network.
-        name: qualified name of the layer.
-        norm: the batch norm that may stand between, if any.
-
-    Returns:
-        The tensor's number in ``flow``; ``None`` if the layer runs more than once, its output (behind ``norm``, if
-        given) goes anywhere else, or s is made later, broadcast, or behind no layer: an input or a parameter.
-
-    Example:
-        >>> class Block(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
-        ...     def forward(self, x):
-        ...         x = self.first(x)
-        ...         return x + self.second(x)
-        >>> import torch
-        >>> from tp_importance.graph.dataflow import record
-        >>> flow = record(Block(), torch.zeros(1, 2))
-        >>> added_to(flow, "second") == flow.ops[0].outputs[0], added_to(flow, "first")
-        (True, None)
-    """
-    found = _added(flow, name, norm)
-    if found is None:
-        return None
-    first = next(i for i, op in enumerate(flow.ops) if op.module is not None and op.name == name)
-    return found[1] if any(found[1] in earlier.outputs for earlier in flow.ops[:first]) else None
-
-
-def _added(flow: Flow, name: str, norm: nn.Module | None) -> tuple[Op, int] | None:
-    """The addition, and the tensor s."""
-    calls = [op for op in flow.ops if op.module is not None and op.name == name]
-    if len(calls) != 1:
-        return None
-    value, op = _only_consumer(flow, calls[0].outputs[0])
-    if op is not None and norm is not None and op.module is norm:
-        value, op = _only_consumer(flow, op.outputs[0])
-    if op is None or op.kind != "add" or len(op.inputs) != 2 or len(set(op.inputs)) != 2:
-        return None
-    other = next(v for v in op.inputs if v != value)
-    return (op, other) if flow.shapes[other] == flow.shapes[value] and _behind_a_layer(flow, other) else None
-
-
-def _behind_a_layer(flow: Flow, value: int) -> bool:
-    """Whether a tensor depends on the data through a layer; a parameter of the same shape, say, is broadcast later."""
-    seen, todo = set[int](), [value]
-    while todo:
-        op = flow.maker.get(todo.pop())
-        if op is None or id(op) in seen:
-            continue
-        if op.module is not None:
-            return True
-        seen.add(id(op))
-        todo += op.inputs
-    return False
-
-
-def _only_consumer(flow: Flow, value: int) -> tuple[int, Op | None]:
-    """The one operation that reads a tensor, past those that hand it on unchanged."""
-    consumers = flow.consumers.get(value, [])
-    if len(consumers) != 1 or value in flow.outputs:
-        return value, None
-    return _only_consumer(flow, consumers[0].outputs[0]) if consumers[0].kind == "same" else (value, consumers[0])
+    return None if not all(op.seen for op in flow.ops) else flow
 
 
 @contextmanager
-def tap(
+def watch_activations(
     model: nn.Module,
     flow: Flow,
-    taps: Mapping[int, Callable[[Tensor], None]],
+    watches: Mapping[int, Callable[[Tensor], None]],
     *,
     otherwise: Callable[[TracingError], None] | None = None,
 ) -> Iterator[None]:
@@ -152,7 +56,7 @@ def tap(
     Args:
         model: the network that was recorded, in eval mode.
         flow: its recording, with the default ``layers`` and without ``forward_fn``.
-        taps: what to call, per tensor of ``flow``, as soon as it is made.
+        watches: what to call, per tensor of ``flow``, as soon as it is made.
         otherwise: called instead of raising the ``TracingError``; the rest of the call goes unseen.
 
     Raises:
@@ -164,13 +68,13 @@ def tap(
         >>> from tp_importance.graph.dataflow import record
         >>> net, seen = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), []
         >>> flow = record(net, torch.zeros(1, 2))
-        >>> with tap(net, flow, {flow.outputs[0]: lambda x: seen.append(x.shape)}):
+        >>> with watch_activations(net, flow, {flow.outputs[0]: lambda x: seen.append(x.shape)}):
         ...     _ = net(torch.zeros(5, 2))
         >>> seen
         [torch.Size([5, 3])]
     """
     wanted: dict[int, list[tuple[int, Callable[[Tensor], None]]]] = {}
-    for value, fn in taps.items():
+    for value, fn in watches.items():
         made = [(i, op.outputs.index(value)) for i, op in enumerate(flow.ops) if value in op.outputs]
         if len(made) != 1:
             raise ValueError(f"tensor {value} is made by no operation of the recording")

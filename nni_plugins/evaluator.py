@@ -1,23 +1,23 @@
-"""Keep model, wrappers and evaluator in order while a pruner changes what is under them.
+"""Keep NNI's evaluator in order while a pruner changes what is under it.
 
 NNI rebuilds the optimizer by the names of its parameters, which moves and additions of parameters must not escape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from tp_importance.core.guards import Guard, preserved, transaction
+from tp_importance.core.guards import preserved, transaction
 
 from ._compat import import_nni
 
-_utils = import_nni("nni.compression.utils")
+__all__ = ["evaluator_kept", "hold_scalars", "unchanged_on_error"]
 
-__all__ = ["evaluator_kept", "hold_scalars", "on_modules", "unchanged_on_error", "unwrapped"]
+_utils = import_nni("nni.compression.utils")
 
 
 @contextmanager
@@ -117,35 +117,3 @@ def unchanged_on_error(model: nn.Module, evaluator: Any) -> Iterator[None]:
                 evaluator.model = None
             else:
                 evaluator.unbind_model()
-
-
-@contextmanager
-def unwrapped(model: nn.Module) -> Iterator[None]:
-    """Take all of NNI's wrappers off, whoever put them on; trained values stay."""
-    wrappers = [m._nni_wrapper for m in model.modules() if isinstance(getattr(m, "_nni_wrapper", None), nn.Module)]
-    for wrapper in wrappers:
-        wrapper.unwrap()  # type: ignore[operator, union-attr]
-    try:
-        yield
-    finally:
-        for wrapper in wrappers:
-            wrapper.wrap()  # type: ignore[operator, union-attr]
-
-
-class on_modules(Guard):
-    """Where NNI has taken a parameter away to its wrapper, put it back for a moment."""
-
-    def __init__(self, modules: Iterable[nn.Module], target: str) -> None:
-        super().__init__()
-        self._modules, self._target = modules, target
-
-    def _note(self) -> None:
-        self._stale = [(m, m._buffers[self._target]) for m in self._modules if self._target in m._buffers]
-        for module, _ in self._stale:
-            del module._buffers[self._target]
-            module._parameters[self._target] = getattr(module._nni_wrapper, self._target)
-
-    def _restore(self, failed: bool) -> None:
-        for module, buffer in self._stale:
-            module._parameters.pop(self._target, None)
-            module._buffers[self._target] = buffer
