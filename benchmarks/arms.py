@@ -24,22 +24,17 @@ from torch.nn import functional as F
 from benchmarks.data import Batches
 from benchmarks.tasks import Task
 from tp_importance import Budget, BudgetPruner, CATROImportance, Refit
-from tp_importance.automl.methods import METHODS
+from tp_importance.pruning.gradient_importance import GradientImportance
+from tp_importance.pruning.registry import METHODS
 from tp_importance.statistics.consumers import ConsumerStatistics
 
 Make = Callable[..., Any]
 REFITS = ("none", "parallel", "sequential")
 
 
-def criterion(make: Make, gradients: bool = False) -> Make:
-    """An importance for a network, its images, and the layers that may be pruned; gradients first, if it reads them."""
-
-    def made(model: nn.Module, batches: Batches, layers: list[str], **options: Any) -> Any:
-        if gradients:
-            accumulate_gradients(model, batches)
-        return make(**options)
-
-    return made
+def criterion(make: Make) -> Make:
+    """The same, asked with a network, its images, and the layers that may be pruned."""
+    return lambda model, batches, layers, **options: make(**options)
 
 
 def of_nni(kind: str) -> Make:
@@ -47,7 +42,7 @@ def of_nni(kind: str) -> Make:
 
 
 imp = tp.importance
-METHOD = {name: criterion(m.make, m.needs_gradients) for name, m in METHODS.items() if m.make is not None}
+METHOD = {name: criterion(m.make) for name, m in METHODS.items() if m.make is not None}
 raw = {"normalizer": None}
 CRITERIA: dict[str, Make] = {
     **{f'method "{name}"': registered for name, registered in METHOD.items()},
@@ -56,8 +51,8 @@ CRITERIA: dict[str, Make] = {
     "L2": criterion(partial(imp.MagnitudeImportance, p=2, **raw)),
     "FPGM": criterion(partial(imp.FPGMImportance, **raw)),
     "BN scale": criterion(partial(imp.BNScaleImportance, **raw)),
-    "Taylor": criterion(partial(imp.TaylorImportance, **raw), gradients=True),
-    "Taylor multivariable": criterion(partial(imp.TaylorImportance, multivariable=True, **raw), gradients=True),
+    "Taylor": criterion(lambda: GradientImportance(imp.TaylorImportance(**raw))),
+    "Taylor multivariable": criterion(lambda: GradientImportance(imp.TaylorImportance(multivariable=True, **raw))),
     "NNI L1": of_nni("l1"),
     "NNI FPGM": of_nni("fpgm"),
     "NNI Taylor": of_nni("taylor"),
@@ -155,14 +150,6 @@ def by_outputs() -> Iterator[None]:
     without = mock.patch.object(ConsumerStatistics, "sums", lambda *_: nullcontext())
     with without, mock.patch.object(ConsumerStatistics, "relative", relative):
         yield
-
-
-def accumulate_gradients(model: nn.Module, batches: Batches) -> None:
-    """Gradients of the mean cross-entropy over all batches, in eval mode, as Torch-Pruning's Taylor reads them."""
-    samples = sum(len(y) for _, y in batches)
-    model.zero_grad()
-    for x, y in batches:
-        (F.cross_entropy(model(x), y, reduction="sum") / samples).backward()
 
 
 class Fixed(tp.importance.Importance):

@@ -5,16 +5,16 @@ Importing this package needs NNI: ``pip install "tp-importance[nni]"``.
 
 from pathlib import Path
 
-from .base import ImportancePruner
-from .catro import CATROPruner
-from .experiment import experiment_running, nni_trial, run_experiment, trial_table
-from .itpruner import ITPruner
-from .obs import OBSPruner
-from .psap import PSAPPruner
+from .pruners.catro import CATROPruner
+from .pruners.importance import ImportancePruner
+from .pruners.itpruner import ITPruner
+from .pruners.obs import OBSPruner
+from .pruners.psap import PSAPPruner
+from .pruners.resconv import ResConvPruner
 from .refit import refit_masks
-from .resconv import ResConvPruner
-from .speedup import speedup
-from .tuner import BudgetTuner, BudgetTunerValidator, register_tuner, registered_tuner, unregister_tuner
+from .search.experiment import experiment_running, nni_trial, run_experiment, trial_table
+from .search.tuner import BudgetTuner, BudgetTunerValidator, register_tuner, registered_tuner, unregister_tuner
+from .surgery.speedup import speedup
 
 ALGORITHMS = Path(__file__).with_name("algorithms.yml")
 """Meta file for ``nnictl algo register --meta``."""

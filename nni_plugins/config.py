@@ -1,33 +1,20 @@
-"""What all NNI pruners of this package share: reading the config_list, and NNI's wrappers."""
+"""Read NNI's config_list: which layers it selects, and what it asks for them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from tp_importance import Budget, ResConv2d
-from tp_importance.core.arguments import checked_model
 from tp_importance.methods.resconv import resconv_layers
-from tp_importance.methods.resconv.block import conv_problem
 
 from ._compat import import_nni
 
-_compressor = import_nni("nni.compression.base.compressor")
 _config = import_nni("nni.compression.base.config")
 
-__all__ = [
-    "Config",
-    "Masks",
-    "SharedWrappers",
-    "checked_configs",
-    "chosen_convolutions",
-    "require_chosen",
-    "require_convertible",
-    "require_free",
-    "require_unwrapped",
-]
+__all__ = ["Config", "Masks", "checked_configs", "chosen_convolutions", "require_chosen"]
 
 Config = list[dict[str, Any]]
 Masks = dict[str, dict[str, Tensor]]
@@ -38,53 +25,6 @@ _REFUSED = {
     "group_id": "total_sparsity is what budget= does: pass Budget(macs=...) or Budget(params=...)",
     "min_sparse_ratio": "leave it out; max_sparse_ratio is honoured",
 }
-
-
-class SharedWrappers:
-    """Fusing with another compressor, and masks that can be saved; goes before NNI's class in the bases."""
-
-    @classmethod
-    def from_compressor(
-        cls, compressor: Any, new_config_list: Config, *args: Any, evaluator: Any = None, **kwargs: Any
-    ) -> Any:
-        """Share the wrappers and the evaluator of another NNI compressor, so that both train together.
-
-        Args:
-            compressor: the other compressor.
-            new_config_list: config_list of this pruner.
-            args: as for the constructor.
-            evaluator: used if the other has none.
-            kwargs: ``loader``, ``budget``, ... as for the constructor.
-        """
-        base = _compressor.Compressor.from_compressor.__func__  # NNI's own pruners refuse keywords
-        was_wrapped = compressor._is_wrapped
-        try:
-            return base(cls, compressor, new_config_list, *args, evaluator=evaluator, **kwargs)
-        except BaseException:
-            if was_wrapped and not compressor._is_wrapped:
-                compressor.wrap_model()  # as it was
-            raise
-
-    def get_masks(self) -> Masks:
-        """Copies of all masks; plain dicts, so that ``torch.load`` reads them with ``weights_only=True``."""
-        masks: Masks = super().get_masks()  # type: ignore[misc]
-        return {name: dict(targets) for name, targets in masks.items()}
-
-
-def require_unwrapped(model: nn.Module) -> None:
-    """Refuse a model that another compressor still wraps.
-
-    Raises:
-        RuntimeError: naming the layer and both ways out.
-        TypeError: for a model that is none, compiled or wrapped (``DistributedDataParallel``, ...).
-    """
-    checked_model(model)
-    wrapped = next((name for name, _ in model.named_modules() if name.split(".")[-1] == "_nni_wrapper"), None)
-    if wrapped is not None:
-        raise RuntimeError(
-            f"the model is still wrapped by NNI, at {wrapped!r}; call unwrap_model() of that compressor first, or "
-            "share its wrappers by from_compressor(compressor, config_list, loader=...)"
-        )
 
 
 def checked_configs(
@@ -190,30 +130,3 @@ def require_chosen(layers: list[str], chosen: set[str]) -> None:
             f"layer {rest[0]} is a ResConv2d already and config_list does not select it; select it, or keep it out of "
             "the conversion: convert_to_resconv(..., ignored_layers=[...])"
         )
-
-
-_WRAPPED = (
-    "layer {} is wrapped by the other compressor, and this pruner would rebuild it: call "
-    "convert_to_resconv(model, example_inputs) first, then make the other compressor and share its wrappers"
-)
-
-
-def require_convertible(names: Iterable[str], model: nn.Module, wrappers: Mapping[str, Any]) -> None:
-    """Refuse another compressor's wrappers on convolutions that are still to be converted."""
-    for name in names:
-        module = model.get_submodule(name)
-        if name in wrappers and isinstance(module, nn.Conv2d) and conv_problem(module) is None:
-            raise ValueError(_WRAPPED.format(name))
-
-
-def require_free(names: list[str], model: nn.Module, wrappers: dict[str, Any]) -> None:
-    """Refuse another compressor's wrappers on layers that were converted just now, or with masks."""
-    pruned = [name for name, wrapper in wrappers.items() if wrapper.pruning_target_spaces]
-    if pruned:
-        raise ValueError(
-            f"layer {pruned[0]} has masks of another pruner: remove layers first, and prune channels of what speedup "
-            "leaves; shortcuts tie channels together"
-        )
-    moved = [n for n in names if n in wrappers and wrappers[n].module is not model.get_submodule(n)]
-    if moved:
-        raise ValueError(_WRAPPED.format(moved[0]))

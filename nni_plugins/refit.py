@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tp_importance import PrunableGroups, Refit, RefitReport, prunable_groups, refit_consumers
-from tp_importance.core.batches import ForwardFn
+from tp_importance.core.forward import ForwardFn
 from tp_importance.graph.groups import ChannelGroup
 from tp_importance.graph.host_groups import build_groups
 from tp_importance.refitted_step import Removal
-from tp_importance.statistics.observe import LabelFn
+from tp_importance.statistics.labels import LabelFn
 
-from .config import require_unwrapped
-from .speedup import checked_masks
+from .surgery.masks import checked_masks
+from .wrappers import require_unwrapped
 
 __all__ = ["refit_masks"]
 
@@ -66,7 +66,7 @@ def refit_masks(
         >>> rows[[1, 5]] = 0
         >>> report = refit_masks(net, {"0": {"weight": rows, "bias": rows.flatten()}}, [x], x[:2])
         >>> [(r.name, r.removed, r.after < r.before) for r in report.rows]
-        [('2', 18, True)]
+        [('2', 18, True), ('4', 0, True)]
     """
     require_unwrapped(model)
     full = checked_masks(model, masks)

@@ -32,8 +32,9 @@ from tp_importance import (
 )
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.host_groups import build_groups
+from tp_importance.graph.masking import masked_units as gates
 from tp_importance.graph.tracing import trace
-from tp_importance.graph.verify import gates, masked_equals_removed
+from tp_importance.graph.verify import masked_equals_removed
 
 
 @dataclass(frozen=True)
@@ -651,14 +652,14 @@ class PrunerContract:
 
     # --- errors: the model is bit for bit what it was, hooks are gone -------------------------------------------------
 
-    def assert_refused(self, loader: Any, errors: Any, recalibrate: bool = False, **options: Any) -> None:
+    def assert_refused(self, loader: Any, errors: Any, refit: str | None = None, **options: Any) -> None:
         model, x = make_network("plain")
         model.train()
         snapshot, built = Snapshot(model), []
         with pytest.raises(errors) as caught, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             built.append(self.make_pruner(model, x, loader(loader_for(x)), Budget(macs=0.5), **options))
-            built[0].step(refit="batchnorm" if recalibrate else None)
+            built[0].step(refit=refit)
         snapshot.check()
         for pruner in built:  # what is no loader at all is refused at once
             assert pruner.groups.widths == pruner.initial_widths and pruner.pruning_history() == []

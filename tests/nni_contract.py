@@ -185,7 +185,7 @@ def make_evaluator(model: nn.Module, loader: Iterable[Any], log: TrainingLog) ->
                 if log.pruner is not None:
                     log.costs.append(log.pruner.plan and log.pruner.plan.cost)
                     masks = log.pruner.get_masks()
-                    log.masked.append(sum(removed_filters(masks, g.name) for g in log.pruner._planner.groups))
+                    log.masked.append(sum(removed_filters(masks, g.name) for g in log.pruner._target.groups))
 
     optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.05, momentum=0.9)
     return TorchEvaluator(train, optimizer, training_step)

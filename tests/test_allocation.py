@@ -7,7 +7,8 @@ from contract import topology, zoo
 from networks import TOPOLOGIES, ZOO, make_network
 from tp_importance import Budget, BudgetError, CostModel, Curve, WidthSpace, greedy, greedy_path, uniform
 from tp_importance.allocation.curves import convex_envelope, curve_from_scores
-from tp_importance.allocation.greedy import ALLOCATORS, fill_up, find_allocator
+from tp_importance.allocation.registry import ALLOCATORS, find_allocator
+from tp_importance.allocation.walk import fill_up
 from tp_importance.graph.cost import COST_FIELDS
 
 BOTH = sorted(ALLOCATORS)

@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 
 from networks import NUM_CLASSES, plain, residual
-from tp_importance import Budget, BudgetError, count_ops, prunable_groups
+from tp_importance import Budget, BudgetError, CATROImportance, count_ops, prunable_groups
 from tp_importance.automl import (
     METHODS,
     BudgetProblem,
@@ -20,11 +20,9 @@ from tp_importance.automl import (
     CurveStore,
     Float,
     Int,
-    Method,
     Parameter,
     SearchExhaustedError,
     SearchSpace,
-    channel_method,
     optuna_objective,
     prune_trial,
     ray_trainable,
@@ -32,9 +30,9 @@ from tp_importance.automl import (
     requeue_interrupted,
     search_space,
 )
-from tp_importance.automl import methods as registry
 from tp_importance.core.optional import optional_import
 from tp_importance.errors import MissingPackageError, SearchSpaceError
+from tp_importance.pruning import registry
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 BATCHES = [
@@ -233,12 +231,12 @@ def test_registry_refuses_duplicates_and_takes_new_methods(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.setattr(registry, "METHODS", registry._METHODS)
     with pytest.raises(ValueError, match="registered already"):
-        register_method(METHODS["catro"])
+        register_method("catro", CATROImportance)
     with pytest.raises(ValueError, match="cannot be the name"):
-        register_method(Method("a.b", print))
+        register_method("a.b", prune=print)
     with pytest.raises(TypeError):
         METHODS["x"] = METHODS["catro"]  # type: ignore[index]
-    register_method(channel_method("lamp", tp.importance.LAMPImportance, {"p": Choice((1, 2))}))
+    register_method("lamp", tp.importance.LAMPImportance, options={"p": Choice((1, 2))})
     model = network()
     assert run(model, {"method": "lamp", "lamp.p": 1})["macs"] <= 0.5 * count_ops(model, X)[0]
     assert [p.name for p in search_space(methods=["lamp"]).parameters] == ["method", "lamp.p"]

@@ -7,17 +7,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tp_importance import observe, recalibrate_batchnorm
-from tp_importance.core.batches import (
-    call_model,
-    check_loader,
-    iterate,
-    reference_tensor,
-    require_reiterable,
-    run_batch,
-    split_batch,
-    to_model,
-)
+from tp_importance.core.batches import split_batch
+from tp_importance.core.devices import reference_tensor, to_model
+from tp_importance.core.forward import call_model, run_batch
 from tp_importance.core.guards import preserved
+from tp_importance.core.loaders import check_loader, iterate, require_reiterable
 
 X, Y = torch.randn(2, 3), torch.tensor([0, 1])
 Pair = namedtuple("Pair", "x y")

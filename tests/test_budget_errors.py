@@ -72,7 +72,7 @@ def test_the_largest_groups_left_out_and_why():
     """Shares by hand: multiply-accumulates of the layers at 8, 12 and 16 channels."""
     macs = {"0.0": 3 * 8 * 9 * 64, "1.0": 8 * 12 * 9 * 16, "2.0": 12 * 16 * 9 * 16, "3.2": 16 * 4}
     model, x = make_network("plain")
-    found = CostModel.from_groups(prunable_groups(model, x, [model[2][0], model[0][0]]))
+    found = CostModel.from_groups(prunable_groups(model, x, ignored_layers=[model[2][0], model[0][0]]))
     area = x.shape[2] * x.shape[3] / 64
     macs = {n: v * (area if n != "3.2" else 1) for n, v in macs.items()}
     total = sum(macs.values())

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.models import resnet18
 
-from tp_importance.maths.batchnorm import Moments
+from tp_importance.maths.batchnorm import ChannelMoments as Moments
 from tp_importance.statistics.batchnorm import recalibrate_batchnorm
 
 

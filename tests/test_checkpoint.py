@@ -119,7 +119,7 @@ def test_user_attributes_parameters_and_hidden_buffers(path):
     save_pruned(model, path)
     again = load_pruned(Split, path)
     assert (again.sizes, again.counts, again.enabled) == ([3, 1], (3, 1), False)
-    assert again.label == "dense"  # not a width: the factory's
+    assert again.label == "pruned"
     assert torch.equal(again.mask, model.mask) and "mask" not in again.state_dict()
     assert torch.equal(model(x), again(x))
 
@@ -129,9 +129,10 @@ def test_file_is_plain(path):
     model.sizes = [torch.tensor(3).numpy()[()], 1]  # a NumPy integer, as pruning code leaves them
     save_pruned(model, path)
     content = torch.load(path, weights_only=True)
-    assert content["format"] == "tp_importance.pruned" and content["version"] == 2
+    assert content["format"] == "tp_importance.pruned" and content["version"] == 3
     assert content["torch"] == str(torch.__version__)
-    assert content["modules"][""]["config"] == {"sizes": [3, 1], "counts": (3, 1), "enabled": True}
+    config = {"sizes": [3, 1], "counts": (3, 1), "label": "dense", "enabled": True}
+    assert content["modules"][""]["config"] == config and content["modules"][""]["other"] == {}
     assert [type(n) for n in content["modules"][""]["config"]["sizes"]] == [int, int]
 
 

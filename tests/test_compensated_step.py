@@ -72,9 +72,10 @@ def test_a_host_pruner_gives_what_our_surgery_gives(name, mode):
     pruner = tp.pruner.BasePruner(
         model, x, Chosen(groups, removed), pruning_ratio=0.5, ignored_layers=[last_linear(model)]
     )
-    report = refitted_step(pruner, x, data, mode)
+    settings = Refit(mode, recalibrate=False)
+    report = refitted_step(pruner, x, data, settings)
     twins = prunable_groups(twin, x)
-    by_hand = refit_consumers(twin, x, data, removed, mode, groups=twins)
+    by_hand = refit_consumers(twin, x, data, removed, settings, groups=twins)
     remove_units(twins, removed)
     assert report == by_hand and report.rows and not any(r.skipped for r in report.rows)
     assert_same(state(model), state(twin))
@@ -144,8 +145,8 @@ def test_recalibration_and_modes():
     model.train()
     refitted_step(pruner, x, class_loader(32), refit="parallel")
     assert model.training and not torch.equal(model[0][1].running_mean, mean[: len(model[0][1].running_mean)])
-    with pytest.raises(TypeError, match="compensates nothing"):
-        refitted_step(pruner_of(model, x), x, class_loader(32), Refit(None, recalibrate=False))
+    with pytest.raises(TypeError, match="refits nothing"):
+        refitted_step(pruner_of(model, x), x, class_loader(32), None)
 
 
 def test_the_model_is_unchanged_if_recalibration_fails():

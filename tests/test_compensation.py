@@ -18,9 +18,10 @@ from tp_importance import (
     refit_consumers,
 )
 from tp_importance.graph.groups import PrunableGroups
+from tp_importance.graph.masking import masked_units as gates
 from tp_importance.graph.patches import consumer_weight, set_consumer_weight, unfolded_input
 from tp_importance.graph.surgery import remove_units
-from tp_importance.graph.verify import gates, sample_units
+from tp_importance.graph.verify import sample_units
 from tp_importance.refitting.layers import refittable
 
 L1 = tp.importance.MagnitudeImportance(p=1, normalizer=None)
@@ -424,7 +425,7 @@ def test_a_failed_surgery_takes_the_refit_back(monkeypatch):
     model, x = make_network("plain")
     before = state(model)
     pruner = BudgetPruner(model, x, class_loader(), importance=L1, budget=Budget(macs=0.6))
-    monkeypatch.setattr("tp_importance.pruning.pruner.count_ops", lambda *a, **k: (1, 1))
+    monkeypatch.setattr("tp_importance.pruning.target.count_ops", lambda *a, **k: (1, 1))
     with pytest.raises(RuntimeError, match="planned were"):
         pruner.step(refit=Refit("parallel", recalibrate=False))
     assert same_state(model, before)
@@ -436,8 +437,9 @@ def test_budget_pruner_prunes_what_was_refitted(mode):
     twin = copy.deepcopy(model)
     pruner = BudgetPruner(model, x, class_loader(), importance=L1, budget=Budget(macs=0.6))
     plan = pruner.plan()
-    report = pruner.step(refit=mode)
-    by_hand = refit_consumers(twin, x, class_loader(), plan.removed, mode)
+    settings = Refit(mode, recalibrate=False)
+    report = pruner.step(refit=settings)
+    by_hand = refit_consumers(twin, x, class_loader(), plan.removed, settings)
     groups = prunable_groups(twin, x)
     masked = twin(x)
     remove_units(groups, plan.removed)
@@ -552,18 +554,22 @@ def test_bad_settings(value, error, message):
 def test_bad_arguments():
     model, x = make_network("plain")
     pruner = BudgetPruner(model, x, importance=L1, budget=Budget(macs=0.5))
-    with pytest.raises(ValueError, match="compensate needs data"):
+    with pytest.raises(ValueError, match="refit='parallel' needs data"):
         pruner.step(refit=Refit("parallel", recalibrate=False))
     with pytest.raises(TypeError, match="refit=3"):
-        pruner.step(refit=Refit(3, recalibrate=False))
+        pruner.step(refit=3)
     with pytest.raises(ValueError, match="no prunable group is called 'x'"):
         refit_consumers(model, x, class_loader(), {"x": [1]}, refit="parallel")
     with pytest.raises(ValueError, match="cannot be removed"):
         refit_consumers(model, x, class_loader(), {pruner.groups.names[0]: [99]}, refit="parallel")
     with pytest.raises(ValueError, match="groups are of another"):
         refit_consumers(make_network("plain")[0], x, class_loader(), {}, groups=pruner.groups, refit="parallel")
-    with pytest.raises(TypeError, match="compensates nothing"):
-        refit_consumers(model, x, class_loader(), {}, Refit(None, recalibrate=False))
+    with pytest.raises(TypeError, match="refits nothing"):
+        refit_consumers(model, x, class_loader(), {}, None)
+    with pytest.raises(ValueError, match="gives no layer new weights"):
+        refit_consumers(model, x, class_loader(), {}, "batchnorm")
+    with pytest.raises(ValueError, match="does nothing; give refit=None"):
+        Refit("batchnorm", recalibrate=False)
     assert isinstance(pruner.groups, PrunableGroups)
 
 

@@ -14,8 +14,8 @@ from tp_importance.allocation.curves import Curve
 from tp_importance.automl import BudgetProblem
 from tp_importance.automl.statistics import CurveStore, Valuation
 from tp_importance.core.files import json_digest, read_json, write_json
+from tp_importance.graph.counting import Call
 from tp_importance.graph.discovery import prunable_groups
-from tp_importance.graph.tracing import Call
 from tp_importance.latency.table import LatencyTable, conditions_of, timed_layer
 
 X = torch.randn(1, 3, 9, 9)

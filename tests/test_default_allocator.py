@@ -18,9 +18,9 @@ from tp_importance import (
     PSAPImportance,
     prune,
 )
-from tp_importance.allocation.program import default_allocator
+from tp_importance.allocation.registry import default_allocator
 from tp_importance.automl import RandomImportance, prune_trial
-from tp_importance.automl.methods import METHODS
+from tp_importance.pruning.registry import METHODS
 from tp_importance.statistics.gradients import loss_gradients
 
 HALF = Budget(macs=0.5)
@@ -107,7 +107,7 @@ def test_the_importance_may_be_set_later():
     for later in (False, True):
         model, x = make_network("residual")
         importance = tp.importance.MagnitudeImportance(p=1)
-        pruner = BudgetPruner(model, x, importance=None if later else importance, budget=HALF)
+        pruner = BudgetPruner(model, x, importance="random" if later else importance, budget=HALF)
         pruner.importance = importance
         widths.append(pruner.plan().widths)
     assert widths[0] == widths[1]

@@ -9,9 +9,11 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from contract import Snapshot, topology
-from tp_importance.graph.gates import ChannelGates, scale_inputs, scale_outputs
+from tp_importance.graph.channel_axes import scale_inputs, scale_outputs
+from tp_importance.graph.gates import ChannelGates
 from tp_importance.graph.groups import PrunableGroups
-from tp_importance.graph.verify import gates, sample_units
+from tp_importance.graph.masking import masked_units as gates
+from tp_importance.graph.verify import sample_units
 
 NAMES = [
     *("plain", "residual", "concat", "dense", "depthwise", "grouped", "split", "flatten", "se", "shared_input"),

@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from networks import class_loader, make_network
-from tp_importance import Budget, PSAPImportance, prune
+from tp_importance import Budget, GradientImportance, PSAPImportance, prune
 from tp_importance.automl import BudgetProblem, prune_trial
 from tp_importance.statistics.gradients import loss_gradients, loss_of
 
@@ -155,11 +155,11 @@ def test_objects_have_a_loss_of_their_own():
     model, x = make_network("plain")
     with pytest.raises(ValueError, match=r"give it the loss, method=PSAPImportance\(loss_fn=\.\.\.\)"):
         prune(model, x, DATA, budget=HALF, method=PSAPImportance(), loss_fn=F.cross_entropy)
-    with pytest.raises(ValueError, match=r"TaylorImportance comes as an object.*loss_gradients\(model, loader"):
+    with pytest.raises(ValueError, match=r"comes as an object.*GradientImportance\(TaylorImportance\(\), loss_fn="):
         prune(model, x, DATA, budget=HALF, method=tp.importance.TaylorImportance(), loss_fn=F.cross_entropy)
     twin = copy.deepcopy(model)
-    with loss_gradients(model, DATA, F.cross_entropy):  # as the message says
-        prune(model, x, DATA, budget=HALF, method=tp.importance.TaylorImportance())
+    taylor = GradientImportance(tp.importance.TaylorImportance(), loss_fn=F.cross_entropy)  # as the message says
+    prune(model, x, DATA, budget=HALF, method=taylor)
     prune(twin, x, DATA, budget=HALF, method="taylor")
     assert torch.equal(weights(model), weights(twin))
 

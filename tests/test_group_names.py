@@ -11,8 +11,8 @@ from torch import nn
 from contract import topology
 from networks import TOPOLOGIES, conv_bn_relu, head, make_network
 from tp_importance import Budget, BudgetPruner
-from tp_importance.graph.groups import PrunableGroups, _named_apart
-from tp_importance.graph.host_groups import build_groups
+from tp_importance.graph.groups import PrunableGroups
+from tp_importance.graph.host_groups import _named_apart, build_groups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.tracing import trace
 

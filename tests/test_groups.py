@@ -104,7 +104,7 @@ def test_outputs_are_left_alone(name):
 
 
 def left_alone(model, x, ignored):
-    groups = prunable_groups(model, x, ignored)
+    groups = prunable_groups(model, x, ignored_layers=ignored)
     return set(EXPECTED["residual"]) - set(groups.names)
 
 
@@ -125,7 +125,7 @@ def test_ignored_layers():
 
 def test_ignored_layers_give_the_reason_and_are_not_pruned():
     model, x = make_network("residual")
-    groups = prunable_groups(model, x, [model[2].shortcut])
+    groups = prunable_groups(model, x, ignored_layers=[model[2].shortcut])
     reasons = {e.name: e.reason for e in groups.excluded}
     assert reasons["2.body.1.0"] == "2.shortcut.0 is in ignored_layers"
     remove_units(groups, sample_units(groups))
@@ -136,7 +136,7 @@ def test_ignored_layers_give_the_reason_and_are_not_pruned():
 def test_ignored_layers_refuse(bad):
     model, x = make_network("plain")
     with pytest.raises(TypeError, match="ignored_layers"):
-        prunable_groups(model, x, [bad])
+        prunable_groups(model, x, ignored_layers=[bad])
 
 
 class Scaled(nn.Module):
@@ -160,7 +160,7 @@ def test_free_parameters():
         assert groups.names == ["first", "second"]
         assert masked_equals_removed(groups, x, {"first": [0, 3, 4]}) is None
         assert masked_equals_removed(groups, x, {"first": [0, 3, 4]}, gated=shifted(groups)) is not None
-    assert prunable_groups(model, x, [model.scale]).names == ["second"]
+    assert prunable_groups(model, x, ignored_layers=[model.scale]).names == ["second"]
 
 
 # --- surgery ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from psap_cases import TOTAL, make
 from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_batchnorm, refitted_step
 from tp_importance.core.guards import Guard, preserved, transaction, written
 from tp_importance.graph.remap import Survivors
+from tp_importance.pruning.target import PruningTarget
 from tp_importance.statistics.gradients import loss_gradients
 
 
@@ -49,10 +50,10 @@ def known(pruner):
         "widths": pruner.groups.widths,
         "cost": pruner.cost_model.dense,
         "history": pruner.pruning_history(),
-        "curves": None if pruner._curves is None else sorted(pruner._curves),
+        "curves": None if pruner._known_curves() is None else sorted(pruner._known_curves()),
         "excluded": [e.name for e in pruner.groups.excluded],
-        "latency": pruner._latency,
-        "reference": pruner._reference,
+        "latency": pruner.target._latency,
+        "reference": pruner.target._reference,
     }
 
 
@@ -82,12 +83,12 @@ class AtCall:
             raise Injected(name)
 
 
-@pytest.mark.parametrize("options", [{"recalibrate": True}, {}, {"refit": "parallel", "recalibrate": True}])
+@pytest.mark.parametrize("options", [{"refit": "batchnorm"}, {}, {"refit": "parallel"}])
 def test_an_exception_at_any_call_of_a_step_undoes_it(options):
     pruner, names = fresh(), set()
     plan, before, snapshot = pruner.plan(), known(pruner), Snapshot(pruner.model)
     for n in range(1, 200):
-        injection = AtCall(inspect.unwrap(BudgetPruner.apply).__code__, n)
+        injection = AtCall(inspect.unwrap(PruningTarget.apply).__code__, n)
         try:
             with injection:
                 pruner.apply(plan, **options)
@@ -101,12 +102,12 @@ def test_an_exception_at_any_call_of_a_step_undoes_it(options):
             continue
         break
     assert {"remove_units", "count_ops", "_adopting"} <= names
-    assert ("recalibrate_batchnorm" in names) is ("recalibrate" in options)
+    assert ("recalibrate_batchnorm" in names) is ("refit" in options)
     assert pruner.groups.widths == plan.widths  # the same pruner then prunes
     pruner.model.train()(pruner.example_inputs).sum().backward()
 
 
-@pytest.mark.parametrize("options", [{"recalibrate": True}, {"refit": "sequential", "recalibrate": True}])
+@pytest.mark.parametrize("options", [{"refit": "batchnorm"}, {"refit": "sequential"}])
 def test_ctrl_c_at_any_time_leaves_all_or_nothing(options):
     reference = fresh()
     start = time.perf_counter()
@@ -130,7 +131,7 @@ def test_ctrl_c_at_any_time_leaves_all_or_nothing(options):
                 time.sleep(0.001)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if pruner.groups.widths == plan.widths:
-            assert known(pruner) == {**known(reference), "reference": pruner._reference}
+            assert known(pruner) == {**known(reference), "reference": pruner.target._reference}
             assert all(
                 torch.equal(a, b) for a, b in zip(pruner.model.buffers(), reference.model.buffers(), strict=True)
             )

@@ -34,10 +34,12 @@ from tp_importance import (
     prunable_groups,
     uniform,
 )
-from tp_importance.allocation.greedy import allocate, proportional, round_down, within
+from tp_importance.allocation.allocate import allocate
+from tp_importance.allocation.proportional import proportional
+from tp_importance.allocation.space import round_down
 from tp_importance.core.guards import preserved
+from tp_importance.graph.counting import Call
 from tp_importance.graph.surgery import remove_units
-from tp_importance.graph.tracing import Call
 from tp_importance.graph.verify import same_groups
 from tp_importance.latency.table import conditions_of, timed_layer
 from tp_importance.maths.latency import Grid, Surfaces, calibrate, knots, monotone, stair
@@ -281,7 +283,7 @@ def user_allocator(curves, cost, space, limits):
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        fits = within(cost, round_down(space, middle * space.full), limits)
+        fits = cost.within(round_down(space, middle * space.full), limits)
         low, high = (middle, high) if fits else (low, middle)
     return round_down(space, low * space.full)
 
@@ -316,7 +318,7 @@ def test_every_allocator_keeps_all_limits_and_uses_them(name, allocator, step, k
             for higher in levels[levels > units[g]][:1]:
                 more = units.copy()
                 more[g] = higher
-                assert not within(cost, more, limits), f"{cost.names[g]} could grow to {higher}"
+                assert not cost.within(more, limits), f"{cost.names[g]} could grow to {higher}"
 
 
 def test_greedy_takes_whole_stairs():
@@ -363,14 +365,14 @@ def test_report_shows_dense_predicted_and_measured():
     this = pruner()
     plan = this.plan()
     dense = Clock()(*make_network("residual")).median_ms
-    assert plan.latency_ms["dense"] == dense and plan.latency_ms["limit"] == dense / 2
+    assert plan.latency_ms.dense == dense and plan.latency_ms.limit == dense / 2
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     report = this.step()
     times = report.latency_ms
-    assert list(times) == ["dense", "dense_iqr", "limit", "predicted", "measured", "measured_iqr"]
-    assert times["predicted"] <= times["limit"] and times["measured"] == pytest.approx(times["predicted"], rel=1e-6)
-    assert times["measured"] == Clock()(this.model, this.example_inputs).median_ms
-    assert "latency, ms: dense " in str(report) and times["measured_iqr"] == 0.125
+    assert list(times.to_dict()) == ["dense", "dense_iqr", "limit", "predicted", "measured", "measured_iqr"]
+    assert times.predicted <= times.limit and times.measured == pytest.approx(times.predicted, rel=1e-6)
+    assert times.measured == Clock()(this.model, this.example_inputs).median_ms
+    assert "latency, ms: dense " in str(report) and times.measured_iqr == 0.125
     assert PruningReport.from_dict(json.loads(report.to_json())) == report
 
 
@@ -384,7 +386,7 @@ def test_combined_budget(allocator):
     this = pruner(budget=Budget(latency=0.7, params=0.4), allocator=allocator)
     report = this.step()
     assert report.cost.params <= 0.4 * report.dense.params and report.limits == this.budget.limits(this.dense)
-    assert report.latency_ms["measured"] <= report.latency_ms["limit"]
+    assert report.latency_ms.measured <= report.latency_ms.limit
 
 
 def test_repeated_steps_refer_to_the_dense_network():
@@ -394,9 +396,9 @@ def test_repeated_steps_refer_to_the_dense_network():
     asked = clock.calls
     second = this.step(Budget(latency=0.4))
     assert clock.calls - asked == 3  # nothing is measured again but the result
-    assert second.latency_ms["limit"] == 0.4 * first.latency_ms["dense"]
-    assert second.latency_ms["measured"] == pytest.approx(second.latency_ms["predicted"], rel=1e-6)
-    assert second.latency_ms["predicted"] <= second.latency_ms["limit"]
+    assert second.latency_ms.limit == 0.4 * first.latency_ms.dense
+    assert second.latency_ms.measured == pytest.approx(second.latency_ms.predicted, rel=1e-6)
+    assert second.latency_ms.predicted <= second.latency_ms.limit
     late = pruner()
     late.step(Budget(macs=0.5))
     with pytest.raises(RuntimeError, match="before its latency was measured"):
@@ -427,7 +429,7 @@ def test_the_calls_of_a_shared_module_keep_their_own_widths():
 def test_what_is_not_limited_is_not_measured():
     clock = Clock()
     report = pruner(budget=Budget(macs=0.5), clock=clock).step()
-    assert clock.calls == 0 and report.latency_ms == {} and "latency" not in str(report)
+    assert clock.calls == 0 and not report.latency_ms.is_limited and "latency" not in str(report)
 
 
 def test_unreachable_latency_names_the_least():
@@ -435,14 +437,14 @@ def test_unreachable_latency_names_the_least():
     with pytest.raises(BudgetError, match=r"0\.3 latency_ms cannot be reached.*floor [\d.]+ latency_ms are") as caught:
         this.plan()
     least = float(str(caught.value).split("Give at least ")[1].split(",")[0])
-    assert this.plan(Budget(latency_ms=least * 1.001)).latency_ms["predicted"] == pytest.approx(least, rel=1e-3)
+    assert this.plan(Budget(latency_ms=least * 1.001)).latency_ms.predicted == pytest.approx(least, rel=1e-3)
 
 
 def test_budget_above_the_dense_latency_removes_nothing():
     this = pruner(budget=Budget(latency=1.0))
     with pytest.warns(UserWarning, match="already meets"):
         report = this.step()
-    assert report.cost == report.dense and report.latency_ms["measured"] == report.latency_ms["dense"]
+    assert report.cost == report.dense and report.latency_ms.measured == report.latency_ms.dense
 
 
 def test_a_busy_machine_is_noticed(monkeypatch):
@@ -461,7 +463,7 @@ def test_methods_get_it_from_the_budget_pruner(kind):
     model, x = make_network("residual")
     loader = [(torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2)]
     report = kind(model, x, loader, budget=Budget(latency=0.5), latency_table=LatencyTable(measure=Clock())).step()
-    assert report.latency_ms["measured"] <= report.latency_ms["limit"] * (1 + 1e-6)
+    assert report.latency_ms.measured <= report.latency_ms.limit * (1 + 1e-6)
 
 
 def test_psap_says_that_it_counts():
@@ -475,4 +477,4 @@ def test_by_the_clock(tmp_path):
     table = LatencyTable(tmp_path / "t.json", min_run_time=1e-4)
     budget = Budget(macs=0.5, latency_ms=1e6)  # a limit by the clock might be out of reach on a busy machine
     report = BudgetPruner(model, x, importance=L2(), budget=budget, latency_table=table).step()
-    assert all(v >= 0 for v in report.latency_ms.values()) and (tmp_path / "t.json").exists()
+    assert all(v >= 0 for v in report.latency_ms.to_dict().values()) and (tmp_path / "t.json").exists()

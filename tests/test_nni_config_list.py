@@ -122,7 +122,7 @@ def test_depthwise_convolution_left_out_is_named():
 
 def test_reason_that_speaks_of_the_output_is_listed_too(monkeypatch):
     reason = "removal is not masking: output of the network: differs by 1 on a scale of 2"
-    monkeypatch.setattr("nni_plugins.base.verify_groups", lambda *_: {"0.0": reason})
+    monkeypatch.setattr("nni_plugins.pruners.selection.verify_groups", lambda *_: {"0.0": reason})
     with pytest.warns(UserWarning, match="left alone, though selected.*output of the network"):
         assert catro().left_out == {"0.0": reason}
 

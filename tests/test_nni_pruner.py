@@ -346,9 +346,9 @@ def test_latency_budget_and_its_schedule():
     pruner = catro("plain", [{"op_types": ["Conv2d"]}], budget=Budget(latency=0.6), **options)
     pruner.compress()
     found = pruner.plan.latency_ms
-    assert 0 < found["predicted"] <= found["limit"] == 0.6 * found["dense"]
-    cost = pruner._planner.cost_model
+    assert 0 < found.predicted <= found.limit == 0.6 * found.dense
+    cost = pruner._target.cost_model
     dense = cost.timed.predict(cost.full)
-    assert pruner._budget_at(0.5).latency_ms == pytest.approx(dense - 0.5 * (dense - found["limit"]))
+    assert pruner._budget_at(0.5).latency_ms == pytest.approx(dense - 0.5 * (dense - found.limit))
     with pytest.raises(BudgetError, match=r"latency_ms are predicted.*select more layers"):
         catro("plain", [{"op_names": ["1.0"]}], budget=Budget(latency=0.05), **options)

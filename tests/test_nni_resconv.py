@@ -167,7 +167,7 @@ def test_measured_latency():
     )
     with pytest.warns(UserWarning):
         _, masks = pruner.compress()
-    assert pruner.plan.latency_ms["measured"] <= pruner.plan.latency_ms["limit"]
+    assert pruner.plan.latency_ms.measured <= pruner.plan.latency_ms.limit
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the masks remove no layer")  # fusing may be enough
         assert_sped_up(pruner, masks, x)

@@ -23,7 +23,7 @@ from nni_contract import (  # noqa: E402
     wrappers,
 )
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
-from nni_plugins.states import _groups  # noqa: E402
+from nni_plugins.evaluator import _groups  # noqa: E402
 from nni_resconv_cases import (  # noqa: E402
     CONVS,
     HALF,

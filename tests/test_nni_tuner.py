@@ -94,7 +94,7 @@ def test_tuner_resumes_with_failures_and_with_what_runs_again(problem, tmp_path,
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"next_parameter_id": 3, "failed": []}', None])
 def test_a_damaged_checkpoint_is_named(problem, tmp_path, monkeypatch, damage):
     monkeypatch.setenv("NNI_CHECKPOINT_DIRECTORY", str(tmp_path))
-    monkeypatch.setattr("nni_plugins.tuner.report_resumed_trials", lambda tuner: None)
+    monkeypatch.setattr("nni_plugins.search.tuner.report_resumed_trials", lambda tuner: None)
     tuner = BudgetTuner(str(tmp_path / "problem.json"))
     tuner.generate_parameters(0)
     path = tmp_path / "pruning_budget.json"
@@ -153,7 +153,7 @@ def test_registration_in_python_leaves_nothing_behind(problem, tmp_path, config_
         assert isinstance(create_validator_instance("tuners", name), BudgetTunerValidator)
     assert get_algo_meta(name) is None
     register_tuner("Mine")
-    assert get_algo_meta("mine").class_name == "nni_plugins.tuner.BudgetTuner"
+    assert get_algo_meta("mine").class_name == "nni_plugins.search.tuner.BudgetTuner"
     unregister_tuner("Mine")
     unregister_tuner("Mine")
     assert get_algo_meta("Mine") is None
@@ -177,7 +177,7 @@ def test_nnictl_registers_and_unregisters(config_dir, monkeypatch, capsys):
         return capsys.readouterr().out
 
     assert "PruningBudget registered" in nnictl("register", "--meta", str(nni_plugins.ALGORITHMS))
-    assert get_algo_meta("PruningBudget").validator_class_name == "nni_plugins.tuner.BudgetTunerValidator"
+    assert get_algo_meta("PruningBudget").validator_class_name == "nni_plugins.search.tuner.BudgetTunerValidator"
     assert "unregistered" in nnictl("unregister", "PruningBudget")
     assert get_algo_meta("PruningBudget") is None
 

@@ -26,9 +26,9 @@ from tp_importance import (
     recalibrate_batchnorm,
     refit_consumers,
 )
-from tp_importance.allocation.greedy import ALLOCATORS
-from tp_importance.automl import METHODS, RandomImportance, channel_method, prune_trial, register_method
-from tp_importance.automl import methods as registry
+from tp_importance.allocation.registry import ALLOCATORS
+from tp_importance.automl import METHODS, RandomImportance, prune_trial, register_method
+from tp_importance.pruning import registry
 
 HALF = Budget(macs=0.5)
 NAMES = [name for name, method in METHODS.items() if method.make is not None]
@@ -158,7 +158,7 @@ def test_arguments_are_checked_before_anything_runs():
     model, x = make_network("plain")
     model.forward = never
     good = {"importance": tp.importance.LAMPImportance(), "budget": HALF}
-    for bad in ({"importance": CATROImportance}, {"importance": "l1"}, {"allocator": 3}, {"budget": 0.5}):
+    for bad in ({"importance": CATROImportance}, {"importance": 1}, {"allocator": 3}, {"budget": 0.5}):
         with pytest.raises(TypeError, match=next(iter(bad))):
             BudgetPruner(model, x, [], **{**good, **bad})
     with pytest.raises(TypeError, match="importance=MagnitudeImportance is a class"):
@@ -167,7 +167,10 @@ def test_arguments_are_checked_before_anything_runs():
 
 def test_an_importance_that_is_set_later_is_checked_then():
     model, x = make_network("plain")
-    pruner = BudgetPruner(model, x, importance=None, budget=HALF)
+    with pytest.raises(TypeError, match="importance=None cannot value channels"):
+        BudgetPruner(model, x, importance=None, budget=HALF)
+    pruner = BudgetPruner(model, x, importance="random", budget=HALF)
+    pruner.importance = None
     with pytest.raises(TypeError, match="importance=None cannot value channels"):
         pruner.plan()
     pruner.importance = tp.importance.LAMPImportance()
@@ -325,7 +328,7 @@ def test_methods_that_choose_no_channels_are_named(name, remedy):
 def test_what_is_registered_is_known_to_prune(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.setattr(registry, "METHODS", registry._METHODS)
-    register_method(channel_method("lamp", tp.importance.LAMPImportance))
+    register_method("lamp", tp.importance.LAMPImportance)
     model, x = make_network("plain")
     assert prune(model, x, class_loader(32), budget=HALF, method="lamp").report.criterion == "LAMPImportance"
 

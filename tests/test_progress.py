@@ -27,12 +27,12 @@ from tp_importance import (
     PSAPSchedule,
     Refit,
     ResConvPruner,
-    progress,
     prune,
     recalibrate_batchnorm,
     refitted_step,
 )
 from tp_importance.automl import prune_trial
+from tp_importance.core import progress
 from tp_importance.core.progress import LOGGER, phase, shown, track
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,7 +133,7 @@ def by_trial(progress):
 RUNS = {
     "prune": (by_prune, [*FIRST, "collecting", *REST, "reading", "refitting"]),
     "prune, no refit": (
-        lambda progress: by_prune(progress),
+        lambda progress: by_prune(progress, refit="batchnorm"),
         [*FIRST, "collecting", *REST, "recalibrating batch norms"],
     ),
     "prune, layer by layer": (

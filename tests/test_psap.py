@@ -54,7 +54,7 @@ def test_networks_people_use(name):
 @pytest.mark.parametrize("protect", [True, False])
 def test_target_is_met_at_every_prune_step_within_one_admissible_step(budget, ratios, protect):
     run = make(budget=budget, ratios=ratios, protect=protect).train(TOTAL)
-    cost, limits = run.pruner._planner.cost_model, budget.limits(run.pruner.dense)
+    cost, limits = run.pruner.target.cost_model, budget.limits(run.pruner.dense)
     dense = run.pruner.dense.as_dict()
     assert [s.step for s in run.pruner.history] == [1, 2, 3]
     assert [s.iteration for s in run.pruner.history] == [2, 8, 14]

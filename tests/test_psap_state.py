@@ -129,7 +129,7 @@ def test_history_as_data_frame_picture_and_json(tmp_path):
 
 def test_macs_that_hang_on_a_group():
     run = make().train(TOTAL)
-    cost, last = run.pruner._planner.cost_model, run.pruner.history[-1]
+    cost, last = run.pruner.target.cost_model, run.pruner.history[-1]
     widths = {r.group: r.width for r in last.rows}
     for row in last.rows:
         without = cost.evaluate(cost.units({**widths, row.group: 0}))

@@ -13,7 +13,7 @@ from contract import same_values
 from networks import make_network
 from psap_cases import SCHEDULE, TOTAL, adam, make, sgd
 from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
-from tp_importance.graph.verify import gates
+from tp_importance.graph.masking import masked_units as gates
 
 # -- after the surgery
 

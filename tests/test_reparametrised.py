@@ -29,7 +29,7 @@ from tp_importance import (
     refitted_step,
     save_pruned,
 )
-from tp_importance.core.guards import copied
+from tp_importance.core.copies import copied
 from tp_importance.graph.reparametrised import computed_tensors, follows
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed

@@ -21,7 +21,7 @@ def small():
         cost=Cost(macs=400_000, params=1_000),
         limits={"macs": 500_000},
         bytes_per_param=4.0,
-        excluded=[Excluded("head", 10, "produces the network's output")],
+        excluded=[Excluded("head", 10, "produces the network's output", "output")],
         constant={"stem": 2},
         criterion="Criterion",
     )

@@ -4,8 +4,10 @@ from torch import nn
 
 from networks import make_network
 from tp_importance import TracingError
+from tp_importance.graph.activations import recording
+from tp_importance.graph.activations import watch_activations as tap
 from tp_importance.graph.dataflow import record
-from tp_importance.graph.taps import added_to, addition, recording, tap
+from tp_importance.graph.residual_sums import added_to, addition
 
 
 class Branches(nn.Module):

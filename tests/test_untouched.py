@@ -23,8 +23,8 @@ from tp_importance import (
     prunable_groups,
 )
 from tp_importance.core.untouched import untouched
+from tp_importance.graph.activations import recording
 from tp_importance.graph.dataflow import record
-from tp_importance.graph.taps import recording
 from tp_importance.statistics.gradients import loss_gradients
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -95,7 +95,7 @@ import sys, nni_plugins
 from nni.tools.package_utils import create_builtin_class_instance, get_algo_meta
 from nni.tools.package_utils.tuner_factory import create_validator_instance
 assert nni_plugins.__file__.startswith(sys.argv[1]), nni_plugins.__file__
-assert nni_plugins.experiment.PRELOAD.is_file()
+assert nni_plugins.search.server.PRELOAD.is_file()
 if "python" in sys.argv:
     assert get_algo_meta("PruningBudget") is None
     nni_plugins.register_tuner()

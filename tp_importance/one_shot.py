@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn import functional as F
 
-from .allocation.greedy import Allocator
-from .automl.methods import Method, find_criterion
+from .allocation.registry import Allocator
 from .budget import Budget
-from .core.arguments import checked_importance
-from .core.batches import check_loader, iterate, require_reiterable, tensors_in
+from .core.arguments import checked_budget, checked_importance
+from .core.loaders import FirstSamples, check_loader, require_reiterable
+from .core.options import hand_on, split_options
 from .core.processes import warned_once
-from .core.progress import shown
-from .methods.itpruner.importance import ITPruner, ITPrunerImportance
 from .pruning.pruner import BudgetPruner
+from .pruning.registry import find_criterion
 from .pruning.report import PruningReport
 from .refitting.settings import Refit
-from .statistics.gradients import LossFn, checked_loss_fn, loss_gradients
+from .statistics.gradients import LossFn, checked_loss_fn
 
 __all__ = ["OneShot", "prune"]
 
@@ -56,12 +53,11 @@ def prune(
     refit: Refit | str | bool | None = "sequential",
     samples: int | None = 512,
     loss_fn: LossFn | None = None,
-    progress: bool = False,
     **options: Any,
 ) -> OneShot:
     r"""Prune ``model`` in place to a budget that is met exactly, and make up for it by least squares; no training.
 
-    Channels are ordered by the loss that is left after the consumers are refitted (:class:`OBSImportance`), widths
+    Channels are ordered by the loss that is left after the consumers are refitted (:class:`.OBSImportance`), widths
     follow from the losses and the exact cost, Torch-Pruning removes the channels, and every layer behind them is
     refitted so that the network gives what it gave before on the samples. The recommended way to prune without
     training, and to start a fine-tuning (with :class:`~tp_importance.Distiller`): build the optimizer afterwards, for
@@ -73,14 +69,13 @@ def prune(
         loader: re-iterable of batches like those the network will see; labels are needed only by methods that use them.
         budget: what the network may cost. Fractions refer to ``model`` as given to this call: pruned twice to 0.5, a
             quarter is left. Further steps of the pruner that is returned refer to the network before the first.
-        method: any importance of this package or of Torch-Pruning, or a name: ``"obs"``, ``"catro"``, ``"itpruner"``,
-            ``"psap"`` (in one shot), ``"l1"``, ``"l2"`` (also ``"magnitude"``), ``"fpgm"``, ``"taylor"`` (gradients of
-            the cross entropy over the samples), ``"random"`` (seed 0; others:
-            :class:`~tp_importance.automl.RandomImportance`), or what
-            :func:`~tp_importance.automl.register_method` added for channels.
+        method: any importance of this package or of Torch-Pruning, or a registered name
+            (:func:`~tp_importance.register_method`): ``"obs"``, ``"catro"``, ``"itpruner"``, ``"psap"`` (in one shot),
+            ``"l1"``, ``"l2"`` (also ``"magnitude"``), ``"fpgm"``, ``"taylor"`` (gradients of the cross entropy over the
+            samples), ``"random"`` (seed 0; others: :class:`~tp_importance.automl.RandomImportance`).
         allocator: ``"greedy"``, ``"lagrange"``, ``"program"``, ``"uniform"`` or a function, see
             :mod:`tp_importance.allocation.greedy`; default (also ``"default"``): what suits the importance, see
-            :func:`~tp_importance.allocation.program.default_allocator`.
+            :func:`~tp_importance.allocation.registry.default_allocator`.
         refit: how the network is repaired, see :class:`~tp_importance.Refit`; ``"parallel"`` is faster and less
             accurate, ``"batchnorm"`` only moves batch norm statistics, ``None`` does nothing.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
@@ -88,8 +83,7 @@ def prune(
         loss_fn: ``loss_fn(output, labels)`` for the methods that look at gradients of a loss, ``"taylor"`` and
             ``"psap"``; default: cross entropy. All others refuse one. A network that returns more than its logits needs
             it: ``loss_fn=lambda output, labels: F.cross_entropy(output[0], labels)``.
-        progress: show a progress bar for every phase, see :mod:`tp_importance.core.progress`.
-        **options: see :class:`~tp_importance.BudgetPruner`: ``ignored_layers``, ``round_to``, ``forward_fn``.
+        **options: see :class:`~tp_importance.BudgetPruner`.
 
     Returns:
         :class:`OneShot`.
@@ -115,79 +109,35 @@ def prune(
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise ValueError(f"samples={samples!r} must be a positive integer, e.g. 512, or None for all of the loader")
     settings = Refit.of(refit)
+    (chosen,) = split_options(prune, options, BudgetPruner)
     require_reiterable(loader)
     check_loader(loader)
-    data = loader if samples is None else _First(loader, samples)
-    criterion = find_criterion(method) if isinstance(method, str) else None
-    importance = checked_importance(method, "method") if criterion is None else _made(criterion)
-    _take_loss(loss_fn, criterion, importance, method)
-    options["progress"] = progress
-    pruner = _pruner(model, example_inputs, data, budget, importance, allocator, options)
-    with shown(progress), ExitStack() as stack:
-        if criterion is not None and criterion.needs_gradients:
-            run, labels = options.get("forward_fn"), options.get("label_fn")
-            stack.enter_context(
-                loss_gradients(model, data, loss_fn or F.cross_entropy, forward_fn=run, label_fn=labels)
-            )
-        report = pruner.step(refit=settings)
-    return OneShot(model, report, pruner)
+    data = loader if samples is None else FirstSamples(loader, samples)
+    importance = find_criterion(method).create() if isinstance(method, str) else checked_importance(method, "method")
+    if loss_fn is not None:
+        _take_loss(loss_fn, importance, method)
+    pruner = BudgetPruner(
+        model, example_inputs, data, importance=importance, budget=checked_budget(budget), allocator=allocator, **chosen
+    )
+    return OneShot(model, pruner.step(refit=settings), pruner)
 
 
-def _made(criterion: Method) -> Any:
-    """The importance of a criterion; ITPruner's brings an allocation, too, and so its own pruner."""
-    assert criterion.make is not None
-    return None if criterion.make is ITPrunerImportance else criterion.make()
+hand_on(prune, BudgetPruner, leave=("importance",))
 
 
-def _take_loss(loss_fn: LossFn | None, criterion: Method | None, importance: Any, method: Any) -> None:
+def _take_loss(loss_fn: LossFn, importance: Any, method: Any) -> None:
     """Give the loss to an importance that takes gradients by itself, and refuse one that nobody would use."""
-    if loss_fn is None:
-        return
     checked_loss_fn(loss_fn)
-    if criterion is not None and hasattr(importance, "loss_fn"):
-        importance.loss_fn = loss_fn
-    elif criterion is None:
+    if not isinstance(method, str):
         name = type(importance).__name__
         raise ValueError(
             f"loss_fn is for methods given by name; {name} comes as an object: "
             + (
                 f"give it the loss, method={name}(loss_fn=...)"
                 if hasattr(importance, "loss_fn")
-                else "if it looks at gradients, those that are there are taken: prune inside `with "
-                "tp_importance.statistics.gradients.loss_gradients(model, loader, loss_fn):`"
+                else f"if it looks at gradients, method=GradientImportance({name}(), loss_fn=...)"
             )
         )
-    elif not criterion.needs_gradients:
+    if not hasattr(importance, "loss_fn"):
         raise ValueError(f"method={method!r} looks at no loss, so loss_fn would do nothing: leave it out")
-
-
-def _pruner(
-    model: nn.Module,
-    example_inputs: Any,
-    data: Iterable[Any],
-    budget: Budget,
-    importance: Any,
-    allocator: str | Allocator | None,
-    options: dict[str, Any],
-) -> BudgetPruner:
-    if importance is None:
-        return ITPruner(model, example_inputs, data, budget=budget, allocator=allocator, **options)
-    return BudgetPruner(
-        model, example_inputs, data, importance=importance, budget=budget, allocator=allocator, **options
-    )
-
-
-class _First:
-    """The first batches of a loader, up to a number of samples; re-iterable as the loader is."""
-
-    def __init__(self, loader: Iterable[Any], samples: int) -> None:
-        self._loader, self._samples = loader, samples
-
-    def __iter__(self) -> Iterator[Any]:
-        seen = 0
-        for batch in iterate(self._loader):
-            yield batch
-            sizes = [len(t) for t in tensors_in(batch) if t.dim()]
-            seen += sizes[0] if sizes else 1
-            if seen >= self._samples:
-                return
+    importance.loss_fn = loss_fn

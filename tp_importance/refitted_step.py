@@ -11,26 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from .core.arguments import checked_model
-from .core.batches import ForwardFn, run_model, tensors_in
-from .core.guards import copied, preserved, settled, transaction
+from .core.batches import tensors_in
+from .core.copies import copied
+from .core.forward import ForwardFn, run_model
+from .core.guards import preserved, transaction
 from .core.processes import warned_once
 from .core.progress import phase, shown
 from .core.stale_optimizers import replacing
 from .core.untouched import untouched
 from .graph.discovery import prunable_groups
-from .graph.groups import ChannelGroup, Excluded, PrunableGroups
+from .graph.groups import ChannelGroup, PrunableGroups
+from .graph.layer_kinds import CONV, is_depthwise
 from .graph.layer_pruners import channel_pruners
 from .graph.modes import read_in_training_only
 from .graph.patches import consumer_weight, feature_channels
 from .graph.remap import Survivors, named_tensors
 from .graph.reparametrised import computed_tensors, follows, weight_source
-from .graph.tracing import CONV, TraceOptions, is_depthwise
+from .graph.surgery import settled
+from .graph.tracing import TraceOptions
 from .pruning.pruner import BudgetPruner
 from .refitting.refit import refit_consumers
 from .refitting.report import RefitReport, RefitRow
 from .refitting.settings import Refit
-from .statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
-from .statistics.observe import LabelFn
+from .statistics.batchnorm import recalibrate_batchnorm
+from .statistics.dense_reference import DenseReference
+from .statistics.labels import LabelFn
+from .statistics.running_statistics import has_batch_norm, is_calibrated
 
 __all__ = ["Removal", "refitted_step", "removal"]
 
@@ -148,7 +154,8 @@ def refitted_step(
                 f"before. {found}"
             ) from error
         if cut != outputs:
-            made = [e.name for e in _groups(dense, example_inputs, options, heads, False).excluded if _is_output(e)]
+            left_out = _groups(dense, example_inputs, options, heads, False).excluded
+            made = [e.name for e in left_out if e.kind == "output"]
             raise ValueError(
                 f"the step cut off outputs of the network (shapes {outputs} became {cut}); the model is as before. "
                 f"Build the pruner with the layers that make them in ignored_layers: {made}"
@@ -237,10 +244,6 @@ def _beyond_the_host(model: nn.Module, options: TraceOptions) -> str:
     return "; ".join([*found, *(what.reason(name) for name, what in stuck)])
 
 
-def _is_output(excluded: Excluded) -> bool:
-    return excluded.reason == "produces the network's output"
-
-
 def _output_shapes(model: nn.Module, x: Any, forward_fn: ForwardFn | None) -> list[tuple[int, ...]]:
     with untouched(model), torch.no_grad():
         return [tuple(t.shape) for t in tensors_in(run_model(model.eval(), x, forward_fn))]
@@ -271,7 +274,7 @@ def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
             result.units[group.name] = units
             for m in group.consumers:
                 explained[m.name][torch.from_numpy(m.positions(units))] = True
-    refused = [f"{e.name}: {e.reason}" for e in groups.excluded if _loses(outputs.get(e.name.split("/")[0]))]
+    refused = [f"{e.name}: {e.reason}" for e in groups.excluded if any(_loses(outputs.get(n)) for n in e.layers)]
     for name, gone in explained.items():
         if not bool((~inputs[name] & ~gone).any()):
             continue

@@ -22,14 +22,14 @@ from benchmarks.experiment import Experiment, Run
 from benchmarks.tables import Rows, pivot
 from benchmarks.tasks import Task
 from tp_importance import Refit, recalibrate_batchnorm
-from tp_importance.maths.batchnorm import Moments
-from tp_importance.statistics import batchnorm
-from tp_importance.statistics.batchnorm import DenseReference
+from tp_importance.maths.batchnorm import ChannelMoments
+from tp_importance.statistics import running_statistics
+from tp_importance.statistics.dense_reference import DenseReference
 
 RULES = ("left", "re-estimated", "shifted", "followed")
 
 
-def shifted(mean: Tensor, var: Tensor, dense: Moments, pruned: Moments) -> tuple[Tensor, Tensor]:
+def shifted(mean: Tensor, var: Tensor, dense: ChannelMoments, pruned: ChannelMoments) -> tuple[Tensor, Tensor]:
     """The rival: the mean moves by the difference, whatever the scale."""
     excited = dense.variance > 1e-4 * var
     ratio = (pruned.variance / dense.variance.where(excited, dense.variance.new_ones(()))).where(excited, 1.0)
@@ -42,7 +42,7 @@ def by_rule(rule: str, model: nn.Module, batches: Any, reference: DenseReference
     if rule == "re-estimated":
         return recalibrate_batchnorm(model, batches)
     if rule == "shifted":
-        with mock.patch.object(batchnorm, "follow_change", shifted):
+        with mock.patch.object(running_statistics, "follow_change", shifted):
             return recalibrate_batchnorm(model, batches, reference=reference)
     return model if rule == "left" else recalibrate_batchnorm(model, batches, reference=reference)
 

@@ -35,7 +35,7 @@ import tp_importance as ours
 from benchmarks.experiment import Experiment, Run
 from benchmarks.tables import Rows, chosen, distinct, markdown
 from nni_plugins import CATROPruner
-from nni_plugins._compat import legacy_tracer_shim
+from nni_plugins.surgery.tracer import legacy_tracer_shim
 
 SHIPPED, REPAIRED, OURS = MODES = ("as shipped", "repaired", "ours")
 NNI_PRUNERS = ("L1NormPruner", "L2NormPruner", "FPGMPruner", "SlimPruner", "TaylorPruner")

@@ -22,8 +22,11 @@ from benchmarks.networks import TRAINED
 from benchmarks.tables import Rows, chosen, distinct, markdown, pivot
 from benchmarks.tasks import Task
 from tp_importance import Budget, CATROImportance, CostModel, ITPrunerImportance, count_ops, recalibrate_batchnorm
-from tp_importance.allocation.curves import Curve
-from tp_importance.allocation.greedy import Curves, Limits, WidthSpace, fill_up, find_allocator
+from tp_importance.allocation.curves import Curve, Curves
+from tp_importance.allocation.limits import Limits
+from tp_importance.allocation.registry import find_allocator
+from tp_importance.allocation.space import WidthSpace
+from tp_importance.allocation.walk import fill_up
 from tp_importance.core.types import Ints
 from tp_importance.graph.surgery import remove_units
 from tp_importance.methods.itpruner.official import official_fractions, official_importances
@@ -89,7 +92,7 @@ class Draw:
         if way in PROGRAMS:
             objective, *per = way.split(" per ")
             importance = importance.reweighted(beta=key["beta"], objective=objective, per=per[0] if per else "layer")
-            allocate = importance.allocator()
+            allocate = importance.program()
         elif way == "official":
             allocate = partial(self._official, importance.relevance, key["beta"])
         else:

@@ -26,7 +26,7 @@ from benchmarks.tables import Rows, listing
 from benchmarks.timing import in_turns, ratios, seconds
 from tp_importance import Budget, ITPruner
 from tp_importance.allocation.curves import value_curves
-from tp_importance.core.batches import call_model
+from tp_importance.core.forward import call_model
 from tp_importance.statistics.observe import Watch, observe
 
 L1 = tp.importance.MagnitudeImportance(p=1)

@@ -61,7 +61,7 @@ def cell(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     plan = plans.plan(Budget(latency=key["budget"]))
     planned = time.perf_counter() - start
     report = pruner(run, *case).apply(plan)
-    ms = {name: round(value, 4) for name, value in report.latency_ms.items()}
+    ms = {name: round(value, 4) for name, value in report.latency_ms.to_dict().items()}
     return {
         **ms,
         "error": round(ms["predicted"] / ms["measured"] - 1, 4),

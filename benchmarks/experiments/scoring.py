@@ -21,12 +21,11 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from benchmarks.arms import accumulate_gradients
 from benchmarks.experiment import Experiment, Run
 from benchmarks.tables import Rows, listing, markdown
 from benchmarks.timing import BATCH, Images, bare, in_turns, network, peak_mb, ratios, seconds, subject
 from tp_importance import Budget, BudgetPruner, CATROImportance, OBSImportance, PrunableGroups, Refit, prunable_groups
-from tp_importance.allocation.curves import value_curves
+from tp_importance.pruning.gradient_importance import GradientImportance
 
 CATRO: dict[str, dict[str, Any]] = {
     "CATRO channel": {"space": "channel"},
@@ -36,31 +35,29 @@ CATRO: dict[str, dict[str, Any]] = {
 MODES = ("parallel", "sequential")
 
 
-class Timed(CATROImportance):
-    """Writes down how long the curves take once the statistics are there."""
+class Timed:
+    """Mixed into an importance: writes down how long the curves take once the statistics are there."""
 
     solve_s = 0.0
 
-    def _curves(self, groups: PrunableGroups) -> dict[str, Any]:
+    def value(self, groups: PrunableGroups) -> dict[str, Any]:
         device = next(groups.trace.model.parameters()).device
         start = seconds(device)
-        curves = super()._curves(groups)
+        curves = super().value(groups)  # type: ignore[misc]
         self.solve_s = seconds(device) - start
         return curves
 
 
-def catro(options: dict[str, Any], model: nn.Module, batches: Any, groups: PrunableGroups) -> float:
-    return Timed(**options).collect(model, None, batches, groups=groups).solve_s
+class TimedCATRO(Timed, CATROImportance):
+    pass
 
 
-def taylor(model: nn.Module, batches: Any, groups: PrunableGroups) -> float:
-    device = batches[0][0].device
-    accumulate_gradients(model, batches)
-    start = seconds(device)
-    value_curves(tp.importance.TaylorImportance(normalizer=None), groups)
-    spent = seconds(device) - start
-    model.zero_grad()
-    return spent
+class TimedTaylor(Timed, GradientImportance):
+    pass
+
+
+def collect(importance: Any, model: nn.Module, batches: Any, groups: PrunableGroups) -> float:
+    return importance.collect(model, None, batches, groups=groups).solve_s
 
 
 def scoring_keys(run: Run) -> Iterator[dict[str, Any]]:
@@ -76,8 +73,9 @@ def scoring(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     model, batches = subject(key["network"], run)
     groups = prunable_groups(model, batches[0][0][:1])
     work: dict[str, Callable[[], Any]] = {"bare": partial(bare, model, batches)}
-    work.update({c: partial(catro, options, model, batches, groups) for c, options in CATRO.items()})
-    work["Taylor"] = partial(taylor, model, batches, groups)
+    scored = {name: partial(TimedCATRO, **options) for name, options in CATRO.items()}
+    scored["Taylor"] = partial(TimedTaylor, tp.importance.TaylorImportance(normalizer=None))
+    work.update({name: lambda make=make: collect(make(), model, batches, groups) for name, make in scored.items()})
     spent, found = in_turns(work, run.rounds, run.device)
     return {
         "images": sum(len(y) for _, y in batches),

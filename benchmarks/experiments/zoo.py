@@ -26,7 +26,7 @@ from benchmarks.experiment import Experiment, Run
 from benchmarks.tables import Rows, listing
 from tp_importance import ALLOCATORS, Budget, BudgetPruner, CostModel, PrunableGroups, count_ops, prunable_groups
 from tp_importance.allocation.curves import curve_from_scores
-from tp_importance.allocation.greedy import WidthSpace
+from tp_importance.allocation.space import WidthSpace
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
 

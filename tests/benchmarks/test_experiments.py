@@ -15,8 +15,8 @@ from benchmarks.cells import Cells
 from benchmarks.data import CIFAR_TARBALL, DATA_ROOT
 from benchmarks.experiments import MODULES
 from tp_importance import LatencyTable
-from tp_importance.automl.methods import METHODS
 from tp_importance.latency.measure import Latency
+from tp_importance.pruning.registry import METHODS
 
 ACCURACY = ("cifar", "exponent", "refit", "batchnorm", "subtask", "imagenette", "itpruner", "recovery", "psap")
 COST = ("resconv-latency", "automl", "automl-pareto", "scoring", "one-shot-cost", "itpruner-cost", "psap-overhead")

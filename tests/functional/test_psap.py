@@ -8,10 +8,12 @@ import torch
 from tp_importance.methods.psap.sparsity import (
     adaptive_widths,
     cubic_target,
-    filter_norms,
     outliers,
     select_masked,
     weight_sparsity,
+)
+from tp_importance.methods.psap.sparsity import (
+    relative_norms as filter_norms,
 )
 
 

@@ -15,7 +15,7 @@ from ..core.types import Floats, Ints
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.layer_pruners import in_terms_of_the_host
 
-__all__ = ["Curve", "convex_envelope", "curve_from_scores", "host_scores", "value_curves"]
+__all__ = ["Curve", "Curves", "convex_envelope", "curve_from_scores", "host_scores", "value_curves"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,10 @@ class Curve:
         if left in self.kept:
             return np.setdiff1d(self.order, self.kept[left]).tolist()
         return sorted(self.order[: len(self.order) - left].tolist())
+
+
+Curves = Mapping[str, Curve]
+"""Curve per group name."""
 
 
 def convex_envelope(loss: ArrayLike) -> Floats:

@@ -8,7 +8,11 @@ import numpy as np
 
 from ..core.types import Floats, Ints
 from ..graph.cost import COST_FIELDS, CostModel
-from .greedy import ALLOCATORS, Curves, Limits, Walk, WidthSpace, greedy, require_reachable
+from .curves import Curves
+from .greedy import greedy
+from .limits import Limits, require_reachable
+from .space import WidthSpace
+from .walk import Walk
 
 __all__ = ["LagrangeAllocator", "lagrange"]
 
@@ -51,7 +55,7 @@ class LagrangeAllocator:
         self.certificate: dict[str, float] = {}
 
     def __call__(self, curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
-        """Units per group, as any :data:`~tp_importance.allocation.greedy.Allocator`.
+        """Units per group, as any :data:`~tp_importance.allocation.registry.Allocator`.
 
         Raises:
             BudgetError: if the floor exceeds a limit; names the least reachable cost.
@@ -72,9 +76,6 @@ class LagrangeAllocator:
 def lagrange(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
     """:class:`LagrangeAllocator` without its certificate; args and returns as for ``greedy``."""
     return LagrangeAllocator()(curves, cost, space, limits)
-
-
-ALLOCATORS["lagrange"] = lagrange
 
 
 class _Problem:
@@ -100,9 +101,7 @@ class _Problem:
 
     def fits(self, units: Ints) -> bool:
         """Whether every limit is kept."""
-        return all(
-            v <= limit for v, limit in zip(self.cost.evaluate(units)[self.rows], self.limits.values(), strict=True)
-        )
+        return self.cost.within(units, self.limits)
 
     def fill(self, units: Ints) -> Ints:
         """Steps from ``units`` that fit, by gain per cost."""

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch_pruning as tp
 from numpy.typing import ArrayLike
 
 from ..core.types import Floats, Ints
 from ..graph.cost import COST_FIELDS, CostModel
 from ..maths.geometric import Posynomial, Solution, condense, solve, solve_cvxpy
-from .greedy import ALLOCATORS, Allocator, Curves, Limits, WidthSpace, fill_up, find_allocator, require_reachable
+from .curves import Curves
+from .limits import Limits, require_reachable
+from .space import WidthSpace
+from .walk import fill_up
 
 __all__ = [
     "Objective",
     "ProgramAllocator",
     "Solver",
+    "WeightSource",
     "checked_objective",
-    "default_allocator",
     "implied_weights",
-    "named_allocator",
     "posynomials",
     "program",
 ]
@@ -30,6 +31,7 @@ Objective = Literal["gp", "linear"]
 Solver = Literal["direct", "cvxpy"]
 Weights = Mapping[str, float]
 WeightSource = Weights | Callable[[], Weights | None] | None
+"""Weights of a :class:`ProgramAllocator`, or what gives them."""
 
 
 class ProgramAllocator:
@@ -83,7 +85,7 @@ class ProgramAllocator:
         self.certificate: dict[str, float] = {}
 
     def __call__(self, curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
-        """Units per group, as any :data:`~tp_importance.allocation.greedy.Allocator`.
+        """Units per group, as any :data:`~tp_importance.allocation.registry.Allocator`.
 
         Raises:
             BudgetError: if the floor exceeds a limit; names the least reachable cost.
@@ -119,57 +121,6 @@ class ProgramAllocator:
 def program(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
     """:class:`ProgramAllocator` with equal weights; args and returns as for ``greedy``."""
     return ProgramAllocator()(curves, cost, space, limits)
-
-
-ALLOCATORS["program"] = program
-
-
-_LOSSES = ("GroupTaylorImportance", "GroupHessianImportance", "OBDCImportance")
-COMPARABLE = tuple(getattr(tp.importance, name) for name in _LOSSES if hasattr(tp.importance, name))
-"""Importances of Torch-Pruning that estimate what the loss gains without a channel: greedy widths suit the first of
-them (docs/benchmarks.md); the second-order ones are of its kind and were not measured."""
-
-
-def default_allocator(importance: Any) -> str:
-    """Where the widths come from if nobody says: the one rule, for names, objects, both hosts and searches.
-
-    What the importance declares as its ``default_allocator``; else ``"greedy"`` where scores compare across layers: it
-    has value curves, or is in :data:`COMPARABLE`; else ``"uniform"``. Scores such as magnitudes compare within a layer
-    only, and greedy widths by them lose many points (docs/benchmarks.md).
-
-    Args:
-        importance: any importance.
-
-    Returns:
-        A name in :data:`~tp_importance.allocation.greedy.ALLOCATORS`.
-
-    Example:
-        >>> default_allocator(tp.importance.MagnitudeImportance()), default_allocator(tp.importance.TaylorImportance())
-        ('uniform', 'greedy')
-    """
-    declared = getattr(importance, "default_allocator", None)
-    if declared is not None:
-        return str(declared)
-    return "greedy" if hasattr(importance, "curves") or isinstance(importance, COMPARABLE) else "uniform"
-
-
-def named_allocator(choice: str | Allocator | None, weights: WeightSource = None, importance: Any = None) -> Allocator:
-    """Look an allocator up by name, for somebody who has weights; functions pass through.
-
-    Args:
-        choice: a name in :data:`~tp_importance.allocation.greedy.ALLOCATORS`, or a function; ``None`` or
-            ``"default"`` for the :func:`default_allocator` of the importance.
-        weights: those that ``"program"`` takes, see :class:`ProgramAllocator`.
-        importance: what values the channels.
-
-    Raises:
-        TypeError: for what is neither a name nor a function.
-        ValueError: for an unknown name.
-    """
-    if choice is None or (isinstance(choice, str) and choice == "default"):
-        choice = default_allocator(importance)
-    found = find_allocator(choice)
-    return ProgramAllocator(weights) if found is program else found
 
 
 def posynomials(cost: CostModel, limits: Limits) -> list[Posynomial]:

@@ -4,13 +4,15 @@ The adapters for Optuna and Ray Tune are :mod:`.optuna_study` and :mod:`.ray_tun
 :mod:`nni_plugins`. Their packages come with ``pip install "tp-importance[automl]"`` and are imported when used.
 """
 
+from ..methods.hosts import RandomImportance
+from ..pruning.domains import Choice, Float, Int
+from ..pruning.registry import METHODS, Job, Method, Train, find_method, register_method
 from .builder import search_space
-from .methods import METHODS, Job, Method, RandomImportance, Train, channel_method, find_method, register_method
 from .optuna_study import optuna_objective, requeue_interrupted
 from .problem import BudgetProblem
 from .ray_tune import ray_trainable
 from .search import BudgetSearch, SearchExhaustedError
-from .space import Choice, Float, Int, Parameter, SearchSpace, flatten
+from .space import Parameter, SearchSpace, flatten
 from .statistics import CurveStore, Valuation
 from .trial import TrialParameters, prune_trial
 
@@ -31,7 +33,6 @@ __all__ = [
     "Train",
     "TrialParameters",
     "Valuation",
-    "channel_method",
     "find_method",
     "flatten",
     "optuna_objective",

@@ -7,8 +7,9 @@ from typing import Literal
 
 from ..errors import SearchSpaceError
 from ..graph.groups import PrunableGroups
-from .methods import find_method
-from .space import Choice, Domain, Float, Int, Parameter, SearchSpace
+from ..pruning.domains import Choice, Domain, Float, Int
+from ..pruning.registry import find_method
+from .space import Parameter, SearchSpace
 from .trial import BUDGETS, checked_allocator, checked_mode
 
 __all__ = ["search_space"]

@@ -12,19 +12,23 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..allocation.curves import Curve
-from ..allocation.greedy import WidthSpace, require_reachable
-from ..allocation.program import ProgramAllocator, implied_weights, named_allocator
+from ..allocation.limits import require_reachable
+from ..allocation.program import ProgramAllocator, implied_weights
+from ..allocation.registry import named_allocator
+from ..allocation.space import WidthSpace
 from ..budget import Budget
 from ..core.arguments import checked_budget, checked_model
+from ..core.copies import copied_with
 from ..core.files import read_json, write_json
-from ..core.guards import copied_with
 from ..core.processes import warned_once
 from ..core.types import Ints
 from ..errors import SearchSpaceError
 from ..graph.cost import COST_FIELDS, CostModel
-from ..pruning.pruner import BudgetPruner
-from .methods import Job, find_method, value_network
-from .space import Choice, Int, Parameter, SearchSpace
+from ..pruning.domains import Choice, Int
+from ..pruning.registry import Job, find_method
+from ..pruning.target import PruningTarget
+from .channels import value_network
+from .space import Parameter, SearchSpace
 from .statistics import CurveStore
 from .trial import checked_number
 
@@ -102,16 +106,17 @@ class BudgetProblem:
         clone, options = copied_with(model, pruner_options)
         store = None if statistics is None else CurveStore(statistics, model)
         arguments = Job(clone, example_inputs, loader, budget, store=store, pruner_options=options).arguments
-        pruner = BudgetPruner(clone, example_inputs, loader, importance=None, budget=budget, **arguments)
-        cost, space, limits = pruner.cost_model, pruner.space, budget.marked_limits(pruner.dense)
+        arguments.pop("label_fn", None)
+        target = PruningTarget(clone, example_inputs, **arguments)
+        cost, space, limits = target.cost_model, target.space, budget.marked_limits(target.dense)
         require_reachable(cost, space, limits)
         losses, starts = {}, {}
         for name, method in chosen.items():
             job = Job(
                 clone, example_inputs, loader, budget, given[name], store=store, loss_fn=loss_fn, pruner_options=options
             )
-            found = value_network(method, job, pruner.groups)
-            curves = found.curves(pruner.groups)
+            found = value_network(method, job, target.groups)
+            curves = found.curves(target.groups)
             starts[name] = named_allocator(None, found.weights, found)(curves, cost, space, limits)
             losses[name] = [curves[g].loss.tolist() for g in cost.names]
         return cls(cost, space, limits, losses, starts, given)
@@ -127,9 +132,8 @@ class BudgetProblem:
 
     def fits(self, units: ArrayLike) -> bool:
         """Whether the units keep every limit and are admissible."""
-        values, u = self.cost.evaluate(units), np.asarray(units)
-        admissible = all(v in levels for v, levels in zip(u, self.space.levels, strict=True))
-        return admissible and all(values[COST_FIELDS.index(f)] <= limit for f, limit in self.limits.items())
+        admissible = all(u in levels for u, levels in zip(np.asarray(units), self.space.levels, strict=True))
+        return admissible and self.cost.within(units, self.limits)
 
     def project(self, weights: ArrayLike, method: str) -> Ints:
         r"""Units on the budget for any weights α > 0: the geometric program, rounded down and filled up.

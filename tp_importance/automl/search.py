@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..core.types import Floats
+from ..pruning.domains import check_names
 from .problem import BudgetProblem
-from .space import check_names, flatten
+from .space import flatten
 from .strategies import STRATEGIES, Settings, Strategy
 
 __all__ = ["BudgetSearch", "SearchExhaustedError"]

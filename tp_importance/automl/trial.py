@@ -10,22 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..allocation.greedy import ALLOCATORS, Allocator, Curves, Limits, WidthSpace, proportional, round_down
+from ..allocation.curves import Curves
+from ..allocation.limits import Limits
 from ..allocation.program import ProgramAllocator
+from ..allocation.proportional import proportional
+from ..allocation.registry import ALLOCATORS, Allocator
+from ..allocation.space import WidthSpace, round_down
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
-from ..core.guards import copied_with
+from ..core.copies import copied_with
 from ..core.processes import warned_once
 from ..core.progress import phase, shown
 from ..core.types import Ints
 from ..errors import BudgetError, SearchSpaceError
-from ..graph.cost import CostModel
-from ..graph.tracing import count_ops
+from ..graph.cost import CostModel, exceeded
+from ..graph.counting import count_ops
 from ..latency.measure import measure_latency
+from ..pruning.domains import check_names
+from ..pruning.registry import Job, Train, find_method
 from ..refitting.settings import Refit
 from ..statistics.gradients import checked_loss_fn
-from .methods import Job, Train, find_method
-from .space import check_names, flatten, parameters_noted
+from .channels import prune_channels
+from .space import flatten, parameters_noted
 from .statistics import CurveStore
 
 __all__ = ["TrialParameters", "prune_trial"]
@@ -159,7 +165,7 @@ def checked_mode(mode: Any) -> str | None:
         try:
             return Refit(mode).mode
         except ValueError as error:
-            known = "None, 'batchnorm', 'parallel' or 'sequential'"
+            known = "None, 'sequential', 'parallel' or 'batchnorm'"
             raise SearchSpaceError(f"refit={mode!r} is unknown; choose {known}") from error
     return None
 
@@ -196,7 +202,7 @@ def prune_trial(
         loader: re-iterable of batches for statistics and batch norms.
         budget: limit; ``budget:macs`` and ``budget:params`` of the trial replace its fields. Without one, widths must
             be given.
-        train: fine-tuning, see :class:`~tp_importance.automl.methods.Train`; default: none.
+        train: fine-tuning, see :class:`~tp_importance.automl.Train`; default: none.
         refit: how the network is repaired on ``loader`` before training, see :class:`~tp_importance.Refit`; a
             ``"refit"`` among the parameters goes first. Without a loader or batch norms, ``"batchnorm"`` does nothing.
         statistics: folder for statistics that trials share, see
@@ -265,13 +271,14 @@ def _run(
     job.allocate = params.allocate(limited=job.budget is not None)
     run = job.pruner_options.get("forward_fn")
     dense = Cost(*count_ops(job.model, x, forward_fn=run))
-    method.prune(job)
+    if method.prune is None:
+        prune_channels(method, job)
+    else:
+        method.prune(job)
     cost = Cost(*count_ops(job.model, x, forward_fn=run))
-    for name, limit in (job.budget.limits(dense) if job.budget is not None else {}).items():
-        if getattr(cost, name) > limit:
-            raise BudgetError(
-                f"method {params.method!r} left {getattr(cost, name)} {name}, more than the limit {limit}"
-            )
+    limits = job.budget.limits(dense) if job.budget is not None else {}
+    for name, left in exceeded(cost.as_dict(), limits).items():
+        raise BudgetError(f"method {params.method!r} left {left} {name}, more than the limit {limits[name]}")
     job.model.eval()
     with phase("evaluating") as running:
         value = _metric(evaluate(job.model))
@@ -290,13 +297,11 @@ def _exact(widths: Mapping[str, float], cost: CostModel, space: WidthSpace, limi
     for name, levels, u, size in zip(cost.names, space.levels, units, cost.unit_sizes, strict=True):
         if u not in levels:
             raise SearchSpaceError(f"width:{name}={u * size} is not admissible; admissible: {(levels * size).tolist()}")
-    values = cost.cost(cost.widths(units)).as_dict()
-    for name, limit in limits.items():
-        if values[name] > limit:
-            raise BudgetError(
-                f"the widths of the trial cost {values[name]} {name}, more than the limit {limit}; let the search "
-                "propose weight:<group> or ratio:<group>, which are scaled to the budget, or use the tuner"
-            )
+    for name, spent in cost.exceeded(units, limits).items():
+        raise BudgetError(
+            f"the widths of the trial cost {spent} {name}, more than the limit {limits[name]}; let the search "
+            "propose weight:<group> or ratio:<group>, which are scaled to the budget, or use the tuner"
+        )
     return units
 
 

@@ -17,22 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import checked_model
-from ..core.batches import reference_tensor
+from ..core.devices import reference_tensor
 from ..core.files import check_archive, written_at_once
-from .content import (
-    check_content,
-    check_layers,
-    content_digests,
-    is_shadowing,
-    other_kind,
-    plain,
-    tensor_sizes,
-)
+from .attribute_loading import AttributeLoader
+from .attributes import class_name, module_attributes
+from .content import check_content, check_layers, content_digests, other_kind, tensor_sizes
 
 __all__ = ["load_pruned", "register_rebuilt", "save_pruned"]
 
 FORMAT = "tp_importance.pruned"
-VERSION = 2
+VERSION = 3
 
 _PLAIN = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
@@ -52,8 +46,8 @@ def register_rebuilt(cls: type[nn.Module]) -> None:
     """Let :func:`load_pruned` build ``cls`` where the factory has another class.
 
     Args:
-        cls: a module that is built from the integers, floats and strings among its public attributes that its
-            constructor takes; parameters and buffers come from the file.
+        cls: a module that is built from those of its public attributes that its constructor takes; parameters and
+            buffers come from the file.
 
     Raises:
         ValueError: if another class of that name is registered.
@@ -71,11 +65,14 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
     versions of its modules), ``outside`` (parameters and buffers that are not in the state dict, such as
     non-persistent buffers), ``parameters`` and ``buffers`` (name → first name of the same tensor, so that tied ones
     stay tied), ``requires_grad`` (by parameter) and ``modules``: by name the class, the first name of the same
-    module, and the configuration. That is every public attribute that is an ``int`` or a tuple or list of them
-    (widths, groups, heads, the user's own such as split sizes); for the layers in ``REBUILT`` also the other
-    arguments of their constructors. Widths of layers of ``torch.nn`` are those of their tensors, even if somebody
-    sliced a weight and left ``in_features`` as it was. Other attributes come from the factory on loading.
-    ``digests`` has the SHA-256 of every entry (:func:`~tp_importance.checkpoints.content.content_digests`).
+    module, the configuration and what else there is. The configuration is every public attribute that is a plain
+    value, whoever has set it: ``None``, numbers, text, dtypes, ``torch.Size``, and lists, tuples, sets, dicts,
+    dataclasses, named tuples, namespaces and enums of them, nested as one likes. Widths of layers of ``torch.nn`` are
+    those of their tensors, even if somebody sliced a weight and left ``in_features`` as it was. Other attributes,
+    functions or arrays say, cannot be kept; ``other`` has their names and kinds. They come from the factory on loading,
+    which warns if another kind of thing is there. So do private attributes (``_name``) and what
+    ``functools.cached_property`` has computed. ``digests`` has the SHA-256 of every entry
+    (:func:`~tp_importance.checkpoints.content.content_digests`).
 
     The file appears under its name only when it is complete; an old one is replaced in one step, or kept. What a
     killed save left behind is removed by the next save to the same name.
@@ -119,9 +116,7 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "parameters": _first_names(parameters),
         "buffers": _first_names(buffers),
         "requires_grad": {name: p.requires_grad for name, p in parameters.items()},
-        "modules": {
-            n: {"class": _class_name(m), "same_as": first[n], "config": _config(m)} for n, m in modules.items()
-        },
+        "modules": {n: {"same_as": first[n], **_described(m)} for n, m in modules.items()},
     }
     content["digests"] = content_digests(content)
     check_content(content, content["digests"])
@@ -144,6 +139,9 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
     Where a module of the factory is of another class than the saved one and the saved one is a plain layer (those in
     ``REBUILT``), it is built anew: an ``nn.Identity`` in place of a normalisation, say. A layer of ``torch.nn`` may
     gain or lose its bias; its tensors must be complex, or sparse, where those of the factory are, and nowhere else.
+    Attributes that are plain values are those of the file (see :func:`save_pruned`); where the factory has the same,
+    its own object stays. The file has the values of dataclasses, enums and the like, not their classes: these are
+    those that occur among the attributes of the factory's network.
 
     Nothing is believed of the file. Two checks find damage, such as one flipped bit: every member of the archive is
     compared with its CRC-32 before it is read, and every entry with its SHA-256 afterwards. They also find a change by
@@ -159,6 +157,10 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
     Returns:
         The network in **eval mode**, on the device of what ``factory`` built; parameters, buffers, dtypes, ties and
         ``requires_grad`` are bit for bit those saved.
+
+    Warns:
+        UserWarning: if the factory's network has an attribute or a method where the file has something that cannot be
+            loaded: another function, or a class that no attribute of the factory's has.
 
     Raises:
         TypeError: if ``factory`` is not callable, needs arguments, raises a ``TypeError``, is a module itself or builds
@@ -189,7 +191,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
     like = reference_tensor(model)
     content = _read(path, "cpu" if like is None or like.is_meta else like.device)
     try:
-        _match_modules(model, content)
+        attributes = _match_modules(model, content)
         _set_tensors(model, content)
         state = OrderedDict(content["state_dict"])
         state._metadata = content["metadata"]  # type: ignore[attr-defined]
@@ -198,6 +200,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) 
     except Exception as error:  # modules of the user's are asked as well, which raise whatever they like
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise ValueError(f"{os.fspath(path)} does not fit the factory's model: {kind}{error}") from error
+    attributes.warn(str(os.fspath(path)))
     return model.eval()
 
 
@@ -290,24 +293,15 @@ def _first_names(items: dict[str, Any]) -> dict[str, str]:
     return {name: first.setdefault(id(item), name) for name, item in items.items()}
 
 
-def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _config(module: nn.Module) -> dict[str, Any]:
-    public = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
-    config = {k: plain(v) for k, v in public.items() if plain(v) is not None}
+def _described(module: nn.Module) -> dict[str, Any]:
+    config, other = module_attributes(module)
     config |= {k: v for k, v in tensor_sizes(module).items() if k in config}
-    cls = REBUILT.get(_class_name(module))
-    if cls is not None:  # such as eps, momentum, padding_mode
-        arguments = inspect.signature(cls).parameters
-        config |= {k: v for k, v in public.items() if k in arguments and type(v) in (float, str, type(None))}
-    return config
+    return {"class": class_name(type(module)), "config": config, "other": other}
 
 
-def _match_modules(model: nn.Module, content: dict[str, Any]) -> None:
+def _match_modules(model: nn.Module, content: dict[str, Any]) -> AttributeLoader:
     """Give ``model`` the modules and the configuration of the file."""
-    saved = content["modules"]
+    saved, attributes = content["modules"], AttributeLoader(model)
     usual = remedy = "load with the factory that built the network before it was pruned"
     present = dict(model.named_modules(remove_duplicate=False))
     aliases = _first_names(present)
@@ -320,30 +314,24 @@ def _match_modules(model: nn.Module, content: dict[str, Any]) -> None:
         if same_class and aliases[name] == first:
             continue
         if not name and not same_class:
-            raise ValueError(f"the file holds a {cls}, the factory builds a {_class_name(model)}; {remedy}")
+            raise ValueError(f"the file holds a {cls}, the factory builds a {class_name(type(model))}; {remedy}")
         if cls not in REBUILT or not name:
-            found = f"{_class_name(present[name])} (the module {aliases[name]!r}) in the factory's model"
+            found = f"{class_name(type(present[name]))} (the module {aliases[name]!r}) in the factory's model"
             raise ValueError(f"layer {name!r} is a {cls} (the module {first!r}) in the file but a {found}; {remedy}")
         parent, _, leaf = name.rpartition(".")
-        setattr(present[parent], leaf, _built(name, entry) if first == name else present[first])
+        setattr(present[parent], leaf, _built(name, entry, attributes) if first == name else present[first])
         present = dict(model.named_modules(remove_duplicate=False))
         aliases = _first_names(present)
     remedy = usual
     for name, module in present.items():
         if name not in saved:
             raise ValueError(
-                f"layer {name!r} ({_class_name(module)}) of the factory's model is not in the file; {remedy}"
+                f"layer {name!r} ({class_name(type(module))}) of the factory's model is not in the file; {remedy}"
             )
-        for key, value in saved[name]["config"].items():
-            if is_shadowing(module, key):
-                raise ValueError(
-                    f"layer {name!r} has {key}={value!r} in its config, which would hide {key!r} of "
-                    f"{_class_name(module)}; {remedy}, or save it without that attribute"
-                )
-            if value is None or plain(vars(module).get(key)) != value:
-                module.__dict__[key] = value
+        attributes.load(name, module, saved[name])
         if isinstance(module, nn.modules.conv._ConvNd):
             module._reversed_padding_repeated_twice = _padding(module)  # derived by the constructor
+    return attributes
 
 
 def _padding(conv: Any) -> list[int]:
@@ -355,9 +343,9 @@ def _padding(conv: Any) -> list[int]:
     return [size for size in reversed(sizes) for _ in range(2)]
 
 
-def _built(name: str, entry: dict[str, Any]) -> nn.Module:
+def _built(name: str, entry: dict[str, Any], attributes: AttributeLoader) -> nn.Module:
     cls = REBUILT[entry["class"]]
-    arguments = {k: v for k, v in entry["config"].items() if k in inspect.signature(cls).parameters}
+    arguments = attributes.arguments(entry["config"], cls)
     # Without memory for tensors, which come from the file; other people's classes may hold some that do not.
     place = torch.device("meta") if cls in _PLAIN else nullcontext()
     try:
@@ -386,7 +374,7 @@ def _set_tensors(model: nn.Module, content: dict[str, Any]) -> None:
                 problem = other_kind(module, new, current)
                 if problem:
                     raise ValueError(f"layer {layer!r} ({type(module).__name__}): its {leaf} is {problem}")
-                if new is None and current is not None and not _class_name(module).startswith("torch.nn."):
+                if new is None and current is not None and not class_name(type(module)).startswith("torch.nn."):
                     raise ValueError(f"{name!r} of the factory's model is not in the file; {remedy}")
                 if new is not current:
                     setattr(module, leaf, new)

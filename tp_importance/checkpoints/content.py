@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -12,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attributes import check_encoded, fingerprint
+
 __all__ = [
     "check_content",
     "check_layers",
     "content_digests",
+    "integers",
     "is_shadowing",
     "layer_problem",
     "other_kind",
-    "plain",
     "tensor_sizes",
 ]
 
@@ -63,17 +64,17 @@ _STEPS = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0, "output_pa
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-def plain(value: Any) -> Any:
+def integers(value: Any) -> Any:
     """``value`` if it is an integer or a tuple or list of them, as builtin types, else ``None``.
 
     Example:
-        >>> plain(torch.Size([3, 4])), plain([1, "a"]), plain(True)
+        >>> integers(torch.Size([3, 4])), integers([1, "a"]), integers(True)
         ((3, 4), None, True)
     """
     if isinstance(value, Integral):
         return value if isinstance(value, bool) else int(value)
     if isinstance(value, (tuple, list)):
-        items = [plain(item) for item in value]
+        items = [integers(item) for item in value]
         return None if None in items else items if isinstance(value, list) else tuple(items)
     return None
 
@@ -105,36 +106,11 @@ def content_digests(content: Mapping[str, Any]) -> dict[str, str]:
             continue
         items = {f"{section}/{name}": v for name, v in value.items()} if type(value) is dict else {section: value}
         for name, item in items.items():
-            digest = hashlib.sha256()
             try:
-                _feed(digest, item)
+                found[name] = fingerprint(item)
             except Exception as error:
                 raise ValueError(f"{name} cannot be kept in a checkpoint: {error}") from error
-            found[name] = digest.hexdigest()
     return found
-
-
-def _feed(digest: Any, value: Any) -> None:
-    """Lengths go before contents, so that no two values feed the same bytes."""
-    kind = type(value)
-    if isinstance(value, Tensor):
-        if value.is_meta:
-            raise TypeError("it is on the meta device and has no values; materialise the network first")
-        strides = value.stride() if value.layout == torch.strided else None
-        _feed(digest, ["tensor", str(value.dtype), str(value.layout), *value.shape, strides])
-        dense = value.detach()
-        dense = dense.dequantize() if dense.is_quantized else dense if strides is not None else dense.to_dense()
-        flat = dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    elif kind in (list, tuple, dict):
-        digest.update(f"{kind.__name__} {len(value)};".encode())
-        for item in value.items() if kind is dict else value:
-            _feed(digest, item)
-    elif value is None or kind in (bool, int, float, str):
-        text = repr(value).encode("utf-8", "surrogatepass")
-        digest.update(f"{kind.__name__} {len(text)}:".encode() + text)
-    else:
-        raise TypeError(f"it is of type {kind.__name__}; only tensors, numbers, text, lists, tuples and dicts are kept")
 
 
 def check_content(content: Mapping[str, Any], digests: Mapping[str, str]) -> None:
@@ -172,18 +148,24 @@ def _check_modules(modules: Mapping[str, Any], digests: Mapping[str, str]) -> No
     if "" not in modules:
         raise ValueError("modules has no entry '' for the network itself")
     for name, entry in modules.items():
-        if type(entry) is not dict or set(entry) != {"class", "same_as", "config"}:
-            raise ValueError(f"the entry of layer {name!r} must be a dict of class, same_as and config, not {entry!r}")
-        if type(entry["class"]) is not str or type(entry["config"]) is not dict:
-            raise ValueError(f"layer {name!r} must have a text as class and a dict as config, not {entry!r}")
+        if type(entry) is not dict or set(entry) != {"class", "same_as", "config", "other"}:
+            raise ValueError(f"the entry of layer {name!r} must have class, same_as, config and other, not {entry!r}")
+        if type(entry["class"]) is not str or type(entry["config"]) is not dict or type(entry["other"]) is not dict:
+            raise ValueError(f"layer {name!r} must have a text as class and dicts as config and other, not {entry!r}")
         if name.rpartition(".")[0] not in modules:
             raise ValueError(f"layer {name!r} is in no layer of the file")
         _check_first(f"layer {name!r}", entry["same_as"], {n: m.get("same_as") for n, m in _dicts(modules)})
         if digests[f"modules/{name}"] != digests[f"modules/{entry['same_as']}"]:
             raise ValueError(f"layer {name!r} is the same as {entry['same_as']!r} but has another class or config")
         for key, value in entry["config"].items():
-            if type(key) is not str or not (type(value) in (float, str, type(None)) or plain(value) is not None):
-                raise ValueError(f"layer {name!r} has {key!r}={value!r} in its config, which is no number or text")
+            if type(key) is not str:
+                raise ValueError(f"layer {name!r} has the key {key!r} in its config, which is no text")
+            try:
+                check_encoded(value)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r} has {key!r} in its config: {error}") from error
+        if any(type(text) is not str for item in entry["other"].items() for text in item):
+            raise ValueError(f"layer {name!r} must have texts in other, not {entry['other']!r}")
 
 
 def _members(firsts: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -310,7 +292,11 @@ def tensor_sizes(module: nn.Module) -> dict[str, Any]:
         return dict(zip(("out_features", "in1_features", "in2_features"), shape, strict=False))
     if base in (nn.PReLU, nn.GroupNorm):
         return {_SIZES[base][-1]: weight.numel()}
-    if issubclass(base, nn.modules.conv._ConvNd) and weight.dim() > 2 and type(groups := plain(module.groups)) is int:
+    if (
+        issubclass(base, nn.modules.conv._ConvNd)
+        and weight.dim() > 2
+        and type(groups := integers(module.groups)) is int
+    ):
         first, second = shape[0], shape[1] * groups
         inputs, outputs = (first, second) if module.transposed else (second, first)
         return {"in_channels": inputs, "out_channels": outputs, "kernel_size": shape[2:]}
@@ -346,7 +332,7 @@ def layer_problem(module: nn.Module, *, stale: bool = False) -> str | None:
     said = ", ".join(f"{key}={value!r}" for key, value in (sizes | options).items())
     for key, value in sizes.items():
         numbers = value if isinstance(value, (tuple, list)) else (value,)
-        if plain(value) is None or any(type(n) is not int or n < 1 for n in map(plain, numbers)):
+        if integers(value) is None or any(type(n) is not int or n < 1 for n in map(integers, numbers)):
             return f"{key}={value!r} is not positive"
     problem = _step_problem(module, int(base.__name__[-2])) if issubclass(base, nn.modules.conv._ConvNd) else None
     if problem:
@@ -380,7 +366,7 @@ def _step_problem(module: nn.Module, dims: int) -> str | None:
         if key == "padding" and value in ("same", "valid"):
             continue
         right = isinstance(value, (tuple, list)) and len(value) == dims
-        if not right or any(type(n) is not int or n < least for n in map(plain, value)):
+        if not right or any(type(n) is not int or n < least for n in map(integers, value)):
             return f"{key}={value!r} must be {dims} integers of at least {least}"
     return None
 

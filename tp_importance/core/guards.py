@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 import threading
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import ContextDecorator, contextmanager
+from collections.abc import Iterable
 from types import CodeType, FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 
-__all__ = [
-    "Guard",
-    "copied",
-    "copied_with",
-    "copy_memo",
-    "full_precision",
-    "preserved",
-    "settled",
-    "transaction",
-    "warn_in_eval_mode",
-    "written",
-]
-
-Model = TypeVar("Model", bound=nn.Module)
+__all__ = ["Guard", "preserved", "transaction", "written"]
 
 HOOKS = (
     "_forward_hooks",
@@ -217,43 +199,6 @@ class transaction(Guard):
             _put_back(self._copies)
 
 
-@contextmanager
-def settled(model: nn.Module) -> Iterator[None]:
-    """Around a surgery: new parameters and buffers are laid out in memory as those they replace, and have no gradient.
-
-    Torch-Pruning gives contiguous ones, and cuts gradients along, which then look like those of the smaller network.
-
-    Args:
-        model: the network.
-
-    Example:
-        >>> net = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
-        >>> with settled(net):
-        ...     net.weight = nn.Parameter(net.weight[:2].contiguous())
-        >>> net.weight.is_contiguous(memory_format=torch.channels_last)
-        True
-    """
-    before = dict(_tensors(model))
-    yield
-    for name, tensor in _tensors(model):
-        old = before.get(name)
-        if old is None or old is tensor:
-            continue
-        tensor.grad = None
-        layout = _LAST.get(old.dim())
-        if layout is not None and tensor.dim() == old.dim() and not old.is_contiguous():
-            if old.is_contiguous(memory_format=layout):
-                tensor.data = tensor.data.contiguous(memory_format=layout)
-
-
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
 class written(Guard):
     """Put the values of ``tensors`` back if the block, which writes into them, raises.
 
@@ -291,88 +236,6 @@ def _put_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for tensor, values in copies:
             tensor.copy_(values)
-
-
-def warn_in_eval_mode(model: nn.Module, *, stacklevel: int = 2) -> bool:
-    """Warn if a network in training is in eval mode and has layers that work otherwise then.
-
-    Batch norms in eval mode normalise by statistics that do not follow the weights: the training diverges, to NaN in
-    the end. Single layers in eval mode are the user's choice, if the network is in train mode.
-
-    Args:
-        model: the network, just after a training step.
-        stacklevel: as for :func:`warnings.warn`.
-
-    Returns:
-        Whether it has warned.
-    """
-    if model.training:
-        return False
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    layers = [name for name, m in model.named_modules() if isinstance(m, kinds) and not m.training]
-    if layers:
-        warnings.warn(
-            f"{type(model).__name__} is trained in eval mode: {len(layers)} batch norm or dropout layers ({layers[0]}, "
-            "say) do not work as in a training, which will diverge; call model.train() before the training",
-            stacklevel=stacklevel,
-        )
-    return bool(layers)
-
-
-class full_precision(Guard, ContextDecorator):
-    """Switch TensorFloat-32 off inside the block, or a function that it decorates: GPUs use it, with errors of 1e-3.
-
-    Example:
-        >>> import torch
-        >>> with full_precision():
-        ...     torch.backends.cudnn.allow_tf32
-        False
-    """
-
-    def _note(self) -> None:
-        owners: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-        self._before = [(owner, owner.allow_tf32) for owner in owners]
-        for owner in owners:
-            owner.allow_tf32 = False
-
-    def _recreate_cm(self) -> full_precision:
-        return full_precision()  # for every call of a decorated function
-
-    def _restore(self, failed: bool) -> None:
-        for owner, allowed in self._before:
-            owner.allow_tf32 = allowed
-
-
-def copied(model: Model) -> Model:
-    """A deep copy of a network, also after a forward pass with gradients left a tensor with a graph in it.
-
-    Args:
-        model: the network; tensors inside of it that are not leaves of the autograd graph, such as the weight under the
-            older ``torch.nn.utils.weight_norm`` or a cached activation, are copied without their graph.
-
-    Example:
-        >>> net = torch.nn.utils.weight_norm(nn.Linear(2, 2))
-        >>> twin = copied(net)
-        >>> net.weight.is_leaf, twin.weight.is_leaf
-        (False, True)
-    """
-    return copied_with(model, None)[0]
-
-
-def copied_with(model: Model, others: Any) -> tuple[Model, Any]:
-    """The same, and a copy of ``others``, in which the layers of the network are those of its copy."""
-    twin, options = copy.deepcopy((model, others), copy_memo(model))
-    for module in twin.modules():
-        if is_parametrized(module):  # copies share a class, and removing a parametrization changes the class
-            kind = type(module)
-            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-    return twin, options
-
-
-def copy_memo(model: nn.Module) -> dict[int, Any]:
-    """What :func:`copy.deepcopy` is to take for the tensors of ``model`` that it refuses; see :func:`copied`."""
-    held = (value for module in model.modules() for value in tree_leaves([vars(module), module._buffers]))
-    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
 
 
 def _hook_ids(module: nn.Module) -> dict[str, set[Any]]:

@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
-from torch import nn
 
 from ..budget import Cost
 from ..core.types import Floats, Ints
-from .groups import Excluded, PrunableGroups
-from .reparametrised import owner_of, sliced_sides
-from .tracing import CONV, is_depthwise
+from .cost_terms import COST_FIELDS, LeftOut, cost_terms
+from .groups import PrunableGroups
 
-__all__ = ["COST_FIELDS", "LATENCY", "CostModel", "LeftOut", "Timed", "channels_per_unit"]
-
-COST_FIELDS = ("macs", "params")
-"""What a :class:`CostModel` counts, in the order of its arrays."""
+__all__ = ["COST_FIELDS", "LATENCY", "CostModel", "Timed", "exceeded", "headroom"]
 
 LATENCY = "latency_ms"
 """The limit that is predicted rather than counted."""
 
-_Affine = tuple[Fraction, dict[int, Fraction]]
-_ONE: _Affine = (Fraction(1), {})
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A group that is not pruned, and what the layers that make its channels cost.
-
-    Attributes:
-        group: the group, with the reason.
-        shares: fraction of the whole cost, by field.
-    """
-
-    group: Excluded
-    shares: Mapping[str, float]
+PREDICTED_TOLERANCE = 1e-9
+"""Part of a predicted limit that is left for the rounding of sums of floats; counts are exact."""
 
 
 class Timed(Protocol):
@@ -96,13 +75,23 @@ class CostModel:
 
         Example:
             >>> import torch
+            >>> from torch import nn
             >>> from tp_importance import prunable_groups
             >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
             >>> cost = CostModel.from_groups(prunable_groups(net, torch.randn(1, 3, 8, 8)))
             >>> cost.cost({"0": 8}).macs, cost.cost({"0": 5}).macs
             (12384, 7740)
         """
-        return _Builder(groups).build()
+        found = cost_terms(groups)
+        return cls(
+            tuple(g.name for g in groups),
+            np.array([g.unit_size for g in groups], np.int64),
+            np.array([g.n_units for g in groups], np.int64),
+            found.constant,
+            found.linear,
+            found.quadratic,
+            left_out=found.left_out,
+        )
 
     @property
     def dense(self) -> Cost:
@@ -173,6 +162,31 @@ class CostModel:
         found: dict[str, float] = {f: int(values[COST_FIELDS.index(f)]) for f in names if f != LATENCY}
         return {**found, LATENCY: self.timed.predict(units)} if LATENCY in names else found
 
+    def within(self, units: ArrayLike, limits: Mapping[str, float]) -> bool:
+        """Whether ``units`` of shape (G,) keep every limit: the one meaning of that, counted or predicted.
+
+        Args:
+            units: units per group.
+            limits: upper limit per cost field, and of ``"latency_ms"``.
+
+        Raises:
+            ValueError: for a limit of latency without a latency model.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from tp_importance import prunable_groups
+            >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+            >>> cost = CostModel.from_groups(prunable_groups(net, torch.randn(1, 3, 8, 8)))
+            >>> cost.within([5], {"macs": 7740}), cost.within([5], {"macs": 7739})
+            (True, False)
+        """
+        return not self.exceeded(units, limits)
+
+    def exceeded(self, units: ArrayLike, limits: Mapping[str, float]) -> dict[str, float]:
+        """The costs of ``units`` of shape (G,) that are above their limits, by field; see :meth:`within`."""
+        return exceeded(self.spent(units, limits), limits)
+
     @property
     def timed(self) -> Timed:
         """The latency model.
@@ -197,146 +211,30 @@ class CostModel:
         return Cost(**dict(zip(COST_FIELDS, map(int, values), strict=True)))
 
 
-def channels_per_unit(groups: PrunableGroups) -> dict[tuple[str, str], dict[int, int]]:
-    """Channels that one unit of every group takes of each side of a layer: ``{(layer, role): {position: n}}``.
+def headroom(spent: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
+    """How much may be added to costs under limits, by field; below 0 where a limit is exceeded.
+
+    A predicted limit is lowered by :data:`PREDICTED_TOLERANCE` of itself.
 
     Args:
-        groups: the groups.
+        spent: costs by field, numbers or arrays of them.
+        limits: upper limit per field.
     """
-    sides: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-    for g, group in enumerate(groups):
-        for m in group.members:
-            sides[m.name, m.role][g] = len(m.channels) // group.n_units
-    return dict(sides)
+    return {f: (limit * (1 - PREDICTED_TOLERANCE) if f == LATENCY else limit) - spent[f] for f, limit in limits.items()}
 
 
-class _Builder:
-    def __init__(self, groups: PrunableGroups):
-        self.groups, self.excluded = groups.groups, groups.excluded
-        self.model = groups.trace.model
-        self.trace = groups.trace
-        size = len(self.groups)
-        self.constant = [Fraction(0)] * len(COST_FIELDS)
-        self.linear = np.zeros((len(COST_FIELDS), size), object)
-        self.quadratic = np.zeros((len(COST_FIELDS), size, size), object)
-        self.sides = channels_per_unit(groups)
+def exceeded(spent: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:
+    """The costs that are above their limits.
 
-    def build(self) -> CostModel:
-        modules = dict(self.model.named_modules())
-        positions: dict[str, int] = defaultdict(int)
-        counted_params: set[int] = set()
-        for call in self.trace.calls:
-            positions[call.name] += call.macs
-        for name, macs in positions.items():
-            self._add_layer(0, name, modules[name], Fraction(macs, self.trace.batch_size))
-        parameters = dict(self.model.named_parameters())
-        for key, macs in self.trace.functional.items():
-            name = key.rpartition(".")[0]
-            self._add_parameter(0, key, name, modules[name], parameters[key], Fraction(macs, self.trace.batch_size))
-        for name, module in modules.items():
-            for key, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in counted_params:
-                    continue
-                counted_params.add(id(parameter))
-                full_name = f"{name}.{key}".lstrip(".")
-                plain = key == "weight" and isinstance(module, (*CONV, nn.Linear))
-                owner = None if plain else owner_of(name)
-                if owner and isinstance(modules[owner[0]], (*CONV, nn.Linear)):
-                    self._add_source(*owner, modules[owner[0]], parameter)
-                else:
-                    self._add_parameter(1, full_name, name, module, parameter, Fraction(parameter.numel()))
-        full = np.array([g.n_units for g in self.groups], np.int64)
-        return CostModel(
-            tuple(g.name for g in self.groups),
-            np.array([g.unit_size for g in self.groups], np.int64),
-            full,
-            _integers(self.constant),
-            _integers(self.linear),
-            _integers(self.quadratic),
-            left_out=tuple(self._left_out(e, positions, modules) for e in self.excluded),
-        )
+    Args:
+        spent: costs by field.
+        limits: upper limit per field.
 
-    def _left_out(self, group: Excluded, macs: Mapping[str, int], modules: Mapping[str, nn.Module]) -> LeftOut:
-        total = (sum(macs.values()), sum(p.numel() for p in self.model.parameters()))
-        own = [0.0, 0.0]
-        for name in group.layers:
-            layer = modules.get(name)
-            outputs = int(getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) or group.width)
-            part = min(group.width / outputs, 1.0)  # of a layer that a split cuts
-            weight = None if layer is None else layer._parameters.get("weight")  # a computed one may move when read
-            own[0] += part * macs.get(name, 0)
-            own[1] += part * (0 if weight is None else weight.numel())
-        return LeftOut(group, {f: o / max(t, 1) for f, o, t in zip(COST_FIELDS, own, total, strict=True)})
+    Returns:
+        Costs by field; empty if every limit is kept.
 
-    def _side(self, name: str, role: str, width: int) -> _Affine:
-        """Width of one side of a layer, divided by its dense width, as an affine function of the units."""
-        per_unit = self.sides.get((name, role), {})
-        fixed = width - sum(n * self.groups[g].n_units for g, n in per_unit.items())
-        if fixed < 0:
-            raise ValueError(f"{name}: groups claim more {role} channels than its {width}; exclude it (ignored_layers)")
-        return Fraction(fixed, width), {g: Fraction(n, width) for g, n in per_unit.items()}
-
-    def _add_layer(self, field: int, name: str, module: nn.Module, total: Fraction) -> None:
-        """A term proportional to in-width × out-width; ``total`` is its dense value."""
-        if not total:
-            return
-        if isinstance(module, CONV):
-            inputs, outputs = module.in_channels, module.out_channels
-        elif isinstance(module, nn.Linear):
-            inputs, outputs = module.in_features, module.out_features
-        else:  # attention: its channels are never in a group
-            self.constant[field] += total
-            return
-        k_out, a_out = self._side(name, "out", outputs)
-        if is_depthwise(module):
-            k_in, a_in = _ONE
-        else:
-            k_in, a_in = self._side(name, "in", inputs)
-        self.constant[field] += total * k_in * k_out
-        for g, n in a_in.items():
-            self.linear[field, g] += total * n * k_out
-        for g, n in a_out.items():
-            self.linear[field, g] += total * n * k_in
-        for g, n in a_in.items():
-            for h, m in a_out.items():
-                self.quadratic[field, min(g, h), max(g, h)] += total * n * m
-
-    def _add_parameter(
-        self, field: int, key: str, name: str, module: nn.Module, parameter: nn.Parameter, total: Fraction
-    ) -> None:
-        """A term proportional to the size of a parameter; ``total`` is its dense value."""
-        if key.rpartition(".")[2] == "weight" and isinstance(module, (*CONV, nn.Linear)):
-            self._add_layer(field, name, module, total)
-        else:  # one entry (or row) per channel of the owner's output side
-            self._add_side(field, key if (key, "out") in self.sides else name, "out", parameter, total)
-
-    def _add_source(self, name: str, leaf: str, layer: nn.Module, parameter: nn.Parameter) -> None:
-        """A parameter that the weight or bias of a layer is computed from."""
-        sides, total = sliced_sides(layer, leaf, parameter), Fraction(parameter.numel())
-        if len(sides) == 2:
-            self._add_layer(1, name, layer, total)
-        elif sides:
-            self._add_side(1, name, sides[0], parameter, total)
-        else:
-            self.constant[1] += parameter.numel()
-
-    def _add_side(self, field: int, owner: str, role: str, parameter: nn.Parameter, total: Fraction) -> None:
-        """A term proportional to one side of a layer; ``total`` is its dense value."""
-        member = next((m for g in self.groups for m in g.members if m.name == owner and m.role == role), None)
-        if member is None or parameter.numel() % member.width:
-            self.constant[field] += total
-            return
-        k, a = self._side(owner, role, member.width)
-        self.constant[field] += total * k
-        for g, n in a.items():
-            self.linear[field, g] += total * n
-
-
-def _integers(values: object) -> Ints:
-    array = np.asarray(values, object)
-    flat = [Fraction(v) for v in array.ravel()]
-    if any(v.denominator != 1 for v in flat):
-        raise ValueError("the cost is no quadratic form with integer coefficients of these groups; verify them")
-    if math.prod(array.shape) and max(abs(v.numerator) for v in flat) >= 2**62:
-        raise ValueError("the cost exceeds 64-bit integers")
-    return np.array([v.numerator for v in flat], np.int64).reshape(array.shape)
+    Example:
+        >>> exceeded({"macs": 5, "params": 7}, {"macs": 5, "params": 6})
+        {'params': 7}
+    """
+    return {field: spent[field] for field, room in headroom(spent, limits).items() if room < 0}

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ..core.batches import call_model, fresh_inputs, tensors_in
+from ..core.batches import tensors_in
+from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
-from .tracing import CONV
+from .layer_kinds import CONV
 
 __all__ = [
     "Flow",
@@ -69,6 +70,7 @@ class Op:
         outputs: the tensors it makes; in-place results count as new tensors.
         args: positional and keyword arguments; a tensor stands there as its :class:`Value`.
         written: tensors that it changes in place, among them others in the same memory.
+        seen: whether it is one operation; ``False`` for all that a scripted function, say, does out of sight.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Op:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     fixed: Kind | None = None
     written: tuple[int, ...] = ()
+    seen: bool = True
 
     @property
     def kind(self) -> Kind:
@@ -304,7 +307,7 @@ class _Recorder(TorchFunctionMode):
             unseen = [t for t in tensors_in(output) if id(t) not in self._value]
             if unseen and not self._depth:  # made out of sight, by a scripted function say
                 made = tuple(self.value(t) for t in unseen)
-                self.ops.append(Op(f"{name} (not seen)", None, inputs, made, fixed="other"))
+                self.ops.append(Op(f"{name} (not seen)", None, inputs, made, fixed="other", seen=False))
             outputs = tuple(self.value(t) for t in tensors_in(output))
             plain = len(args) == len(inputs) == 1 and not kwargs and isinstance(args[0], Tensor)
             plain = plain and isinstance(output, Tensor)

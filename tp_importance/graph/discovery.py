@@ -20,8 +20,8 @@ __all__ = ["prunable_groups"]
 def prunable_groups(
     model: nn.Module,
     example_inputs: Any,
-    ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
     *,
+    ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
     num_heads: Mapping[nn.Module, int] | None = None,
     unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
     customized_pruners: Mapping[Any, Any] | None = None,
@@ -68,8 +68,8 @@ def prunable_groups(
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> groups = prunable_groups(net, torch.randn(1, 3, 8, 8))
-        >>> [(g.name, g.width) for g in groups], [e.reason for e in groups.excluded]
-        ([('0', 8)], ["produces the network's output"])
+        >>> [(g.name, g.width) for g in groups], [(e.kind, e.reason) for e in groups.excluded]
+        ([('0', 8)], [('output', "produces the network's output")])
     """
     options = TraceOptions(
         forward_fn,
@@ -81,7 +81,7 @@ def prunable_groups(
     with phase("tracing", progress=progress) as running:
         groups = build_groups(trace(model, example_inputs, options), ignored_layers, num_heads, options)
         if not allow_stale and len(groups):
-            groups = groups.exclude(read_in_training_only(groups, example_inputs))
+            groups = groups.exclude(read_in_training_only(groups, example_inputs), "training")
         running.note(groups=len(groups), left_out=len(groups.excluded))
     if not verify or not len(groups):
         return groups

@@ -1,4 +1,4 @@
-"""Gates on coupled groups: switch units off where their consumers receive them, and feel what the loss thinks of it."""
+"""Gates on coupled groups: switch units off where consumers receive them, with the gradient of the loss there."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import layer_input, reference_tensor
+from ..core.devices import reference_tensor
+from ..core.forward import layer_input, with_input
 from ..core.types import Bools, Floats
+from .channel_axes import channel_dim, scale_inputs
 from .groups import PrunableGroups
-from .tracing import CONV
 
-__all__ = ["ChannelGates", "channel_dim", "scale_inputs", "scale_outputs", "with_input"]
-
-
-def channel_dim(module: nn.Module) -> int:
-    """Channel dimension of inputs and outputs of a convolution or linear layer, counted from the end."""
-    return -1 - len(module.kernel_size) if isinstance(module, CONV) else -1
-
-
-def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a layer with ``x`` in place of its first one."""
-    return ((x, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, next(iter(kwargs)): x})
+__all__ = ["ChannelGates"]
 
 
 class ChannelGates:
@@ -148,31 +139,6 @@ class ChannelGates:
 
 def _restore_weight(module: nn.Module, _args: Any, _output: Any) -> None:
     module.__dict__.pop("weight", None)
-
-
-def scale_inputs(module: Any, gate: Tensor) -> Tensor:
-    """``gate``, shape (C_in,), in a shape that multiplies the weight of a convolution or linear layer."""
-    if not isinstance(module, CONV):
-        return gate
-    ones = [1] * len(module.kernel_size)
-    if module.transposed:
-        return gate.view(-1, 1, *ones)
-    return _per_block(gate, module.groups, module.out_channels).view(module.out_channels, -1, *ones)
-
-
-def scale_outputs(module: Any, gate: Tensor) -> Tensor:
-    """``gate``, shape (C_out,), in a shape that multiplies the weight of a convolution or linear layer."""
-    if not isinstance(module, CONV):
-        return gate.view(-1, 1)
-    ones = [1] * len(module.kernel_size)
-    if not module.transposed:
-        return gate.view(-1, 1, *ones)
-    return _per_block(gate, module.groups, module.in_channels).view(module.in_channels, -1, *ones)
-
-
-def _per_block(gate: Tensor, blocks: int, rows: int) -> Tensor:
-    """Of a grouped convolution, each block of rows sees its own part of ``gate``; shape (rows, C / blocks)."""
-    return gate.view(blocks, 1, -1).expand(-1, rows // blocks, -1).reshape(rows, -1)
 
 
 def _over_input(module: nn.Module, gate: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Coupled channel groups: what a network is to a pruner.
 
-A *group* is a set of channels, spread over many layers, that live or die together. Its atoms are *units*: the
+A *group* is a set of channels, spread over many layers, that can only be removed together. Its atoms are *units*: the
 smallest sets of root channels that can go alone. Usually a unit is one channel; a grouped convolution or an
 attention head count makes it several.
 """
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from .tracing import Trace, TraceOptions
 __all__ = [
     "ChannelGroup",
     "Excluded",
+    "ExclusionKind",
     "Member",
     "PrunableGroups",
     "Verifier",
@@ -29,6 +30,18 @@ __all__ = [
 Role = Literal["in", "out"]
 Kind = Literal["producer", "consumer", "passthrough"]
 Index = NDArray[np.int64]
+ExclusionKind = Literal["output", "ignored", "mixed", "computed", "unread", "minimum", "training", "unverified"]
+"""Why a group is left alone:
+
+* ``output``: it makes the network's output;
+* ``ignored``: ``ignored_layers`` names one of its layers, and nothing else stands in the way;
+* ``mixed``: its channels are normalised, attended or grouped together, so that none can go alone;
+* ``computed``: a weight is computed from tensors that cannot lose the channels;
+* ``unread``: no layer with weights reads it;
+* ``minimum``: it is at its smallest width;
+* ``training``: a layer reads it in training mode only;
+* ``unverified``: the verifier has refused it, because removal is not masking, say.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,21 +127,28 @@ class Excluded:
     Attributes:
         name: of the group.
         width: its channels.
-        reason: why.
-        layers: that make the channels.
-        ignored: whether ``ignored_layers`` is the only reason.
+        reason: why, as text for people.
+        kind: why, as one word of :data:`ExclusionKind` for code.
+        layers: that make the channels; where none does, as behind an input, the layer that surgery would start from.
+
+    Raises:
+        ValueError: for an unknown kind.
     """
 
     name: str
     width: int
     reason: str
+    kind: ExclusionKind
     layers: Sequence[str] = field(default=(), compare=False)
-    ignored: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ExclusionKind):
+            raise ValueError(f"{self.name}: kind={self.kind!r} must be one of {', '.join(get_args(ExclusionKind))}")
 
     @classmethod
-    def of(cls, group: ChannelGroup, reason: str, ignored: bool = False) -> Excluded:
+    def of(cls, group: ChannelGroup, reason: str, kind: ExclusionKind) -> Excluded:
         """The same for a group."""
-        return cls(group.name, group.width, reason, [m.name for m in group.producers], ignored)
+        return cls(group.name, group.width, reason, kind, [m.name for m in group.producers] or [group.root[0]])
 
 
 @dataclass
@@ -188,11 +208,30 @@ class PrunableGroups:
             reasons = "; ".join(f"{e.name}: {e.reason}" for e in self.excluded)
             raise ValueError(f"{type(self.trace.model).__name__} has no group that can be pruned ({reasons})")
 
-    def exclude(self, reasons: Mapping[str, str]) -> PrunableGroups:
-        """A copy in which the groups named in ``reasons`` are left out."""
-        keep = [g for g in self.groups if g.name not in reasons]
-        gone = [Excluded.of(g, reasons[g.name]) for g in self.groups if g.name in reasons]
-        return PrunableGroups(keep, self.excluded + gone, self.trace, self.options)
+    def exclude(self, reasons: Mapping[str, str], kind: ExclusionKind = "unverified") -> PrunableGroups:
+        """A copy in which some groups are left out.
+
+        Args:
+            reasons: why, by group name; other names are passed over.
+            kind: of all these reasons; default: they are a verifier's.
+        """
+        return self._without([Excluded.of(g, reasons[g.name], kind) for g in self.groups if g.name in reasons])
+
+    def exclude_again(self, excluded: Iterable[Excluded]) -> PrunableGroups:
+        """A copy without what was left out of the same network before, a trace ago, for the same reasons.
+
+        Args:
+            excluded: the groups; those that are not prunable here anyhow are passed over.
+        """
+        known = {e.name: e for e in excluded}
+        found = [(g, known[g.name]) for g in self.groups if g.name in known]
+        return self._without([Excluded.of(g, e.reason, e.kind) for g, e in found])
+
+    def _without(self, gone: Sequence[Excluded]) -> PrunableGroups:
+        names = {e.name for e in gone}
+        keep = [g for g in self.groups if g.name not in names]
+        return PrunableGroups(keep, [*self.excluded, *gone], self.trace, self.options)
 
 
 Verifier = Callable[[PrunableGroups, Any], Mapping[str, str]]
+"""``verify(groups, example_inputs)`` gives a reason per group that must not be pruned; their kind is ``unverified``."""

@@ -15,15 +15,19 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from .groups import ChannelGroup, Excluded, Index, Kind, Member, PrunableGroups, Role
+from .groups import ChannelGroup, Excluded, ExclusionKind, Index, Kind, Member, PrunableGroups, Role
+from .layer_kinds import CONV, is_depthwise
 from .layer_pruners import NEIGHBOURS, ParametrisedPruner
 from .reparametrised import computed_tensors
-from .tracing import CONV, Trace, TraceOptions, is_depthwise
+from .tracing import Trace, TraceOptions
 
 __all__ = ["build_groups", "ignored_modules"]
 
 # Normalising over channels or by neighbours, attending or recurring: removing one channel changes the others.
 _REFUSED = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.MultiheadAttention, nn.LSTM, *NEIGHBOURS)
+
+_Reason = tuple[ExclusionKind, str]
+_AT_MINIMUM: _Reason = ("minimum", "at its smallest width")
 
 
 def build_groups(
@@ -32,27 +36,29 @@ def build_groups(
     num_heads: Mapping[nn.Module, int] | None = None,
     options: TraceOptions = TraceOptions(),
 ) -> PrunableGroups:
-    """Groups of a traced network, without verification; see :func:`prunable_groups`."""
+    """Groups of a traced network, without verification; see :func:`~tp_importance.prunable_groups`."""
     ignored = ignored_modules(traced.model, ignored_layers)
     order = traced.first_call()
-    found: list[tuple[ChannelGroup, Any]] = []
+    found: list[tuple[ChannelGroup, list[_Reason]]] = []
     for host_group in traced.graph.get_all_groups(root_module_types=(tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)):
-        parts, *why = _convert(traced, host_group, ignored, num_heads or {}, order)
+        parts, why = _convert(traced, host_group, ignored, num_heads or {}, order)
         found += [(group, why) for group in parts]
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
-    for group, (reason, spared) in _named_apart(found, order):
-        small = "at its smallest width" if group.n_units <= group.min_units else None
-        if reason or small:
-            excluded.append(Excluded.of(group, reason or str(small), spared and small is None))
+    for group, why in _named_apart(found, order):
+        small = group.n_units <= group.min_units
+        reasons = [*why, *[_AT_MINIMUM] * small]
+        if reasons:  # what was asked for comes last: "ignored" says that the group could be pruned otherwise
+            kind, reason = next((r for r in reasons if r[0] != "ignored"), reasons[0])
+            excluded.append(Excluded.of(group, reason, kind))
         else:
             groups.append(group)
     return PrunableGroups(groups, excluded, traced, options)
 
 
 def _named_apart(
-    found: Sequence[tuple[ChannelGroup, Any]], order: Mapping[str, int]
-) -> Iterator[tuple[ChannelGroup, Any]]:
+    found: Sequence[tuple[ChannelGroup, list[_Reason]]], order: Mapping[str, int]
+) -> Iterator[tuple[ChannelGroup, list[_Reason]]]:
     """The groups in execution order; those that share their first producer are numbered.
 
     Numbers follow from the layers that the channels reach, in execution order, and only for the same layers from the
@@ -60,7 +66,7 @@ def _named_apart(
     """
     late = len(order)
 
-    def place(entry: tuple[ChannelGroup, str | None]) -> Any:
+    def place(entry: tuple[ChannelGroup, list[_Reason]]) -> Any:
         group = entry[0]
         reached = [(order.get(m.name, late), m.name, m.role, len(m.channels) // group.n_units) for m in group.members]
         first = next((int(m.channels.min()) for m in group.members if m.name == group.name and m.role == "out"), 0)
@@ -115,30 +121,30 @@ def _convert(
     ignored: set[nn.Module],
     num_heads: Mapping[nn.Module, int],
     order: Mapping[str, int],
-) -> tuple[list[ChannelGroup], str | None, bool]:
-    """One Torch-Pruning group in our terms, the reason to leave it out, if there is one, and if that is only asked for.
+) -> tuple[list[ChannelGroup], list[_Reason]]:
+    """One Torch-Pruning group in our terms, and the reasons to leave it out.
 
     Channels that a split sends to different consumers become groups of their own: only then is the cost a function
     of the widths.
     """
-    graph, reasons, asked = traced.graph, list[str](), 0
+    graph, reasons = traced.graph, list[_Reason]()
     raw: list[_RawMember] = []
     for item in host_group:
         module = item.dep.target.module
         role: Role = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
         if role == "out" and not item.dep.target.outputs:
-            reasons.append("produces the network's output")
+            reasons.append(("output", "produces the network's output"))
         if module not in traced.names:  # concat, split, elementwise: no parameters of their own
             continue
         if role == "out" and module in ignored:
-            reasons.append(f"{traced.names[module]} is in ignored_layers")
-            asked += 1
+            reasons.append(("ignored", f"{traced.names[module]} is in ignored_layers"))
         if isinstance(module, _REFUSED):
-            reasons.append(f"{traced.names[module]} ({type(module).__name__}) mixes the channels: none can go exactly")
+            kind = type(module).__name__
+            reasons.append(("mixed", f"{traced.names[module]} ({kind}) mixes the channels: none can go exactly"))
         if fixed := _computed(traced, module, role):
-            reasons.append(fixed)
+            reasons.append(("computed", fixed))
         if item.root_idxs is None or any(i is None for i in item.root_idxs):
-            reasons.append(f"no index map reaches {traced.names[module]} (grouped-query attention)")
+            reasons.append(("mixed", f"no index map reaches {traced.names[module]} (grouped-query attention)"))
             continue
         raw.append(_raw_member(traced, item, role, num_heads))
     raw.sort(key=lambda m: (order.get(m.name, len(order)), m.role))
@@ -149,11 +155,11 @@ def _convert(
     )
     units, problem = _units(raw, len(root_item.idxs))
     if problem:
-        reasons.append(problem)
+        reasons.append(("mixed", problem))
     if not any(m.kind == "consumer" for m in raw):
-        reasons.append("nothing with weights reads it")
+        reasons.append(("unread", "nothing with weights reads it"))
     groups = _split_by_signature(next((m.name for m in raw if m.kind == "producer"), root[0]), root, raw, units)
-    return groups, reasons[0] if reasons else None, 0 < asked == len(reasons)
+    return groups, reasons
 
 
 def _computed(traced: Trace, module: Any, role: Role) -> str | None:

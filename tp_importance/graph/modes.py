@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core.batches import call_model, fresh_inputs, tensors_in
+from ..core.batches import tensors_in
+from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
 from .dataflow import function_name, is_question, made_tensors
 from .groups import ChannelGroup, PrunableGroups

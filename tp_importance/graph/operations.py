@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,99 +13,10 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.batches import tensors_in
+from .function_macs import FORMULAS, KERNELS, UNKNOWN, WEIGHTS, positional, sums_over_last
 
 __all__ = ["Operations"]
 
-Macs = Callable[..., int]
-
-_ADDED = ("addmm", "addmv", "baddbmm")
-"""Products that are added to the first argument."""
-
-
-def _conv(out: Tensor, _input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    return out.numel() * weight[0].numel()
-
-
-def _conv_transpose(_out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    return input.numel() * weight[0].numel()
-
-
-def _linear(out: Tensor, _input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    return out.numel() * weight.shape[-1]
-
-
-def _product(out: Tensor, left: Tensor, *_: Any, **__: Any) -> int:
-    return out.numel() * left.shape[-1]
-
-
-def _product_from_right(out: Tensor, _right: Tensor, left: Tensor, **__: Any) -> int:
-    return out.numel() * left.shape[-1]
-
-
-def _sum_and_product(out: Tensor, _added: Tensor, left: Tensor, *_: Any, **__: Any) -> int:
-    return out.numel() * left.shape[-1]
-
-
-def _contraction(out: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
-    return out.numel() * math.isqrt(left.numel() * right.numel() // max(out.numel(), 1))
-
-
-def _einsum(out: Tensor, equation: str, *operands: Any, **__: Any) -> int:
-    """The product of the sizes of all indices, for two operands."""
-    given = _operands_of((equation, *operands))
-    sizes: dict[str, int] = {}
-    for term, tensor in zip(equation.replace(" ", "").split("->")[0].split(","), given, strict=True):
-        front, _, back = term.partition("...") if "..." in term else (term, "", "")
-        inner = tensor.shape[len(front) : tensor.dim() - len(back)]
-        shape = [*tensor.shape[: len(front)], *tensor.shape[tensor.dim() - len(back) :]]
-        places = [f".{i}" for i in range(len(inner), 0, -1)]  # counted from the right, as they are broadcast
-        for letter, size in zip([*front, *back, *places], [*shape, *inner], strict=True):
-            sizes[letter] = max(size, sizes.get(letter, 1))
-    return math.prod(sizes.values())
-
-
-def _bilinear(out: Tensor, _left: Tensor, _right: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    return out.numel() * weight[0].numel()
-
-
-def _recurrent(_out: Tensor, input: Tensor, *given: Any, **__: Any) -> int:
-    rows = input.numel() // max(input.shape[-1], 1)  # time steps of all sequences
-    return rows * sum(w.numel() for w in tensors_in(given) if isinstance(w, nn.Parameter) and w.dim() == 2)
-
-
-def _attention(_out: Tensor, query: Tensor, key: Tensor, value: Tensor, width: int, *_: Any, **__: Any) -> int:
-    """The four projections, as for ``nn.MultiheadAttention``."""
-    return (2 * query.numel() + key.numel() + value.numel()) * width
-
-
-_COUNTED: dict[str, Macs] = {
-    **{f"conv{n}d": _conv for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": _conv_transpose for n in (1, 2, 3)},
-    "deform_conv2d": _conv,
-    "linear": _linear,
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot"), _product),
-    "rmatmul": _product_from_right,
-    **dict.fromkeys(_ADDED, _sum_and_product),
-    **dict.fromkeys(("tensordot", "inner"), _contraction),
-    "einsum": _einsum,
-    "bilinear": _bilinear,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
-    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _recurrent),
-    "multi_head_attention_forward": _attention,
-}
-_UNKNOWN = {"addbmm", "cdist", "chain_matmul", "multi_dot", "conv_tbc", "embedding_bag", "solve", "lstsq", "kron"}
-"""Functions of torch that multiply and accumulate, and of which we do not say how often."""
-
-_WEIGHTS: dict[str, slice] = {
-    **{f"conv{n}d": slice(1, 2) for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": slice(1, 2) for n in (1, 2, 3)},
-    **dict.fromkeys(("linear", "deform_conv2d"), slice(1, 2)),
-    **dict.fromkeys(_ADDED, slice(1, 3)),
-    "bilinear": slice(2, 3),
-}
-"""Which arguments may be the weight, where a bias stands beside it."""
-_KERNELS = _WEIGHTS.keys() - set(_ADDED)
-"""Functions of which one argument is meant to be a weight: one made of data is no product of data with data."""
 _CASTS = ("to", "type_as")
 """Methods that take no more than the type and the device from their second argument."""
 
@@ -170,7 +80,7 @@ class Operations(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func)).strip("_")
-        self.follow(name, args, kwargs, output, opaque=name in _UNKNOWN or _is_foreign(func))
+        self.follow(name, args, kwargs, output, opaque=name in UNKNOWN or _is_foreign(func))
         return output
 
     def follow(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, *, opaque: bool) -> None:
@@ -201,8 +111,8 @@ class Operations(TorchFunctionMode):
             self._read |= self._made_of(given)
             mapped = any(map(_is_mapped, given))
             # the calls of counted layers are counted by their shapes, which are wrong under vmap
-            if (not self.inside or mapped) and (name in _COUNTED or opaque):
-                self._count(name, _positional(name, args, kwargs), made[0], mapped)
+            if (not self.inside or mapped) and (name in FORMULAS or opaque):
+                self._count(name, positional(name, args, kwargs), made[0], mapped)
 
     def _origin(self, tensor: Tensor) -> frozenset[str] | None:
         """The parameters and buffers that a tensor is made of; None if it depends on data."""
@@ -230,21 +140,21 @@ class Operations(TorchFunctionMode):
         return self._joint_of(given) or (self._largest(weights) if weights else None)
 
     def _count(self, name: str, operands: list[Any], out: Tensor, mapped: bool) -> None:
-        factors = tensors_in(operands[_WEIGHTS.get(name, slice(None))])
+        factors = tensors_in(operands[WEIGHTS.get(name, slice(None))])
         weights = self._weights_of(factors)
         if not weights:
-            if name in _KERNELS and not self.inside:
+            if name in KERNELS and not self.inside:
                 self._name_kernel(name, factors)
             return
         weight = self._largest(weights)
-        if name in _COUNTED and not mapped:
+        if name in FORMULAS and not mapped:
             try:
-                if _sums_over_last(name, operands, lambda t: bool(self._weights_of([t]))):
-                    self.macs[weight] += _COUNTED[name](out, *operands)
+                if sums_over_last(name, operands, lambda t: bool(self._weights_of([t]))):
+                    self.macs[weight] += FORMULAS[name](out, *operands)
                     return
             except (NotImplementedError, TypeError, ValueError, IndexError):  # called in a way we do not know
                 pass
-        if name in _COUNTED or self._parameters[weight].dim() > 1:
+        if name in FORMULAS or self._parameters[weight].dim() > 1:
             under = " under vmap" if mapped else ""
             self._name(weight, f"the operations of {name} on {weight}{under} are not counted")
 
@@ -304,58 +214,6 @@ def _unwatch_scripts() -> None:
         _watchers -= 1
         if not _watchers:
             torch.jit.ScriptFunction.__call__ = _call_script  # type: ignore[method-assign]
-
-
-def _sums_over_last(name: str, operands: Sequence[Any], is_weight: Callable[[Tensor], bool]) -> bool:
-    """Whether a product sums over the last axes of the data, as a linear layer does.
-
-    Products along other axes run once per channel: their number changes when channels of other layers go.
-    """
-    if name in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "rmatmul", *_ADDED):
-        left, right = operands[1:3] if name in _ADDED else operands[:2]
-        if name == "rmatmul":
-            left, right = right, left
-        return right.dim() == 1 or is_weight(right)
-    if name == "tensordot":
-        data, _, dims = operands
-        if is_weight(data):
-            return False
-        last = data.dim()
-        axes = list(range(last - dims, last)) if isinstance(dims, int) else [axis % last for axis in dims[0]]
-        return sorted(axes) == list(range(last - len(axes), last))
-    if name == "einsum":
-        terms, arrow, result = operands[0].replace(" ", "").partition("->")
-        (term, other), (first, second) = terms.split(","), _operands_of(operands)
-        if is_weight(first):
-            term, other, first, second = other, term, second, first
-        summed = {letter for letter in term if letter in other and letter not in result and letter != "."}
-        return bool(arrow) and is_weight(second) and set(term[len(term) - len(summed) :]) == summed
-    return True
-
-
-def _operands_of(operands: Sequence[Any]) -> list[Tensor]:
-    """The two tensors of an einsum, given one by one or in a list."""
-    given = operands[1:]
-    found = list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else list(given)
-    if len(found) != 2:
-        raise NotImplementedError
-    return found
-
-
-def _positional(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments in the order of the formulas, also if given by keyword."""
-    known: dict[str, tuple[str, ...]] = {
-        "linear": ("input", "weight"),
-        "bilinear": ("input1", "input2", "weight"),
-        "tensordot": ("a", "b", "dims"),
-        "multi_head_attention_forward": ("query", "key", "value", "embed_dim_to_check"),
-        **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), ("input", "weight")),
-        **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), ("input", "weight")),
-    }
-    names = known.get(name)
-    if names is None:
-        return [*args, *kwargs.values()]
-    return [*args, *(kwargs[key] for key in names[len(args) :] if key in kwargs)]
 
 
 def _is_foreign(func: Any) -> bool:

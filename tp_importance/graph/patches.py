@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .tracing import CONV, is_batch_norm
+from .layer_kinds import CONV, is_batch_norm
 
 __all__ = [
     "bn_gain",
@@ -19,7 +19,6 @@ __all__ = [
     "set_consumer_weight",
     "unfolded_input",
 ]
-
 
 EPS = 1e-5
 """What batch norms add to variances if they do not say."""

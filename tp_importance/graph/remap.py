@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ..checkpoints.content import plain
-from ..core.guards import copied
+from ..checkpoints.content import integers
+from ..core.copies import copied
 from .groups import PrunableGroups
 from .surgery import remove_units
 from .tracing import TraceOptions, trace
@@ -164,7 +164,7 @@ class Survivors:
                         new[id(tensor)] = nn.Parameter(left, tensor.requires_grad) if is_parameter else left
                     registry[leaf] = new[id(tensor)]
             for key, value in vars(module).items():
-                if not key.startswith("_") and key != "training" and plain(value) is not None:
+                if not key.startswith("_") and key != "training" and integers(value) is not None:
                     modules[name].__dict__[key] = value
 
     def require_fit(self, twin: Any) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from ..core.guards import preserved, settled
+import torch
+from torch import Tensor, nn
+
+from ..core.guards import preserved
 from .groups import ChannelGroup, PrunableGroups
 
-__all__ = ["checked_units", "remove_units"]
+__all__ = ["checked_units", "remove_units", "settled"]
 
 
 def remove_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> None:
@@ -62,3 +66,40 @@ def _remove(groups: PrunableGroups, name: str, role: str, channels: list[int]) -
     graph.get_pruning_group(module, fn, channels).prune()
     if count(module) != before - len(channels):
         raise RuntimeError(f"Torch-Pruning left {count(module)} channels in {name}, not {before - len(channels)}")
+
+
+@contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """Around a surgery: new parameters and buffers are laid out in memory as those they replace, and have no gradient.
+
+    Torch-Pruning gives contiguous ones, and cuts gradients along, which then look like those of the smaller network.
+
+    Args:
+        model: the network.
+
+    Example:
+        >>> net = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+        >>> with settled(net):
+        ...     net.weight = nn.Parameter(net.weight[:2].contiguous())
+        >>> net.weight.is_contiguous(memory_format=torch.channels_last)
+        True
+    """
+    before = dict(_tensors(model))
+    yield
+    for name, tensor in _tensors(model):
+        old = before.get(name)
+        if old is None or old is tensor:
+            continue
+        tensor.grad = None
+        layout = _LAST.get(old.dim())
+        if layout is not None and tensor.dim() == old.dim() and not old.is_contiguous():
+            if old.is_contiguous(memory_format=layout):
+                tensor.data = tensor.data.contiguous(memory_format=layout)
+
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,45 +14,17 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ..core.arguments import checked_model
-from ..core.batches import call_model, fresh_inputs, misplaced, tensors_in
+from ..core.batches import tensors_in
+from ..core.devices import misplaced
+from ..core.forward import fresh_inputs
 from ..core.untouched import untouched
 from ..errors import TracingError
+from .counting import Call, CallRecorder, batch_size
+from .layer_kinds import is_batch_norm
 from .layer_pruners import channel_pruners, is_frozen_norm
-from .operations import Operations
 from .reparametrised import as_leaves
 
-__all__ = [
-    "COUNTED",
-    "Call",
-    "Trace",
-    "TraceOptions",
-    "batch_size",
-    "count_ops",
-    "is_batch_norm",
-    "is_depthwise",
-    "trace",
-]
-
-CONV = (nn.modules.conv._ConvNd,)
-COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
-"""Modules whose multiply-accumulates are counted."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of one leaf module during the traced forward pass.
-
-    Attributes:
-        name: the module's qualified name.
-        in_shape: shape of its first tensor argument.
-        out_shape: shape of its (first) output.
-        macs: multiply-accumulates of this call, whole batch, for :data:`COUNTED` modules; 0 for other modules.
-    """
-
-    name: str
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    macs: int
+__all__ = ["Trace", "TraceOptions", "trace"]
 
 
 @dataclass(frozen=True)
@@ -138,123 +109,12 @@ class Trace:
         return None
 
 
-def is_batch_norm(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a batch norm: one of torch, or a frozen one."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or (module is not None and is_frozen_norm(module))
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether Torch-Pruning treats ``module`` as depthwise (each channel its own group)."""
-    return isinstance(module, CONV) and module.groups == module.out_channels > 1
-
-
-def batch_size(example_inputs: Any) -> int:
-    """First dimension of the first tensor in ``example_inputs`` (tensor, sequence or dict).
-
-    Raises:
-        TypeError: if there is no tensor with at least one dimension.
-    """
-    if isinstance(example_inputs, Tensor) and example_inputs.dim() > 0:
-        return int(example_inputs.shape[0])
-    items: Sequence[Any] = ()
-    if isinstance(example_inputs, Mapping):
-        items = tuple(example_inputs.values())
-    elif isinstance(example_inputs, (tuple, list)):
-        items = example_inputs
-    for item in items:
-        if isinstance(item, Tensor) and item.dim() > 0:
-            return int(item.shape[0])
-    raise TypeError(
-        f"example_inputs of type {type(example_inputs).__name__} hold no batched tensor; pass a tensor, "
-        "a tuple of positional arguments or a dict of keyword arguments, batch dimension first"
-    )
-
-
 def _outputs(value: Any) -> list[Tensor]:
     """The tensors among what a network returns."""
     found = tensors_in(value)
     if not found:
         raise TypeError(f"the network returns no tensor, but {type(value).__name__}; give output_transform")
     return found
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        return next((t for t in map(_first_tensor, value) if t is not None), None)
-    return None
-
-
-def _call_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
-    if isinstance(module, CONV):
-        per_position = module.weight[0].numel()
-        return per_position * (x.numel() if module.transposed else out.numel())
-    if isinstance(module, nn.Linear):
-        return out.numel() * module.in_features
-    return 0
-
-
-def _attention_macs(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """The four projections, which run inside one functional call; QKᵀ and AV are not counted (docs: limits)."""
-    return (2 * query.numel() + key.numel() + value.numel()) * module.embed_dim
-
-
-class _Recorder:
-    """Forward hooks that write down every call of every leaf module (and attention), and what functions cost."""
-
-    def __init__(self, model: nn.Module):
-        self.calls: list[Call] = []
-        self._operations, self._called = Operations(model), dict[str, nn.Module]()
-        self._handles = []
-        for name, module in model.named_modules():
-            if isinstance(module, COUNTED):
-                self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
-                self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-            elif module._parameters and not module._modules:
-                self._handles.append(module.register_forward_pre_hook(partial(self._meet, name)))
-            if isinstance(module, COUNTED) or not any(True for _ in module.children()):
-                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-
-    def run(self, model: nn.Module, inputs: Any, forward_fn: Callable[[nn.Module, Any], Any] | None) -> Any:
-        """Run the model and look at the functions that it calls."""
-        with self._operations:
-            return (forward_fn or call_model)(model, inputs)
-
-    def functional(self, n: int) -> tuple[dict[str, int], dict[str, str]]:
-        """Multiply-accumulates of functions per parameter, and reasons for what is not counted."""
-        self._operations.finish(self._called)
-        macs, uncounted = dict(self._operations.macs), dict(self._operations.uncounted)
-        for name in [name for name, count in macs.items() if count % n]:
-            uncounted[name.rpartition(".")[0] or name] = f"the operations on {name} do not grow with the batch"
-            del macs[name]
-        return macs, uncounted
-
-    def _enter(self, *_: Any) -> None:
-        self._operations.inside += 1
-
-    def _leave(self, *_: Any) -> None:
-        self._operations.inside -= 1
-
-    def _meet(self, name: str, module: nn.Module, *_: Any) -> None:
-        if not self._operations.inside:
-            self._called[name] = module
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            x, out = _first_tensor((args, kwargs)), _first_tensor(output)
-            if x is not None and out is not None:
-                attends = isinstance(module, nn.MultiheadAttention)
-                macs = _attention_macs(module, *args, **kwargs) if attends else _call_macs(module, x, out)
-                self.calls.append(Call(name, tuple(x.shape), tuple(out.shape), macs))
-
-        return record
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOptions()) -> Trace:
@@ -305,7 +165,7 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
                 parameter.requires_grad_(True)
         pruners = channel_pruners(model, options.customized_pruners) or None  # copies layers, so before any hook
         stack.enter_context(as_leaves(model))
-        recorder = _Recorder(model)
+        recorder = CallRecorder(model)
         try:
             graph = tp.DependencyGraph().build_dependency(
                 model,
@@ -329,50 +189,3 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
     names: dict[nn.Module | nn.Parameter, str] = {m: name for name, m in model.named_modules()}
     names.update({p: name for name, p in model.named_parameters()})
     return Trace(model, graph, recorder.calls, n, example_inputs, names, *recorder.functional(n))
-
-
-def count_ops(
-    model: nn.Module, example_inputs: Any, *, forward_fn: Callable[[nn.Module, Any], Any] | None = None
-) -> tuple[int, int]:
-    """Count what one sample costs, by running the model.
-
-    MACs are multiply-accumulates of data with parameters: of convolutions, linear layers and the projections of
-    ``nn.MultiheadAttention``, of recurrent and bilinear layers, deformable convolutions, and of functions as
-    ``F.conv2d(x, self.weight)``, ``x @ self.weight`` or ``torch.einsum`` with two operands. Bias, normalisation,
-    activations and products of data with data (QKᵀ) are not counted; nor are kernels of other libraries, see
-    :attr:`Trace.uncounted`. A module called twice costs its MACs twice and its parameters once.
-
-    Args:
-        model: the network.
-        example_inputs: as for :func:`trace`; the batch dimension is divided out.
-        forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
-
-    Returns:
-        ``(macs, params)``: MACs per sample and the number of parameters.
-
-    Raises:
-        TypeError: if the model is none, or compiled: compiled code hides its layers.
-
-    Example:
-        >>> count_ops(nn.Linear(10, 5), torch.zeros(4, 10))
-        (50, 55)
-    """
-    checked_model(model)
-    n = batch_size(example_inputs)
-    with untouched(model), torch.no_grad():
-        model.eval()
-        recorder = _Recorder(model)
-        try:
-            recorder.run(model, fresh_inputs(example_inputs), forward_fn)
-        finally:
-            recorder.remove()
-    macs = sum(call.macs for call in recorder.calls) + sum(recorder.functional(n)[0].values())
-    return _per_sample(macs, n), sum(math.prod(p.shape) for p in model.parameters())
-
-
-def _per_sample(macs: int, n: int) -> int:
-    if macs % n:
-        raise ValueError(
-            f"{macs} MACs do not divide by the batch of {n}: the first dimension of example_inputs is not the batch"
-        )
-    return macs // n

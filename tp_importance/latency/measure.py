@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from ..core.arguments import unwrapped_model
-from ..core.batches import call_model, fresh_inputs, reference_tensor, tensors_in
+from ..core.batches import tensors_in
+from ..core.devices import reference_tensor
+from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
 
 __all__ = ["Latency", "device_name", "least_latency", "measure_latency", "steady_memory"]

@@ -11,13 +11,15 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from ..core.guards import copied, preserved
+from ..core.copies import copied
+from ..core.guards import preserved
 from ..core.progress import phase, track
 from ..core.types import Floats
-from ..graph.cost import channels_per_unit
+from ..graph.cost_terms import channels_per_unit
+from ..graph.counting import Call
 from ..graph.groups import PrunableGroups
+from ..graph.layer_kinds import CONV
 from ..graph.surgery import remove_units
-from ..graph.tracing import CONV, Call
 from ..graph.verify import same_groups
 from ..maths.latency import Grid, Surfaces, calibrate
 from .measure import Latency

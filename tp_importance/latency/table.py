@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import reference_tensor, tensors_in
+from ..core.batches import tensors_in
+from ..core.devices import reference_tensor
 from ..core.files import json_digest, written_at_once
 from ..core.processes import warn_of_processes
-from ..graph.tracing import CONV, Call, is_depthwise
+from ..graph.counting import Call
+from ..graph.layer_kinds import CONV, is_depthwise
 from ..maths.latency import Grid, knots, stair
 from .measure import Latency, device_name, least_latency, measure_latency
 

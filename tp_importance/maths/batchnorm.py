@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "follow_change"]
+__all__ = ["ChannelMoments", "PooledMoments", "follow_change"]
 
 CONSTANT = 1e-4
 """A variance below this fraction of the stored one says nothing about scale: the images do not excite the channel."""
 
 
 @dataclass(frozen=True)
-class Moments:
+class ChannelMoments:
     """Count, mean and centred sum of squares M₂ = Σ(x − mean)² per channel.
 
     Attributes:
@@ -24,7 +24,7 @@ class Moments:
 
     Example:
         >>> a, b = torch.randn(5, 3, 4, 4), torch.randn(2, 3, 4, 4)
-        >>> pooled = Moments.of(a).merged(Moments.of(b))
+        >>> pooled = ChannelMoments.of(a).merged(ChannelMoments.of(b))
         >>> torch.allclose(pooled.variance, torch.cat([a, b]).double().var((0, 2, 3)))
         True
     """
@@ -34,16 +34,16 @@ class Moments:
     m2: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Moments:
-        """Moments of a batch ``x`` of shape (B, C, ...), accumulated in float64 whatever its dtype."""
+    def of(cls, x: Tensor) -> ChannelMoments:
+        """ChannelMoments of a batch ``x`` of shape (B, C, ...), accumulated in float64 whatever its dtype."""
         x = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)  # MPS has no float64
         dims = [d for d in range(x.dim()) if d != 1]
         mean = x.mean(dims)  # two passes are 2.5 times faster than torch.var_mean on a CPU
         m2 = (x - mean.view(1, -1, *[1] * (x.dim() - 2))).square_().sum(dims)
         return cls(x.numel() // x.shape[1], mean, m2)
 
-    def merged(self, other: Moments) -> Moments:
-        """Moments of both samples together, without cancellation.
+    def merged(self, other: ChannelMoments) -> ChannelMoments:
+        """ChannelMoments of both samples together, without cancellation.
 
         With n = n₁ + n₂ and δ = mean₂ − mean₁: mean = mean₁ + δ n₂/n and M₂ = M₂,₁ + M₂,₂ + δ² n₁ n₂/n
         (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances").
@@ -57,12 +57,12 @@ class Moments:
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
-        return Moments(count, mean, self.m2 + other.m2 + delta.square() * (self.count * other.count / count))
+        return ChannelMoments(count, mean, self.m2 + other.m2 + delta.square() * (self.count * other.count / count))
 
-    def take(self, channels: Tensor) -> Moments:
-        """Moments of some of the channels, given by their positions, shape (C',)."""
+    def take(self, channels: Tensor) -> ChannelMoments:
+        """ChannelMoments of some of the channels, given by their positions, shape (C',)."""
         channels = channels.to(self.mean.device)
-        return Moments(self.count, self.mean[channels], self.m2[channels])
+        return ChannelMoments(self.count, self.mean[channels], self.m2[channels])
 
     @property
     def variance(self) -> Tensor:
@@ -70,7 +70,23 @@ class Moments:
         return self.m2 / (self.count - 1)
 
 
-def follow_change(mean: Tensor, var: Tensor, dense: Moments, pruned: Moments) -> tuple[Tensor, Tensor]:
+class PooledMoments(dict[str, ChannelMoments]):
+    """Moments per layer, pooled over everything that was added.
+
+    Example:
+        >>> a, b, pooled = torch.randn(5, 3), torch.randn(2, 3), PooledMoments()
+        >>> for x in (a, b):
+        ...     pooled.add("fc", ChannelMoments.of(x))
+        >>> torch.allclose(pooled["fc"].mean, torch.cat([a, b]).double().mean(0))
+        True
+    """
+
+    def add(self, name: str, moments: ChannelMoments) -> None:
+        """Pool ``moments`` with those of the layer ``name`` so far."""
+        self[name] = self[name].merged(moments) if name in self else moments
+
+
+def follow_change(mean: Tensor, var: Tensor, dense: ChannelMoments, pruned: ChannelMoments) -> tuple[Tensor, Tensor]:
     r"""Stored statistics (μ, σ²) of a dense network, moved by what pruning changed on the same images.
 
     With m, v the mean and variance of a channel on the images, d of the dense and p of the pruned network,
@@ -95,7 +111,7 @@ def follow_change(mean: Tensor, var: Tensor, dense: Moments, pruned: Moments) ->
     Example:
         >>> x = torch.randn(500, 2, dtype=torch.float64)
         >>> mu, var = torch.tensor([0.3, -0.2]), torch.tensor([1.2, 0.9])
-        >>> new_mean, new_var = follow_change(mu, var, Moments.of(x), Moments.of(2 * x + 1))
+        >>> new_mean, new_var = follow_change(mu, var, ChannelMoments.of(x), ChannelMoments.of(2 * x + 1))
         >>> torch.allclose(new_mean, 2 * mu.double() + 1), torch.allclose(new_var, 4 * var.double())
         (True, True)
     """

@@ -1,7 +1,7 @@
 r"""Structured optimal brain surgeon: the elimination order that counts the refit of the consumers.
 
 A consumer with weight W (O × d, rows scaled by the gain g of the batch norm behind) sees inputs of covariance P. When
-the features R go and the others are refitted by least squares (with ridge ε, see :mod:`.refit`), the output changes by
+the features R go and the others are refitted (with ridge ε, see :mod:`.least_squares`), the output changes by
 
 .. math:: L(R) = \operatorname{tr}\bigl(W_R\,[(\hat P^{-1})_{RR}]^{-1} W_R^\top\bigr), \qquad \hat P = P + \varepsilon I
 
@@ -48,7 +48,7 @@ class ReadUnits:
     Attributes:
         covariance: P, shape (d, d), or (Z, d, d) for Z independent problems with the same units.
         weight: W, scaled by the gain, shape (O, d) or (Z, O, d).
-        units: unit of every feature, shape (d,), int64; -1 for features that stay and help to compensate.
+        units: unit of every feature, shape (d,), int64; -1 for features that stay and help to rebuild the others.
         factor: what its losses are multiplied with.
         metric: M, as P: the refit stays that of P, but what it leaves is measured by M. Default: :math:`\\hat P`.
     """

@@ -1,8 +1,8 @@
-r"""Least-squares refit of a consumer when some of its input features go ("compensated surgery").
+r"""Least-squares refit of a consumer when some of its input features go.
 
 A consumer with weight W turns the unfolded input u into Wᵀu. Without the features r it is left with :math:`W_k^\top
 u_k`; what the kept features know of the removed ones is made up for by new weights W'. Only second moments are
-needed, so one matrix per consumer serves every choice of r. Layout as in :mod:`.consumer`: G conv groups, d
+needed, so one matrix per consumer serves every choice of r. Layout as in :mod:`.moments`: G conv groups, d
 features, O outputs each.
 
 Source: least-squares reconstruction (He et al. 2017, arXiv 1707.06168; ThiNet, arXiv 1707.06342); the form in which

@@ -13,15 +13,18 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ..allocation.curves import Curve
-from ..allocation.greedy import WidthSpace, greedy_path
-from ..core.batches import ForwardFn, WholeBatches
+from ..allocation.greedy import greedy_path
+from ..allocation.space import WidthSpace
+from ..core.forward import ForwardFn
+from ..core.loaders import WholeBatches
 from ..core.progress import shown
 from ..core.types import Floats
 from ..errors import NotCollectedError, StaleStatisticsError
 from ..graph.cost import CostModel
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups, Role
-from ..statistics.observe import LabelFn, Observed, Watch, observe
+from ..statistics.labels import LabelFn
+from ..statistics.observe import Observed, Watch, observe
 
 __all__ = ["StatisticalImportance"]
 
@@ -29,7 +32,8 @@ __all__ = ["StatisticalImportance"]
 class StatisticalImportance(tp.importance.Importance, abc.ABC):
     """An importance that looks at data once and then answers for any budget, pruner and host.
 
-    Subclasses say what to watch (:meth:`_watches`) and how to value it (:meth:`_curves`). As a Torch-Pruning
+    A subclass says what to watch (:meth:`watches`) and how to value it (:meth:`value`); :meth:`alongside` and
+    :meth:`before_batch` are there for what looks at more than single layers. As a Torch-Pruning
     importance the score of a channel is its *rank* in one budget-independent greedy sequence (:func:`greedy_path`
     on MACs), in (0, 1], larger is better: distinct for all units above the floor, so that neither local nor
     ``global_pruning=True`` meets ties; the channels of one unit share their rank.
@@ -37,7 +41,16 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
     """
 
     needs_labels = True
+    """Whether batches must have labels; without, all samples count as class 0."""
     needs_gradients = False
+    """Whether the pass builds the graph, for watches that call :func:`torch.autograd.grad`."""
+    default_allocator = "greedy"
+    """Where widths come from if nobody says; ``"uniform"`` if losses compare within a group only."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return type(self).__name__
 
     @property
     def least_samples(self) -> int:
@@ -52,18 +65,40 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         self._ranks: dict[str, Floats] = {}
 
     @abc.abstractmethod
-    def _watches(self, groups: PrunableGroups) -> list[Watch]:
-        """Fresh accumulators, and the layers that feed them."""
+    def watches(self, groups: PrunableGroups) -> list[Watch]:
+        """Make fresh accumulators, and say which layers feed them.
+
+        Args:
+            groups: the groups to be valued.
+
+        Returns:
+            One :class:`~tp_importance.statistics.observe.Watch` per layer: its ``fn(input, output, labels)`` is called
+            for every batch. What it sums up, the importance keeps.
+        """
 
     @abc.abstractmethod
-    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
-        """Value curves from what the accumulators hold."""
+    def value(self, groups: PrunableGroups) -> dict[str, Curve]:
+        """Loss curve of every group from what the accumulators hold; called once, after the pass.
 
-    def _alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
-        """What is to be open during the pass."""
+        Args:
+            groups: the groups that were watched.
+
+        Returns:
+            A :class:`~tp_importance.allocation.curves.Curve` per group name: ``loss[c]`` for c units that are left,
+            shape (U + 1,), and ``order``, the units in the order in which they go, shape (U,). Losses of different
+            groups must compare, or ``default_allocator`` be ``"uniform"``.
+        """
+
+    def alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+        """What is to be open during the pass: a context manager.
+
+        Args:
+            groups: the groups that are watched.
+            forward_fn: how the model is called.
+        """
         return nullcontext()
 
-    def _before_batch(self, labels: Tensor) -> None:
+    def before_batch(self, labels: Tensor) -> None:
         """Called before each batch of the pass; labels as watches get them, shape (N,)."""
 
     def collect(
@@ -98,12 +133,28 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             ValueError: for an empty loader, missing or malformed labels, non-finite activations, or no prunable group.
         """
         if groups is None:
-            groups = prunable_groups(model, example_inputs, ignored_layers, forward_fn=forward_fn, progress=progress)
+            groups = prunable_groups(
+                model, example_inputs, ignored_layers=ignored_layers, forward_fn=forward_fn, progress=progress
+            )
         groups.require_some()
         if self.least_samples > 1:
             loader = WholeBatches(loader, self.least_samples)
-        watches = self._watches(groups)
-        with self._alongside(groups, forward_fn):
+        with shown(progress):
+            observed, curves = self._run(model, loader, groups, forward_fn, label_fn)
+        self.observed, self._groups, self._cached_curves, self._ranks = observed, groups, curves, {}
+        return self
+
+    def _run(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        groups: PrunableGroups,
+        forward_fn: ForwardFn | None,
+        label_fn: LabelFn | None,
+    ) -> tuple[Observed | None, dict[str, Curve]]:
+        """The pass over the data, and what follows from it."""
+        watches = self.watches(groups)
+        with self.alongside(groups, forward_fn):
             observed = observe(
                 model,
                 loader,
@@ -112,14 +163,10 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
                 forward_fn=forward_fn,
                 label_fn=label_fn,
                 need_labels=self.needs_labels,
-                progress=progress,
-                before_batch=self._before_batch,
+                before_batch=self.before_batch,
                 gradients=self.needs_gradients,
             )
-        with shown(progress):
-            curves = self._curves(groups)
-        self.observed, self._groups, self._cached_curves, self._ranks = observed, groups, curves, {}
-        return self
+        return observed, self.value(groups)
 
     @property
     def groups(self) -> PrunableGroups:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..budget import Cost
 from ..graph.groups import Member, PrunableGroups
+from ..latency.times import LatencyTimes
 
 __all__ = ["Plan"]
 
@@ -25,7 +26,7 @@ class Plan:
         limits: absolute limits of the budget.
         removed: units to remove per group.
         constant: units that do not vary on the data, per group that has any.
-        latency_ms: for a latency budget ``dense`` (measured, with its ``dense_iqr``), ``limit`` and ``predicted``.
+        latency_ms: latencies in milliseconds; none is known if none is limited.
         uncounted: layers whose MACs are not known and in none of the costs, with the reason.
         certificate: what the allocator proves of its widths, see
             :class:`~tp_importance.allocation.program.ProgramAllocator`.
@@ -38,7 +39,7 @@ class Plan:
     removed: dict[str, list[int]] = field(repr=False)
     constant: dict[str, list[int]] = field(default_factory=dict, repr=False)
     certificate: dict[str, float] = field(default_factory=dict, repr=False)
-    latency_ms: dict[str, float] = field(default_factory=dict)
+    latency_ms: LatencyTimes = field(default_factory=LatencyTimes)
     uncounted: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -131,12 +132,17 @@ class Plan:
         unknown = [name for name in data if name not in known]
         if missing or unknown:
             raise ValueError(f"this is no plan that to_dict() made: fields missing {missing}, unknown {unknown}")
+        made = {"cost": _cost, "dense": _cost, "latency_ms": LatencyTimes.from_dict}
         values: dict[str, Any] = {}
         for name, value in data.items():
             if not isinstance(value, Mapping):
                 raise ValueError(f"plan field {name!r} must be a dict, not {value!r}")
             try:
-                values[name] = Cost(**value) if name in ("cost", "dense") else dict(value)
+                values[name] = made[name](value) if name in made else dict(value)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"plan field {name!r} must hold macs and params: {error}") from error
+                raise ValueError(f"plan field {name!r} does not hold what to_dict() writes: {error}") from error
         return cls(**values)
+
+
+def _cost(data: Mapping[str, Any]) -> Cost:
+    return Cost(**data)

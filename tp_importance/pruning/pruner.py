@@ -1,46 +1,34 @@
-"""Prune to a budget with any importance and any allocator; what every pruner of this package shares."""
+"""Prune to a budget with any importance and any allocator; what every pruner of channels shares."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
+from ..allocation.allocate import allocate
 from ..allocation.curves import Curve, value_curves
-from ..allocation.greedy import Allocator, WidthSpace, allocate
-from ..allocation.program import named_allocator
+from ..allocation.registry import Allocator, named_allocator
+from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
-from ..core.arguments import checked_budget, checked_importance, checked_model
-from ..core.batches import check_loader, require_reiterable
-from ..core.guards import preserved, settled, transaction
-from ..core.processes import levels_up, warned_once
-from ..core.progress import phase, shown, shows_progress
-from ..core.stale_optimizers import replacing
-from ..errors import BudgetError
-from ..graph.cost import LATENCY, CostModel
-from ..graph.discovery import prunable_groups
-from ..graph.groups import PrunableGroups, Verifier
-from ..graph.host_groups import build_groups
-from ..graph.surgery import remove_units
-from ..graph.tracing import count_ops, trace
+from ..core.arguments import checked_budget, checked_importance
+from ..core.loaders import check_loader, require_reiterable
+from ..core.options import hand_on, split_options
+from ..core.processes import warned_once
+from ..core.progress import phase, shows_progress
+from ..graph.cost import CostModel
+from ..graph.groups import PrunableGroups
 from ..latency.model import LatencyModel
-from ..latency.table import LatencyTable
-from ..refitting.refit import refit_consumers
-from ..refitting.report import RefitReport
 from ..refitting.settings import Refit
-from ..statistics.batchnorm import DenseReference, has_batch_norm, is_calibrated, recalibrate_batchnorm
-from ..statistics.observe import LabelFn
+from ..statistics.labels import LabelFn
 from .importance import StatisticalImportance
 from .plan import Plan
-from .report import GroupRow, PruningReport
+from .registry import find_criterion
+from .report import PruningReport
+from .target import PruningTarget
 
-__all__ = ["BudgetPruner", "Plan"]
+__all__ = ["BudgetPruner", "MethodPruner"]
 
 
 class BudgetPruner:
@@ -48,40 +36,28 @@ class BudgetPruner:
 
     The way is statistics → value curves → widths under the budget → surgery by Torch-Pruning → report. The cost
     never exceeds the budget, and not one more admissible step would fit. A latency is predicted, by a
-    :class:`~tp_importance.LatencyModel` that is measured when a budget first limits it; the prediction never exceeds
-    the limit, and after the surgery the network is timed.
+    :class:`~tp_importance.latency.model.LatencyModel` that is measured when a budget first limits it; the prediction
+    never exceeds the limit, and after the surgery the network is timed.
 
     Args:
-        model: the network; only :meth:`step` changes it.
+        model: the network; only :meth:`step` and :meth:`apply` change it.
         example_inputs: tensor, tuple or dict, batch dimension first.
-        loader: re-iterable of batches for data-driven importances, refits and recalibration; collected at the first
-            :meth:`plan` or :meth:`step` and again after every step. For recalibration the pruner keeps a copy of the
-            network as given.
-        importance: a :class:`~tp_importance.StatisticalImportance` or any ``tp.importance.Importance``; or
-            ``None``, and the attribute ``importance`` is set before the first plan.
+        loader: re-iterable of batches for data-driven importances and refits; collected at the first :meth:`plan` or
+            :meth:`step` and again after every step. For batch norms the pruner keeps a copy of the network as given.
+        importance: a :class:`~tp_importance.StatisticalImportance`, any ``tp.importance.Importance``, or the name of a
+            registered criterion, see :func:`~tp_importance.register_method`.
         budget: what the network may cost; fractions refer to ``model`` as given here, also after repeated steps.
-            ``latency`` and ``latency_ms`` are those of ``example_inputs`` as they are, on a quiet machine.
+            ``latency`` and ``latency_ms`` are those of ``example_inputs`` as they are, on a quiet machine. Without
+            one, :meth:`plan` and :meth:`step` want it.
         allocator: ``"greedy"``, ``"lagrange"``, ``"uniform"``, ``"program"`` (with the weights of the importance, if it
-            has some) or a function, see :mod:`tp_importance.allocation.greedy`. Default (also ``"default"``): what
-            suits the importance, see :func:`~tp_importance.allocation.program.default_allocator`: its own choice,
-            ``"greedy"`` where its scores compare across layers, else ``"uniform"``.
-        ignored_layers: modules, parameters or module types whose outputs are kept.
-        round_to: widths become multiples of it.
-        max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.
-        min_widths: fewest channels per group name.
-        max_widths: most channels per group name.
-        num_heads: as in Torch-Pruning.
-        unwrapped_parameters: as in Torch-Pruning.
-        customized_pruners: as in Torch-Pruning.
-        forward_fn: ``forward_fn(model, example_inputs)``, also called with the loader's batches.
-        output_transform: as in Torch-Pruning.
+            has some) or a function, see :mod:`tp_importance.allocation`. Default (also ``"default"``): what suits the
+            importance, see :func:`~tp_importance.allocation.registry.default_allocator`: its own choice, ``"greedy"``
+            where its scores compare across layers, else ``"uniform"``.
         label_fn: ``label_fn(batch)`` for loaders of unusual form.
-        latency_table: layer times for latency budgets, or the file to keep them in; default: measured afresh.
-        allow_stale: also prune what layers read in training mode only, see
-            :func:`~tp_importance.prunable_groups`.
-        verify: leave out groups for which removal is not masking, see
-            :func:`~tp_importance.prunable_groups`.
-        progress: show a progress bar for every phase, see :mod:`tp_importance.core.progress`.
+        **options: see :class:`~tp_importance.pruning.target.PruningTarget`.
+
+    Attributes:
+        target: the :class:`~tp_importance.pruning.target.PruningTarget`: network, groups, cost, surgery.
 
     Raises:
         TypeError: for a model, importance, budget or allocator that is none, a class where an object is needed, or a
@@ -107,63 +83,131 @@ class BudgetPruner:
         loader: Iterable[Any] | None = None,
         *,
         importance: Any,
-        budget: Budget,
+        budget: Budget | None = None,
         allocator: str | Allocator | None = None,
-        ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
-        round_to: int | None = None,
-        max_pruning_ratio: float | Mapping[str, float] = 1.0,
-        min_widths: Mapping[str, int] | None = None,
-        max_widths: Mapping[str, int] | None = None,
-        num_heads: Mapping[nn.Module, int] | None = None,
-        unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
-        customized_pruners: Mapping[Any, Any] | None = None,
-        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-        output_transform: Callable[[Any], Any] | None = None,
         label_fn: LabelFn | None = None,
-        latency_table: LatencyTable | str | os.PathLike[str] | None = None,
-        allow_stale: bool = False,
-        verify: bool | Verifier = True,
-        progress: bool = False,
+        **options: Any,
     ) -> None:
-        self.model, self.budget = checked_model(model), checked_budget(budget)
-        self.importance = None if importance is None else checked_importance(importance)
-        self.example_inputs, self._label_fn, self._progress = example_inputs, label_fn, progress
+        (for_target,) = split_options(type(self), options, PruningTarget)
+        self._choose(loader, importance, budget, allocator, label_fn)
+        self.target = PruningTarget(model, example_inputs, **for_target)
+
+    @classmethod
+    def on(
+        cls,
+        target: PruningTarget,
+        loader: Iterable[Any] | None = None,
+        *,
+        importance: Any,
+        budget: Budget | None = None,
+        allocator: str | Allocator | None = None,
+        label_fn: LabelFn | None = None,
+    ) -> BudgetPruner:
+        """A pruner of a target that is there already; arguments as for the class.
+
+        Args:
+            target: network, groups, cost, surgery; several pruners may share one.
+            loader: see the class.
+            importance: see the class.
+            budget: see the class.
+            allocator: see the class.
+            label_fn: see the class.
+        """
+        self = BudgetPruner.__new__(BudgetPruner)
+        self._choose(loader, importance, budget, allocator, label_fn)
+        self.target = target
+        return self
+
+    def _choose(
+        self,
+        loader: Iterable[Any] | None,
+        importance: Any,
+        budget: Budget | None,
+        allocator: str | Allocator | None,
+        label_fn: LabelFn | None,
+    ) -> None:
+        """What there is besides the target, checked."""
+        self.budget = None if budget is None else checked_budget(budget)
+        made = find_criterion(importance).create() if isinstance(importance, str) else importance
+        self.importance = checked_importance(made)
         named_allocator(allocator)  # checks it
-        self._allocator = allocator
+        self._allocator, self._label_fn = allocator, label_fn
         if loader is not None:
             check_loader(loader)
         self.loader = loader
-        table = latency_table if isinstance(latency_table, LatencyTable) else LatencyTable(latency_table)
-        self._latency_table = table
-        self._latency: LatencyModel | None = None
-        self._ignored_layers, self._num_heads = ignored_layers, num_heads
-        self._round_to, self._max_pruning_ratio = round_to, max_pruning_ratio
-        self._min_widths, self._max_widths = dict(min_widths or {}), dict(max_widths or {})
-        self.groups: PrunableGroups = prunable_groups(
-            model,
-            example_inputs,
-            ignored_layers,
-            num_heads=num_heads,
-            unwrapped_parameters=unwrapped_parameters,
-            customized_pruners=customized_pruners,
-            forward_fn=forward_fn,
-            output_transform=output_transform,
-            allow_stale=allow_stale,
-            verify=verify,
-            progress=progress,
-        )
-        warn_of_uncounted(self.groups)
-        self._left_out = {e.name: e.reason for e in self.groups.excluded}
-        self.initial_widths = self.groups.widths
-        self.cost_model = CostModel.from_groups(self.groups)
-        self.dense: Cost = self.cost_model.dense
-        ratios = max_pruning_ratio if isinstance(max_pruning_ratio, Mapping) else {}
-        for name in (*self._min_widths, *self._max_widths, *ratios):
-            self.groups[name]  # raises for an unknown one
-        self.space  # noqa: B018 - checks the options
-        self._curves: dict[str, Curve] | None = None
-        self._history: list[Any] = []
-        self._reference: DenseReference | None = None
+        self._collected: tuple[Any, dict[str, Curve]] | None = None
+
+    @property
+    def _progress(self) -> bool:
+        return self.target._progress
+
+    # -- the network
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.target.model
+
+    @property
+    def example_inputs(self) -> Any:
+        """What it was traced with."""
+        return self.target.example_inputs
+
+    @property
+    def groups(self) -> PrunableGroups:
+        """Coupled groups of the network as it is now."""
+        return self.target.groups
+
+    @property
+    def cost_model(self) -> CostModel:
+        """Exact cost of any widths."""
+        return self.target.cost_model
+
+    @property
+    def space(self) -> WidthSpace:
+        """Admissible widths of the network as it is now."""
+        return self.target.space
+
+    @property
+    def dense(self) -> Cost:
+        """Cost of the network as given."""
+        return self.target.dense
+
+    @property
+    def initial_widths(self) -> dict[str, int]:
+        """Channels per group of the network as given."""
+        return self.target.initial_widths
+
+    def measure_latency(self) -> LatencyModel:
+        """See :meth:`PruningTarget.measure_latency <tp_importance.pruning.target.PruningTarget.measure_latency>`."""
+        return self.target.measure_latency()
+
+    def limits(self, budget: Budget | None = None) -> dict[str, float]:
+        """Absolute limits of a budget: counts, and ``"latency_ms"`` if a latency is limited.
+
+        Args:
+            budget: default: the pruner's.
+
+        Raises:
+            TypeError: if there is none.
+        """
+        return self.target.limits(checked_budget(self.budget if budget is None else budget))
+
+    def pruning_history(self) -> list[Any]:
+        """Torch-Pruning's history ``[[module name, is_out, indices], ...]`` of all steps so far."""
+        return self.target.pruning_history()
+
+    def load_pruning_history(self, history: Sequence[Any]) -> None:
+        """Repeat the steps of a history on the model, which must be as it was when the history began.
+
+        Fractions of later budgets still refer to the model as given at construction.
+
+        Raises:
+            ValueError: if the history is of another network; the model is then as before.
+        """
+        self.target.load_pruning_history(history)
+
+    # -- statistics, widths, surgery
 
     def collect(self) -> BudgetPruner:
         """Collect the statistics of the importance now; :meth:`plan` and :meth:`step` do it when needed.
@@ -173,7 +217,7 @@ class BudgetPruner:
         """
         if isinstance(self.importance, StatisticalImportance):
             if self.loader is None:
-                raise ValueError(f"{type(self.importance).__name__} looks at data: pass loader= to the pruner")
+                raise ValueError(f"{self.importance.name} looks at data: pass loader= to the pruner")
             self.importance.collect(
                 self.model,
                 self.example_inputs,
@@ -183,66 +227,27 @@ class BudgetPruner:
                 label_fn=self._label_fn,
                 progress=self._progress,
             )
-            self._curves = value_curves(self.importance, self.groups)
+            self._collected = self.groups.groups, value_curves(self.importance, self.groups)
         return self
 
-    def limit_ratios(self, max_pruning_ratio: float | Mapping[str, float]) -> None:
-        """Set the largest fraction of the initial channels that may go, for all groups or by name."""
-        WidthSpace.of(self.groups.groups, max_pruning_ratio=max_pruning_ratio)  # checks it
-        self._max_pruning_ratio = max_pruning_ratio
-
-    @property
-    def space(self) -> WidthSpace:
-        """Admissible widths of the model as it is now."""
-        return WidthSpace.of(
-            self.groups.groups,
-            round_to=self._round_to,
-            max_pruning_ratio=self._max_pruning_ratio,
-            initial_widths=self.initial_widths,
-            min_widths=self._min_widths,
-            max_widths=self._max_widths,
-        )
-
-    @warned_once()
     @shows_progress
-    def measure_latency(self) -> LatencyModel:
-        """The latency model of the model as given, measured when first asked for; :meth:`plan` does it when needed.
+    def curves(self) -> dict[str, Curve]:
+        """Value curve of every group, collected when needed.
 
         Raises:
-            ValueError: if the latency table was measured under other conditions.
-            RuntimeError: after a step: what fractions refer to is gone then.
+            ValueError: for bad data, or if nothing can be pruned.
         """
-        if self._latency is None:
-            if self._history:
-                raise RuntimeError(
-                    "the network was pruned before its latency was measured: call measure_latency() before the first "
-                    "step, or build a new pruner"
-                )
-            latency = LatencyModel.measure(self.groups, self.example_inputs, self._latency_table)
-            timed = replace(self.cost_model, latency=latency)
-            self._latency, self.cost_model = latency, timed
-        return self._latency
+        self.groups.require_some()
+        checked_importance(self.importance)  # it may have been set later
+        if not isinstance(self.importance, StatisticalImportance):
+            return value_curves(self.importance, self.groups)  # weights and gradients may have changed: never kept
+        known = self._known_curves()
+        return self.collect()._known_curves() or {} if known is None else known
 
-    def limits(self, budget: Budget | None = None) -> dict[str, float]:
-        """Absolute limits of a budget: counts, and ``"latency_ms"`` if a latency is limited.
-
-        Args:
-            budget: default: the pruner's.
-        """
-        chosen = checked_budget(self.budget if budget is None else budget)
-        counts: dict[str, float] = dict(chosen.marked_limits(self.dense))
-        if not chosen.is_measured:
-            return counts
-        model = self.measure_latency()
-        limit = chosen.latency_limit(model.dense.median_ms)
-        assert limit is not None
-        if limit >= model.dense.median_ms:  # met as it is, whatever is predicted for it
-            limit = max(limit, (1 + 1e-6) * model.predict(self.cost_model.full))
-        return {**counts, LATENCY: limit}
-
-    def curves(self) -> dict[str, Curve]:
-        """Value curve of every group, collected when needed."""
-        return self._value()
+    def _known_curves(self) -> dict[str, Curve] | None:
+        """What was collected, if it is of the groups as they are now."""
+        kept = self._collected
+        return kept[1] if kept is not None and kept[0] is self.groups.groups else None
 
     @warned_once()
     def plan(self, budget: Budget | None = None) -> Plan:
@@ -252,59 +257,42 @@ class BudgetPruner:
             budget: default: the pruner's.
 
         Returns:
-            The :class:`Plan`.
+            The :class:`~tp_importance.Plan`.
 
         Raises:
             BudgetError: if the budget cannot be reached; names the least reachable cost. Also if the network itself is
                 measured above a latency limit and predicted within it.
             ValueError: for bad data, or if nothing can be pruned.
         """
-        limits = self.limits(budget)
-        curves = self._value()
+        limits, curves, cost = self.limits(budget), self.curves(), self.cost_model
         allocator = named_allocator(self._allocator, self._weights, self.importance)
         with phase("allocating", progress=self._progress) as running:
-            units = allocate(allocator, curves, self.cost_model, self.space, limits)
-            running.note(cost=self.cost_model.cost(self.cost_model.widths(units)))
-        removed = {n: curves[n].removed(int(u)) for n, u in zip(self.cost_model.names, units, strict=True)}
-        return replace(self.plan_of(removed, limits), certificate=dict(getattr(allocator, "certificate", {})))
+            units = allocate(allocator, curves, cost, self.space, limits)
+            running.note(cost=cost.cost(cost.widths(units)))
+        removed = {n: curves[n].removed(int(u)) for n, u in zip(cost.names, units, strict=True)}
+        certificate = getattr(allocator, "certificate", {})
+        return self.target.plan(removed, limits, constant=self._constant(), certificate=certificate)
 
-    def plan_of(self, removed: Mapping[str, Sequence[int]], limits: Mapping[str, float] | None = None) -> Plan:
-        """The :class:`Plan` that removes given units, at whatever cost."""
-        widths = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in self.groups}
-        constant = {n: c.constant.tolist() for n, c in (self._curves or {}).items() if len(c.constant)}
-        gone = {n: list(units) for n, units in removed.items()}
-        counts = {f: int(v) for f, v in (limits or {}).items() if f != LATENCY}
-        found = {} if limits is None or LATENCY not in limits else self._times(widths, limits[LATENCY])
-        uncounted = dict(self.groups.trace.uncounted)
-        cost = self.cost_model.cost(widths)
-        return Plan(widths, cost, self.dense, counts, gone, constant, latency_ms=found, uncounted=uncounted)
+    def sweep(self, budgets: Sequence[Budget | float]) -> list[Plan]:
+        """Plans for many budgets from one pass; see :mod:`tp_importance.pruning.sweep` for a table and a picture.
 
-    def _times(self, widths: Mapping[str, int], limit: float) -> dict[str, float]:
-        predicted = self.cost_model.timed.predict(self.cost_model.units(widths))
-        dense = self.measure_latency().dense
-        now = self.cost_model.timed.predict(self.cost_model.full)
-        untouched = self.groups.widths == self.initial_widths
-        if untouched and now <= limit < dense.median_ms:
-            raise BudgetError(
-                f"the network took {dense.median_ms:.3f} ms, above the limit of {limit:.3f}, but the latency model "
-                f"predicts {now:.3f} for it: the machine was busy at one of these times. Measure again on a quiet one, "
-                "without the file given as latency_table"
-            )
-        if untouched and not 0.5 < now / dense.median_ms < 2:
-            warnings.warn(
-                f"the dense network took {dense.median_ms:.3f} ms (IQR {dense.iqr_ms:.3f}), {now:.3f} are "
-                "predicted: the machine was busy at one of these times. Measure on a quiet one",
-                stacklevel=levels_up(),
-            )
-        return {"dense": dense.median_ms, "dense_iqr": dense.iqr_ms, "limit": limit, "predicted": predicted}
+        Args:
+            budgets: budgets, or fractions of the MACs.
+        """
+        return [self.plan(b if isinstance(b, Budget) else Budget(macs=float(b))) for b in budgets]
+
+    def plan_of(self, removed: Mapping[str, Sequence[int]]) -> Plan:
+        """The :class:`~tp_importance.Plan` that removes given units, at whatever cost."""
+        return self.target.plan(removed, constant=self._constant())
+
+    def _constant(self) -> dict[str, list[int]]:
+        return {n: c.constant.tolist() for n, c in (self._known_curves() or {}).items()}
+
+    def _weights(self) -> Mapping[str, float] | None:
+        return getattr(self.importance, "weights", None) if hasattr(self.importance, "curves") else None
 
     @warned_once()
-    def step(
-        self,
-        budget: Budget | None = None,
-        *,
-        refit: Refit | str | bool | None = None,
-    ) -> PruningReport:
+    def step(self, budget: Budget | None = None, *, refit: Refit | str | bool | None = None) -> PruningReport:
         """Prune the model in place.
 
         Parameters that are cut become new objects without a gradient, so build the optimizer afterwards; those that
@@ -323,7 +311,7 @@ class BudgetPruner:
         Raises:
             BudgetError: if the budget cannot be reached.
             RuntimeError: if the pruned network does not cost what was planned.
-            ValueError: as :meth:`plan`, or if compensation or recalibration has no loader.
+            ValueError: as :meth:`plan`, or if a refit has no loader.
 
         After any exception, Ctrl-C included, model and pruner are as before; a step that changes nothing changes no
         statistics either.
@@ -348,92 +336,14 @@ class BudgetPruner:
         """
         settings = Refit.of(refit)
         self._require_loader(settings)
-        report, run = self._report(plan), self.groups.options.forward_fn
-        if plan.is_noop:
-            time = f", {plan.latency_ms['predicted']:.3f} ms predicted" if plan.latency_ms else ""
-            warnings.warn(
-                f"the network already meets the budget ({plan.cost}{time}); nothing is pruned", stacklevel=levels_up()
-            )
-            return self._timed(report)
-        compares = settings is not None and settings.follows and (not settings.solves or has_batch_norm(self.model))
-        reference = self._reference_after(plan.removed, needed=compares)
-        solves = settings is not None and settings.solves
-        values = self.model.parameters() if solves else ()
-        step = self.surgery(values)
-        with shown(self._progress), step, replacing(self.model), torch.inference_mode(False):
-            if settings is not None and solves:
-                report = replace(report, refit=self._refit(plan, settings))
-            with phase("removing channels", before=self.cost_model.dense, after=plan.cost):
-                remove_units(self.groups, plan.removed)
-            counted = count_ops(self.model, self.example_inputs, forward_fn=run)
-            if Cost(*counted) != plan.cost:
-                raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
-            if compares and self.loader is not None:
-                recalibrate_batchnorm(self.model, self.loader, reference=reference, forward_fn=run)
-            state = self._adopting(self._retrace(), self.groups.trace.graph.pruning_history())
-            if reference is not None:
-                state["_reference"] = reference.stamped(self.model)
-            step.commit()
-            vars(self).update(state)
-        return self._timed(report)
-
-    def pruning_history(self) -> list[Any]:
-        """Torch-Pruning's history ``[[module name, is_out, indices], ...]`` of all steps so far."""
-        return [list(entry) for entry in self._history]
-
-    def load_pruning_history(self, history: Sequence[Any]) -> None:
-        """Repeat the steps of a history on the model, which must be as it was when the history began.
-
-        Fractions of later budgets still refer to the model as given at construction.
-
-        Raises:
-            ValueError: if the history is of another network; the model is then as before.
-        """
-        entries = [list(entry) for entry in history]
-        try:
-            step = self.surgery()
-            running = phase("repeating a history", steps=len(entries), progress=self._progress)
-            with preserved(self.model), running, step, replacing(self.model), torch.inference_mode(False):
-                groups = self.groups
-                for entry in entries:  # a fresh graph each: Torch-Pruning's keeps stale offsets behind a split
-                    with settled(self.model):
-                        groups.trace.graph.load_pruning_history([list(entry)])
-                    groups = self._retrace()
-                counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
-                if Cost(*counted) != CostModel.from_groups(groups).dense:
-                    raise ValueError(f"after it the network costs {Cost(*counted)}, its widths say otherwise")
-                state = self._adopting(groups, entries)
-                step.commit()
-                vars(self).update(state)
-        except Exception as error:
-            raise ValueError(
-                f"the history does not fit {type(self.model).__name__} as it is now ({type(error).__name__}: {error})"
-            ) from error
-
-    def surgery(self, values: Iterable[torch.Tensor] = ()) -> Surgery:
-        """A block in which the model is changed; if it raises, model and pruner are as before.
-
-        Args:
-            values: parameters that are written into, rather than replaced.
-        """
-        return Surgery(self, values)
-
-    def _refit(self, plan: Plan, settings: Refit) -> RefitReport:
-        assert self.loader is not None
-        known = getattr(self.importance, "consumer_statistics", None)
-        reusable = known is not None and known.covers(self.groups, settings.sampled) and self._curves is not None
-        return refit_consumers(
-            self.model,
-            self.example_inputs,
+        return self.target.apply(
+            plan,
             self.loader,
-            plan.removed,
-            settings,
-            groups=self.groups,
-            statistics=known if reusable else None,
-            classes=getattr(self.importance, "classes", None),
-            forward_fn=self.groups.options.forward_fn,
+            refit=settings,
             label_fn=self._label_fn,
-            progress=self._progress,
+            classes=getattr(self.importance, "classes", None),
+            statistics=None if self._known_curves() is None else getattr(self.importance, "consumer_statistics", None),
+            criterion=getattr(self.importance, "name", type(self.importance).__name__),
         )
 
     def _require_loader(self, settings: Refit | None) -> None:
@@ -441,131 +351,48 @@ class BudgetPruner:
             return
         if self.loader is None:
             raise ValueError(f"refit={settings.mode!r} needs data: pass loader= to the pruner")
-        collects = isinstance(self.importance, StatisticalImportance) and self._curves is None
+        collects = isinstance(self.importance, StatisticalImportance) and self._known_curves() is None
         shares = settings.mode == "parallel" and hasattr(self.importance, "consumer_statistics")
         if collects + (settings.solves and not shares) + settings.follows > 1:
             require_reiterable(self.loader)
 
-    def _weights(self) -> Mapping[str, float] | None:
-        return getattr(self.importance, "weights", None) if hasattr(self.importance, "curves") else None
 
-    @shows_progress
-    def _value(self) -> dict[str, Curve]:
-        self.groups.require_some()
-        checked_importance(self.importance)  # it may have been set later
-        if not isinstance(self.importance, StatisticalImportance):
-            return value_curves(self.importance, self.groups)  # weights and gradients may have changed: never kept
-        if self._curves is None:
-            self.collect()
-        assert self._curves is not None
-        return self._curves
+hand_on(BudgetPruner, PruningTarget)
 
-    @phase("tracing")
-    def _retrace(self) -> PrunableGroups:
-        """Groups of the pruned model; what was left out before stays out."""
-        options = self.groups.options.renamed(self.groups.trace.names, self.model)
-        traced = trace(self.model, self.example_inputs, options)
-        groups = build_groups(traced, self._ignored_layers, self._num_heads, options)
-        return groups.exclude({n: r for n, r in self._left_out.items() if n in groups.names})
 
-    def _adopting(self, groups: PrunableGroups, history: Sequence[Any]) -> dict[str, Any]:
-        """What changes in the pruner when it goes on with ``groups`` after a surgery."""
-        latency = None if self._latency is None else self._latency.of(groups)
-        return {
-            "groups": groups,
-            "cost_model": replace(CostModel.from_groups(groups), latency=latency),
-            "_latency": latency,
-            "_curves": None,
-            "_history": [*self._history, *history],
-        }
+class MethodPruner(BudgetPruner):
+    """A pruner with one criterion: subclasses only name its importance.
 
-    def _reference_after(self, removed: Mapping[str, Sequence[int]], needed: bool) -> DenseReference | None:
-        """The network that batch norms are compared with, and what of it is left when ``removed`` has gone.
+    Its options become options of the subclass, in signature and documentation.
 
-        It is the network as given, or as somebody else, training say, has left it since the last step. A later step may
-        want it; so it is kept, if the network can be copied, where it is not ``needed`` now.
-        """
-        if self.loader is None or not has_batch_norm(self.model):
-            return None
-        known = self._reference
-        if known is None or not known.is_of(self.model):
-            try:
-                known = DenseReference.of(self.model)
-            except Exception:
-                if needed:
-                    raise
-                return None
-        layers, gone = dict(self.model.named_modules()), defaultdict[str, list[int]](list)
-        for group in self.groups:
-            for m in group.members:
-                if m.kind == "passthrough" and m.role == "out" and is_calibrated(layers.get(m.name)):
-                    gone[m.name] += m.positions(removed.get(group.name, ())).tolist()
-        return known.after(gone)
+    Example:
+        >>> import torch
+        >>> from tp_importance import OBSImportance
+        >>> class MyPruner(MethodPruner):
+        ...     '''Prune by :class:`OBSImportance`.'''
+        ...     importance_class = OBSImportance
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> MyPruner(net, torch.randn(1, 3, 8, 8), [torch.randn(16, 3, 8, 8)], ridge=0.01).importance.ridge
+        0.01
+    """
 
-    @shows_progress
-    def _timed(self, report: PruningReport) -> PruningReport:
-        """The report with the measured latency of the network, if it was limited."""
-        if not report.latency_ms:
-            return report
-        with phase("measuring latency"):
-            found = self._latency_table.network(self.model, self.example_inputs, self.groups.options.forward_fn)
-        times = {**report.latency_ms, "measured": found.median_ms, "measured_iqr": found.iqr_ms}
-        return replace(report, latency_ms=times)
+    importance_class: ClassVar[Any]
 
-    def _report(self, plan: Plan) -> PruningReport:
-        before = self.groups.widths
-        share = self.cost_model.shares()
-        rows = [
-            GroupRow(
-                g.name, self.initial_widths.get(g.name, g.width), before[g.name], plan.widths[g.name], share[g.name]
-            )
-            for g in self.groups
-        ]
-        return PruningReport(
-            rows=rows,
-            dense=self.dense,
-            before=self.cost_model.dense,
-            cost=plan.cost,
-            limits=plan.limits,
-            bytes_per_param=bytes_per_parameter(self.model),
-            excluded=list(self.groups.excluded),
-            constant={g: len(u) for g, u in plan.constant.items()},
-            criterion=type(self.importance).__name__,
-            latency_ms=dict(plan.latency_ms),
-            uncounted=dict(plan.uncounted),
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any] | None = None,
+        *,
+        budget: Budget | None = None,
+        **options: Any,
+    ) -> None:
+        of_importance, rest = split_options(
+            type(self), options, self.importance_class, BudgetPruner, leave=("importance",)
         )
+        importance = self.importance_class(**of_importance)
+        super().__init__(model, example_inputs, loader, importance=importance, budget=budget, **rest)
 
-
-class Surgery(transaction):
-    """A block in which a pruner changes its model; if it raises, both are as before."""
-
-    def __init__(self, pruner: BudgetPruner, values: Iterable[torch.Tensor] = ()) -> None:
-        """``values``: parameters that are written into; buffers, which are few, always come back."""
-        super().__init__(pruner.model, (*values, *pruner.model.buffers()))
-        self._pruner = pruner
-
-    def _note(self) -> None:
-        super()._note()
-        self._state = dict(vars(self._pruner))
-
-    def _restore(self, failed: bool) -> None:
-        super()._restore(failed)
-        if failed:
-            pruner = self._pruner
-            vars(pruner).clear()
-            vars(pruner).update(self._state)
-            # the host's surgery has changed the graph
-            traced = trace(pruner.model, pruner.example_inputs, pruner.groups.options)
-            pruner.groups = replace(pruner.groups, trace=traced)
-
-
-def warn_of_uncounted(groups: PrunableGroups) -> None:
-    """Say which layers multiply and accumulate as often as nobody knows: no budget of MACs holds for them."""
-    if groups.trace.uncounted:
-        named = "; ".join(f"{name}: {reason}" for name, reason in groups.trace.uncounted.items())
-        warnings.warn(f"the MACs of some layers are not known and not counted ({named})", stacklevel=levels_up())
-
-
-def bytes_per_parameter(model: nn.Module) -> float:
-    count = sum(p.numel() for p in model.parameters())
-    return sum(p.numel() * p.element_size() for p in model.parameters()) / max(count, 1)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hand_on(cls, cls.importance_class, BudgetPruner, leave=("importance",))

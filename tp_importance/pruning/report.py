@@ -11,6 +11,7 @@ from typing import Any
 from ..budget import Cost
 from ..core.optional import optional_import
 from ..graph.groups import Excluded
+from ..latency.times import LatencyTimes
 from ..refitting.report import RefitReport
 
 __all__ = ["CostReport", "GroupRow", "PruningReport"]
@@ -47,7 +48,7 @@ class CostReport:
     cost: Cost
     limits: dict[str, int]
     bytes_per_param: float
-    latency_ms: dict[str, float]
+    latency_ms: LatencyTimes
 
     def totals(self) -> list[tuple[str, int, int]]:
         """``(what, of the model as given, now)`` for MACs, params and bytes of the parameters."""
@@ -74,8 +75,8 @@ class CostReport:
         for name, dense, after in self.totals():
             limit = f", limit {self.limits[name]:,}" if name in self.limits else ""
             lines.append(f"{name:<7}{dense:>16,} → {after:>16,}  ({after / max(dense, 1):.4f}{limit})")
-        if self.latency_ms:
-            lines.append("latency, ms: " + ", ".join(f"{key} {value:.3f}" for key, value in self.latency_ms.items()))
+        if self.latency_ms.is_limited:
+            lines.append(f"latency, ms: {self.latency_ms}")
         return lines
 
 
@@ -94,8 +95,7 @@ class PruningReport(CostReport):
         constant: number of units that did not vary on the data, per group that has any.
         criterion: name of the importance.
         refit: what the refit of the consumers did, if there was one.
-        latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` and ``measured``; ``dense_iqr`` and
-            ``measured_iqr`` are interquartile ranges.
+        latency_ms: latencies in milliseconds; none is known if none is limited.
         uncounted: layers whose MACs are not known and in none of the costs, with the reason.
     """
 
@@ -109,7 +109,7 @@ class PruningReport(CostReport):
     constant: dict[str, int] = field(default_factory=dict)
     criterion: str = ""
     refit: RefitReport | None = None
-    latency_ms: dict[str, float] = field(default_factory=dict)
+    latency_ms: LatencyTimes = field(default_factory=LatencyTimes)
     uncounted: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -137,7 +137,8 @@ class PruningReport(CostReport):
         rows = [GroupRow(**row) for row in data["rows"]]
         excluded = [Excluded(**row) for row in data["excluded"]]
         refit = None if data.get("refit") is None else RefitReport.from_dict(data["refit"])
-        return cls(**{**data, **costs, "rows": rows, "excluded": excluded, "refit": refit})
+        times = LatencyTimes.from_dict(data["latency_ms"])
+        return cls(**{**data, **costs, "rows": rows, "excluded": excluded, "refit": refit, "latency_ms": times})
 
     def to_frame(self) -> Any:
         """The rows as ``pandas.DataFrame``.

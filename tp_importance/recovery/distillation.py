@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import unwrapped_model
-from ..core.batches import ForwardFn, call_model, tensors_in, to_model
-from ..core.guards import copied
+from ..core.batches import tensors_in
+from ..core.copies import copied
+from ..core.devices import to_model
+from ..core.forward import ForwardFn, call_model
 from ..maths.distillation import check_distillation, distillation_loss, feature_loss
 
 __all__ = ["Distiller", "distillation_loss"]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.groups import Index, PrunableGroups
+from ..graph.layer_kinds import CONV
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, set_consumer_weight
 from ..graph.reparametrised import computed_tensors
 from ..graph.surgery import checked_units
-from ..graph.tracing import CONV, Trace
+from ..graph.tracing import Trace
 from ..maths.least_squares import refit
 from ..maths.ridge import choose_ridge
 from ..statistics.consumers import MAX_FEATURES
@@ -63,7 +64,7 @@ class LayerRefit:
         """New weight, shape (G, O, d), and the ridge it took.
 
         Args:
-            ridge: see :class:`Refit`.
+            ridge: see :class:`~tp_importance.Refit`.
             second: second moments of the inputs, shape (G, d, d).
             missing: moments of the inputs and of what :attr:`plain` lacks, shape (G, d, O).
             error: mean squares of what it lacks, shape (G, O).

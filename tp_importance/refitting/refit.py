@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import nn
 
-from ..core.batches import ForwardFn
+from ..core.forward import ForwardFn
 from ..core.guards import written
 from ..core.processes import warned_once
 from ..core.progress import shown, track
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups
-from ..maths.least_squares import output_energy
-from ..maths.moments import Moments
 from ..refitting.report import RefitReport, RefitRow
 from ..statistics.consumers import ConsumerStatistics
-from ..statistics.observe import LabelFn, observe
+from ..statistics.labels import LabelFn
+from ..statistics.observe import observe
 from .layers import LayerRefit, refittable, touched
 from .sequential import SequentialRefit
 from .settings import Refit, Ridge
+from .solving import refitted_by_moments
 
 __all__ = ["refit_consumers"]
 
@@ -41,7 +41,7 @@ def refit_consumers(
     label_fn: LabelFn | None = None,
     progress: bool = False,
 ) -> RefitReport:
-    r"""LayerRefit all consumers to the removal of units that is about to take place; the shapes stay.
+    r"""Refit all consumers to the removal of units that is about to take place; the shapes stay.
 
     With :math:`P` the covariance of a consumer's unfolded inputs, k the features that stay and r those that go
     (of all groups it reads),
@@ -82,7 +82,7 @@ def refit_consumers(
         >>> x = torch.randn(16, 3, 12, 12)
         >>> report = refit_consumers(net, x[:2], [x], {"0": [1, 5]})
         >>> [(r.name, r.kept, r.removed, r.after < r.before) for r in report.rows]
-        [('2', 54, 18, True)]
+        [('2', 54, 18, True), ('4', 36, 0, True)]
         >>> int((net[2].weight == 0).flatten(2).all(2).all(0).sum())  # ready for the surgery
         2
     """
@@ -132,17 +132,5 @@ def _in_parallel(refits: Sequence[LayerRefit], statistics: ConsumerStatistics, r
     rows = []
     with written(t for r in refits for t in r.tensors()):
         for r in track(refits, "refitting", unit="layer"):
-            rows.append(_refit_one(r, statistics.moments(r.name), ridge))
+            rows.append(refitted_by_moments(r, statistics.moments(r.name), ridge))
     return rows
-
-
-def _refit_one(consumer: LayerRefit, moments: Moments, ridge: Ridge) -> RefitRow:
-    old, mean, second = consumer.weight, moments.mean(), moments.total()
-    if not consumer.centred:
-        second += mean.unsqueeze(2) * mean.unsqueeze(1)
-    gone = (old - consumer.plain).to(second)
-    before = output_energy(second, gone)
-    new, chosen = consumer.refitted(ridge, second, second @ gone.mT, before, moments.rows)
-    after = output_energy(second, new.to(second) - old.to(second))
-    target = (old.to(mean) @ mean.unsqueeze(2)).squeeze(2)
-    return consumer.adopt(new, before, after, output_energy(second, old), mean, target, chosen)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import ForwardFn
-from ..errors import TracingError
+from ..core.forward import ForwardFn
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input
-from ..graph.taps import addition, recording, tap
-from ..maths.batchnorm import Moments as NormMoments
+from ..maths.batchnorm import PooledMoments
 from ..maths.moments import Moments, consumer_scatter
-from .observe import Watch, at_least_float, labels_per_row, undisturbed
+from .observe import Watch
+from .residual_sums import watch_residual_sums
+from .sketch import contributions
 
 __all__ = ["ConsumerStatistics", "check_reading", "checked_moments"]
 
@@ -31,9 +29,6 @@ ENERGY_EXPONENT = 0.75
 
 STEADY = 1e-4
 """Below this fraction of its squared mean, the variance of a tensor does not count: it is a constant."""
-
-SKETCH = 64
-"""Outputs a wider consumer is summarised by; exact if it has no more."""
 
 
 def checked_moments(name: str, moments: Moments | None) -> Moments:
@@ -58,7 +53,7 @@ class ConsumerStatistics:
 
     Memory: one d×d float64 matrix and K class sums of length d per consumer, d = channels/groups · taps, however
     many samples there are. A consumer with more than :data:`MAX_FEATURES` features (a linear layer behind a
-    flattened map) is watched through the contributions of its channels to :data:`SKETCH` random ±1 combinations of
+    flattened map) is watched through the contributions of its channels to :data:`.SKETCH` random ±1 combinations of
     its outputs instead, an unbiased estimate that is exact up to that many outputs (Johnson-Lindenstrauss).
 
     Args:
@@ -81,7 +76,7 @@ class ConsumerStatistics:
         self._moments = {name: Moments() for name in self._names}
         self._rows_per_sample: dict[int, float] = {}
         self.labels: Tensor | None = None
-        self._sums: dict[str, NormMoments] = {}
+        self._sums = PooledMoments()
         self._energies: dict[str, float] = {}
 
     def covers(self, groups: PrunableGroups, positions: int | None) -> bool:
@@ -98,8 +93,7 @@ class ConsumerStatistics:
             for module in [self._model.get_submodule(name)]
         ]
 
-    @contextmanager
-    def sums(self, example_inputs: Any, forward_fn: ForwardFn | None = None) -> Iterator[None]:
+    def sums(self, example_inputs: Any, forward_fn: ForwardFn | None = None) -> AbstractContextManager[None]:
         """While the model runs over the data, see also what outputs of consumers are added to, for :meth:`energy`.
 
         Samples whose entry in ``labels``, to be set before each batch, is negative do not count.
@@ -111,33 +105,9 @@ class ConsumerStatistics:
         Warns:
             UserWarning: if the model does other operations than on its example inputs; no sum is used then.
         """
-        flow = recording(self._model, example_inputs, forward_fn)
-        consumers: dict[int, list[str]] = {}
-        for name in self._names:
-            op = None if flow is None else addition(flow, name, self._norms[name])
-            if op is not None:
-                consumers.setdefault(op.outputs[0], []).append(name)
-        if flow is None or not consumers:
-            yield
-            return
-        lost: list[TracingError] = []
-
-        def look(value: int, x: Tensor) -> None:
-            channels_first = x.dim() > 2 and not isinstance(self._model.get_submodule(consumers[value][0]), nn.Linear)
-            with undisturbed(x.device):
-                if self.labels is not None and bool((self.labels < 0).any()):
-                    x = x[labels_per_row(consumers[value][0], x, self.labels) >= 0]
-                if not len(x):
-                    return
-                new = NormMoments.of(at_least_float(x if channels_first else x.flatten(0, -2)))
-            for name in consumers[value]:
-                self._sums[name] = self._sums[name].merged(new) if name in self._sums else new
-
-        with tap(self._model, flow, {value: partial(look, value) for value in consumers}, otherwise=lost.append):
-            yield
-        if lost:
-            self._sums.clear()
-            warnings.warn(f"{lost[0]}; losses are taken relative to single layers, not to residual sums", stacklevel=4)
+        return watch_residual_sums(
+            self._model, self._norms, self._sums, lambda: self.labels, example_inputs, forward_fn
+        )
 
     def energy(self, name: str) -> float:
         """Variance, summed over channels, of what errors of consumer ``name`` disturb.
@@ -291,21 +261,7 @@ class ConsumerStatistics:
         weight = consumer_weight(module) * gain.to(consumer_weight(module)).unsqueeze(2)
         if weight.shape[0] > 1:
             raise ValueError(f"grouped consumers with more than {MAX_FEATURES} features per group are not supported")
-        weight = weight[0]
-        if weight.shape[0] > SKETCH:
-            signs = torch.randint(0, 2, (SKETCH, weight.shape[0]), generator=generator) * 2 - 1
-            weight = signs.to(weight) @ weight / SKETCH**0.5
-        channels = feature_channels(module)[0].to(weight.device)
-        width = int(channels.max()) + 1
-
-        def project(rows: Tensor) -> Tensor:
-            flat = rows.flatten(1)
-            result = flat.new_zeros(len(flat), len(weight), width)
-            for s, combination in enumerate(weight):  # keeps the largest temporary at (R, d)
-                result[:, s].index_add_(1, channels, flat * combination)
-            return result
-
-        return project
+        return contributions(weight[0], feature_channels(module)[0], generator)
 
 
 def _is_wide(module: Any) -> bool:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import ForwardFn, iterate, keyed_labels, run_batch, split_batch, to_model
+from ..core.batches import keyed_labels, split_batch
+from ..core.devices import to_model
+from ..core.forward import ForwardFn, run_batch
 from ..core.guards import Guard
+from ..core.loaders import iterate
 from ..core.progress import track
 from ..core.untouched import untouched
 from ..graph.reparametrised import as_leaves
-from .observe import LabelFn
+from .labels import LabelFn
 
 __all__ = ["LossFn", "checked_loss_fn", "loss_gradients", "loss_of"]
 

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from ..core.types import Bools
 from ..errors import StaleStatisticsError
-from ..graph.gates import scale_inputs, scale_outputs
+from ..graph.channel_axes import scale_inputs, scale_outputs
 from ..graph.groups import ChannelGroup, Member, PrunableGroups
+from ..graph.layer_kinds import CONV
 from ..graph.layer_pruners import has_channels
 from ..graph.remap import check_optimizer
-from ..graph.tracing import CONV
 
-__all__ = ["GroupWeights", "ParametersOf", "filter_norms", "own_parameters"]
+__all__ = ["GroupWeights", "ParametersOf", "own_parameters", "summed_l1_norms"]
 
 ParametersOf = Callable[[nn.Module], Mapping[str, Any]]
 """Parameters of a module by leaf name; NNI, say, keeps them elsewhere."""
@@ -77,10 +77,10 @@ class GroupWeights:
                 module = self._modules.get(member.name)
                 if module is None:
                     continue
-                gate = torch.ones(member.width)
-                gate[torch.from_numpy(member.positions(units))] = 0
+                kept = torch.ones(member.width)
+                kept[torch.from_numpy(member.positions(units))] = 0
                 for leaf, parameter in self._parameters_of(module).items():
-                    if parameter is None or (factor := _factor(module, member, leaf, gate, parameter)) is None:
+                    if parameter is None or (factor := _factor(module, member, leaf, kept, parameter)) is None:
                         continue
                     for optimizer in optimizers:
                         for value in _momenta(optimizer, parameter):
@@ -107,7 +107,7 @@ class GroupWeights:
                     )
 
 
-def filter_norms(groups: PrunableGroups, group: ChannelGroup) -> NDArray[np.float64]:
+def summed_l1_norms(groups: PrunableGroups, group: ChannelGroup) -> NDArray[np.float64]:
     """L1 norm of the filters of every unit over all producers: breaks ties; shape (U,)."""
     norms = np.zeros(group.n_units)
     for rows, units in GroupWeights(groups).filters(group):
@@ -134,12 +134,12 @@ def _width(module: Any, member: Member) -> int | None:
     return getattr(module, "num_features", None)
 
 
-def _factor(module: Any, member: Member, leaf: str, gate: Tensor, parameter: Tensor) -> Tensor | None:
-    """``gate`` over one parameter of a member, in a shape that multiplies it; ``None`` if it has no such dimension."""
+def _factor(module: Any, member: Member, leaf: str, kept: Tensor, parameter: Tensor) -> Tensor | None:
+    """``kept`` over one parameter of a member, in a shape that multiplies it; ``None`` if it has no such dimension."""
     if leaf == "weight" and member.kind in ("producer", "consumer"):
-        return (scale_outputs if member.role == "out" else scale_inputs)(module, gate)
+        return (scale_outputs if member.role == "out" else scale_inputs)(module, kept)
     if member.role == "out" and len(parameter) == member.width:  # bias, batch norm, depthwise
-        return gate.view(-1, *[1] * (parameter.dim() - 1))
+        return kept.view(-1, *[1] * (parameter.dim() - 1))
     return None
 
 

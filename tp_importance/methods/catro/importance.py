@@ -1,28 +1,26 @@
-"""CATRO: class-aware channel selection (arXiv 2110.10921), as importance and as pruner for Torch-Pruning."""
+"""CATRO: class-aware channel selection (arXiv 2110.10921)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...allocation.curves import Curve
-from ...budget import Budget
 from ...core.progress import track
 from ...core.types import Floats, Ints
 from ...graph.groups import ChannelGroup, PrunableGroups
 from ...maths.moments import NEGLIGIBLE, Moments, eliminate
 from ...pruning.importance import StatisticalImportance
-from ...pruning.pruner import BudgetPruner
 from ...statistics.consumers import ConsumerStatistics, check_reading
-from ...statistics.group_weights import filter_norms
+from ...statistics.group_weights import summed_l1_norms
 from ...statistics.observe import Watch, WatchFn
 from .trace_ratio import ClassScatter, select, top_d_values
 
-__all__ = ["CATROImportance", "CATROPruner"]
+__all__ = ["CATROImportance"]
 
 Space = Literal["consumer", "channel"]
 
@@ -90,16 +88,18 @@ class CATROImportance(StatisticalImportance):
 
     @property
     def consumer_statistics(self) -> ConsumerStatistics | None:
-        """What the consumers received when the statistics were collected; spares compensation its own pass."""
+        """What the consumers received when the statistics were collected; spares a refit its own pass."""
         return self._consumers
 
-    def _watches(self, groups: PrunableGroups) -> list[Watch]:
+    def watches(self, groups: PrunableGroups) -> list[Watch]:
+        """See :meth:`~tp_importance.StatisticalImportance.watches`."""
         if self.space == "consumer":
             self._consumers = ConsumerStatistics(groups, positions=self.positions, seed=self.seed)
             return self._consumers.watches()
         return _channel_watches(groups, self._scatter, self.pool)
 
-    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
+    def value(self, groups: PrunableGroups) -> dict[str, Curve]:
+        """See :meth:`~tp_importance.StatisticalImportance.value`."""
         if self.space == "consumer":
             assert self._consumers is not None
             consumers = self._consumers
@@ -113,63 +113,8 @@ class CATROImportance(StatisticalImportance):
         energy = total.diagonal().cpu().numpy()
         constant = np.flatnonzero(energy <= NEGLIGIBLE * max(energy.max(initial=0.0), 1e-300))
         scatter = total if self.class_weight == 0.5 else consumers.scatter(group, consumers.blend(self.class_weight))
-        elimination = eliminate(scatter, filter_norms(groups, group))
+        elimination = eliminate(scatter, summed_l1_norms(groups, group))
         return Curve(elimination.loss, elimination.order, constant=constant)
-
-
-class CATROPruner(BudgetPruner):
-    """Prune a network to a budget by CATRO: collect, allocate, remove.
-
-    Works in place; see :class:`~tp_importance.BudgetPruner` for ``plan``, ``step`` and what all pruners share.
-
-    Args:
-        model: the network, changed by :meth:`step` only.
-        example_inputs: tensor, tuple or dict, batch dimension first.
-        loader: re-iterable of labelled batches; a few hundred samples suffice.
-        budget: what the network may cost.
-        space: see :class:`CATROImportance`.
-        classes: see :class:`CATROImportance`.
-        class_weight: see :class:`CATROImportance`.
-        positions: see :class:`CATROImportance`.
-        pool: see :class:`CATROImportance`.
-        ratio: see :class:`CATROImportance`.
-        seed: see :class:`CATROImportance`.
-        **options: see :class:`~tp_importance.BudgetPruner`.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
-        >>> loader = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 2)]
-        >>> report = CATROPruner(net, torch.randn(1, 3, 8, 8), loader, budget=Budget(macs=0.5)).step()
-        >>> net[0].out_channels, report.cost.macs <= 0.5 * report.dense.macs
-        (4, True)
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        loader: Iterable[Any],
-        *,
-        budget: Budget,
-        space: Space = "consumer",
-        classes: Sequence[int] | None = None,
-        class_weight: float = 0.5,
-        positions: int | None = 8,
-        pool: bool = True,
-        ratio: Literal["min", "full"] = "min",
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        importance = CATROImportance(
-            space=space,
-            classes=classes,
-            class_weight=class_weight,
-            positions=positions,
-            pool=pool,
-            ratio=ratio,
-            seed=seed,
-        )
-        super().__init__(model, example_inputs, loader, budget=budget, importance=importance, **options)
 
 
 def _each(groups: PrunableGroups) -> Iterator[ChannelGroup]:
@@ -183,7 +128,7 @@ def _channel_curve(
     total = b + w
     constant = np.flatnonzero(total <= NEGLIGIBLE * max(total.max(initial=0.0), 1e-300))
     alive = np.setdiff1d(np.arange(len(b)), constant)
-    norms = filter_norms(groups, group)
+    norms = summed_l1_norms(groups, group)
     if not len(alive):  # the whole group is constant: it loses nothing at any width
         return Curve(np.zeros(len(b) + 1), np.argsort(norms, kind="stable"), constant=constant)
     ratios = b[alive] / np.maximum(w[alive], 1e-300)

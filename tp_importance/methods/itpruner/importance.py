@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch_pruning as tp
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...allocation.curves import Curve, curve_from_scores, host_scores
-from ...allocation.greedy import Allocator, WidthSpace
-from ...allocation.program import Objective, ProgramAllocator, Solver, checked_objective
+from ...allocation.program import Objective, ProgramAllocator, Solver, WeightSource, checked_objective
+from ...allocation.space import WidthSpace
 from ...budget import Budget
 from ...core.arguments import checked_budget, checked_importance
-from ...core.batches import ForwardFn
+from ...core.forward import ForwardFn
 from ...core.progress import phase
 from ...core.types import Floats, Ints
 from ...graph.cost import CostModel
 from ...graph.groups import PrunableGroups
 from ...pruning.importance import StatisticalImportance
-from ...pruning.plan import Plan
-from ...pruning.pruner import BudgetPruner
 from ...statistics.observe import Watch
 from .grams import LEAST_SAMPLES, GramStatistics
 from .hsic import Estimator, Kernel, importance_weights, relevance
 
-__all__ = ["ITPruner", "ITPrunerImportance", "Per"]
+__all__ = ["ITPrunerImportance", "Per"]
 
 Per = Literal["layer", "group"]
 
@@ -61,6 +59,8 @@ class ITPrunerImportance(StatisticalImportance):
             that the program keeps above all it removes (prune by :attr:`pruning_ratio`).
         pool: average channels over their positions before comparing groups; cheaper, ours.
         per: ``"layer"``, or ``"group"``: N = 1, so that a stage of many layers weighs what one layer does.
+        solver: ``"direct"``, or ``"cvxpy"`` as an independent check, see
+            :class:`~tp_importance.allocation.program.ProgramAllocator`.
 
     Attributes:
         nhsic: shape (G, G), in the order of ``groups``.
@@ -72,6 +72,7 @@ class ITPrunerImportance(StatisticalImportance):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
         >>> importance = ITPrunerImportance(budget=Budget(macs=0.5))
         >>> importance = importance.collect(net, torch.randn(1, 3, 12, 12), [torch.randn(16, 3, 12, 12)])
@@ -95,6 +96,7 @@ class ITPrunerImportance(StatisticalImportance):
         budget: Budget | None = None,
         pool: bool = False,
         per: Per = "layer",
+        solver: Solver = "direct",
     ) -> None:
         inner = tp.importance.MagnitudeImportance(p=1) if importance is None else checked_importance(importance)
         super().__init__(classes=getattr(inner, "classes", None))
@@ -109,7 +111,8 @@ class ITPrunerImportance(StatisticalImportance):
         if budget is not None:
             checked_budget(budget).require_counted("ITPrunerImportance without a pruner")
         self.objective, self.budget, self.pool = checked_objective(objective), budget, pool
-        self.per = per
+        self.per, self.solver = per, solver
+        self.program()  # checks objective and solver
         self.needs_labels = isinstance(inner, StatisticalImportance) and inner.needs_labels
         self.nhsic: NDArray[np.float64] = np.zeros((0, 0))
         self.relevance: dict[str, float] = {}
@@ -160,39 +163,41 @@ class ITPrunerImportance(StatisticalImportance):
         other._units = other._allocated(self.groups, other._cached_curves, self.relevance)
         return other
 
-    def allocator(self, solver: Solver = "direct", choice: str | Allocator | None = None) -> str | Allocator:
-        """The program with the weights of this importance, whenever they are collected.
+    def program(self, weights: WeightSource = None) -> ProgramAllocator:
+        """The convex program that chooses the widths.
 
         Args:
-            solver: see :class:`~tp_importance.allocation.program.ProgramAllocator`.
-            choice: what a user asked for; it comes back if it is another allocator.
+            weights: α per group; default: those of this importance, once they are collected.
         """
-        if choice is None or (isinstance(choice, str) and choice in ("default", "program")):
-            return ProgramAllocator(lambda: self.weights, objective=self.objective, solver=solver)
-        return choice
+        source = (lambda: self.weights) if weights is None else weights
+        return ProgramAllocator(source, objective=self.objective, solver=self.solver)
 
-    def _watches(self, groups: PrunableGroups) -> list[Watch]:
+    def watches(self, groups: PrunableGroups) -> list[Watch]:
+        """See :meth:`~tp_importance.StatisticalImportance.watches`."""
         self._grams = GramStatistics(groups, kernel=self.kernel, estimator=self.estimator, pool=self.pool)
-        inner = self.importance._watches(groups) if isinstance(self.importance, StatisticalImportance) else []
+        inner = self.importance.watches(groups) if isinstance(self.importance, StatisticalImportance) else []
         return [*self._grams.watches(), *inner]
 
-    def _alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+    def alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+        """See :meth:`~tp_importance.StatisticalImportance.alongside`."""
         inner = self.importance
-        return inner._alongside(groups, forward_fn) if isinstance(inner, StatisticalImportance) else nullcontext()
+        return inner.alongside(groups, forward_fn) if isinstance(inner, StatisticalImportance) else nullcontext()
 
-    def _before_batch(self, labels: Tensor) -> None:
+    def before_batch(self, labels: Tensor) -> None:
+        """See :meth:`~tp_importance.StatisticalImportance.before_batch`."""
         assert self._grams is not None
         self._grams.begin(len(labels))
         if isinstance(self.importance, StatisticalImportance):
-            self.importance._before_batch(labels)
+            self.importance.before_batch(labels)
 
-    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
+    def value(self, groups: PrunableGroups) -> dict[str, Curve]:
+        """See :meth:`~tp_importance.StatisticalImportance.value`."""
         assert self._grams is not None
         with phase("comparing layers"):
             nhsic = self._grams.nhsic()
         shared = dict(zip(groups.names, relevance(nhsic).tolist(), strict=True))
         if isinstance(self.importance, StatisticalImportance):
-            orders = self.importance._curves(groups)
+            orders = self.importance.value(groups)
         else:
             orders = {g.name: curve_from_scores(host_scores(self.importance, groups, g)) for g in groups}
         curves = self._valued(groups, orders, shared)
@@ -226,7 +231,7 @@ class ITPrunerImportance(StatisticalImportance):
         if self.budget is None:
             return {}
         cost = CostModel.from_groups(groups)
-        allocate = ProgramAllocator(self._weights(groups, shared), objective=self.objective)
+        allocate = self.program(self._weights(groups, shared))
         units: Ints = allocate(curves, cost, WidthSpace.of(groups.groups), self.budget.marked_limits(cost.dense))
         return dict(zip(cost.names, units.tolist(), strict=True))
 
@@ -237,83 +242,3 @@ class ITPrunerImportance(StatisticalImportance):
             ranks[name] = 0.5 + ranks[name] / 2
             ranks[name][gone] -= 0.5
         return ranks
-
-
-class ITPruner(BudgetPruner):
-    """Prune a network to a budget by ITPruner: collect once, solve for any budget in milliseconds, remove.
-
-    Works in place; see :class:`~tp_importance.BudgetPruner` for ``plan``, ``step`` and what all pruners share.
-    ``plan().certificate`` is what the program proves, see :class:`~tp_importance.allocation.program.ProgramAllocator`.
-
-    Args:
-        model: the network, changed by :meth:`step` only.
-        example_inputs: tensor, tuple or dict, batch dimension first.
-        loader: re-iterable of batches; one of 100 images is what the paper takes. A last batch of fewer images than
-            the estimator needs (2, unbiased 4) is taken together with the one before it.
-        budget: what the network may cost.
-        importance: inside the groups, see :class:`ITPrunerImportance`.
-        beta: see :class:`ITPrunerImportance`.
-        estimator: see :class:`ITPrunerImportance`.
-        kernel: see :class:`ITPrunerImportance`.
-        objective: ``"gp"`` or ``"linear"``, see :class:`~tp_importance.allocation.program.ProgramAllocator`; the
-            published procedure is in :mod:`tp_importance.methods.itpruner.official`.
-        solver: ``"direct"`` or ``"cvxpy"``.
-        pool: see :class:`ITPrunerImportance`.
-        per: see :class:`ITPrunerImportance`.
-        allocator: another allocator on the same curves; default: the program.
-        **options: see :class:`~tp_importance.BudgetPruner`.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
-        >>> pruner = ITPruner(net, torch.randn(1, 3, 12, 12), [torch.randn(16, 3, 12, 12)], budget=Budget(macs=0.5))
-        >>> [plan.cost.macs <= f * plan.dense.macs for f, plan in zip((0.8, 0.5), pruner.sweep([0.8, 0.5]))]
-        [True, True]
-        >>> pruner.step().cost.macs <= 0.5 * pruner.dense.macs
-        True
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        loader: Iterable[Any],
-        *,
-        budget: Budget,
-        importance: Any = None,
-        beta: float = 0.0,
-        estimator: Estimator = "biased",
-        kernel: Kernel = "linear",
-        objective: Objective = "gp",
-        solver: Solver = "direct",
-        pool: bool = False,
-        per: Per = "layer",
-        allocator: str | Allocator | None = None,
-        **options: Any,
-    ) -> None:
-        weighted = ITPrunerImportance(
-            importance=importance,
-            beta=beta,
-            estimator=estimator,
-            kernel=kernel,
-            objective=objective,
-            pool=pool,
-            per=per,
-        )
-        super().__init__(
-            model,
-            example_inputs,
-            loader,
-            budget=budget,
-            importance=weighted,
-            allocator=weighted.allocator(solver, allocator),
-            **options,
-        )
-
-    def sweep(self, budgets: Sequence[Budget | float]) -> list[Plan]:
-        """Plans for many budgets from one pass; see :mod:`tp_importance.pruning.sweep` for a table and a picture.
-
-        Args:
-            budgets: budgets, or fractions of the MACs.
-        """
-        return [self.plan(b if isinstance(b, Budget) else Budget(macs=float(b))) for b in budgets]

@@ -1,14 +1,14 @@
 r"""The published ITPruner procedure to the letter (arXiv 2108.08532, repository MAC-AutoML/ITPruner).
 
-From relevances t (nHSIC row sums without the diagonal, scaled to sum 1) the code [P, code] solves
+From relevances t (nHSIC row sums without the diagonal, scaled to sum 1) the public code solves
 
 .. math:: \max_x \alpha^\top x \quad \text{s.t.} \quad F(x) \le B,\ 0 \le x_i \le 1, \quad \alpha_i = e^{-\beta t_i}
 
 with SciPy's SLSQP from x = 1 (constraint gradient by finite differences, ftol 1e-6, exit status never read) and keeps
-``round(x_i C_i)`` channels of group i. F is the authors' own count (:mod:`.itpruner_networks`), not this package's cost
+``round(x_i C_i)`` channels of group i. F is the authors' own count (:mod:`.official_networks`), not this package's cost
 model; rounding to nearest may exceed the budget (VGG-16 at 100 M ends at 100.55 M). Use it to reproduce, not to prune.
 
-What running it shows [D]. α is mostly ≤ 1e-8. SLSQP starts from a unit Hessian and stops at the first x on the surface
+What running it shows. α is mostly ≤ 1e-8. SLSQP starts from a unit Hessian and stops at the first x on the surface
 F(x) = B once the objective moves by less than 1e-6. As long as every α is below about 1e-7 the importances therefore
 never enter: each step is the shortest one to the linearised surface, :math:`x \leftarrow x - \frac{F(x) - B}
 {\|\nabla F(x)\|^2} \nabla F(x)`, bent a little by the BFGS update. (It is not the projection of x = 1 onto the surface,
@@ -34,9 +34,9 @@ ResNet-50          2000 M  2000   with all importances equal
 ResNet-50          2300 M  2000   with all importances equal
 =================  ======  =====  ===========================================================================
 
-The features the authors measure [P, code]: one batch of the test set (100 images, 1024 for VGG-16), the network in
+The features the authors measure, by their code: one batch of the test set (100 images, 1024 for VGG-16), the network in
 *training* mode (``eval()`` is never called: batch statistics, and cutout for VGG-16), flattened to (n, C·H·W) at
-:attr:`.OfficialNetwork.features`. The VGG-16 script leaves t unscaled if β = 1. Ours [C]: the refusal of empty groups.
+:attr:`.OfficialNetwork.features`. The VGG-16 script leaves t unscaled if β = 1. Ours: the refusal of empty groups.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Published:
         beta: β of the repository's script.
         channels: the published list.
         equal_importances: whether equal importances (all t = 1/L) give the list exactly.
-        relevance: where they do not, a t summing to 1 that gives it with this β. Fitted by us [D], not the authors'.
+        relevance: where they do not, a t summing to 1 that gives it with this β. Fitted by us, not the authors'.
     """
 
     name: str

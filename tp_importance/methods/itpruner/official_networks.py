@@ -4,7 +4,7 @@ A network is a list of charges. A charge belongs to at most two channel groups, 
 
 .. math:: F(x) = \sum_g a_g x_g + \sum_{g \le h} D_{gh}\, x_g x_h
 
-[P, code] What the authors charge, quirks included; operations of fixed cost are left out:
+What the authors' code charges, quirks included; operations of fixed cost are left out:
 
 ====================  =======================================================================================
 all                   one FLOP per multiply-accumulate of a convolution; 2 per weight for what reads the last

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...allocation.curves import Curve
-from ...budget import Budget
-from ...core.batches import ForwardFn
+from ...core.forward import ForwardFn
 from ...core.progress import track
 from ...core.types import Floats
 from ...graph.groups import ChannelGroup, PrunableGroups
 from ...maths.elimination import RIDGE, ReadUnits, eliminate_with_refit
 from ...maths.moments import NEGLIGIBLE, Moments
 from ...pruning.importance import StatisticalImportance
-from ...pruning.pruner import BudgetPruner
 from ...statistics.consumers import ConsumerStatistics, check_reading
-from ...statistics.group_weights import filter_norms
+from ...statistics.group_weights import summed_l1_norms
 from ...statistics.observe import Watch
 
-__all__ = ["OBSImportance", "OBSPruner"]
+__all__ = ["OBSImportance"]
 
 
 class OBSImportance(StatisticalImportance):
@@ -56,6 +53,7 @@ class OBSImportance(StatisticalImportance):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
         >>> loader = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 2)]
         >>> importance = OBSImportance().collect(net.eval(), torch.randn(1, 3, 8, 8), loader)
@@ -81,19 +79,23 @@ class OBSImportance(StatisticalImportance):
         self.consumer_statistics: ConsumerStatistics | None = None
         self._collecting: ConsumerStatistics | None = None
 
-    def _watches(self, groups: PrunableGroups) -> list[Watch]:
+    def watches(self, groups: PrunableGroups) -> list[Watch]:
+        """See :meth:`~tp_importance.StatisticalImportance.watches`."""
         self._collecting = ConsumerStatistics(groups, positions=self.positions, seed=self.seed)
         return self._collecting.watches()
 
-    def _alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+    def alongside(self, groups: PrunableGroups, forward_fn: ForwardFn | None) -> AbstractContextManager[None]:
+        """See :meth:`~tp_importance.StatisticalImportance.alongside`."""
         assert self._collecting is not None
         return self._collecting.sums(groups.trace.example_inputs, forward_fn)
 
-    def _before_batch(self, labels: Tensor) -> None:
+    def before_batch(self, labels: Tensor) -> None:
+        """See :meth:`~tp_importance.StatisticalImportance.before_batch`."""
         assert self._collecting is not None
         self._collecting.labels = labels
 
-    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
+    def value(self, groups: PrunableGroups) -> dict[str, Curve]:
+        """See :meth:`~tp_importance.StatisticalImportance.value`."""
         statistics = self._collecting
         assert statistics is not None
         curves = {g.name: self._curve(statistics, groups, g) for g in track(groups, "ordering channels", unit="group")}
@@ -101,7 +103,7 @@ class OBSImportance(StatisticalImportance):
         return curves
 
     def _curve(self, statistics: ConsumerStatistics, groups: PrunableGroups, group: ChannelGroup) -> Curve:
-        norms = filter_norms(groups, group)
+        norms = summed_l1_norms(groups, group)
         reads, energy = [], np.zeros(group.n_units)
         for member, (p, metric, weight, gain, units) in zip(
             group.consumers, self._reads(statistics, group), strict=True
@@ -134,52 +136,6 @@ class OBSImportance(StatisticalImportance):
         blends = statistics.reads(group, statistics.blend(self.class_weight))
         for (p, weight, gain, units), (metric, *_) in zip(totals, blends, strict=True):
             yield p, metric, weight, gain, units
-
-
-class OBSPruner(BudgetPruner):
-    """Prune a network to a budget by :class:`OBSImportance`: collect, allocate, remove.
-
-    Works in place; see :class:`~tp_importance.BudgetPruner` for ``plan``, ``step`` and what all pruners share.
-
-    Args:
-        model: the network, changed by :meth:`step` only.
-        example_inputs: tensor, tuple or dict, batch dimension first.
-        loader: re-iterable of labelled batches; a few hundred samples suffice.
-        budget: what the network may cost.
-        classes: see :class:`OBSImportance`.
-        class_weight: see :class:`OBSImportance`.
-        positions: see :class:`OBSImportance`.
-        ridge: see :class:`OBSImportance`.
-        seed: see :class:`OBSImportance`.
-        **options: see :class:`~tp_importance.BudgetPruner`.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
-        >>> loader = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 2)]
-        >>> report = OBSPruner(net, torch.randn(1, 3, 8, 8), loader, budget=Budget(macs=0.5)).step()
-        >>> net[0].out_channels, report.cost.macs <= 0.5 * report.dense.macs
-        (4, True)
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        loader: Iterable[Any],
-        *,
-        budget: Budget,
-        classes: Sequence[int] | None = None,
-        class_weight: float = 0.5,
-        positions: int | None = 8,
-        ridge: float = RIDGE,
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        importance = OBSImportance(
-            classes=classes, class_weight=class_weight, positions=positions, ridge=ridge, seed=seed
-        )
-        super().__init__(model, example_inputs, loader, budget=budget, importance=importance, **options)
 
 
 def _unit_energy(p: Tensor, weight: Tensor, units: Tensor, n_units: int) -> Floats:

@@ -17,7 +17,7 @@ from ...pruning.importance import StatisticalImportance
 from ...statistics.gradients import LossFn, checked_loss_fn, loss_of
 from ...statistics.group_weights import GroupWeights
 from ...statistics.observe import Watch
-from .sparsity import filter_norms, outliers, select_masked
+from .sparsity import outliers, relative_norms, select_masked
 
 __all__ = ["PSAPImportance"]
 
@@ -76,9 +76,10 @@ class PSAPImportance(StatisticalImportance):
                 self._gates.remove()
                 self._gates = None
 
-    def _watches(self, groups: PrunableGroups) -> list[Watch]:
+    def watches(self, groups: PrunableGroups) -> list[Watch]:
+        """See :meth:`~tp_importance.StatisticalImportance.watches`."""
         weights = GroupWeights(groups)
-        self._norms = {g.name: filter_norms(weights.filters(g), g.n_units) for g in groups}
+        self._norms = {g.name: relative_norms(weights.filters(g), g.n_units) for g in groups}
         self._masked = {}
         for g in groups:
             none = np.zeros(g.n_units, bool)
@@ -97,7 +98,8 @@ class PSAPImportance(StatisticalImportance):
 
         return [Watch("the model", groups.trace.model, pulse)]
 
-    def _curves(self, groups: PrunableGroups) -> dict[str, Curve]:
+    def value(self, groups: PrunableGroups) -> dict[str, Curve]:
+        """See :meth:`~tp_importance.StatisticalImportance.value`."""
         assert self._gates is not None
         curves, protected = {}, {}
         for name, gradients in self._gates.split(self._sum.numpy()).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...budget import Budget, Cost
-from ...core.batches import to_model
+from ...core.arguments import checked_budget
+from ...core.devices import to_model
+from ...core.loaders import check_loader
+from ...core.options import hand_on, split_options
 from ...core.progress import shown
 from ...core.stale_optimizers import replacing
-from ...graph.groups import PrunableGroups, Verifier
+from ...graph.groups import PrunableGroups
 from ...graph.remap import Survivors, check_optimizer, named_tensors
-from ...pruning.pruner import BudgetPruner
 from ...pruning.report import PruningReport
+from ...pruning.target import PruningTarget
+from ...refitting.settings import Refit
+from ...statistics.labels import LabelFn
 from .history import PSAPHistory
-from .importance import PSAPImportance
 from .schedule import PSAPSchedule
-from .soft_pruning import Ratios, SoftPruning
+from .soft_masks import Ratios
+from .soft_pruning import SoftPruning
 
 __all__ = ["PSAPPruner"]
 
@@ -49,6 +54,7 @@ class PSAPPruner:
     Args:
         model: the network. Masks live in forward hooks; weights are trained by you and changed by :meth:`finish` only.
         example_inputs: tensor, tuple or dict, batch dimension first.
+        loader: re-iterable of batches, for ``finish(refit=...)``; the training loop is yours.
         budget: what the network may cost in the end; fractions refer to ``model`` as given.
         schedule: when to prune and how long to watch.
         threshold: a of the weight sparsity ratio.
@@ -56,16 +62,8 @@ class PSAPPruner:
         protect: watch and restore; ``False`` prunes by norm alone.
         protect_steps: prune steps during which a restored filter cannot be masked; ``None``: all that follow.
         max_pruning_ratio: P_max, the largest fraction of a group that may go, or one per group name.
-        ignored_layers: modules, parameters or module types whose outputs are kept.
-        round_to: widths become multiples of it.
-        num_heads: as in Torch-Pruning.
-        unwrapped_parameters: as in Torch-Pruning.
-        customized_pruners: as in Torch-Pruning.
-        forward_fn: ``forward_fn(model, example_inputs)``.
-        output_transform: as in Torch-Pruning.
-        allow_stale: as for :func:`~tp_importance.prunable_groups`.
-        verify: as for :func:`~tp_importance.prunable_groups`.
-        progress: show a progress bar for every prune step and every long phase; the training loop is yours.
+        label_fn: ``label_fn(batch)`` for loaders of unusual form.
+        **options: see :class:`~tp_importance.pruning.target.PruningTarget`.
 
     Raises:
         BudgetError: if the budget cannot be reached within ``max_pruning_ratio``.
@@ -94,6 +92,7 @@ class PSAPPruner:
         self,
         model: nn.Module,
         example_inputs: Any,
+        loader: Iterable[Any] | None = None,
         *,
         budget: Budget,
         schedule: PSAPSchedule = PSAPSchedule(),
@@ -102,44 +101,22 @@ class PSAPPruner:
         protect: bool = True,
         protect_steps: int | None = 1,
         max_pruning_ratio: float | Mapping[str, float] = 0.9,
-        ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
-        round_to: int | None = None,
-        num_heads: Mapping[nn.Module, int] | None = None,
-        unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
-        customized_pruners: Mapping[Any, Any] | None = None,
-        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-        output_transform: Callable[[Any], Any] | None = None,
-        allow_stale: bool = False,
-        verify: bool | Verifier = True,
-        progress: bool = False,
+        label_fn: LabelFn | None = None,
+        **options: Any,
     ) -> None:
         if isinstance(budget, Budget):
             budget.require_counted("PSAP's schedule")
-        self.model = model
-        self._planner = BudgetPruner(
-            model,
-            example_inputs,
-            importance=PSAPImportance(),  # never asked: the soft phase says what goes
-            budget=budget,
-            ignored_layers=ignored_layers,
-            round_to=round_to,
-            max_pruning_ratio=max_pruning_ratio,
-            num_heads=num_heads,
-            unwrapped_parameters=unwrapped_parameters,
-            customized_pruners=customized_pruners,
-            forward_fn=forward_fn,
-            output_transform=output_transform,
-            allow_stale=allow_stale,
-            verify=verify,
-            progress=progress,
-        )
-        self._progress = progress
+        if loader is not None:
+            check_loader(loader)
+        self.loader, self.budget, self._label_fn = loader, checked_budget(budget), label_fn
+        (for_target,) = split_options(type(self), options, PruningTarget, leave=("latency_table",))
+        self.target = PruningTarget(model, example_inputs, max_pruning_ratio=max_pruning_ratio, **for_target)
+        self._progress = bool(options.get("progress"))
         self.groups.require_some()
-        self.dense: Cost = self._planner.dense
         self._soft = SoftPruning(
             self.groups,
-            self._planner.cost_model,
-            self._planner.space,
+            self.target.cost_model,
+            self.target.space,
             budget.marked_limits(self.dense),
             schedule=schedule,
             threshold=threshold,
@@ -186,7 +163,9 @@ class PSAPPruner:
         with shown(self._progress):
             self._soft.step()
 
-    def finish(self, *, average: Any = None, at_once: bool = False) -> PruningReport:
+    def finish(
+        self, *, average: Any = None, at_once: bool = False, refit: Refit | str | bool | None = None
+    ) -> PruningReport:
         """Remove the masked channels from the model, in place, and carry the optimizer over.
 
         Masked and removed network compute the same in eval mode. The optimizer keeps its groups, with their
@@ -197,6 +176,8 @@ class PSAPPruner:
             average: weight averages of the model to be pruned along: ``AveragedModel``, a copy of the model, a dict
                 of tensors by parameter name, or a list of these.
             at_once: if the schedule is not through yet, prune the rest now, without a pulse.
+            refit: repair the network on the pruner's loader, see :class:`~tp_importance.Refit`. Worth it with
+                ``at_once``; what was masked while the network trained needs none, and averages get none.
 
         Returns:
             The :class:`~tp_importance.PruningReport`.
@@ -220,13 +201,19 @@ class PSAPPruner:
             check_optimizer(optimizer, self.model)
         removed = self._soft.removed
         before = named_tensors(self.model)
-        self._planner.example_inputs = to_model(self.model, self._planner.example_inputs)  # it may have moved
-        paused, step = self._soft.paused(), self._planner.surgery()
+        self.target.example_inputs = to_model(self.model, self.target.example_inputs)  # it may have moved
+        paused, step = self._soft.paused(), self.target.surgery(self.model.parameters() if refit else ())
         with shown(self._progress), paused, torch.inference_mode(False), step, replacing(self.model):
-            survivors = Survivors.of(self.groups, removed, self._planner.example_inputs)
+            survivors = Survivors.of(self.groups, removed, self.target.example_inputs)
             for each in averages:
                 survivors.require_fit(each)
-            report = self._planner.apply(self._planner.plan_of(removed, self._soft.limits))
+            report = self.target.apply(
+                self.target.plan(removed, self._soft.limits),
+                self.loader,
+                refit=refit,
+                label_fn=self._label_fn,
+                criterion="PSAP",
+            )
             survivors.settle(before, self.model)
             step.commit()
             for optimizer in self._soft.optimizers:
@@ -240,9 +227,19 @@ class PSAPPruner:
     # -- to look at
 
     @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.target.model
+
+    @property
+    def dense(self) -> Cost:
+        """Cost of the network as given."""
+        return self.target.dense
+
+    @property
     def groups(self) -> PrunableGroups:
         """Groups of the model as it is now."""
-        return self._planner.groups
+        return self.target.groups
 
     @property
     def frozen(self) -> bool:
@@ -271,7 +268,7 @@ class PSAPPruner:
 
     def pruning_history(self) -> list[Any]:
         """Torch-Pruning's history of the surgery, as :meth:`BudgetPruner.pruning_history`."""
-        return self._planner.pruning_history()
+        return self.target.pruning_history()
 
     # -- state
 
@@ -300,3 +297,6 @@ class PSAPPruner:
     def _require_unfinished(self, remedy: str = "build a new pruner to prune further") -> None:
         if self._finished:
             raise RuntimeError(f"finish() has removed the masked channels; {remedy}")
+
+
+hand_on(PSAPPruner, PruningTarget, leave=("latency_table",))

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ...core.types import Bools, Floats, Ints
 
-__all__ = ["adaptive_widths", "cubic_target", "filter_norms", "outliers", "select_masked", "weight_sparsity"]
-
+__all__ = ["adaptive_widths", "cubic_target", "outliers", "relative_norms", "select_masked", "weight_sparsity"]
 
 LEAST_SPARSITY = 1e-12
 """Stands in for a sparsity of 0, so that such a group goes last but can go."""
@@ -154,7 +153,7 @@ def adaptive_widths(
     return units, high
 
 
-def filter_norms(layers: Sequence[tuple[Tensor, Tensor]], n_units: int) -> Floats:
+def relative_norms(layers: Sequence[tuple[Tensor, Tensor]], n_units: int) -> Floats:
     r"""Size of every unit: the L2 norms of its filters, relative to the mean norm in their layer, averaged.
 
     Args:
@@ -165,7 +164,7 @@ def filter_norms(layers: Sequence[tuple[Tensor, Tensor]], n_units: int) -> Float
         float64, shape (U,); 0 where a layer is all zero.
 
     Example:
-        >>> filter_norms([(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([0, 1]))], 2).tolist()
+        >>> relative_norms([(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([0, 1]))], 2).tolist()
         [1.6666666666666667, 0.3333333333333333]
     """
     total, count = np.zeros(n_units), np.zeros(n_units)

@@ -1,13 +1,18 @@
 """ResConv: layers that can be removed, through a residual connection around each that fuses (arXiv 2011.14356).
 
-The way is conversion (:mod:`.block`) → training, yours → losses (:mod:`.losses`) and exact costs (:mod:`.costs`) → the
-cheapest set of layers → removal (:mod:`.removal`) and folding (:mod:`.folding`) → fusing → report.
+The way is conversion (:mod:`.conversion`) → training, yours (:mod:`.training`) → losses (:mod:`.losses`) and exact
+costs (:mod:`.costs`) → the cheapest set of layers (:mod:`.plan`) → removal (:mod:`.removal`) and folding
+(:mod:`.folding`) → fusing → report.
 """
 
-from .block import ConversionReport, ResConv2d, Scale, convert_to_resconv, fuse, resconv_layers
+from ...pruning.domains import Choice
+from ...pruning.registry import Job, register_method
+from .block import ResConv2d, Scale, resconv_layers
+from .conversion import ConversionReport, convert_to_resconv, fuse
 from .importance import ResConvImportance
 from .losses import LayerImportance, output_losses, removal_controls, scale_losses
-from .pruner import LayerPlan, ResConvPruner
+from .plan import LayerPlan
+from .pruner import ResConvPruner
 from .removal import RemovalReport, remove_layers
 from .report import LayerReport, LayerRow
 
@@ -30,3 +35,26 @@ __all__ = [
     "resconv_layers",
     "scale_losses",
 ]
+
+
+def _prune_layers(job: Job) -> None:
+    """Whole layers go, the rest is trained with its shortcuts and fused."""
+    pruner = ResConvPruner(
+        job.model,
+        job.example_inputs,
+        job.loader,
+        budget=job.whole_budget("resconv"),
+        **job.options,
+        **job.pruner_options,
+    )
+    if pruner.plan().removed:
+        pruner.step(fuse=False, refit=job.repair)
+    if job.train is not None:
+        job.train(job.model)
+    if pruner.layers:
+        fuse(job.model.eval())
+
+
+register_method(
+    "resconv", prune=_prune_layers, options={"importance": Choice(("output", "scale"))}, instead="ResConvPruner"
+)

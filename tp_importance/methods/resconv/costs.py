@@ -13,14 +13,15 @@ from typing import Any
 from torch import nn
 
 from ...budget import Cost
-from ...core.guards import copied
+from ...core.copies import copied
 from ...core.processes import warn_of_processes
 from ...core.progress import track
+from ...graph.counting import Call, batch_size, count_ops
 from ...graph.dataflow import record
-from ...graph.tracing import Call, batch_size, count_ops
 from ...latency.measure import least_latency, measure_latency
 from ...latency.table import LatencyTable, conditions_of, timed_layer
-from .block import ResConv2d, fuse, replace_module, resconv_layers
+from .block import ResConv2d, replace_module, resconv_layers
+from .conversion import fuse
 from .removal import LAYERS, remove_layers
 
 __all__ = ["LayerClock", "LayerCosts"]

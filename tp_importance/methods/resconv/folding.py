@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.dataflow import Flow, Op, is_batchnorm
-from ...graph.tracing import CONV
+from ...graph.layer_kinds import CONV
 from ...maths.rescaling import Ratios
-from .block import ResConv2d, Scale, replace_module, shared_parameters
+from .block import ResConv2d, Scale, replace_module
+from .conversion import shared_parameters
 from .fusion import scaled_batchnorm
 
 __all__ = ["fold_scales"]

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.batches import iterate, run_batch, run_model, tensors_in
+from ...core.batches import tensors_in
+from ...core.forward import run_batch, run_model
+from ...core.loaders import iterate
 from ...core.progress import phase, track
 from ...core.untouched import untouched
+from ...graph.counting import batch_size
 from ...graph.dataflow import record
-from ...graph.tracing import batch_size
-from ...statistics.observe import LabelFn, Watch, WatchFn, observe
+from ...statistics.labels import LabelFn
+from ...statistics.observe import Watch, WatchFn, observe
 from .block import ResConv2d
 from .fusion import layer_loss
 from .removal import LAYERS

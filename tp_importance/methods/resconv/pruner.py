@@ -4,66 +4,37 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...allocation.greedy import count_hint
 from ...budget import Budget, Cost
 from ...core.arguments import checked_budget, checked_model
-from ...core.guards import transaction, warn_in_eval_mode
+from ...core.eval_mode import warn_in_eval_mode
+from ...core.guards import transaction
 from ...core.processes import levels_up, warned_once
-from ...core.progress import phase, shown, shows_progress
+from ...core.progress import phase, shown
 from ...core.stale_optimizers import replacing
-from ...errors import BudgetError
-from ...graph.tracing import count_ops
-from ...pruning.pruner import bytes_per_parameter
+from ...graph.counting import count_ops
+from ...pruning.target import bytes_per_parameter
 from ...refitting.settings import Refit
-from ...statistics.batchnorm import DenseReference, has_batch_norm, recalibrate_batchnorm
-from .block import ConversionReport, ResConv2d, convert_to_resconv, resconv_layers
-from .block import fuse as fuse_layers
-from .costs import LayerClock, LayerCosts
-from .fusion import cheapest_removal, soft_threshold
-from .losses import LayerImportance, output_losses, removal_controls, scale_losses
+from ...statistics.batchnorm import recalibrate_batchnorm
+from ...statistics.dense_reference import DenseReference
+from ...statistics.running_statistics import has_batch_norm
+from .block import resconv_layers
+from .conversion import ConversionReport, convert_to_resconv
+from .conversion import fuse as fuse_layers
+from .losses import LayerImportance
+from .plan import LOSSES, LayerPlan, LayerPlanner
 from .removal import RemovalReport, remove_layers
 from .report import LayerReport, LayerRow
+from .training import factors_apart, proximal_step
 
-__all__ = ["LayerPlan", "ResConvPruner"]
-
-ATTEMPTS = 12
-"""Measurements towards a latency budget; the last one removes all layers, so what is called unreachable was tried."""
-LOSSES = {"scale": scale_losses, "output": output_losses}
+__all__ = ["ResConvPruner"]
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """What :meth:`ResConvPruner.step` would do.
-
-    Attributes:
-        removed: layers to remove, in the order of the network.
-        losses: what is lost with each layer, also with those that stay.
-        cost: exact cost of the network that is left, fused.
-        dense: cost of the network before it was converted.
-        limits: absolute limits of the budget.
-        controls: per removed layer what it hands on, see :func:`.removal_controls`; empty without data.
-        latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` (sum of layers) and ``measured``.
-        savings: per cost field, what the removal of each layer saves of the fused network.
-    """
-
-    removed: list[str]
-    losses: dict[str, float]
-    cost: Cost
-    dense: Cost
-    limits: dict[str, int]
-    controls: dict[str, float]
-    latency_ms: dict[str, float] = field(default_factory=dict)
-    savings: dict[str, dict[str, int]] = field(default_factory=dict)
-
-
-class ResConvPruner:
+class ResConvPruner(LayerPlanner):
     r"""Make a CNN shallower: train with a scaling factor per layer, remove layers to a budget, fuse the rest.
 
     The constructor converts the model in place (unless it is converted), which leaves its function as it was. Training
@@ -141,30 +112,30 @@ class ResConvPruner:
         progress: bool = False,
     ) -> None:
         checked_model(model)
-        self._progress, self._seen_in_eval = progress, False
-        self.budget = checked_budget(budget)
+        checked_budget(budget)
         if isinstance(reg, bool) or not isinstance(reg, (int, float)) or not 0 <= reg < float("inf"):
             raise ValueError(f"reg={reg!r} must be a finite number >= 0, e.g. 1e-3")
         if not callable(importance) and importance not in LOSSES:
             raise ValueError(f"importance={importance!r} is unknown; choose one of {sorted(LOSSES)} or pass a function")
-        self.model, self.loader, self.reg = model, loader, float(reg)
-        self._example_inputs, self._forward_fn, self._min_run_time = example_inputs, forward_fn, min_run_time
-        self._importance = importance
         if not resconv_layers(model):
             left, run = ignored_layers, forward_fn
             with phase("converting", progress=progress) as running:
                 convert_to_resconv(model, example_inputs, s=s, a=a, ignored_layers=left, forward_fn=run)
-                running.note(layers=len(self.layers))
-        by_hand = ConversionReport(list(self.layers), {}, {})
-        self.conversion: ConversionReport = getattr(model, "resconv_report", by_hand)
-        self.dense: Cost = LayerCosts.of(model, example_inputs, forward_fn).dense
-        self._dense_ms: float | None = None
+                running.note(layers=len(resconv_layers(model)))
+        by_hand = ConversionReport(list(resconv_layers(model)), {}, {})
+        super().__init__(
+            model,
+            example_inputs,
+            loader,
+            budget=budget,
+            importance=importance,
+            conversion=getattr(model, "resconv_report", by_hand),
+            forward_fn=forward_fn,
+            min_run_time=min_run_time,
+            progress=progress,
+        )
+        self.reg, self._seen_in_eval = float(reg), False
         self.history: list[LayerReport] = []
-
-    @property
-    def layers(self) -> dict[str, ResConv2d]:
-        """The residual convolutions that are left, by name."""
-        return resconv_layers(self.model)
 
     def parameter_groups(self, *, weight_decay: float = 0.0, **scalars: Any) -> list[dict[str, Any]]:
         """Parameters for an optimizer: no weight decay on s and a, else it would do what L1 is for.
@@ -175,13 +146,7 @@ class ResConvPruner:
             weight_decay: of all other parameters.
             **scalars: further options of the group with s and a, ``lr`` say.
         """
-        scales = [p for layer in self.layers.values() for p in (layer.s, layer.a)]
-        own = {id(p) for p in scales}
-        rest = [p for p in self.model.parameters() if id(p) not in own]
-        return [
-            {"params": rest, "weight_decay": weight_decay},
-            {"params": scales, "weight_decay": 0.0, **scalars},
-        ]
+        return factors_apart(self.model, self.layers, weight_decay, scalars)
 
     @torch.no_grad()
     def regularize(self, optimizer: torch.optim.Optimizer) -> None:
@@ -208,72 +173,9 @@ class ResConvPruner:
                 f"regularize takes the optimizer, not a {type(optimizer).__name__}: call regularize(optimizer) after "
                 "optimizer.step()"
             )
-        rate = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
         if not self._seen_in_eval:
             self._seen_in_eval = warn_in_eval_mode(self.model, stacklevel=4)
-        layers = self._require_layers()
-        missing = [name for name, layer in layers.items() if layer.s.requires_grad and id(layer.s) not in rate]
-        if missing:
-            raise ValueError(
-                f"the optimizer does not hold the factor of layer {missing[0]}; build it after the pruner, from "
-                "pruner.parameter_groups()"
-            )
-        for layer in layers.values():
-            if layer.s.requires_grad:
-                layer.s.copy_(soft_threshold(layer.s, rate[id(layer.s)] * self.reg))
-                _stop_momentum(optimizer.state.get(layer.s, {}), layer.s)
-            layer.a.clamp_(min=0)
-
-    @shows_progress
-    def losses(self) -> dict[str, float]:
-        """What is lost with each layer, in the order of the network.
-
-        Raises:
-            RuntimeError: after the model was fused.
-            ValueError: if the importance gives a value that is missing, negative or not finite, or for bad data.
-        """
-        layers = self._require_layers()
-        if callable(self._importance):
-            found = dict(self._importance(self.model, layers))
-        else:
-            measure = LOSSES[self._importance]
-            found = measure(self.model, layers, self.loader, self._example_inputs, self._forward_fn)
-        for name in layers:
-            if not (np.isfinite(found.get(name, np.nan)) and found[name] >= 0):
-                raise ValueError(
-                    f"importance gives {found.get(name)} for layer {name}; it must be a finite number >= 0"
-                )
-        return {name: float(found[name]) for name in layers}
-
-    @warned_once()
-    def plan(self, budget: Budget | None = None) -> LayerPlan:
-        """Which layers would go; the model is not touched. A latency budget is measured on copies.
-
-        Args:
-            budget: default: the pruner's.
-
-        Raises:
-            BudgetError: if the budget cannot be reached; names the least reachable cost.
-            RuntimeError: after the model was fused.
-        """
-        chosen = checked_budget(self.budget if budget is None else budget)
-        losses, costs = self.losses(), LayerCosts.of(self.model, self._example_inputs, self._forward_fn)
-        limits, least = chosen.marked_limits(self.dense), costs.without(list(losses)).as_dict()
-        for f, limit in limits.items():
-            if least[f] > limit:
-                raise BudgetError(
-                    f"the budget of {limit} {f} cannot be reached by removing layers: with all {len(losses)} removed "
-                    f"{least[f]} {f} are left. Give at least {least[f]}, or prune channels after fusing"
-                    + self._left_out()
-                    + count_hint(f, limit, self.dense.as_dict()[f])
-                )
-        needed = {f: float(costs.fused.as_dict()[f] - limit) for f, limit in limits.items()}
-        if chosen.is_measured:
-            return self._timed_plan(chosen, losses, costs, needed, limits)
-        with phase("choosing layers", progress=self._progress, layers=len(losses)):
-            gone = _cheapest(losses, costs.savings, needed)
-        controls = self._controls(gone)
-        return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, controls, savings=costs.savings)
+        proximal_step(self._require_layers(), optimizer, self.reg)
 
     @warned_once()
     @torch.inference_mode(False)  # what is made there could take no gradient
@@ -348,16 +250,6 @@ class ResConvPruner:
             self.history.append(report)
         return report
 
-    def report(self) -> LayerReport:
-        """Report of the last :meth:`step`.
-
-        Raises:
-            RuntimeError: before the first step.
-        """
-        if not self.history:
-            raise RuntimeError("no layer was removed yet: call step() first, or plan() to see what it would do")
-        return self.history[-1]
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the states of model and optimizer; plain values."""
         return {"layers": list(self.layers), "dense": self.dense.as_dict(), "dense_ms": self._dense_ms}
@@ -373,20 +265,6 @@ class ResConvPruner:
             raise ValueError(f"the state is of another network: layers {sorted(other)[:3]} are not in both")
         self.dense, self._dense_ms = Cost(**state["dense"]), state["dense_ms"]
 
-    def _require_layers(self) -> dict[str, ResConv2d]:
-        layers = self.layers
-        if not layers:
-            raise RuntimeError("the model has no ResConv2d any more (it was fused); make a new pruner to go on")
-        return layers
-
-    @shows_progress
-    def _controls(self, removed: list[str]) -> dict[str, float]:
-        """Factors of layers to remove; empty without data, where those with a = 0 become the identity."""
-        if self.loader is None:
-            return {}
-        chosen = {name: layer for name, layer in self.layers.items() if name in removed}
-        return removal_controls(self.model, chosen, self.loader, self._example_inputs, self._forward_fn)
-
     def _rows(self, plan: LayerPlan) -> list[LayerRow]:
         return [
             LayerRow(
@@ -400,63 +278,3 @@ class ResConvPruner:
             )
             for name, layer in self.layers.items()
         ]
-
-    @shows_progress
-    @phase("measuring latency")
-    def _timed_plan(
-        self,
-        budget: Budget,
-        losses: dict[str, float],
-        costs: LayerCosts,
-        needed: dict[str, float],
-        limits: dict[str, int],
-    ) -> LayerPlan:
-        """Plan by the times of single layers, measure the result, and ask for more as long as it is too slow."""
-        clock = LayerClock(self.model, self._example_inputs, self._forward_fn, self._min_run_time)
-        if self._dense_ms is None:
-            self._dense_ms = clock.dense_ms
-        limit = budget.latency_limit(self._dense_ms)
-        assert limit is not None
-        now, each = clock.without_ms([]), clock.layers_ms()
-        short, gone, measured = now - limit, list[str](), now
-        for attempt in range(ATTEMPTS):
-            whole = sum(each.values()) * (1 - 1e-9)  # whatever the order of summation
-            asked = {**needed, "latency_ms": whole if attempt == ATTEMPTS - 1 else min(short, whole)}
-            gone = _cheapest(losses, {**costs.savings, "latency_ms": each}, asked)
-            predicted = now - sum(each[name] for name in gone)
-            measured = clock.without_ms(gone) if gone else now
-            if measured <= limit:
-                found = {"dense": self._dense_ms, "limit": limit, "predicted": predicted, "measured": measured}
-                controls = self._controls(gone)
-                left = costs.without(gone)
-                return LayerPlan(gone, losses, left, self.dense, limits, controls, found, costs.savings)
-            if len(gone) == len(losses):
-                break
-            short = now - predicted + max(measured - limit, 0.5 * min(each[n] for n in losses if n not in gone))
-        raise BudgetError(
-            f"the latency budget of {limit:.3f} ms cannot be reached by removing layers: {measured:.3f} ms were "
-            f"measured with {len(gone)} of {len(losses)} removed (dense: {self._dense_ms:.3f} ms). Allow more, or "
-            "prune channels after fusing" + self._left_out()
-        )
-
-    def _left_out(self) -> str:
-        """The first layers that cannot go, with the reasons."""
-        named = [f"{name} ({reason})" for name, reason in self.conversion.left_out.items()]
-        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-        return f". Left out: {', '.join(named[:3])}{more}" if named else ""
-
-
-def _cheapest(
-    losses: dict[str, float], savings: Mapping[str, Mapping[str, float]], needed: Mapping[str, float]
-) -> list[str]:
-    names = list(losses)
-    rows = {f: [saving[n] for n in names] for f, saving in savings.items()}
-    return [names[i] for i in cheapest_removal(list(losses.values()), rows, needed)]
-
-
-def _stop_momentum(state: Mapping[str, Any], s: Tensor) -> None:
-    """Zero the first moments where s is 0, or it would be carried through."""
-    for key in ("momentum_buffer", "exp_avg"):
-        moment = state.get(key)
-        if isinstance(moment, Tensor) and moment.shape == s.shape:
-            moment.masked_fill_(s == 0, 0.0)

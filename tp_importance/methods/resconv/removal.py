@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ...core.arguments import checked_model
-from ...core.batches import call_model, reference_tensor, run_model, tensors_in
+from ...core.batches import tensors_in
+from ...core.devices import reference_tensor
+from ...core.forward import call_model, run_model
 from ...core.guards import preserved, transaction
 from ...core.stale_optimizers import replacing
 from ...core.untouched import untouched
+from ...graph.comparison import difference
 from ...graph.dataflow import Flow, Kind, Span, record
-from ...graph.verify import difference
 from .block import ResConv2d, Scale, replace_module
 from .folding import fold_scales
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...budget import Cost
 from ...core.optional import optional_import
+from ...latency.times import LatencyTimes
 from ...pruning.report import CostReport
 
 __all__ = ["LayerReport", "LayerRow"]
@@ -49,7 +50,7 @@ class LayerReport(CostReport):
         left_out: per convolution that was never converted, why.
         collapsed: modules that are gone as a whole, with the factor they stood for.
         kept_scales: factors that no layer could take, by the module that applies them.
-        latency_ms: for a latency budget ``dense``, ``limit``, ``predicted`` and ``measured``.
+        latency_ms: latencies in milliseconds; none is known if none is limited.
     """
 
     rows: list[LayerRow]
@@ -60,7 +61,7 @@ class LayerReport(CostReport):
     left_out: dict[str, str] = field(default_factory=dict)
     collapsed: dict[str, float] = field(default_factory=dict)
     kept_scales: dict[str, float] = field(default_factory=dict)
-    latency_ms: dict[str, float] = field(default_factory=dict)
+    latency_ms: LatencyTimes = field(default_factory=LatencyTimes)
 
     @property
     def removed(self) -> list[str]:
@@ -84,7 +85,8 @@ class LayerReport(CostReport):
     def from_dict(cls, data: Mapping[str, Any]) -> LayerReport:
         """Rebuild a report from :meth:`to_dict`."""
         costs = {key: Cost(**data[key]) for key in ("dense", "cost")}
-        return cls(**{**data, **costs, "rows": [LayerRow(**row) for row in data["rows"]]})
+        rows, times = [LayerRow(**row) for row in data["rows"]], LatencyTimes.from_dict(data["latency_ms"])
+        return cls(**{**data, **costs, "rows": rows, "latency_ms": times})
 
     def to_frame(self) -> Any:
         """The rows as ``pandas.DataFrame``.

@@ -1,0 +1,47 @@
+"""Deep copies of networks, also of those that ``copy.deepcopy`` refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["copied", "copied_with", "copy_memo"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copied(model: Model) -> Model:
+    """A deep copy of a network, also after a forward pass with gradients left a tensor with a graph in it.
+
+    Args:
+        model: the network; tensors inside of it that are not leaves of the autograd graph, such as the weight under the
+            older ``torch.nn.utils.weight_norm`` or a cached activation, are copied without their graph.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.utils.weight_norm(nn.Linear(2, 2))
+        >>> twin = copied(net)
+        >>> net.weight.is_leaf, twin.weight.is_leaf
+        (False, True)
+    """
+    return copied_with(model, None)[0]
+
+
+def copied_with(model: Model, others: Any) -> tuple[Model, Any]:
+    """The same, and a copy of ``others``, in which the layers of the network are those of its copy."""
+    twin, options = copy.deepcopy((model, others), copy_memo(model))
+    for module in twin.modules():
+        if is_parametrized(module):  # copies share a class, and removing a parametrization changes the class
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    return twin, options
+
+
+def copy_memo(model: nn.Module) -> dict[int, Any]:
+    """What :func:`copy.deepcopy` is to take for the tensors of ``model`` that it refuses; see :func:`copied`."""
+    held = (value for module in model.modules() for value in tree_leaves([vars(module), module._buffers]))
+    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}

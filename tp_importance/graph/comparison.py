@@ -1,0 +1,83 @@
+"""What two networks that should compute the same are compared by: the inputs of all layers and the output."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..core.copies import copied
+from ..core.forward import fresh_inputs, layer_input
+from ..core.untouched import untouched
+from .layer_kinds import COUNTED, is_batch_norm
+
+__all__ = ["difference", "layer_inputs", "scrambled_copy"]
+
+
+def scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy whose batch norms do something: at their initial values a wrong surgery can look right.
+
+    In ``dtype``, or where that is ``None`` in float32 for what is of half precision.
+    """
+    halves = (torch.float16, torch.bfloat16)
+    twin = copied(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.is_floating_point() and (dtype is not None or parameter.dtype in halves):
+                parameter.data = parameter.data.to(dtype or torch.float32)
+        for buffer_owner in twin.modules():
+            for key, buffer in buffer_owner.named_buffers(recurse=False):
+                if buffer.is_floating_point() and (dtype is not None or buffer.dtype in halves):
+                    setattr(buffer_owner, key, buffer.to(dtype or torch.float32))
+            norm = is_batch_norm(buffer_owner) or isinstance(buffer_owner, nn.modules.instancenorm._InstanceNorm)
+            for key, low, high in (("weight", 0.5, 1.5), ("bias", -0.5, 0.5)) if norm else ():
+                value = getattr(buffer_owner, key)
+                if isinstance(value, Tensor):
+                    shape = value.shape
+                    value.copy_(torch.rand(shape, generator=generator) * (high - low) + low)
+    return twin
+
+
+def layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list[tuple[str, Tensor]], Any]:
+    """Inputs of every counted layer in call order, and the network's output."""
+    seen: list[tuple[str, Tensor]] = []
+    with untouched(model), ExitStack() as stack:
+        model.eval()
+        stack.enter_context(_StrongNeighbours())
+        for name, module in model.named_modules():
+            if isinstance(module, COUNTED) and not isinstance(module, nn.MultiheadAttention):
+                # after the masks, which are prepended
+                hook = module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, n=name: seen.append((n, layer_input(args, kwargs).detach())),
+                    with_kwargs=True,
+                )
+                stack.callback(hook.remove)
+        output = run(model, fresh_inputs(example_inputs))
+    return seen, output
+
+
+class _StrongNeighbours(TorchFunctionMode):
+    """Lets local response norms be felt: as usually set, neighbours move a channel by less than the tolerance."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is nn.functional.local_response_norm:
+            args, kwargs = args[:2], {**kwargs, "alpha": 1.0, "beta": 0.75, "k": 1.0}
+        return func(*args, **kwargs)
+
+
+def difference(a: Tensor, b: Tensor, tolerance: float) -> str | None:
+    """How ``b`` differs from ``a`` by more than ``tolerance`` times the largest value of ``a``, or ``None``."""
+    if a.shape != b.shape:
+        return f"shape {tuple(b.shape)} after removal, {tuple(a.shape)} masked"
+    if not a.is_floating_point() and not a.is_complex():  # masks, argmax
+        return None if torch.equal(a, b) else f"{a.dtype} values differ"
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    error = float((a - b).abs().max()) if a.numel() else 0.0
+    if not error <= tolerance * max(scale, 1e-30):  # NaN counts as a difference
+        return f"differs by {error:.2g} on a scale of {scale:.2g}"
+    return None

@@ -1,0 +1,159 @@
+"""Multiply-accumulates of torch's functions, from their arguments and what they return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.batches import tensors_in
+
+__all__ = ["FORMULAS", "KERNELS", "UNKNOWN", "WEIGHTS", "positional", "sums_over_last"]
+
+Macs = Callable[..., int]
+
+_ADDED = ("addmm", "addmv", "baddbmm")
+"""Products that are added to the first argument."""
+
+
+def _conv(out: Tensor, _input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return out.numel() * weight[0].numel()
+
+
+def _conv_transpose(_out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return input.numel() * weight[0].numel()
+
+
+def _linear(out: Tensor, _input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return out.numel() * weight.shape[-1]
+
+
+def _product(out: Tensor, left: Tensor, *_: Any, **__: Any) -> int:
+    return out.numel() * left.shape[-1]
+
+
+def _product_from_right(out: Tensor, _right: Tensor, left: Tensor, **__: Any) -> int:
+    return out.numel() * left.shape[-1]
+
+
+def _sum_and_product(out: Tensor, _added: Tensor, left: Tensor, *_: Any, **__: Any) -> int:
+    return out.numel() * left.shape[-1]
+
+
+def _contraction(out: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    return out.numel() * math.isqrt(left.numel() * right.numel() // max(out.numel(), 1))
+
+
+def _einsum(out: Tensor, equation: str, *operands: Any, **__: Any) -> int:
+    """The product of the sizes of all indices, for two operands."""
+    given = _operands_of((equation, *operands))
+    sizes: dict[str, int] = {}
+    for term, tensor in zip(equation.replace(" ", "").split("->")[0].split(","), given, strict=True):
+        front, _, back = term.partition("...") if "..." in term else (term, "", "")
+        inner = tensor.shape[len(front) : tensor.dim() - len(back)]
+        shape = [*tensor.shape[: len(front)], *tensor.shape[tensor.dim() - len(back) :]]
+        places = [f".{i}" for i in range(len(inner), 0, -1)]  # counted from the right, as they are broadcast
+        for letter, size in zip([*front, *back, *places], [*shape, *inner], strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return math.prod(sizes.values())
+
+
+def _bilinear(out: Tensor, _left: Tensor, _right: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return out.numel() * weight[0].numel()
+
+
+def _recurrent(_out: Tensor, input: Tensor, *given: Any, **__: Any) -> int:
+    rows = input.numel() // max(input.shape[-1], 1)  # time steps of all sequences
+    return rows * sum(w.numel() for w in tensors_in(given) if isinstance(w, nn.Parameter) and w.dim() == 2)
+
+
+def _attention(_out: Tensor, query: Tensor, key: Tensor, value: Tensor, width: int, *_: Any, **__: Any) -> int:
+    """The four projections, as for ``nn.MultiheadAttention``."""
+    return (2 * query.numel() + key.numel() + value.numel()) * width
+
+
+FORMULAS: dict[str, Macs] = {
+    **{f"conv{n}d": _conv for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _conv_transpose for n in (1, 2, 3)},
+    "deform_conv2d": _conv,
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot"), _product),
+    "rmatmul": _product_from_right,
+    **dict.fromkeys(_ADDED, _sum_and_product),
+    **dict.fromkeys(("tensordot", "inner"), _contraction),
+    "einsum": _einsum,
+    "bilinear": _bilinear,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _recurrent),
+    "multi_head_attention_forward": _attention,
+}
+"""Formula ``(output, *arguments) → multiply-accumulates`` per function."""
+
+UNKNOWN = {"addbmm", "cdist", "chain_matmul", "multi_dot", "conv_tbc", "embedding_bag", "solve", "lstsq", "kron"}
+"""Functions of torch that multiply and accumulate, and of which we do not say how often."""
+
+WEIGHTS: dict[str, slice] = {
+    **{f"conv{n}d": slice(1, 2) for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": slice(1, 2) for n in (1, 2, 3)},
+    **dict.fromkeys(("linear", "deform_conv2d"), slice(1, 2)),
+    **dict.fromkeys(_ADDED, slice(1, 3)),
+    "bilinear": slice(2, 3),
+}
+"""Which arguments may be the weight, where a bias stands beside it."""
+
+KERNELS = WEIGHTS.keys() - set(_ADDED)
+"""Functions of which one argument is meant to be a weight: one made of data is no product of data with data."""
+
+
+def sums_over_last(name: str, operands: Sequence[Any], is_weight: Callable[[Tensor], bool]) -> bool:
+    """Whether a product sums over the last axes of the data, as a linear layer does.
+
+    Products along other axes run once per channel: their number changes when channels of other layers go.
+    """
+    if name in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "rmatmul", *_ADDED):
+        left, right = operands[1:3] if name in _ADDED else operands[:2]
+        if name == "rmatmul":
+            left, right = right, left
+        return right.dim() == 1 or is_weight(right)
+    if name == "tensordot":
+        data, _, dims = operands
+        if is_weight(data):
+            return False
+        last = data.dim()
+        axes = list(range(last - dims, last)) if isinstance(dims, int) else [axis % last for axis in dims[0]]
+        return sorted(axes) == list(range(last - len(axes), last))
+    if name == "einsum":
+        terms, arrow, result = operands[0].replace(" ", "").partition("->")
+        (term, other), (first, second) = terms.split(","), _operands_of(operands)
+        if is_weight(first):
+            term, other, first, second = other, term, second, first
+        summed = {letter for letter in term if letter in other and letter not in result and letter != "."}
+        return bool(arrow) and is_weight(second) and set(term[len(term) - len(summed) :]) == summed
+    return True
+
+
+def _operands_of(operands: Sequence[Any]) -> list[Tensor]:
+    """The two tensors of an einsum, given one by one or in a list."""
+    given = operands[1:]
+    found = list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else list(given)
+    if len(found) != 2:
+        raise NotImplementedError
+    return found
+
+
+def positional(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments in the order of the formulas, also if given by keyword."""
+    known: dict[str, tuple[str, ...]] = {
+        "linear": ("input", "weight"),
+        "bilinear": ("input1", "input2", "weight"),
+        "tensordot": ("a", "b", "dims"),
+        "multi_head_attention_forward": ("query", "key", "value", "embed_dim_to_check"),
+        **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), ("input", "weight")),
+        **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), ("input", "weight")),
+    }
+    names = known.get(name)
+    if names is None:
+        return [*args, *kwargs.values()]
+    return [*args, *(kwargs[key] for key in names[len(args) :] if key in kwargs)]

@@ -1,0 +1,96 @@
+"""What the output of a layer is added to."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .dataflow import Flow, Op
+
+__all__ = ["added_to", "addition"]
+
+
+def addition(flow: Flow, name: str, norm: nn.Module | None = None) -> Op | None:
+    r"""The addition in ``s + bn(layer(x))``, behind a layer that runs once.
+
+    Args:
+        flow: recording of the network.
+        name: qualified name of the layer.
+        norm: the batch norm that may stand between, if any.
+
+    Returns:
+        ``None`` if the output of the layer (behind ``norm``, if given) goes anywhere else, or s is broadcast or behind
+        no layer, as a parameter is.
+    """
+    found = _added(flow, name, norm)
+    return None if found is None else found[0]
+
+
+def added_to(flow: Flow, name: str, norm: nn.Module | None = None) -> int | None:
+    r"""The tensor s in ``s + bn(layer(x))``, if it is there before the layer runs.
+
+    Args:
+        flow: recording of the network.
+        name: qualified name of the layer.
+        norm: the batch norm that may stand between, if any.
+
+    Returns:
+        The tensor's number in ``flow``; ``None`` if the layer runs more than once, its output (behind ``norm``, if
+        given) goes anywhere else, or s is made later, broadcast, or behind no layer: an input or a parameter.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         x = self.first(x)
+        ...         return x + self.second(x)
+        >>> import torch
+        >>> from tp_importance.graph.dataflow import record
+        >>> flow = record(Block(), torch.zeros(1, 2))
+        >>> added_to(flow, "second") == flow.ops[0].outputs[0], added_to(flow, "first")
+        (True, None)
+        >>> addition(flow, "second").outputs == flow.outputs
+        True
+    """
+    found = _added(flow, name, norm)
+    if found is None:
+        return None
+    first = next(i for i, op in enumerate(flow.ops) if op.module is not None and op.name == name)
+    return found[1] if any(found[1] in earlier.outputs for earlier in flow.ops[:first]) else None
+
+
+def _added(flow: Flow, name: str, norm: nn.Module | None) -> tuple[Op, int] | None:
+    """The addition, and the tensor s."""
+    calls = [op for op in flow.ops if op.module is not None and op.name == name]
+    if len(calls) != 1:
+        return None
+    value, op = _only_consumer(flow, calls[0].outputs[0])
+    if op is not None and norm is not None and op.module is norm:
+        value, op = _only_consumer(flow, op.outputs[0])
+    if op is None or op.kind != "add" or len(op.inputs) != 2 or len(set(op.inputs)) != 2:
+        return None
+    other = next(v for v in op.inputs if v != value)
+    return (op, other) if flow.shapes[other] == flow.shapes[value] and _behind_a_layer(flow, other) else None
+
+
+def _behind_a_layer(flow: Flow, value: int) -> bool:
+    """Whether a tensor depends on the data through a layer; a parameter of the same shape, say, is broadcast later."""
+    seen, todo = set[int](), [value]
+    while todo:
+        op = flow.maker.get(todo.pop())
+        if op is None or id(op) in seen:
+            continue
+        if op.module is not None:
+            return True
+        seen.add(id(op))
+        todo += op.inputs
+    return False
+
+
+def _only_consumer(flow: Flow, value: int) -> tuple[int, Op | None]:
+    """The one operation that reads a tensor, past those that hand it on unchanged."""
+    consumers = flow.consumers.get(value, [])
+    if len(consumers) != 1 or value in flow.outputs:
+        return value, None
+    return _only_consumer(flow, consumers[0].outputs[0]) if consumers[0].kind == "same" else (value, consumers[0])

@@ -1,0 +1,473 @@
+"""A network under a budget, apart from any criterion: groups, exact cost, admissible widths, surgery and history."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..allocation.space import WidthSpace
+from ..budget import Budget, Cost
+from ..core.arguments import checked_budget, checked_model
+from ..core.guards import preserved, transaction
+from ..core.options import hand_on
+from ..core.processes import levels_up, warned_once
+from ..core.progress import phase, shown, shows_progress
+from ..core.stale_optimizers import replacing
+from ..errors import BudgetError
+from ..graph.cost import LATENCY, CostModel
+from ..graph.counting import count_ops
+from ..graph.discovery import prunable_groups
+from ..graph.groups import PrunableGroups
+from ..graph.host_groups import build_groups
+from ..graph.surgery import remove_units, settled
+from ..graph.tracing import trace
+from ..latency.model import LatencyModel
+from ..latency.table import LatencyTable
+from ..latency.times import LatencyTimes
+from ..refitting.refit import refit_consumers
+from ..refitting.report import RefitReport
+from ..refitting.settings import Refit
+from ..statistics.batchnorm import recalibrate_batchnorm
+from ..statistics.consumers import ConsumerStatistics
+from ..statistics.dense_reference import DenseReference
+from ..statistics.labels import LabelFn
+from ..statistics.running_statistics import has_batch_norm, is_calibrated
+from .plan import Plan
+from .report import GroupRow, PruningReport
+
+__all__ = ["PruningTarget", "bytes_per_parameter"]
+
+
+class PruningTarget:
+    """What can go of a network, what it would cost, and the surgery that does it; the choice is somebody else's.
+
+    Every pruner holds one: :class:`~tp_importance.BudgetPruner` is a target, an importance and an allocator. A new
+    kind of search or pruner asks the target for :attr:`groups`, :attr:`cost_model` and :attr:`space`, chooses units,
+    and gives them to :meth:`plan` and :meth:`apply`.
+
+    Args:
+        model: the network; only :meth:`apply` and :meth:`load_pruning_history` change it.
+        example_inputs: tensor, tuple or dict, batch dimension first.
+        round_to: widths become multiples of it.
+        max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.
+        min_widths: fewest channels per group name.
+        max_widths: most channels per group name.
+        latency_table: layer times for latency budgets, or the file to keep them in; default: measured afresh.
+        progress: show a progress bar for every phase, see :mod:`tp_importance.core.progress`.
+        **options: see :func:`~tp_importance.prunable_groups`.
+
+    Attributes:
+        groups: coupled groups of the model as it is now.
+        cost_model: their exact cost, with a latency model once that was measured.
+        dense: cost of the model as given.
+        initial_widths: channels per group of the model as given.
+
+    Raises:
+        TypeError: for a model that is none or compiled, and unknown options.
+        TracingError: if the network cannot be traced.
+        ValueError: for bad options.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+        >>> target = PruningTarget(net, torch.randn(1, 3, 12, 12))
+        >>> plan = target.plan({"0": [1, 5]})
+        >>> target.apply(plan).cost == plan.cost, net[0].out_channels
+        (True, 6)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        round_to: int | None = None,
+        max_pruning_ratio: float | Mapping[str, float] = 1.0,
+        min_widths: Mapping[str, int] | None = None,
+        max_widths: Mapping[str, int] | None = None,
+        latency_table: LatencyTable | str | os.PathLike[str] | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        self.model, self.example_inputs, self._progress = checked_model(model), example_inputs, progress
+        table = latency_table if isinstance(latency_table, LatencyTable) else LatencyTable(latency_table)
+        self._latency_table = table
+        self._latency: LatencyModel | None = None
+        self._round_to, self._max_pruning_ratio = round_to, max_pruning_ratio
+        self._min_widths, self._max_widths = dict(min_widths or {}), dict(max_widths or {})
+        self._ignored_layers, self._num_heads = options.get("ignored_layers"), options.get("num_heads")
+        self.groups: PrunableGroups = prunable_groups(model, example_inputs, progress=progress, **options)
+        _warn_of_uncounted(self.groups)
+        self._left_out = list(self.groups.excluded)
+        self.initial_widths = self.groups.widths
+        self.cost_model = CostModel.from_groups(self.groups)
+        self.dense: Cost = self.cost_model.dense
+        ratios = max_pruning_ratio if isinstance(max_pruning_ratio, Mapping) else {}
+        for name in (*self._min_widths, *self._max_widths, *ratios):
+            self.groups[name]  # raises for an unknown one
+        self.space  # noqa: B018 - checks the options
+        self._history: list[Any] = []
+        self._reference: DenseReference | None = None
+
+    # -- what it costs
+
+    def limit_ratios(self, max_pruning_ratio: float | Mapping[str, float]) -> None:
+        """Set the largest fraction of the initial channels that may go, for all groups or by name."""
+        WidthSpace.of(self.groups.groups, max_pruning_ratio=max_pruning_ratio)  # checks it
+        self._max_pruning_ratio = max_pruning_ratio
+
+    @property
+    def space(self) -> WidthSpace:
+        """Admissible widths of the model as it is now."""
+        return WidthSpace.of(
+            self.groups.groups,
+            round_to=self._round_to,
+            max_pruning_ratio=self._max_pruning_ratio,
+            initial_widths=self.initial_widths,
+            min_widths=self._min_widths,
+            max_widths=self._max_widths,
+        )
+
+    @warned_once()
+    def measure_latency(self) -> LatencyModel:
+        """The latency model of the model as given, measured when first asked for; :meth:`limits` does it when needed.
+
+        Raises:
+            ValueError: if the latency table was measured under other conditions.
+            RuntimeError: after a surgery: what fractions refer to is gone then.
+        """
+        if self._latency is None:
+            if self._history:
+                raise RuntimeError(
+                    "the network was pruned before its latency was measured: call measure_latency() before the first "
+                    "step, or build a new pruner"
+                )
+            with shown(self._progress):
+                latency = LatencyModel.measure(self.groups, self.example_inputs, self._latency_table)
+            timed = replace(self.cost_model, latency=latency)
+            self._latency, self.cost_model = latency, timed
+        return self._latency
+
+    def limits(self, budget: Budget) -> dict[str, float]:
+        """Absolute limits of a budget: counts, and ``"latency_ms"`` if a latency is limited.
+
+        Args:
+            budget: fractions refer to the model as given.
+        """
+        counts: dict[str, float] = dict(checked_budget(budget).marked_limits(self.dense))
+        if not budget.is_measured:
+            return counts
+        model = self.measure_latency()
+        limit = budget.latency_limit(model.dense.median_ms)
+        assert limit is not None
+        if limit >= model.dense.median_ms:  # met as it is, whatever is predicted for it
+            limit = max(limit, (1 + 1e-6) * model.predict(self.cost_model.full))
+        return {**counts, LATENCY: limit}
+
+    def plan(
+        self,
+        removed: Mapping[str, Sequence[int]],
+        limits: Mapping[str, float] | None = None,
+        *,
+        constant: Mapping[str, Sequence[int]] | None = None,
+        certificate: Mapping[str, float] | None = None,
+    ) -> Plan:
+        """The :class:`~tp_importance.Plan` that removes given units, at whatever cost.
+
+        Args:
+            removed: units per group name.
+            limits: what they were chosen under, to be noted in the plan; a latency limit is compared with the clock.
+            constant: units that do not vary on the data, to be noted.
+            certificate: what the allocator proves, to be noted.
+
+        Raises:
+            BudgetError: if the network itself is measured above a latency limit and predicted within it.
+        """
+        widths = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in self.groups}
+        counts = {f: int(v) for f, v in (limits or {}).items() if f != LATENCY}
+        times = LatencyTimes() if LATENCY not in (limits or {}) else self._times(widths, (limits or {})[LATENCY])
+        return Plan(
+            widths,
+            self.cost_model.cost(widths),
+            self.dense,
+            counts,
+            {n: list(units) for n, units in removed.items()},
+            {n: list(units) for n, units in (constant or {}).items() if len(units)},
+            dict(certificate or {}),
+            latency_ms=times,
+            uncounted=dict(self.groups.trace.uncounted),
+        )
+
+    def _times(self, widths: Mapping[str, int], limit: float) -> LatencyTimes:
+        predicted = self.cost_model.timed.predict(self.cost_model.units(widths))
+        dense = self.measure_latency().dense
+        now = self.cost_model.timed.predict(self.cost_model.full)
+        untouched = self.groups.widths == self.initial_widths
+        if untouched and now <= limit < dense.median_ms:
+            raise BudgetError(
+                f"the network took {dense.median_ms:.3f} ms, above the limit of {limit:.3f}, but the latency model "
+                f"predicts {now:.3f} for it: the machine was busy at one of these times. Measure again on a quiet one, "
+                "without the file given as latency_table"
+            )
+        if untouched and not 0.5 < now / dense.median_ms < 2:
+            warnings.warn(
+                f"the dense network took {dense.median_ms:.3f} ms (IQR {dense.iqr_ms:.3f}), {now:.3f} are "
+                "predicted: the machine was busy at one of these times. Measure on a quiet one",
+                stacklevel=levels_up(),
+            )
+        return LatencyTimes(dense.median_ms, dense.iqr_ms, limit, predicted)
+
+    # -- surgery
+
+    @warned_once()
+    def apply(
+        self,
+        plan: Plan,
+        loader: Iterable[Any] | None = None,
+        *,
+        refit: Refit | str | bool | None = None,
+        label_fn: LabelFn | None = None,
+        classes: Sequence[int] | None = None,
+        statistics: ConsumerStatistics | None = None,
+        criterion: str = "",
+    ) -> PruningReport:
+        """Remove the units of a plan from the model, in place, and repair it.
+
+        Args:
+            plan: made for the model as it is now.
+            loader: re-iterable of batches, for the repair.
+            refit: how the network is repaired, see :class:`~tp_importance.Refit`.
+            label_fn: ``label_fn(batch)``, with ``classes``.
+            classes: only samples of these labels count in a refit.
+            statistics: what consumers received, if it was collected already; a parallel refit takes it if it fits.
+            criterion: who chose the units, for the report.
+
+        Returns:
+            The :class:`~tp_importance.PruningReport`.
+
+        Raises:
+            RuntimeError: if the pruned network does not cost what was planned.
+            ValueError: if the plan is of another network, or a refit has no loader. After any exception, Ctrl-C
+                included, model and target are as before.
+        """
+        settings = Refit.of(refit)
+        if settings is not None and loader is None:
+            raise ValueError(f"refit={settings.mode!r} needs data: pass loader= to the pruner")
+        report, run = self.report(plan, criterion), self.groups.options.forward_fn
+        if plan.is_noop:
+            time = f", {plan.latency_ms.predicted:.3f} ms predicted" if plan.latency_ms.is_limited else ""
+            warnings.warn(
+                f"the network already meets the budget ({plan.cost}{time}); nothing is pruned", stacklevel=levels_up()
+            )
+            return self._timed(report)
+        solves = settings is not None and settings.solves
+        follows = settings is not None and settings.follows and (not solves or has_batch_norm(self.model))
+        reference = None if loader is None else self._reference_after(plan.removed, needed=follows)
+        step = self.surgery(self.model.parameters() if solves else ())
+        with shown(self._progress), step, replacing(self.model), torch.inference_mode(False):
+            if settings is not None and loader is not None and solves:
+                known = statistics if statistics and statistics.covers(self.groups, settings.sampled) else None
+                made = self._refit(plan, loader, settings, label_fn, classes, known)
+                report = replace(report, refit=made)
+            with phase("removing channels", before=self.cost_model.dense, after=plan.cost):
+                remove_units(self.groups, plan.removed)
+            counted = count_ops(self.model, self.example_inputs, forward_fn=run)
+            if Cost(*counted) != plan.cost:
+                raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
+            if follows and loader is not None:
+                recalibrate_batchnorm(self.model, loader, reference=reference, forward_fn=run)
+            state = self._adopting(self._retrace(), self.groups.trace.graph.pruning_history())
+            if reference is not None:
+                state["_reference"] = reference.stamped(self.model)
+            step.commit()
+            vars(self).update(state)
+        return self._timed(report)
+
+    def _refit(
+        self,
+        plan: Plan,
+        loader: Iterable[Any],
+        settings: Refit,
+        label_fn: LabelFn | None,
+        classes: Sequence[int] | None,
+        statistics: ConsumerStatistics | None,
+    ) -> RefitReport:
+        return refit_consumers(
+            self.model,
+            self.example_inputs,
+            loader,
+            plan.removed,
+            settings,
+            groups=self.groups,
+            statistics=statistics,
+            classes=classes,
+            forward_fn=self.groups.options.forward_fn,
+            label_fn=label_fn,
+            progress=self._progress,
+        )
+
+    def surgery(self, values: Iterable[torch.Tensor] = ()) -> Surgery:
+        """A block in which the model is changed; if it raises, model and target are as before.
+
+        Args:
+            values: parameters that are written into, rather than replaced.
+        """
+        return Surgery(self, values)
+
+    def pruning_history(self) -> list[Any]:
+        """Torch-Pruning's history ``[[module name, is_out, indices], ...]`` of all surgery so far."""
+        return [list(entry) for entry in self._history]
+
+    def load_pruning_history(self, history: Sequence[Any]) -> None:
+        """Repeat the steps of a history on the model, which must be as it was when the history began.
+
+        Fractions of later budgets still refer to the model as given at construction.
+
+        Raises:
+            ValueError: if the history is of another network; the model is then as before.
+        """
+        entries = [list(entry) for entry in history]
+        try:
+            step = self.surgery()
+            running = phase("repeating a history", steps=len(entries), progress=self._progress)
+            with preserved(self.model), running, step, replacing(self.model), torch.inference_mode(False):
+                groups = self.groups
+                for entry in entries:  # a fresh graph each: Torch-Pruning's keeps stale offsets behind a split
+                    with settled(self.model):
+                        groups.trace.graph.load_pruning_history([list(entry)])
+                    groups = self._retrace()
+                counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
+                if Cost(*counted) != CostModel.from_groups(groups).dense:
+                    raise ValueError(f"after it the network costs {Cost(*counted)}, its widths say otherwise")
+                state = self._adopting(groups, entries)
+                step.commit()
+                vars(self).update(state)
+        except Exception as error:
+            raise ValueError(
+                f"the history does not fit {type(self.model).__name__} as it is now ({type(error).__name__}: {error})"
+            ) from error
+
+    @phase("tracing")
+    def _retrace(self) -> PrunableGroups:
+        """Groups of the pruned model; what was left out before stays out."""
+        options = self.groups.options.renamed(self.groups.trace.names, self.model)
+        traced = trace(self.model, self.example_inputs, options)
+        groups = build_groups(traced, self._ignored_layers, self._num_heads, options)
+        return groups.exclude_again(self._left_out)
+
+    def _adopting(self, groups: PrunableGroups, history: Sequence[Any]) -> dict[str, Any]:
+        """What changes in the target when it goes on with ``groups`` after a surgery."""
+        latency = None if self._latency is None else self._latency.of(groups)
+        return {
+            "groups": groups,
+            "cost_model": replace(CostModel.from_groups(groups), latency=latency),
+            "_latency": latency,
+            "_history": [*self._history, *history],
+        }
+
+    def _reference_after(self, removed: Mapping[str, Sequence[int]], needed: bool) -> DenseReference | None:
+        """The network that batch norms are compared with, and what of it is left when ``removed`` has gone.
+
+        It is the network as given, or as somebody else, training say, has left it since the last step. A later step may
+        want it; so it is kept, if the network can be copied, where it is not ``needed`` now.
+        """
+        if not has_batch_norm(self.model):
+            return None
+        known = self._reference
+        if known is None or not known.is_of(self.model):
+            try:
+                known = DenseReference.of(self.model)
+            except Exception:
+                if needed:
+                    raise
+                return None
+        layers, gone = dict(self.model.named_modules()), defaultdict[str, list[int]](list)
+        for group in self.groups:
+            for m in group.members:
+                if m.kind == "passthrough" and m.role == "out" and is_calibrated(layers.get(m.name)):
+                    gone[m.name] += m.positions(removed.get(group.name, ())).tolist()
+        return known.after(gone)
+
+    # -- report
+
+    def report(self, plan: Plan, criterion: str = "") -> PruningReport:
+        """What a plan does to the model as it is now.
+
+        Args:
+            plan: of this target.
+            criterion: who chose the units.
+        """
+        before, share = self.groups.widths, self.cost_model.shares()
+        return PruningReport(
+            rows=[
+                GroupRow(
+                    g.name, self.initial_widths.get(g.name, g.width), before[g.name], plan.widths[g.name], share[g.name]
+                )
+                for g in self.groups
+            ],
+            dense=self.dense,
+            before=self.cost_model.dense,
+            cost=plan.cost,
+            limits=plan.limits,
+            bytes_per_param=bytes_per_parameter(self.model),
+            excluded=list(self.groups.excluded),
+            constant={g: len(u) for g, u in plan.constant.items()},
+            criterion=criterion,
+            latency_ms=plan.latency_ms,
+            uncounted=dict(plan.uncounted),
+        )
+
+    @shows_progress
+    def _timed(self, report: PruningReport) -> PruningReport:
+        """The report with the measured latency of the network, if it was limited."""
+        if not report.latency_ms.is_limited:
+            return report
+        with phase("measuring latency"):
+            found = self._latency_table.network(self.model, self.example_inputs, self.groups.options.forward_fn)
+        times = replace(report.latency_ms, measured=found.median_ms, measured_iqr=found.iqr_ms)
+        return replace(report, latency_ms=times)
+
+
+hand_on(PruningTarget, prunable_groups)
+
+
+class Surgery(transaction):
+    """A block in which a target changes its model; if it raises, both are as before."""
+
+    def __init__(self, target: PruningTarget, values: Iterable[torch.Tensor] = ()) -> None:
+        """``values``: parameters that are written into; buffers, which are few, always come back."""
+        super().__init__(target.model, (*values, *target.model.buffers()))
+        self._target = target
+
+    def _note(self) -> None:
+        super()._note()
+        self._state = dict(vars(self._target))
+
+    def _restore(self, failed: bool) -> None:
+        super()._restore(failed)
+        if failed:
+            target = self._target
+            vars(target).clear()
+            vars(target).update(self._state)
+            # the host's surgery has changed the graph
+            traced = trace(target.model, target.example_inputs, target.groups.options)
+            target.groups = replace(target.groups, trace=traced)
+
+
+def bytes_per_parameter(model: nn.Module) -> float:
+    """Mean size of a parameter, in bytes."""
+    count = sum(p.numel() for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / max(count, 1)
+
+
+def _warn_of_uncounted(groups: PrunableGroups) -> None:
+    """Say which layers multiply and accumulate as often as nobody knows: no budget of MACs holds for them."""
+    if groups.trace.uncounted:
+        named = "; ".join(f"{name}: {reason}" for name, reason in groups.trace.uncounted.items())
+        warnings.warn(f"the MACs of some layers are not known and not counted ({named})", stacklevel=levels_up())
