@@ -6,7 +6,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from networks import class_loader, make_network
+from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetError,

@@ -5,7 +5,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from networks import class_loader, make_network
+from helpers.networks import class_loader, make_network
 from tp_importance import Budget, BudgetPruner, Refit, prunable_groups, refit_consumers, refitted_step
 from tp_importance.graph.surgery import remove_units
 

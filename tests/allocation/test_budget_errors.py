@@ -7,7 +7,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from networks import class_loader, make_network
+from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetError,

@@ -7,8 +7,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from contract import same_values
-from networks import class_loader, make_network
+from helpers.contract import same_values
+from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,

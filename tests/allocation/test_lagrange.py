@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch_pruning as tp
 
-from contract import topology
-from networks import make_network
-from test_allocation import assert_filled, fits, limits_of, random_curves
+from helpers.allocation_cases import assert_filled, fits, limits_of, random_curves
+from helpers.contract import topology
+from helpers.networks import make_network
 from tp_importance import Budget, BudgetPruner, CostModel, Curve, LagrangeAllocator, WidthSpace, greedy
 from tp_importance.allocation.curves import curve_from_scores
 from tp_importance.graph.cost import COST_FIELDS

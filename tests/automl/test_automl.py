@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch_pruning as tp
 
-from networks import NUM_CLASSES, plain, residual
+from helpers.networks import NUM_CLASSES, plain, residual
 from tp_importance import Budget, BudgetError, count_ops, prunable_groups
 from tp_importance.automl import (
     METHODS,
@@ -509,7 +509,7 @@ def test_ray_trainable_checks_and_reports(monkeypatch):
         trainable({"n": 3})
     assert caught.value.__notes__ == ["parameters of the trial: {'n': 3}"]
 
-    class Tune:  # tests/test_ray.py has the real one, where it is installed
+    class Tune:  # tests/automl/test_ray.py has the real one, where it is installed
         choice, uniform, randint = (
             staticmethod(lambda *a, kind=k: (kind, *a)) for k in ("choice", "uniform", "randint")
         )

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.paths import ROOT
 from tp_importance import Budget, count_ops, prunable_groups
 from tp_importance.automl import prune_trial, ray_trainable, search_space
-
-ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.slow
 

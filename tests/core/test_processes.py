@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from networks import class_loader, make_network
+from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import tp_importance
-from networks import class_loader, make_network
-from resconv_cases import X32, Basic
+from helpers.networks import class_loader, make_network
+from helpers.paths import ROOT
+from helpers.resconv_cases import X32, Basic
 from tp_importance import (
     Budget,
     CATROPruner,
@@ -35,7 +35,6 @@ from tp_importance.automl import prune_trial
 from tp_importance.core import progress
 from tp_importance.core.progress import LOGGER, phase, shown, track
 
-ROOT = Path(__file__).resolve().parent.parent
 LOADER = class_loader()
 HALF = Budget(macs=0.5)
 FIRST = ["tracing", "verifying"]

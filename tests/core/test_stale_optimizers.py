@@ -9,9 +9,9 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from networks import class_loader, make_network
-from psap_cases import TOTAL, make
-from resconv_cases import X32, Basic
+from helpers.networks import class_loader, make_network
+from helpers.psap_cases import TOTAL, make
+from helpers.resconv_cases import X32, Basic
 from tp_importance import (
     Budget,
     BudgetError,

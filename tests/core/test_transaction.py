@@ -5,8 +5,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from contract import Snapshot
-from networks import TOPOLOGIES, make_network
+from helpers.contract import Snapshot
+from helpers.networks import TOPOLOGIES, make_network
 from tp_importance import prunable_groups
 from tp_importance.core.guards import preserved, transaction
 from tp_importance.graph.surgery import remove_units

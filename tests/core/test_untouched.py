@@ -10,8 +10,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from contract import Snapshot
-from networks import class_loader, conv_bn_relu, head, plain
+from helpers.contract import Snapshot
+from helpers.networks import class_loader, conv_bn_relu, head, plain
 from tp_importance import (
     Budget,
     BudgetPruner,

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from contract import Case, random_units, removal, topology, zoo
-from networks import TOPOLOGIES, ZOO, conv_bn_relu, head
+from helpers.contract import Case, random_units, removal, topology, zoo
+from helpers.networks import TOPOLOGIES, ZOO, conv_bn_relu, head
 from tp_importance import Cost, CostModel, count_ops, prunable_groups
 from tp_importance.graph.surgery import remove_units
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from contract import Snapshot, topology
+from helpers.contract import Snapshot, topology
 from tp_importance.graph.gates import ChannelGates, scale_inputs, scale_outputs
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.verify import gates, sample_units

@@ -8,8 +8,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from contract import topology
-from networks import TOPOLOGIES, conv_bn_relu, head, make_network
+from helpers.contract import topology
+from helpers.networks import TOPOLOGIES, conv_bn_relu, head, make_network
 from tp_importance import Budget, BudgetPruner
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.host_groups import _named_apart, build_groups

@@ -8,9 +8,9 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from contract import topology
-from group_cases import EXPECTED, bits, shifted, whole
-from networks import MISTRACED, TOPOLOGIES, head, make_network
+from helpers.contract import topology
+from helpers.group_cases import EXPECTED, bits, shifted, whole
+from helpers.networks import MISTRACED, TOPOLOGIES, head, make_network
 from tp_importance import prunable_groups
 from tp_importance.graph import verify
 from tp_importance.graph.surgery import remove_units

@@ -9,8 +9,8 @@ import torch_pruning as tp
 from torch import nn
 from torchvision import models
 
-from contract import Snapshot
-from networks import class_loader, conv_bn_relu, head, plain, randomise_batchnorm
+from helpers.contract import Snapshot
+from helpers.networks import class_loader, conv_bn_relu, head, plain, randomise_batchnorm
 from nni_plugins import ImportancePruner, speedup
 from tp_importance import (
     Budget,

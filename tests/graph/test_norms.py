@@ -12,8 +12,8 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
-from contract import Snapshot, loader_for, removal, topology
-from networks import TOPOLOGIES, class_loader, head, make_network
+from helpers.contract import Snapshot, loader_for, removal, topology
+from helpers.networks import TOPOLOGIES, class_loader, head, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import googlenet, mobilenet_v3_small, swin_v2_t
 from torchvision.ops import DeformConv2d, deform_conv2d
 
-from networks import conv_bn_relu, head, make_network
+from helpers.networks import conv_bn_relu, head, make_network
 from tp_importance import Budget, BudgetPruner, Cost, Plan, PruningReport, count_ops, prunable_groups
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.surgery import remove_units

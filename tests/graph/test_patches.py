@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from networks import class_loader, make_network
+from helpers.networks import class_loader, make_network
 from tp_importance import prunable_groups
 from tp_importance.graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input
 from tp_importance.maths.moments import Moments, elimination_loss

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 from torch.nn.utils import prune as masks
 
-from contract import Snapshot, removal
-from networks import class_loader, conv_bn_relu, head
+from helpers.contract import Snapshot, removal
+from helpers.networks import class_loader, conv_bn_relu, head
 from tp_importance import (
     Budget,
     BudgetPruner,

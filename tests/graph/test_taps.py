@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from networks import make_network
+from helpers.networks import make_network
 from tp_importance import TracingError
 from tp_importance.graph.dataflow import record
 from tp_importance.graph.taps import added_to, addition, recording, tap

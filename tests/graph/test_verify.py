@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from contract import removal, topology, zoo
-from group_cases import shifted
-from networks import TOPOLOGIES, ZOO, conv_bn_relu, head
+from helpers.contract import removal, topology, zoo
+from helpers.group_cases import shifted
+from helpers.networks import TOPOLOGIES, ZOO, conv_bn_relu, head
 from tp_importance import prunable_groups
 from tp_importance.graph import verify
 from tp_importance.graph.verify import masked_equals_removed, sample_units

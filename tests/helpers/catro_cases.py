@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from networks import head
+from helpers.networks import head
 from tp_importance import CATROImportance
 
 SPACES = ["consumer", "channel"]

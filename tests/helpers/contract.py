@@ -16,7 +16,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from networks import MISTRACED, class_loader, make_network, make_zoo_network
+from helpers.networks import MISTRACED, class_loader, make_network, make_zoo_network
 from tp_importance import (
     Budget,
     BudgetError,

@@ -22,7 +22,7 @@ from nni.compression.distillation import DynamicLayerwiseDistiller  # noqa: E402
 from nni.compression.pruning import AGPPruner, LinearPruner  # noqa: E402
 from nni.compression.quantization import QATQuantizer  # noqa: E402
 
-from networks import NUM_CLASSES, class_loader, make_network  # noqa: E402
+from helpers.networks import NUM_CLASSES, class_loader, make_network  # noqa: E402
 from nni_plugins import ImportancePruner, speedup  # noqa: E402
 from tp_importance import Budget, Cost, CostModel, PrunableGroups, count_ops, prunable_groups  # noqa: E402
 from tp_importance.core.guards import HOOKS  # noqa: E402

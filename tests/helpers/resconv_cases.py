@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from networks import conv_bn, conv_bn_relu, head, randomise_batchnorm
+from helpers.networks import conv_bn, conv_bn_relu, head, randomise_batchnorm
 from tp_importance import Budget
 from tp_importance.methods.resconv import ResConvPruner, Scale, convert_to_resconv, fuse, remove_layers, resconv_layers
 

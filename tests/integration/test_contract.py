@@ -2,7 +2,7 @@ from typing import Any
 
 import torch_pruning as tp
 
-from contract import ImportanceContract, PrunerContract
+from helpers.contract import ImportanceContract, PrunerContract
 from tp_importance import BudgetPruner, CATROImportance, CATROPruner, OBSImportance, OBSPruner, PSAPImportance
 
 

@@ -14,9 +14,9 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from contract import Snapshot, loader_for, same_values
-from networks import make_network
-from psap_cases import TOTAL, make
+from helpers.contract import Snapshot, loader_for, same_values
+from helpers.networks import make_network
+from helpers.psap_cases import TOTAL, make
 from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_batchnorm, refitted_step
 from tp_importance.core.guards import Guard, preserved, transaction, written
 from tp_importance.graph.remap import Survivors

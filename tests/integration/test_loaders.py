@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from networks import class_loader, make_network
+from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     CATROPruner,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch_pruning as tp
 
+from helpers.paths import DATA, ROOT
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -22,8 +21,6 @@ from tp_importance import (
     save_pruned,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("TP_IMPORTANCE_DATA", ROOT.parent / "shared" / "data"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 pytestmark = pytest.mark.skipif(

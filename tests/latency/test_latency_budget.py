@@ -12,9 +12,9 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from contract import Snapshot, random_units, topology
-from networks import TOPOLOGIES, make_network
-from test_allocation import random_curves
+from helpers.allocation_cases import random_curves
+from helpers.contract import Snapshot, random_units, topology
+from helpers.networks import TOPOLOGIES, make_network
 from tp_importance import (
     Budget,
     BudgetError,

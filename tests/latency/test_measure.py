@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from contract import Snapshot
+from helpers.contract import Snapshot
 from tp_importance.latency.measure import Latency, least_latency, measure_latency, steady_memory
 
 X = torch.zeros(4, 10)

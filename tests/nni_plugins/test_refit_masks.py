@@ -9,7 +9,7 @@ pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner
 
-from networks import class_loader, make_network
+from helpers.networks import class_loader, make_network
 from nni_plugins import CATROPruner, refit_masks, speedup
 from tp_importance import prunable_groups, refit_consumers
 from tp_importance.graph.surgery import remove_units

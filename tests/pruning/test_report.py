@@ -4,7 +4,7 @@ import json
 import pytest
 import torch_pruning as tp
 
-from networks import class_loader, make_network
+from helpers.networks import class_loader, make_network
 from tp_importance import Budget, BudgetPruner, CATROPruner, Cost, PruningReport, count_ops
 from tp_importance.graph.groups import Excluded
 from tp_importance.pruning.report import GroupRow

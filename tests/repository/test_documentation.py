@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from networks import Residual, class_loader, conv_bn_relu, head
+from helpers.networks import Residual, class_loader, conv_bn_relu, head
+from helpers.paths import ROOT
 from tp_importance import Latency, LatencyTable, count_ops
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 WORDS = {document: (ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from networks import residual
+from helpers.networks import residual
+from helpers.paths import ROOT
 from tp_importance import Budget
 from tp_importance.automl import BudgetProblem
 
-ROOT = Path(__file__).resolve().parent.parent
 NNICTL = ("-m", "nni.tools.nnictl.nnictl")
 
 pytestmark = pytest.mark.slow

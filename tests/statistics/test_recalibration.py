@@ -8,8 +8,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from contract import Snapshot, loader_for, moved_statistics, norm_inputs, same_values
-from networks import class_loader, conv_bn_relu, head, make_network
+from helpers.contract import Snapshot, loader_for, moved_statistics, norm_inputs, same_values
+from helpers.networks import class_loader, conv_bn_relu, head, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,

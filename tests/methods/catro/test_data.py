@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from catro_cases import SPACES, X, planted_loader, planted_net
-from networks import MLPBlock, TwoInputs, class_loader, conv_bn_relu, head, make_network
+from helpers.catro_cases import SPACES, X, planted_loader, planted_net
+from helpers.networks import MLPBlock, TwoInputs, class_loader, conv_bn_relu, head, make_network
 from tp_importance import Budget, CATROImportance, CATROPruner, count_ops, prunable_groups, slice_classifier
 
 # --- loaders and batches ----------------------------------------------------------------------------------------------

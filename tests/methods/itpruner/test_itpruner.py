@@ -8,8 +8,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from contract import ImportanceContract, PrunerContract, loader_for
-from networks import make_network
+from helpers.contract import ImportanceContract, PrunerContract, loader_for
+from helpers.networks import make_network
 from tp_importance import (
     Budget,
     BudgetError,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from catro_cases import PLANTED, X, dead, planted_loader, planted_net
-from networks import class_loader, make_network
+from helpers.catro_cases import PLANTED, X, dead, planted_loader, planted_net
+from helpers.networks import class_loader, make_network
 from tp_importance import Budget, BudgetPruner, CATROImportance, OBSImportance, OBSPruner
 from tp_importance.maths.moments import Moments
 

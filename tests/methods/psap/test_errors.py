@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from contract import Snapshot, topology
-from networks import make_network
-from psap_cases import TOTAL, make, sgd
+from helpers.contract import Snapshot, topology
+from helpers.networks import make_network
+from helpers.psap_cases import TOTAL, make, sgd
 from tp_importance import Budget, BudgetError, PSAPPruner, PSAPSchedule, StaleStatisticsError, prunable_groups
 from tp_importance.graph.surgery import remove_units
 

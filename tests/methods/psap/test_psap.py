@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from networks import make_network, make_zoo_network
-from psap_cases import TOTAL, adam, make, sgd
+from helpers.networks import make_network, make_zoo_network
+from helpers.psap_cases import TOTAL, adam, make, sgd
 from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
 from tp_importance.methods.psap.sparsity import cubic_target
 

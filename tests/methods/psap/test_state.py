@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 import torch
 
-from contract import same_tensors
-from psap_cases import TOTAL, adam, make
+from helpers.contract import same_tensors
+from helpers.psap_cases import TOTAL, adam, make
 from tp_importance import Budget, PSAPHistory, PSAPSchedule
 
 # -- state

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from contract import loader_for, same_values
-from networks import make_network
+from helpers.contract import loader_for, same_values
+from helpers.networks import make_network
 from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
 from tp_importance.methods.psap.integrations import huggingface_callback, lightning_callback
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from contract import Snapshot, moved_statistics, norm_inputs, same_tensors
-from networks import class_loader, conv_bn_relu
-from resconv_cases import X32, conv, fresh, resnet, train, vgg
+from helpers.contract import Snapshot, moved_statistics, norm_inputs, same_tensors
+from helpers.networks import class_loader, conv_bn_relu
+from helpers.resconv_cases import X32, conv, fresh, resnet, train, vgg
 from tp_importance import Budget, BudgetError, Cost, count_ops
 from tp_importance.methods.resconv import ResConv2d, ResConvPruner, fuse, removal_controls
 from tp_importance.methods.resconv import pruner as pruner_module

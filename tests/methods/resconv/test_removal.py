@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from contract import Snapshot
-from networks import conv_bn_relu, head, make_network
-from resconv_cases import (
+from helpers.contract import Snapshot
+from helpers.networks import conv_bn_relu, head, make_network
+from helpers.resconv_cases import (
     CASES,
     HEAD,
     ONE,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
-from networks import conv_bn_relu, head, randomise_batchnorm
+from helpers.networks import conv_bn_relu, head, randomise_batchnorm
 from tp_importance.methods.resconv import ResConv2d, convert_to_resconv, fuse, resconv_layers
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

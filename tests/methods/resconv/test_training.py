@@ -7,8 +7,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from contract import same_values
-from resconv_cases import X32, X, fresh, ready, resnet, train, vgg
+from helpers.contract import same_values
+from helpers.resconv_cases import X32, X, fresh, ready, resnet, train, vgg
 from tp_importance import Budget, BudgetPruner, load_pruned, save_pruned
 from tp_importance.methods.resconv import (
     LayerReport,

@@ -1,17 +1,16 @@
 """Real architectures all the way: convert, remove, fuse, prune channels, export."""
 
 import io
-import os
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch_pruning as tp
 from torch import nn
 
-from networks import ZOO, randomise_batchnorm
-from resconv_cases import masked
+from helpers.networks import ZOO, randomise_batchnorm
+from helpers.paths import DATA, ROOT
+from helpers.resconv_cases import masked
 from tp_importance import Budget, BudgetPruner, Cost, count_ops, load_pruned, save_pruned
 from tp_importance.methods.resconv import (
     ResConv2d,
@@ -23,9 +22,6 @@ from tp_importance.methods.resconv import (
     resconv_layers,
 )
 from tp_importance.methods.resconv.costs import LayerCosts
-
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("TP_IMPORTANCE_DATA", ROOT.parent / "shared" / "data"))
 
 NETWORKS = {"resnet50": 14, "vgg16_bn": 9, "mobilenet_v2": 13, "densenet": 2, "googlenet": 1, "resnet18": 13}
 """How many layers are converted; of ResNet-50 13 of the 3×3 convolutions and one 1×1."""

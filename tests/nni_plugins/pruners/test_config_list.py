@@ -9,9 +9,9 @@ from torch import nn
 
 nni = pytest.importorskip("nni")
 
-from networks import NUM_CLASSES, class_loader  # noqa: E402
-from nni_catro_cases import CONVS, catro, widths  # noqa: E402
-from nni_contract import assert_masked_is_removed, assert_unchanged, case, output, snapshot, wrappers  # noqa: E402
+from helpers.networks import NUM_CLASSES, class_loader  # noqa: E402
+from helpers.nni_catro_cases import CONVS, catro, widths  # noqa: E402
+from helpers.nni_contract import assert_masked_is_removed, assert_unchanged, case, output, snapshot, wrappers  # noqa: E402
 from nni_plugins import CATROPruner, speedup  # noqa: E402
 from tp_importance import Budget  # noqa: E402
 

@@ -12,7 +12,7 @@ from nni.compression import TorchEvaluator  # noqa: E402
 from nni.compression.distillation import DynamicLayerwiseDistiller  # noqa: E402
 from nni.compression.pruning import AGPPruner  # noqa: E402
 
-from networks import class_loader, make_network  # noqa: E402
+from helpers.networks import class_loader, make_network  # noqa: E402
 from nni_plugins import CATROPruner, speedup  # noqa: E402
 from tp_importance import Budget, Distiller, distillation_loss, recalibrate_batchnorm  # noqa: E402
 

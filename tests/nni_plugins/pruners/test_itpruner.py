@@ -7,7 +7,7 @@ pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner
 
-from nni_contract import NNIPrunerContract, case
+from helpers.nni_contract import NNIPrunerContract, case
 from nni_plugins import ITPruner, speedup
 from tp_importance import Budget, Cost, count_ops
 

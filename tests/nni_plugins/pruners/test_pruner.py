@@ -15,8 +15,8 @@ nni = pytest.importorskip("nni")
 from nni.compression.pruning import L1NormPruner  # noqa: E402
 from nni.compression.quantization import QATQuantizer  # noqa: E402
 
-from nni_catro_cases import CONVS, catro, widths  # noqa: E402
-from nni_contract import (  # noqa: E402
+from helpers.nni_catro_cases import CONVS, catro, widths  # noqa: E402
+from helpers.nni_contract import (  # noqa: E402
     HALF,
     NNIPrunerContract,
     TrainingLog,

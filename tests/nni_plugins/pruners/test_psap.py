@@ -9,7 +9,7 @@ nni = pytest.importorskip("nni")
 from nni.compression.distillation import DynamicLayerwiseDistiller  # noqa: E402
 from nni.compression.pruning import AGPPruner  # noqa: E402
 
-from nni_contract import (  # noqa: E402
+from helpers.nni_contract import (  # noqa: E402
     HALF,
     LEFT_OUT,
     TrainingLog,

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, weight_norm
 
 pytest.importorskip("nni")
 
-from networks import class_loader, conv_bn_relu, head
+from helpers.networks import class_loader, conv_bn_relu, head
 from nni_plugins import CATROPruner, speedup
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))

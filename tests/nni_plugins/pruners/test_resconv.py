@@ -10,10 +10,9 @@ from torch import nn
 
 nni = pytest.importorskip("nni")
 
-from networks import head  # noqa: E402
-from nni_contract import assert_same_masks, assert_unchanged, hooks, output, relative_error, snapshot, wrappers  # noqa: E402
-from nni_plugins import ResConvPruner, speedup  # noqa: E402
-from nni_resconv_cases import (  # noqa: E402
+from helpers.networks import head  # noqa: E402
+from helpers.nni_contract import assert_same_masks, assert_unchanged, hooks, output, relative_error, snapshot, wrappers  # noqa: E402
+from helpers.nni_resconv_cases import (  # noqa: E402
     CONVS,
     HALF,
     LAYERS,
@@ -25,6 +24,7 @@ from nni_resconv_cases import (  # noqa: E402
     pruner_of,
     scale,
 )
+from nni_plugins import ResConvPruner, speedup  # noqa: E402
 from tp_importance import Budget, BudgetError, Cost, convert_to_resconv, count_ops, load_pruned, save_pruned  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
 

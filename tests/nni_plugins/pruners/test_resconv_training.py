@@ -12,7 +12,7 @@ from nni.compression import TorchEvaluator  # noqa: E402
 from nni.compression.distillation import DynamicLayerwiseDistiller  # noqa: E402
 from nni.compression.pruning import L1NormPruner  # noqa: E402
 
-from nni_contract import (  # noqa: E402
+from helpers.nni_contract import (  # noqa: E402
     TrainingLog,
     assert_same_masks,
     assert_unchanged,
@@ -22,9 +22,7 @@ from nni_contract import (  # noqa: E402
     training_step,
     wrappers,
 )
-from nni_plugins import ResConvPruner, speedup  # noqa: E402
-from nni_plugins.states import _groups  # noqa: E402
-from nni_resconv_cases import (  # noqa: E402
+from helpers.nni_resconv_cases import (  # noqa: E402
     CONVS,
     HALF,
     LAYERS,
@@ -36,6 +34,8 @@ from nni_resconv_cases import (  # noqa: E402
     pruner_of,
     scale,
 )
+from nni_plugins import ResConvPruner, speedup  # noqa: E402
+from nni_plugins.states import _groups  # noqa: E402
 from tp_importance import Budget, Cost, convert_to_resconv, count_ops  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
 

@@ -10,25 +10,24 @@ import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from networks import residual
+from helpers.networks import residual
+from helpers.paths import ROOT
 from tp_importance import Budget
 from tp_importance.automl import BudgetProblem
 
-ROOT = Path(__file__).resolve().parent.parent
-DRIVER = ROOT / "tests" / "nni_driver.py"
+DRIVER = ROOT / "tests" / "helpers" / "nni_driver.py"
 LONGEST = 240  # seconds, for anything that is waited for; a quiet machine needs a tenth
 
 pytestmark = pytest.mark.slow
 
 
 class Driver:
-    """A running tests/nni_driver.py and what it prints."""
+    """A running tests/helpers/nni_driver.py and what it prints."""
 
     def __init__(self, folder, *args):
         self.folder, self.home = folder, str(folder / "home")

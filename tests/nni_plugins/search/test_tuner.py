@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import nni
 import pytest
@@ -16,13 +15,12 @@ from nni.tools.package_utils import create_builtin_class_instance, get_algo_meta
 from nni.tools.package_utils.tuner_factory import create_validator_instance
 
 import nni_plugins
-from networks import residual
+from helpers.networks import residual
+from helpers.paths import ROOT
 from nni_plugins import BudgetTuner, BudgetTunerValidator, register_tuner, registered_tuner, unregister_tuner
 from tp_importance import Budget
 from tp_importance.automl import BudgetProblem
 from tp_importance.errors import SearchSpaceError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -168,7 +166,7 @@ def test_registration_in_python_leaves_nothing_behind(problem, tmp_path, config_
 
 @pytest.mark.filterwarnings("ignore:pkg_resources")
 def test_nnictl_registers_and_unregisters(config_dir, monkeypatch, capsys):
-    """In this process; tests/test_wheel.py calls the command."""
+    """In this process; tests/repository/test_wheel.py calls the command."""
     from nni.tools.nnictl.nnictl import parse_args
 
     def nnictl(*args):

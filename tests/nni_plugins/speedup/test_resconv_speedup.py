@@ -8,9 +8,9 @@ nni = pytest.importorskip("nni")
 from nni.compression.speedup import ModelSpeedup  # noqa: E402
 from nni.compression.speedup.error_code import EmptyLayerError  # noqa: E402
 
-from nni_contract import assert_unchanged, output, relative_error, snapshot  # noqa: E402
+from helpers.nni_contract import assert_unchanged, output, relative_error, snapshot  # noqa: E402
+from helpers.nni_resconv_cases import CONVS, HALF, LOADER, MARKS, assert_sped_up, network, pruner_of  # noqa: E402
 from nni_plugins import CATROPruner, ResConvPruner, speedup  # noqa: E402
-from nni_resconv_cases import CONVS, HALF, LOADER, MARKS, assert_sped_up, network, pruner_of  # noqa: E402
 from tp_importance import ResConv2d, count_ops  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
 

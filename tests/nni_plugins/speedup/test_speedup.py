@@ -10,9 +10,9 @@ nni = pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner  # noqa: E402
 
-from networks import make_network, make_zoo_network, randomise_batchnorm  # noqa: E402
+from helpers.networks import make_network, make_zoo_network, randomise_batchnorm  # noqa: E402
+from helpers.nni_speedup_cases import Masks, assert_unchanged, config_list, masked_output, masks_of, snapshot  # noqa: E402
 from nni_plugins.speedup import speedup  # noqa: E402
-from nni_speedup_cases import Masks, assert_unchanged, config_list, masked_output, masks_of, snapshot  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:FutureWarning"

@@ -12,10 +12,10 @@ nni = pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner  # noqa: E402
 
-from networks import make_network, randomise_batchnorm  # noqa: E402
+from helpers.networks import make_network, randomise_batchnorm  # noqa: E402
+from helpers.nni_speedup_cases import Masks, assert_unchanged, config_list, masked_output, masks_of, snapshot  # noqa: E402
 from nni_plugins._compat import NNIUnavailableError, import_nni, legacy_tracer_shim  # noqa: E402
 from nni_plugins.speedup import speedup  # noqa: E402
-from nni_speedup_cases import Masks, assert_unchanged, config_list, masked_output, masks_of, snapshot  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:FutureWarning"
