@@ -6,7 +6,6 @@ import torch_pruning as tp
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetError,
@@ -29,6 +28,7 @@ from tp_importance import (
 from tp_importance.allocation.greedy import ALLOCATORS
 from tp_importance.automl import METHODS, RandomImportance, channel_method, prune_trial, register_method
 from tp_importance.automl import methods as registry
+from tp_importance.testing import class_loader, make_network
 
 HALF = Budget(macs=0.5)
 NAMES = [name for name, method in METHODS.items() if method.make is not None]

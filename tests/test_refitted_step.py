@@ -5,9 +5,9 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.networks import class_loader, make_network
 from tp_importance import Budget, BudgetPruner, Refit, prunable_groups, refit_consumers, refitted_step
 from tp_importance.graph.surgery import remove_units
+from tp_importance.testing import class_loader, make_network
 
 MODES = ["parallel", "sequential"]
 EXACT = Refit("parallel", ridge=0.0, positions=None, recalibrate=False)

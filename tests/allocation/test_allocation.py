@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from helpers.allocation_cases import assert_filled, fits, limits_of, random_curves
-from helpers.contract import topology, zoo
-from helpers.networks import TOPOLOGIES, ZOO, make_network
+from helpers.group_cases import zoo
+from helpers.networks import ZOO
 from tp_importance import Budget, BudgetError, CostModel, Curve, WidthSpace, greedy, greedy_path, uniform
 from tp_importance.allocation.curves import convex_envelope, curve_from_scores
 from tp_importance.allocation.greedy import ALLOCATORS, fill_up, find_allocator
 from tp_importance.graph.cost import COST_FIELDS
+from tp_importance.testing import TOPOLOGIES, make_network, topology
 
 BOTH = sorted(ALLOCATORS)
 

@@ -7,7 +7,6 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetError,
@@ -23,6 +22,7 @@ from tp_importance import (
 )
 from tp_importance.automl import prune_trial
 from tp_importance.graph.cost import COST_FIELDS
+from tp_importance.testing import class_loader, make_network
 
 L1 = partial(tp.importance.MagnitudeImportance, p=1)
 LITTLE = Budget(macs=0.001)

@@ -7,8 +7,6 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.contract import same_values
-from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -22,6 +20,7 @@ from tp_importance.allocation.program import default_allocator
 from tp_importance.automl import RandomImportance, prune_trial
 from tp_importance.automl.methods import METHODS
 from tp_importance.statistics.gradients import loss_gradients
+from tp_importance.testing import class_loader, make_network, same_values
 
 HALF = Budget(macs=0.5)
 LOADER = class_loader(32)

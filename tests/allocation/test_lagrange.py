@@ -5,11 +5,10 @@ import pytest
 import torch_pruning as tp
 
 from helpers.allocation_cases import assert_filled, fits, limits_of, random_curves
-from helpers.contract import topology
-from helpers.networks import make_network
 from tp_importance import Budget, BudgetPruner, CostModel, Curve, LagrangeAllocator, WidthSpace, greedy
 from tp_importance.allocation.curves import curve_from_scores
 from tp_importance.graph.cost import COST_FIELDS
+from tp_importance.testing import make_network, topology
 
 
 def made_up(seed, groups=4, units=6, coupled=False, convex=True):

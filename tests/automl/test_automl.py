@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch_pruning as tp
 
-from helpers.networks import NUM_CLASSES, plain, residual
 from tp_importance import Budget, BudgetError, count_ops, prunable_groups
 from tp_importance.automl import (
     METHODS,
@@ -35,6 +34,8 @@ from tp_importance.automl import (
 from tp_importance.automl import methods as registry
 from tp_importance.core.optional import optional_import
 from tp_importance.errors import MissingPackageError, SearchSpaceError
+from tp_importance.testing import NUM_CLASSES
+from tp_importance.testing.networks import plain, residual
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 BATCHES = [

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -44,6 +43,7 @@ from tp_importance import (
     slice_classifier,
 )
 from tp_importance.automl import BudgetProblem, prune_trial
+from tp_importance.testing import class_loader, make_network
 
 HALF = Budget(macs=0.5)
 X, DATA = make_network("plain")[1], class_loader(32)

@@ -14,7 +14,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import tp_importance
-from helpers.networks import class_loader, make_network
 from helpers.paths import ROOT
 from helpers.resconv_cases import X32, Basic
 from tp_importance import (
@@ -34,6 +33,7 @@ from tp_importance import (
 from tp_importance.automl import prune_trial
 from tp_importance.core import progress
 from tp_importance.core.progress import LOGGER, phase, shown, track
+from tp_importance.testing import class_loader, make_network
 
 LOADER = class_loader()
 HALF = Budget(macs=0.5)

@@ -9,7 +9,6 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.networks import class_loader, make_network
 from helpers.psap_cases import TOTAL, make
 from helpers.resconv_cases import X32, Basic
 from tp_importance import (
@@ -26,6 +25,7 @@ from tp_importance import (
     slice_classifier,
 )
 from tp_importance.core.stale_optimizers import replacing
+from tp_importance.testing import class_loader, make_network
 
 LOADER = class_loader()
 HALF = Budget(macs=0.5)

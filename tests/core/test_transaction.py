@@ -5,12 +5,11 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.contract import Snapshot
-from helpers.networks import TOPOLOGIES, make_network
 from tp_importance import prunable_groups
 from tp_importance.core.guards import preserved, transaction
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import sample_units
+from tp_importance.testing import TOPOLOGIES, Snapshot, make_network
 
 
 class Stop(Exception):

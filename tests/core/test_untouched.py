@@ -10,8 +10,6 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.contract import Snapshot
-from helpers.networks import class_loader, conv_bn_relu, head, plain
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -26,6 +24,8 @@ from tp_importance.core.untouched import untouched
 from tp_importance.graph.dataflow import record
 from tp_importance.graph.taps import recording
 from tp_importance.statistics.gradients import loss_gradients
+from tp_importance.testing import Snapshot, class_loader
+from tp_importance.testing.networks import conv_bn_relu, head, plain
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

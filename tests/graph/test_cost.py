@@ -6,10 +6,13 @@ import torch
 from torch import nn
 from torchvision import models
 
-from helpers.contract import Case, random_units, removal, topology, zoo
-from helpers.networks import TOPOLOGIES, ZOO, conv_bn_relu, head
+from helpers.group_cases import random_units, removal, zoo
+from helpers.networks import ZOO
 from tp_importance import Cost, CostModel, count_ops, prunable_groups
 from tp_importance.graph.surgery import remove_units
+from tp_importance.testing import TOPOLOGIES, topology
+from tp_importance.testing.cases import Case
+from tp_importance.testing.networks import conv_bn_relu, head
 
 # --- what count_ops counts --------------------------------------------------------------------------------------------
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from helpers.contract import Snapshot, topology
 from tp_importance.graph.gates import ChannelGates, scale_inputs, scale_outputs
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.verify import gates, sample_units
+from tp_importance.testing import Snapshot, topology
 
 NAMES = [
     *("plain", "residual", "concat", "dense", "depthwise", "grouped", "split", "flatten", "se", "shared_input"),

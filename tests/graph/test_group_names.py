@@ -8,13 +8,13 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.contract import topology
-from helpers.networks import TOPOLOGIES, conv_bn_relu, head, make_network
 from tp_importance import Budget, BudgetPruner
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.host_groups import _named_apart, build_groups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.tracing import trace
+from tp_importance.testing import TOPOLOGIES, make_network, topology
+from tp_importance.testing.networks import conv_bn_relu, head
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -8,13 +8,13 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.contract import topology
 from helpers.group_cases import EXPECTED, bits, shifted, whole
-from helpers.networks import MISTRACED, TOPOLOGIES, head, make_network
 from tp_importance import prunable_groups
 from tp_importance.graph import verify
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
+from tp_importance.testing import MISTRACED, TOPOLOGIES, make_network, topology
+from tp_importance.testing.networks import head
 
 # group: producers, consumers, pass-through layers
 MEMBERS = {

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from helpers.group_cases import EXPECTED, bits, whole
-from helpers.networks import TwoInputs, conv_bn_relu, head, make_network
+from helpers.networks import TwoInputs
 from tp_importance import TracingError, count_ops, prunable_groups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
+from tp_importance.testing import make_network
+from tp_importance.testing.networks import conv_bn_relu, head
 
 # --- whatever state the model is in -----------------------------------------------------------------------------------
 

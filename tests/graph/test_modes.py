@@ -9,8 +9,6 @@ import torch_pruning as tp
 from torch import nn
 from torchvision import models
 
-from helpers.contract import Snapshot
-from helpers.networks import class_loader, conv_bn_relu, head, plain, randomise_batchnorm
 from nni_plugins import ImportancePruner, speedup
 from tp_importance import (
     Budget,
@@ -23,6 +21,8 @@ from tp_importance import (
     prune,
     refitted_step,
 )
+from tp_importance.testing import Snapshot, class_loader
+from tp_importance.testing.networks import conv_bn_relu, head, plain, randomise_batchnorm
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -12,8 +12,7 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
-from helpers.contract import Snapshot, loader_for, removal, topology
-from helpers.networks import TOPOLOGIES, class_loader, head, make_network
+from helpers.group_cases import removal
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -32,6 +31,8 @@ from tp_importance import (
 from tp_importance.graph.layer_pruners import FrozenNormPruner, is_frozen_norm
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed
+from tp_importance.testing import TOPOLOGIES, Snapshot, class_loader, loader_for, make_network, topology
+from tp_importance.testing.networks import head
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(5))
 WITH_BATCH_NORM = [

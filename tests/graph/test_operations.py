@@ -12,11 +12,12 @@ from torch import nn
 from torchvision.models import googlenet, mobilenet_v3_small, swin_v2_t
 from torchvision.ops import DeformConv2d, deform_conv2d
 
-from helpers.networks import conv_bn_relu, head, make_network
 from tp_importance import Budget, BudgetPruner, Cost, Plan, PruningReport, count_ops, prunable_groups
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.tracing import trace
+from tp_importance.testing import make_network
+from tp_importance.testing.networks import conv_bn_relu, head
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.networks import class_loader, make_network
 from tp_importance import prunable_groups
 from tp_importance.graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input
 from tp_importance.maths.moments import Moments, elimination_loss
 from tp_importance.statistics import consumers
 from tp_importance.statistics.consumers import ConsumerStatistics
 from tp_importance.statistics.observe import observe
+from tp_importance.testing import class_loader, make_network
 
 LAYERS = {
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (9,)),

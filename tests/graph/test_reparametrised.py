@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 from torch.nn.utils import prune as masks
 
-from helpers.contract import Snapshot, removal
-from helpers.networks import class_loader, conv_bn_relu, head
+from helpers.group_cases import removal
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -33,6 +32,8 @@ from tp_importance.core.guards import copied
 from tp_importance.graph.reparametrised import computed_tensors, follows
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed
+from tp_importance.testing import Snapshot, class_loader
+from tp_importance.testing.networks import conv_bn_relu, head
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 DATA = class_loader(32)

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.networks import make_network
 from tp_importance import TracingError
 from tp_importance.graph.dataflow import record
 from tp_importance.graph.taps import added_to, addition, recording, tap
+from tp_importance.testing import make_network
 
 
 class Branches(nn.Module):

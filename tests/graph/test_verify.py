@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.contract import removal, topology, zoo
-from helpers.group_cases import shifted
-from helpers.networks import TOPOLOGIES, ZOO, conv_bn_relu, head
+from helpers.group_cases import removal, shifted, zoo
+from helpers.networks import ZOO
 from tp_importance import prunable_groups
 from tp_importance.graph import verify
 from tp_importance.graph.verify import masked_equals_removed, sample_units
+from tp_importance.testing import TOPOLOGIES, topology
+from tp_importance.testing.networks import conv_bn_relu, head
 
 # --- masked = removed -------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from helpers.networks import head
 from tp_importance import CATROImportance
+from tp_importance.testing.networks import head
 
 SPACES = ["consumer", "channel"]
 PLANTED = [2, 5]

@@ -1,10 +1,14 @@
-"""What the groups of the small networks are, and wrong ones, for tests."""
+"""What the groups of the small networks are, wrong ones, widths at random; and torchvision networks, traced once."""
 
 import dataclasses
+from functools import cache
 
 import numpy as np
 
+from helpers.networks import make_zoo_network
+from tp_importance import prunable_groups
 from tp_importance.graph.groups import PrunableGroups
+from tp_importance.testing.cases import Case
 
 # name: width, or (width, unit size, fewest units)
 EXPECTED = {
@@ -45,3 +49,22 @@ def shifted(groups):
 
 def bits(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@cache
+def zoo(name: str) -> Case:
+    model, x = make_zoo_network(name)
+    return Case(model, x[:1], prunable_groups(model, x[:1]))
+
+
+def random_units(groups: PrunableGroups, seed: int) -> dict[str, int]:
+    """Admissible widths, in units."""
+    rng = np.random.default_rng(seed)
+    return {g.name: int(rng.integers(g.min_units, g.n_units + 1)) for g in groups}
+
+
+def removal(groups: PrunableGroups, seed: int) -> dict[str, list[int]]:
+    """Units to remove, at random, down to random widths."""
+    rng = np.random.default_rng(seed)
+    left = random_units(groups, seed)
+    return {g.name: sorted(rng.permutation(g.n_units)[left[g.name] :].tolist()) for g in groups}

@@ -6,8 +6,8 @@ import pytest
 
 nni = pytest.importorskip("nni")
 
-from helpers.nni_contract import case, removed_filters  # noqa: E402
 from nni_plugins import CATROPruner  # noqa: E402
+from nni_plugins.testing import case, removed_filters  # noqa: E402
 
 CONVS = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
 

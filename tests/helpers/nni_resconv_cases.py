@@ -9,11 +9,12 @@ nni = pytest.importorskip("nni")
 from nni.compression import TorchEvaluator  # noqa: E402
 from nni.compression.utils.counter import count_flops_params  # noqa: E402
 
-from helpers.networks import Residual, class_loader, conv_bn_relu, head, randomise_batchnorm  # noqa: E402
-from helpers.nni_contract import TrainingLog, hooks, make_evaluator, output, relative_error, training_step, wrappers  # noqa: E402
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
+from nni_plugins.testing import TrainingLog, hooks, make_evaluator, output, relative_error, training_step, wrappers  # noqa: E402
 from tp_importance import Budget, Cost, count_ops  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
+from tp_importance.testing import class_loader  # noqa: E402
+from tp_importance.testing.networks import Residual, conv_bn_relu, head, randomise_batchnorm  # noqa: E402
 
 CONVS = [{"op_types": ["Conv2d"]}]
 LAYERS = ["1.0", "2.0", "3.body.0.0", "3.body.1.0", "4.body.1.0"]

@@ -31,21 +31,6 @@ def masked_output(model: nn.Module, masks: Masks, *inputs: Tensor) -> Tensor:
         return torch.func.functional_call(model, weights, inputs)
 
 
-def snapshot(model: nn.Module) -> dict[str, object]:
-    state: dict[str, object] = {f"value of {k}": v.clone() for k, v in model.state_dict().items()}
-    state |= {f"parameter {n}": (p, p.requires_grad) for n, p in model.named_parameters()}
-    state |= {f"module {n}": (m, m.training, len(m._forward_hooks), m.extra_repr()) for n, m in model.named_modules()}
-    return state
-
-
-def assert_unchanged(before: dict[str, object], model: nn.Module) -> None:
-    after = snapshot(model)
-    assert before.keys() == after.keys()
-    for key, value in before.items():
-        same = torch.equal(value, after[key]) if isinstance(value, Tensor) else value == after[key]
-        assert same, key
-
-
 def sources_of_batchnorm(model: nn.Module) -> dict[str, str]:
     """The convolution in front of each batch norm."""
     modules = dict(model.named_modules())

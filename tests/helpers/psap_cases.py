@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from helpers.contract import loader_for
-from helpers.networks import make_network
 from tp_importance import Budget, PSAPPruner, PSAPSchedule
+from tp_importance.testing import loader_for, make_network
 
 SCHEDULE = PSAPSchedule(prune_steps=3, begin=0.1, end=0.7, pulse=3)
 TOTAL = 20

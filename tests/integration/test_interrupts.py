@@ -14,13 +14,12 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.contract import Snapshot, loader_for, same_values
-from helpers.networks import make_network
 from helpers.psap_cases import TOTAL, make
 from tp_importance import Budget, BudgetPruner, CATROImportance, recalibrate_batchnorm, refitted_step
 from tp_importance.core.guards import Guard, preserved, transaction, written
 from tp_importance.graph.remap import Survivors
 from tp_importance.statistics.gradients import loss_gradients
+from tp_importance.testing import Snapshot, loader_for, make_network, same_values
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     CATROPruner,
@@ -25,6 +24,7 @@ from tp_importance import (
 )
 from tp_importance.automl import prune_trial
 from tp_importance.core.batches import WholeBatches
+from tp_importance.testing import class_loader, make_network
 
 HALF = Budget(macs=0.5)
 DATA = class_loader(32)

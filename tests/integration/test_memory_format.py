@@ -7,7 +7,6 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -20,6 +19,7 @@ from tp_importance import (
     refitted_step,
     save_pruned,
 )
+from tp_importance.testing import class_loader, make_network
 
 HALF, DATA, LAST = Budget(macs=0.5), class_loader(32), torch.channels_last
 L1 = tp.importance.MagnitudeImportance(p=1)

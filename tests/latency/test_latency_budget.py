@@ -13,8 +13,7 @@ import torch_pruning as tp
 from torch import nn
 
 from helpers.allocation_cases import random_curves
-from helpers.contract import Snapshot, random_units, topology
-from helpers.networks import TOPOLOGIES, make_network
+from helpers.group_cases import random_units
 from tp_importance import (
     Budget,
     BudgetError,
@@ -41,6 +40,7 @@ from tp_importance.graph.tracing import Call
 from tp_importance.graph.verify import same_groups
 from tp_importance.latency.table import conditions_of, timed_layer
 from tp_importance.maths.latency import Grid, Surfaces, calibrate, knots, monotone, stair
+from tp_importance.testing import TOPOLOGIES, Snapshot, make_network, topology
 
 L2 = partial(tp.importance.MagnitudeImportance, p=2)
 HALF = Budget(latency=0.5)

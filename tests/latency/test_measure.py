@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.contract import Snapshot
 from tp_importance.latency.measure import Latency, least_latency, measure_latency, steady_memory
+from tp_importance.testing import Snapshot
 
 X = torch.zeros(4, 10)
 

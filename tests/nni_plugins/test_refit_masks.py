@@ -9,10 +9,10 @@ pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner
 
-from helpers.networks import class_loader, make_network
 from nni_plugins import CATROPruner, refit_masks, speedup
 from tp_importance import prunable_groups, refit_consumers
 from tp_importance.graph.surgery import remove_units
+from tp_importance.testing import class_loader, make_network
 
 
 def masks_of(model, groups, removed, members=("producer",)):

@@ -6,7 +6,6 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.networks import class_loader, make_network
 from tp_importance import (
     Budget,
     BudgetError,
@@ -22,6 +21,7 @@ from tp_importance.graph.patches import consumer_weight, set_consumer_weight, un
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import gates, sample_units
 from tp_importance.refitting.layers import refittable
+from tp_importance.testing import class_loader, make_network
 
 L1 = tp.importance.MagnitudeImportance(p=1, normalizer=None)
 EXACT = Refit("parallel", ridge=0.0, positions=None, recalibrate=False)

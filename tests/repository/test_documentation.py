@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.networks import Residual, class_loader, conv_bn_relu, head
 from helpers.paths import ROOT
 from tp_importance import Latency, LatencyTable, count_ops
+from tp_importance.testing import class_loader
+from tp_importance.testing.networks import Residual, conv_bn_relu, head
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 WORDS = {document: (ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS}

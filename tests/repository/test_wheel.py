@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.networks import residual
 from helpers.paths import ROOT
 from tp_importance import Budget
 from tp_importance.automl import BudgetProblem
+from tp_importance.testing.networks import residual
 
 NNICTL = ("-m", "nni.tools.nnictl.nnictl")
 

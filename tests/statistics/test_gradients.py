@@ -10,10 +10,10 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from helpers.networks import class_loader, make_network
 from tp_importance import Budget, PSAPImportance, prune
 from tp_importance.automl import BudgetProblem, prune_trial
 from tp_importance.statistics.gradients import loss_gradients, loss_of
+from tp_importance.testing import class_loader, make_network
 
 HALF = Budget(macs=0.5)
 DATA = class_loader(32)

@@ -8,8 +8,6 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.contract import Snapshot, loader_for, moved_statistics, norm_inputs, same_values
-from helpers.networks import class_loader, conv_bn_relu, head, make_network
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -26,6 +24,9 @@ from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import sample_units
 from tp_importance.maths.batchnorm import Moments, follow_change
 from tp_importance.statistics.batchnorm import DenseReference
+from tp_importance.testing import Snapshot, class_loader, loader_for, make_network, same_values
+from tp_importance.testing.networks import conv_bn_relu, head
+from tp_importance.testing.surgery import moved_statistics, norm_inputs
 
 HALF = Budget(macs=0.5)
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from helpers.catro_cases import PLANTED, SPACES, X, dead, order_of, planted_loader, planted_net
-from helpers.networks import class_loader, make_network
 from tp_importance import Budget, CATROImportance, CATROPruner, count_ops
 from tp_importance.methods.catro.trace_ratio import ClassScatter, select
+from tp_importance.testing import class_loader, make_network
 
 # --- what survives ----------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from helpers.catro_cases import SPACES, X, planted_loader, planted_net
-from helpers.networks import MLPBlock, TwoInputs, class_loader, conv_bn_relu, head, make_network
+from helpers.networks import TwoInputs
 from tp_importance import Budget, CATROImportance, CATROPruner, count_ops, prunable_groups, slice_classifier
+from tp_importance.testing import class_loader, make_network
+from tp_importance.testing.networks import MLPBlock, conv_bn_relu, head
 
 # --- loaders and batches ----------------------------------------------------------------------------------------------
 

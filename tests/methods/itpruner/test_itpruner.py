@@ -8,8 +8,6 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from helpers.contract import ImportanceContract, PrunerContract, loader_for
-from helpers.networks import make_network
 from tp_importance import (
     Budget,
     BudgetError,
@@ -23,15 +21,16 @@ from tp_importance import (
     sweep_frame,
 )
 from tp_importance.graph.cost import COST_FIELDS
+from tp_importance.testing import ImportanceContract, PrunerContract, loader_for, make_network
 
 
 class TestITPrunerImportance(ImportanceContract):
-    def make_importance(self):
+    def make(self):
         return ITPrunerImportance(beta=1.0)
 
 
 class TestLinearWithCATROInside(ImportanceContract):
-    def make_importance(self):
+    def make(self):
         return ITPrunerImportance(importance=CATROImportance(), objective="linear", estimator="unbiased")
 
 
@@ -43,12 +42,12 @@ class TestITPruner(PrunerContract):
         # not "split": with these widths Torch-Pruning's own replay of two steps fails there, its offsets are stale
         super().test_history_replays(name, tmp_path)
 
-    def make_pruner(self, model, x, loader, budget, **options: Any):
+    def make(self, model, x, loader, budget, **options: Any):
         return ITPruner(model, x, loader, budget=budget, beta=1.0, **options)
 
 
 class TestLinearPrunerWithCATROInside(PrunerContract):
-    def make_pruner(self, model, x, loader, budget, **options: Any):
+    def make(self, model, x, loader, budget, **options: Any):
         return ITPruner(model, x, loader, budget=budget, importance=CATROImportance(), objective="linear", **options)
 
 

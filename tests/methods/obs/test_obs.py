@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from helpers.catro_cases import PLANTED, X, dead, planted_loader, planted_net
-from helpers.networks import class_loader, make_network
 from tp_importance import Budget, BudgetPruner, CATROImportance, OBSImportance, OBSPruner
 from tp_importance.maths.moments import Moments
+from tp_importance.testing import class_loader, make_network
 
 
 def curve_of(model, loader=None, name="0", x=X, **options):

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.contract import Snapshot, topology
-from helpers.networks import make_network
 from helpers.psap_cases import TOTAL, make, sgd
 from tp_importance import Budget, BudgetError, PSAPPruner, PSAPSchedule, StaleStatisticsError, prunable_groups
 from tp_importance.graph.surgery import remove_units
+from tp_importance.testing import Snapshot, make_network, topology
 
 # -- bad input
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.networks import make_network, make_zoo_network
+from helpers.networks import make_zoo_network
 from helpers.psap_cases import TOTAL, adam, make, sgd
 from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
 from tp_importance.methods.psap.sparsity import cubic_target
+from tp_importance.testing import make_network
 
 # -- the loop
 

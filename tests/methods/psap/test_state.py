@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 import torch
 
-from helpers.contract import same_tensors
 from helpers.psap_cases import TOTAL, adam, make
 from tp_importance import Budget, PSAPHistory, PSAPSchedule
+from tp_importance.testing import same_tensors
 
 # -- state
 

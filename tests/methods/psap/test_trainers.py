@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.contract import loader_for, same_values
-from helpers.networks import make_network
 from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
 from tp_importance.methods.psap.integrations import huggingface_callback, lightning_callback
+from tp_importance.testing import loader_for, make_network, same_values
 
 SCHEDULE = PSAPSchedule(prune_steps=2, begin=0.2, end=0.6, pulse=2)
 TOTAL = 12

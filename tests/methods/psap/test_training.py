@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from helpers.contract import same_values
-from helpers.networks import make_network
 from helpers.psap_cases import SCHEDULE, TOTAL, adam, make, sgd
 from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
 from tp_importance.graph.verify import gates
+from tp_importance.testing import make_network, same_values
 
 # -- after the surgery
 

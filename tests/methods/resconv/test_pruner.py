@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.contract import Snapshot, moved_statistics, norm_inputs, same_tensors
-from helpers.networks import class_loader, conv_bn_relu
 from helpers.resconv_cases import X32, conv, fresh, resnet, train, vgg
 from tp_importance import Budget, BudgetError, Cost, count_ops
 from tp_importance.methods.resconv import ResConv2d, ResConvPruner, fuse, removal_controls
 from tp_importance.methods.resconv import pruner as pruner_module
+from tp_importance.testing import Snapshot, class_loader, same_tensors
+from tp_importance.testing.networks import conv_bn_relu
+from tp_importance.testing.surgery import moved_statistics, norm_inputs
 
 LOADER = class_loader(n=16, shape=(3, 8, 8), batch_size=8)
 

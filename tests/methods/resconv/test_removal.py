@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from helpers.contract import Snapshot
-from helpers.networks import conv_bn_relu, head, make_network
 from helpers.resconv_cases import (
     CASES,
     HEAD,
@@ -33,6 +31,8 @@ from helpers.resconv_cases import (
 from tp_importance import count_ops
 from tp_importance.methods.resconv import ResConv2d, Scale, convert_to_resconv, remove_layers, resconv_layers
 from tp_importance.methods.resconv.costs import LayerCosts
+from tp_importance.testing import Snapshot, make_network
+from tp_importance.testing.networks import conv_bn_relu, head
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
-from helpers.networks import conv_bn_relu, head, randomise_batchnorm
 from tp_importance.methods.resconv import ResConv2d, convert_to_resconv, fuse, resconv_layers
+from tp_importance.testing.networks import conv_bn_relu, head, randomise_batchnorm
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

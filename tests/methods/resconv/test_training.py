@@ -7,7 +7,6 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.contract import same_values
 from helpers.resconv_cases import X32, X, fresh, ready, resnet, train, vgg
 from tp_importance import Budget, BudgetPruner, load_pruned, save_pruned
 from tp_importance.methods.resconv import (
@@ -18,6 +17,7 @@ from tp_importance.methods.resconv import (
     convert_to_resconv,
     fuse,
 )
+from tp_importance.testing import same_values
 
 
 def test_parameter_groups():

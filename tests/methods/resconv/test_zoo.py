@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.networks import ZOO, randomise_batchnorm
+from helpers.networks import ZOO
 from helpers.paths import DATA, ROOT
 from helpers.resconv_cases import masked
 from tp_importance import Budget, BudgetPruner, Cost, count_ops, load_pruned, save_pruned
@@ -22,6 +22,7 @@ from tp_importance.methods.resconv import (
     resconv_layers,
 )
 from tp_importance.methods.resconv.costs import LayerCosts
+from tp_importance.testing.networks import randomise_batchnorm
 
 NETWORKS = {"resnet50": 14, "vgg16_bn": 9, "mobilenet_v2": 13, "densenet": 2, "googlenet": 1, "resnet18": 13}
 """How many layers are converted; of ResNet-50 13 of the 3×3 convolutions and one 1×1."""

@@ -9,11 +9,15 @@ from torch import nn
 
 nni = pytest.importorskip("nni")
 
-from helpers.networks import NUM_CLASSES, class_loader  # noqa: E402
 from helpers.nni_catro_cases import CONVS, catro, widths  # noqa: E402
-from helpers.nni_contract import assert_masked_is_removed, assert_unchanged, case, output, snapshot, wrappers  # noqa: E402
 from nni_plugins import CATROPruner, speedup  # noqa: E402
+from nni_plugins.testing import assert_masked_is_removed, case, output, wrappers  # noqa: E402
 from tp_importance import Budget  # noqa: E402
+from tp_importance.testing import (  # noqa: E402
+    NUM_CLASSES,
+    Snapshot,
+    class_loader,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,10 +193,10 @@ SETTING = "in config_list is not supported: "
 )
 def test_refused_config(config_list, message):
     model = copy.deepcopy(case("plain").model).train()
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(ValueError, match=message):
         CATROPruner(model, config_list, loader=case("plain").loader)
-    assert_unchanged(before, model)
+    before.check()
 
 
 def test_module_types_unknown_to_nni_are_refused():
@@ -200,11 +204,11 @@ def test_module_types_unknown_to_nni_are_refused():
         pass
 
     model = nn.Sequential(Conv(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 144, NUM_CLASSES))
-    before = snapshot(model)
+    before = Snapshot(model)
     for config in ({"op_names": ["0", "2"], "sparse_ratio": 0.5}, {"op_names_re": [".*"], "sparse_ratio": 0.5}):
         with pytest.raises(ValueError, match=r"NNI refuses.*is not registered"):
             CATROPruner(model, [config], loader=class_loader())
-        assert_unchanged(before, model)
+        before.check()
 
 
 def test_error_after_wrapping_unwraps(monkeypatch):
@@ -260,10 +264,10 @@ def test_nothing_that_can_be_pruned():
             return self.fc(F.relu(self.norm(self.a(x))).mean((2, 3)))
 
     model = Normalised()
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(ValueError, match="GroupNorm"):
         CATROPruner(model, [CONVS], loader=class_loader())
-    assert_unchanged(before, model)
+    before.check()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner
 
-from helpers.nni_contract import NNIPrunerContract, case
 from nni_plugins import ITPruner, speedup
+from nni_plugins.testing import NNIPrunerContract, case
 from tp_importance import Budget, Cost, count_ops
 
 

@@ -16,21 +16,20 @@ from nni.compression.pruning import L1NormPruner  # noqa: E402
 from nni.compression.quantization import QATQuantizer  # noqa: E402
 
 from helpers.nni_catro_cases import CONVS, catro, widths  # noqa: E402
-from helpers.nni_contract import (  # noqa: E402
-    HALF,
+from nni_plugins import CATROPruner, ImportancePruner, OBSPruner, speedup  # noqa: E402
+from nni_plugins.testing import (  # noqa: E402
     NNIPrunerContract,
     TrainingLog,
     assert_same_masks,
-    assert_unchanged,
     case,
     make_evaluator,
     output,
     removed_filters,
-    snapshot,
     wrappers,
 )
-from nni_plugins import CATROPruner, ImportancePruner, OBSPruner, speedup  # noqa: E402
+from nni_plugins.testing.cases import HALF  # noqa: E402
 from tp_importance import Budget, BudgetError, CATROImportance, Cost, Latency, LatencyTable, count_ops  # noqa: E402
+from tp_importance.testing import Snapshot  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,7 +45,7 @@ class TestOBSPruner(NNIPrunerContract):
 class TestChannelSpace(NNIPrunerContract):
     """Any importance does: the literal form of CATRO, through the general class."""
 
-    def make_pruner(self, model, config_list, evaluator=None, *, loader, budget=None, **options):
+    def make(self, model, config_list, evaluator=None, *, loader, budget=None, **options):
         importance = CATROImportance(space="channel")
         return ImportancePruner(
             model, config_list, evaluator, loader=loader, budget=budget, importance=importance, **options
@@ -70,10 +69,10 @@ def test_with_a_budget_the_ratio_may_be_left_out():
 
 def test_unreachable_budget_fails_before_anything_is_trained():
     model = copy.deepcopy(case("plain").model)
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(BudgetError, match=r"22124 macs cannot be reached.* 134832 macs are left"):
         CATROPruner(model, [{**CONVS, "max_sparse_ratio": 0.25}], loader=case("plain").loader, budget=Budget(macs=0.1))
-    assert_unchanged(before, model)
+    before.check()
     assert widths(config_list=[{**CONVS, "max_sparse_ratio": 0.25}], budget=Budget(macs=134832)) == {
         "0.0": 6,
         "1.0": 9,
@@ -133,10 +132,10 @@ def test_unknown_option(option):
 @pytest.mark.parametrize("options", [{"round_to": 0}, {"max_pruning_ratio": 2.0}, {"space": "pixel"}])
 def test_bad_option(options):
     model = copy.deepcopy(case("plain").model)
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         CATROPruner(model, [CONVS], loader=case("plain").loader, **options)
-    assert_unchanged(before, model)
+    before.check()
 
 
 # -- data
@@ -192,11 +191,11 @@ def test_error_of_the_loader_passes_unchanged():
             raise self.error
 
     model = copy.deepcopy(case("plain").model)
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(OSError) as caught:
         CATROPruner(model, [CONVS], loader=Broken())
     assert caught.value is Broken.error
-    assert_unchanged(before, model)
+    before.check()
 
 
 def test_every_mask_generation_looks_at_the_data_once():

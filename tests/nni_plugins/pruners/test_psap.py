@@ -9,24 +9,22 @@ nni = pytest.importorskip("nni")
 from nni.compression.distillation import DynamicLayerwiseDistiller  # noqa: E402
 from nni.compression.pruning import AGPPruner  # noqa: E402
 
-from helpers.nni_contract import (  # noqa: E402
-    HALF,
-    LEFT_OUT,
+from nni_plugins import PSAPPruner, speedup  # noqa: E402
+from nni_plugins.testing import (  # noqa: E402
     TrainingLog,
     assert_masked_is_removed,
     assert_same_masks,
-    assert_unchanged,
     case,
     hooks,
     make_evaluator,
     output,
     removed_filters,
-    snapshot,
     wrappers,
 )
-from nni_plugins import PSAPPruner, speedup  # noqa: E402
+from nni_plugins.testing.cases import HALF, LEFT_OUT  # noqa: E402
 from tp_importance import Budget, BudgetError, Cost, PSAPSchedule, count_ops, prunable_groups  # noqa: E402
 from tp_importance import PSAPPruner as Reference  # noqa: E402
+from tp_importance.testing import Snapshot  # noqa: E402
 
 CONVS = [{"op_types": ["Conv2d"]}]
 SCHEDULE = PSAPSchedule(prune_steps=2, begin=0.2, end=0.6, pulse=2)
@@ -209,7 +207,7 @@ def test_a_training_that_fails_leaves_no_hooks():
 def test_refused():
     this = case("residual")
     model = copy.deepcopy(this.model)
-    before = snapshot(model)
+    before = Snapshot(model)
     for options, error, message in (
         ({"budget": Budget(macs=0.5)}, ValueError, "example inputs are missing"),
         ({"budget": Budget(macs=0.001), "example_inputs": this.x}, BudgetError, "cannot be reached"),
@@ -218,7 +216,7 @@ def test_refused():
     ):
         with pytest.raises(error, match=message):
             PSAPPruner(model, CONVS, **options)
-        assert_unchanged(before, model)
+        before.check()
     pruner = PSAPPruner(model, CONVS, budget=Budget(macs=0.5), example_inputs=this.x)
     with pytest.raises(ValueError, match="evaluator"):
         pruner.compress(max_steps=3)

@@ -7,8 +7,9 @@ from torch.nn.utils import parametrizations, weight_norm
 
 pytest.importorskip("nni")
 
-from helpers.networks import class_loader, conv_bn_relu, head
 from nni_plugins import CATROPruner, speedup
+from tp_importance.testing import class_loader
+from tp_importance.testing.networks import conv_bn_relu, head
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 CONFIG = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]

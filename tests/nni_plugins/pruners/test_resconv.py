@@ -10,8 +10,6 @@ from torch import nn
 
 nni = pytest.importorskip("nni")
 
-from helpers.networks import head  # noqa: E402
-from helpers.nni_contract import assert_same_masks, assert_unchanged, hooks, output, relative_error, snapshot, wrappers  # noqa: E402
 from helpers.nni_resconv_cases import (  # noqa: E402
     CONVS,
     HALF,
@@ -25,8 +23,11 @@ from helpers.nni_resconv_cases import (  # noqa: E402
     scale,
 )
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
+from nni_plugins.testing import assert_same_masks, hooks, output, relative_error, wrappers  # noqa: E402
 from tp_importance import Budget, BudgetError, Cost, convert_to_resconv, count_ops, load_pruned, save_pruned  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
+from tp_importance.testing import Snapshot  # noqa: E402
+from tp_importance.testing.networks import head  # noqa: E402
 
 pytestmark = MARKS
 
@@ -103,10 +104,10 @@ def test_a_layer_that_is_named_and_cannot_be_converted_is_warned_of():
 )
 def test_bad_config_list(config_list, message):
     model, x = network()
-    before = snapshot(model.train())
+    before = Snapshot(model.train())
     with pytest.raises(ValueError, match=message):
         ResConvPruner(model, config_list, budget=HALF, example_inputs=x)
-    assert_unchanged(before, model)
+    before.check()
 
 
 @pytest.mark.parametrize(
@@ -123,23 +124,24 @@ def test_bad_config_list(config_list, message):
 )
 def test_bad_options_leave_the_model_alone(options, error, message):
     model, x = network()
-    before = snapshot(model.train())
+    before = Snapshot(model.train())
     evaluator = evaluator_of(model)
     state = dict(vars(evaluator))
     options = {"budget": HALF, "evaluator": evaluator, **options}
     with pytest.raises(error, match=message):
         ResConvPruner(model, CONVS, example_inputs=x, **options)
-    assert_unchanged(before, model)
+    before.check()
     assert vars(evaluator) == state
     ResConvPruner(model, CONVS, evaluator, budget=HALF, example_inputs=x).compress(max_steps=1)  # still good
 
 
 def test_a_wrapped_model_is_refused():
     pruner, x = pruner_of()
-    before = snapshot(pruner.bound_model)
+    before = Snapshot(pruner.bound_model)
     with pytest.raises(RuntimeError, match="still wrapped by NNI"):
         ResConvPruner(pruner.bound_model, CONVS, budget=HALF, example_inputs=x)
-    assert_unchanged(before, pruner.bound_model)
+    before.check()
+    assert before.model is pruner.bound_model
     pruner.unwrap_model()
     ResConvPruner(pruner.bound_model, CONVS, budget=HALF, example_inputs=x)  # converted, but free
 

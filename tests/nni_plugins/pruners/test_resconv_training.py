@@ -12,16 +12,6 @@ from nni.compression import TorchEvaluator  # noqa: E402
 from nni.compression.distillation import DynamicLayerwiseDistiller  # noqa: E402
 from nni.compression.pruning import L1NormPruner  # noqa: E402
 
-from helpers.nni_contract import (  # noqa: E402
-    TrainingLog,
-    assert_same_masks,
-    assert_unchanged,
-    output,
-    relative_error,
-    snapshot,
-    training_step,
-    wrappers,
-)
 from helpers.nni_resconv_cases import (  # noqa: E402
     CONVS,
     HALF,
@@ -36,8 +26,10 @@ from helpers.nni_resconv_cases import (  # noqa: E402
 )
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
 from nni_plugins.states import _groups  # noqa: E402
+from nni_plugins.testing import TrainingLog, assert_same_masks, output, relative_error, training_step, wrappers  # noqa: E402
 from tp_importance import Budget, Cost, convert_to_resconv, count_ops  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
+from tp_importance.testing import Snapshot  # noqa: E402
 
 pytestmark = MARKS
 
@@ -121,22 +113,22 @@ def test_an_optimizer_of_the_converted_model_keeps_its_groups():
 
 def test_an_optimizer_of_another_model_is_refused():
     model, x = network()
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(ValueError, match="holds no parameter of this Sequential"):
         ResConvPruner(model, CONVS, evaluator_of(network()[0]), budget=HALF, example_inputs=x)
-    assert_unchanged(before, model)
+    before.check()
 
 
 def test_scalars_in_a_second_optimizer_are_refused():
     model, x = network()
     convert_to_resconv(model, x)
-    before = snapshot(model)
+    before = Snapshot(model)
     sgd = nni.trace(torch.optim.SGD)
     optimizers = [sgd(model[0].parameters(), lr=0.1), sgd(model[1].parameters(), lr=0.1)]
     evaluator = TorchEvaluator(lambda *_: None, optimizers, training_step)
     with pytest.raises(ValueError, match=r"1\.0\.s is in another optimizer of the evaluator"):
         ResConvPruner(model, CONVS, evaluator, budget=HALF, example_inputs=x)
-    assert_unchanged(before, model)
+    before.check()
 
 
 def test_an_optimizer_without_parameter_groups_is_an_error():
@@ -144,20 +136,21 @@ def test_an_optimizer_without_parameter_groups_is_an_error():
     optimizer = nni.trace(torch.optim.LBFGS)(list(model.parameters()))
     evaluator = TorchEvaluator(lambda *_: None, optimizer, training_step)
     pruner = ResConvPruner(model, CONVS, evaluator, budget=HALF, example_inputs=x)
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(ValueError, match="LBFGS doesn't support per-parameter options"):
         pruner.compress(max_steps=1)
-    assert_unchanged(before, model)
+    before.check()
     assert evaluator.model is None
 
 
 def test_training_without_an_evaluator_is_refused():
     pruner, _ = pruner_of()
-    before = snapshot(pruner.bound_model)
+    before = Snapshot(pruner.bound_model)
     for length in ({"max_steps": 1}, {"max_epochs": 1}):
         with pytest.raises(ValueError, match="need an evaluator"):
             pruner.compress(**length)
-    assert_unchanged(before, pruner.bound_model)
+    before.check()
+    assert before.model is pruner.bound_model
 
 
 def test_a_training_function_with_an_optimizer_of_its_own_is_an_error():
@@ -170,10 +163,10 @@ def test_a_training_function_with_an_optimizer_of_its_own_is_an_error():
 
     evaluator = TorchEvaluator(train, nni.trace(torch.optim.SGD)(model.parameters(), lr=0.1), training_step)
     pruner = ResConvPruner(model, CONVS, evaluator, budget=HALF, example_inputs=x)
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(RuntimeError, match="never stepped the optimizer"):
         pruner.compress(max_steps=1)
-    assert_unchanged(before, model)
+    before.check()
 
 
 @pytest.mark.parametrize("fault", ["step", "loader", "warning"])
@@ -204,13 +197,13 @@ def test_failing_in_the_middle_leaves_the_model_as_it_was(fault):
     model.get_submodule("1.0").eval()
     with torch.no_grad():
         model(x)  # leaves masked tensors on the modules
-    before, masks = snapshot(model), pruner.get_masks()
+    before, masks = Snapshot(model), pruner.get_masks()
     error, message = (UserWarning, "has a=0") if fault == "warning" else (OSError, "disk on fire")
     with warnings.catch_warnings(), pytest.raises(error, match=message):
         warnings.simplefilter("error", UserWarning)
         pruner.compress(max_steps=4)
     assert calls
-    assert_unchanged(before, model)
+    before.check()
     assert_same_masks(masks, pruner.get_masks())
     assert pruner.plan is None and pruner.evaluator.model is None and not pruner.evaluator.get_all_hooks()
     if fault == "step":
@@ -271,10 +264,10 @@ def test_a_distiller_of_layers_to_convert_needs_the_conversion_first():
     config = [{"op_names": ["1.0"], "lambda": 0.1, "apply_method": "mse"}]
     model, x = network()
     distiller, _ = distiller_of(model, config)
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(ValueError, match=r"layer 1\.0 is wrapped by the other compressor"):
         ResConvPruner.from_compressor(distiller, CONVS, budget=HALF, example_inputs=x)
-    assert_unchanged(before, model)
+    before.check()
     assert wrappers(model) == ["1.0._nni_wrapper"]
     model, x = network()
     convert_to_resconv(model, x)

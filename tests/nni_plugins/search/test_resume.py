@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 
-from helpers.networks import residual
 from helpers.paths import ROOT
 from tp_importance import Budget
 from tp_importance.automl import BudgetProblem
+from tp_importance.testing.networks import residual
 
 DRIVER = ROOT / "tests" / "helpers" / "nni_driver.py"
 LONGEST = 240  # seconds, for anything that is waited for; a quiet machine needs a tenth

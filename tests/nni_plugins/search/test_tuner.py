@@ -15,12 +15,12 @@ from nni.tools.package_utils import create_builtin_class_instance, get_algo_meta
 from nni.tools.package_utils.tuner_factory import create_validator_instance
 
 import nni_plugins
-from helpers.networks import residual
 from helpers.paths import ROOT
 from nni_plugins import BudgetTuner, BudgetTunerValidator, register_tuner, registered_tuner, unregister_tuner
 from tp_importance import Budget
 from tp_importance.automl import BudgetProblem
 from tp_importance.errors import SearchSpaceError
+from tp_importance.testing.networks import residual
 
 
 @pytest.fixture

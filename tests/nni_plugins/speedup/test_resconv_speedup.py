@@ -8,11 +8,12 @@ nni = pytest.importorskip("nni")
 from nni.compression.speedup import ModelSpeedup  # noqa: E402
 from nni.compression.speedup.error_code import EmptyLayerError  # noqa: E402
 
-from helpers.nni_contract import assert_unchanged, output, relative_error, snapshot  # noqa: E402
 from helpers.nni_resconv_cases import CONVS, HALF, LOADER, MARKS, assert_sped_up, network, pruner_of  # noqa: E402
 from nni_plugins import CATROPruner, ResConvPruner, speedup  # noqa: E402
+from nni_plugins.testing import output, relative_error  # noqa: E402
 from tp_importance import ResConv2d, count_ops  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
+from tp_importance.testing import Snapshot  # noqa: E402
 
 pytestmark = MARKS
 
@@ -50,10 +51,11 @@ def test_channels_are_pruned_after_the_layers():
 def test_bad_masks(masks, error, message):
     pruner, x = pruner_of()
     pruner.unwrap_model()
-    before = snapshot(pruner.bound_model.train())
+    before = Snapshot(pruner.bound_model.train())
     with pytest.raises(error, match=message):
         speedup(pruner.bound_model, x, masks)
-    assert_unchanged(before, pruner.bound_model)
+    before.check()
+    assert before.model is pruner.bound_model
 
 
 def test_speedup_of_a_wrapped_and_of_a_fused_model():
@@ -81,7 +83,7 @@ def test_an_error_while_fusing_leaves_the_model_alone(monkeypatch):
     pruner, x = pruner_of()
     pruner.unwrap_model()
     model = pruner.bound_model.train()
-    before = snapshot(model)
+    before = Snapshot(model)
 
     def broken(layer):
         raise OSError("no memory")
@@ -89,7 +91,7 @@ def test_an_error_while_fusing_leaves_the_model_alone(monkeypatch):
     monkeypatch.setattr(ResConv2d, "fused", broken)
     with pytest.raises(OSError, match="no memory"):
         speedup(model, x, {"1.0": {"s": torch.zeros(1)}})
-    assert_unchanged(before, model)
+    before.check()
 
 
 def test_what_nni_itself_cannot_do():

@@ -10,9 +10,11 @@ nni = pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner  # noqa: E402
 
-from helpers.networks import make_network, make_zoo_network, randomise_batchnorm  # noqa: E402
-from helpers.nni_speedup_cases import Masks, assert_unchanged, config_list, masked_output, masks_of, snapshot  # noqa: E402
+from helpers.networks import make_zoo_network  # noqa: E402
+from helpers.nni_speedup_cases import Masks, config_list, masked_output, masks_of  # noqa: E402
 from nni_plugins.speedup import speedup  # noqa: E402
+from tp_importance.testing import Snapshot, make_network  # noqa: E402
+from tp_importance.testing.networks import randomise_batchnorm  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:FutureWarning"
@@ -129,10 +131,10 @@ HALF = torch.tensor([1.0, 0.0] * 4)
 )
 def test_wrong_masks_are_refused(masks, message):
     model, x = make_network("plain")
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(ValueError, match=message):
         speedup(model, x, masks)
-    assert_unchanged(before, model)
+    before.check()
 
 
 def shared_parameter() -> tuple[nn.Module, Tensor, Masks]:
@@ -179,10 +181,10 @@ def of(name: str, removed: dict[str, list[int]]) -> tuple[nn.Module, Tensor, Mas
 @pytest.mark.filterwarnings("ignore:masked and sped-up")
 def test_what_nni_cannot_remove_is_an_error_and_changes_nothing(case, message):
     model, x, masks = case()
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(RuntimeError, match=f"{message}.*The model is unchanged"):
         speedup(model, x, masks)
-    assert_unchanged(before, model)
+    before.check()
 
 
 def test_layers_out_of_use_and_raw_parameters():
@@ -196,12 +198,12 @@ def test_layers_out_of_use_and_raw_parameters():
             return self.tail(self.conv(x) * self.scale)
 
     model, x = Odd(), torch.randn(2, 3, 8, 8)
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(RuntimeError, match=r"does not call \['unused'\]"):
         speedup(model, x, masks_of(model, {"unused": [0]}))
     with pytest.raises(RuntimeError, match=r"does not run on the example inputs.*size of tensor"):
         speedup(model, x, masks_of(model, {"conv": [0]}))
-    assert_unchanged(before, model)
+    before.check()
 
 
 def test_a_wrapped_model_is_refused():
@@ -222,10 +224,10 @@ def test_a_wrapped_model_is_refused():
 )
 def test_wrong_example_inputs_are_refused(inputs, error, message):
     model, _ = make_network("plain")
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(error, match=message):
         speedup(model, inputs, masks_of(model, PLAIN))
-    assert_unchanged(before, model)
+    before.check()
 
 
 @pytest.mark.parametrize("masks", [[PLAIN], {"0.1": HALF}, {"0.1": {"weight": HALF.tolist()}}])

@@ -12,10 +12,11 @@ nni = pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner  # noqa: E402
 
-from helpers.networks import make_network, randomise_batchnorm  # noqa: E402
-from helpers.nni_speedup_cases import Masks, assert_unchanged, config_list, masked_output, masks_of, snapshot  # noqa: E402
+from helpers.nni_speedup_cases import Masks, config_list, masked_output, masks_of  # noqa: E402
 from nni_plugins._compat import NNIUnavailableError, import_nni, legacy_tracer_shim  # noqa: E402
 from nni_plugins.speedup import speedup  # noqa: E402
+from tp_importance.testing import Snapshot, make_network  # noqa: E402
+from tp_importance.testing.networks import randomise_batchnorm  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:FutureWarning"
@@ -53,10 +54,10 @@ def branching() -> tuple[nn.Module, Tensor, Masks]:
 
 def test_control_flow_needs_the_shim():
     model, x, masks = branching()
-    before, expected = snapshot(model), masked_output(model, masks, x)
+    before, expected = Snapshot(model), masked_output(model, masks, x)
     with pytest.raises(RuntimeError, match=r"cannot trace Branching.*control flow.*try compat_shim=True"):
         speedup(model, x, masks)
-    assert_unchanged(before, model)
+    before.check()
     speedup(model, {"shift": True, "x": x}, masks, compat_shim=True)
     torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
     assert model.fc.in_features == model.layers[1].in_channels == 10
@@ -118,7 +119,7 @@ def test_a_failing_import_names_reason_and_extra(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "nni.compression.speedup", None)  # as if it were not installed
     model, x = make_network("plain")
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(NNIUnavailableError, match=r"cannot import 'nni\.compression\.speedup'"):
         speedup(model, x, masks_of(model, {"0.0": [1, 2], "0.1": [1, 2]}))
-    assert_unchanged(before, model)
+    before.check()
