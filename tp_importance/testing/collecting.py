@@ -61,6 +61,7 @@ class CollectTests(ImportanceCase):
         bad = [(a * float("nan"), y) for a, y in loader_for(x)]
         with pytest.raises(ValueError):
             importance.collect(model, x, bad)
+        assert importance.curves().keys() == before.keys()
         for name, curve in importance.curves().items():
             assert np.array_equal(curve.order, before[name].order) and np.array_equal(curve.loss, before[name].loss)
 

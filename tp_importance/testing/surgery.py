@@ -117,6 +117,9 @@ class SurgeryTests(PrunerCase):
         theirs, _ = make_network(name)
         tp.DependencyGraph().build_dependency(theirs, x).load_pruning_history(copy.deepcopy(saved["history"]))
         for other in (again,) if stale else (again, theirs):
+            assert {k: v.shape for k, v in other.state_dict().items()} == {
+                k: v.shape for k, v in saved["state"].items()
+            }
             other.load_state_dict(saved["state"])
             assert same_values(other, model) and torch.equal(other(x), model(x))
         assert ours.pruning_history() == saved["history"] and ours.dense == pruner.dense
