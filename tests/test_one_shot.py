@@ -6,6 +6,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from helpers.states import state, weights
 from tp_importance import (
     Budget,
     BudgetError,
@@ -33,10 +34,6 @@ from tp_importance.testing import class_loader, make_network
 HALF = Budget(macs=0.5)
 NAMES = [name for name, method in METHODS.items() if method.make is not None]
 """Criteria that prune() and searches know."""
-
-
-def state(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("method", [*NAMES, CATROImportance(space="channel"), tp.importance.LAMPImportance()])
@@ -280,10 +277,6 @@ def test_compiled_networks_are_refused_by_everybody(compiled, remedy):
 
 
 # -- names
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_old_and_new_names_mean_the_same():

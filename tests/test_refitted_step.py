@@ -5,6 +5,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from helpers.states import state
 from tp_importance import Budget, BudgetPruner, Refit, prunable_groups, refit_consumers, refitted_step
 from tp_importance.graph.surgery import remove_units
 from tp_importance.testing import class_loader, make_network
@@ -25,10 +26,6 @@ def pruner_of(model, x, kind=tp.pruner.BasePruner, **options):
 
 def images(x, n=16, seed=3):
     return torch.randn(n, *x.shape[1:], generator=torch.Generator().manual_seed(seed)).to(x)
-
-
-def state(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 def assert_same(a, b):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch_pruning as tp
 
+from helpers.states import state
 from tp_importance import Budget, BudgetError, count_ops, prunable_groups
 from tp_importance.automl import (
     METHODS,
@@ -92,7 +93,7 @@ def test_every_method_keeps_the_budget_and_leaves_the_model_alone(name):
             torch.nn.Flatten(),
             torch.nn.Linear(8, 4),
         ).eval()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state(model)
     dense, generator = count_ops(model, X), torch.get_rng_state()
     found = run(model, {"method": name}, train=train if METHODS[name].needs_training else None, latency_seconds=0.01)
     assert 0 < found["macs"] <= 0.5 * dense[0]

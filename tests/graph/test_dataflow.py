@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from helpers.states import state
 from tp_importance.graph.dataflow import Value, is_batchnorm, record
 
 
@@ -302,7 +303,7 @@ def test_the_model_is_left_alone(fails):
     model.train().bn.eval()
     model.conv.weight.requires_grad_(False)
     handle = model.act.register_forward_hook(lambda *_: None)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state(model)
     if fails:
         with pytest.raises(LookupError, match="here"):
             record(model, X)

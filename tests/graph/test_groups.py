@@ -8,7 +8,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from helpers.group_cases import EXPECTED, bits, shifted, whole
+from helpers.group_cases import EXPECTED, shifted, whole
+from helpers.states import state
 from tp_importance import prunable_groups
 from tp_importance.graph import verify
 from tp_importance.graph.surgery import remove_units
@@ -168,7 +169,7 @@ def test_free_parameters():
 
 def test_remove_units_refuses():
     case = topology("grouped")
-    before = bits(case.model)
+    before = state(case.model)
     for removed in ({"nope": [0]}, {"0.0": [12]}, {"0.0": [-1]}, {"0.0": range(12)}, {"1.body.1.0": [0, 1, 2]}):
         with pytest.raises(ValueError):
             remove_units(case.groups, removed)

@@ -4,27 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.group_cases import EXPECTED, bits, whole
+from helpers.group_cases import EXPECTED, whole
 from helpers.networks import TwoInputs
 from tp_importance import TracingError, count_ops, prunable_groups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
-from tp_importance.testing import make_network
+from tp_importance.testing import Snapshot, make_network
 from tp_importance.testing.networks import conv_bn_relu, head
 
 # --- whatever state the model is in -----------------------------------------------------------------------------------
-
-
-def state(model):
-    hooks = [[dict(getattr(m, key)) for key in vars(m) if key.endswith("_hooks")] for m in model.modules()]
-    flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
-    return hooks, flags, [id(p) for p in model.parameters()]
-
-
-def assert_untouched(model, before, values):
-    assert state(model) == before
-    assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
 
 
 def prepare(model):
@@ -41,9 +29,9 @@ def prepare(model):
 def test_modes_flags_hooks_and_values_stay(verify):
     model, x = make_network("residual")
     prepare(model)
-    before, values = state(model), bits(model)
+    snapshot = Snapshot(model)
     assert whole(prunable_groups(model, x, verify=verify)) == EXPECTED["residual"]
-    assert_untouched(model, before, values)
+    snapshot.check()
 
 
 def test_hooks_of_the_user_do_not_run_wild():
@@ -64,13 +52,13 @@ def test_frozen_models():
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_gradients_switched_off_around(context):
     model, x = make_network("residual")
-    before, values = state(model), bits(model)
+    snapshot = Snapshot(model)
     with context():
         assert whole(prunable_groups(model, x)) == EXPECTED["residual"]
         assert whole(prunable_groups(model, torch.randn(2, 3, 16, 16))) == EXPECTED["residual"]
         assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
         assert not torch.is_grad_enabled()
-    assert_untouched(model, before, values)
+    snapshot.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -163,10 +151,10 @@ def test_untraceable_models(build, x):
     model = build().train()
     model[0] if isinstance(model, nn.Sequential) else None
     next(model.children()).requires_grad_(False)
-    before, values = state(model), bits(model)
+    snapshot = Snapshot(model)
     with pytest.raises(TracingError, match=f"could not trace {build.__name__}"):
         prunable_groups(model, x)
-    assert_untouched(model, before, values)
+    snapshot.check()
 
 
 @pytest.mark.parametrize("inputs", [None, 3, "x", (), {}, torch.tensor(1.0)])

@@ -12,7 +12,8 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
-from helpers.group_cases import removal
+from helpers.group_cases import reasons, removal
+from helpers.states import state
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -67,10 +68,6 @@ def frozen_resnet():
 
 def between(norm, act=nn.ReLU, c_in=3, conv=nn.Conv2d):
     return nn.Sequential(conv(c_in, 10, 3, bias=False), norm, act(), conv(10, 6, 3), nn.ReLU(), conv(6, 4, 1)).eval()
-
-
-def reasons(model, x=X, **options):
-    return {e.name: e.reason for e in prunable_groups(model, x, **options).excluded}
 
 
 def test_what_is_a_frozen_batch_norm():
@@ -203,7 +200,7 @@ def test_instance_norms_are_per_channel(dims, affine, tracks):
                 tensor.copy_(torch.rand(10, generator=torch.Generator().manual_seed(len(tensor))) + 0.5)
     model = between(norm, conv=getattr(nn, f"Conv{dims}d"))
     x = torch.randn(2, 3, *[8] * dims)
-    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    before = state(norm)
     groups = prunable_groups(model, x)
     assert groups.names == ["0", "3"]
     removed = {"0": [1, 4, 5], "3": [0]}
@@ -239,7 +236,7 @@ def test_batch_norms_without_a_part_pass_through(options):
 
 @pytest.mark.parametrize("norm", [nn.LocalResponseNorm(3), nn.CrossMapLRN2d(3)])
 def test_local_response_norms_look_at_neighbours(norm):
-    found = reasons(between(norm))
+    found = reasons(between(norm), X)
     assert found["0"] == f"1 ({type(norm).__name__}) mixes the channels: none can go exactly"
     assert "3" not in found
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 from torch.nn.utils import prune as masks
 
-from helpers.group_cases import removal
+from helpers.group_cases import reasons, removal
 from tp_importance import (
     Budget,
     BudgetPruner,
@@ -102,15 +102,11 @@ def plain_twin(model):
     return twin
 
 
-def reasons(model):
-    return {e.name: e.reason for e in prunable_groups(model, X).excluded}
-
-
 @pytest.mark.parametrize("kind", ALL)
 def test_what_it_is_and_how_to_remove_it(kind):
     model = network(ALL[kind])
     snapshot, before = Snapshot(model), model(X).detach()
-    found = reasons(model)
+    found = reasons(model, X)
     snapshot.check()
     if kind in BY_WEIGHT:
         assert found.keys() == {"4.2"}
@@ -132,7 +128,7 @@ def test_weights_set_by_an_unknown_hook_are_left_alone():
     del conv._parameters["weight"]
     conv.source = source
     conv.register_forward_pre_hook(lambda module, _: setattr(module, "weight", module.source.tanh()))
-    found = reasons(model)
+    found = reasons(model, X)
     assert found["1.0"] == "2.0.weight is computed (a hook or another library's wrapper); make it a parameter"
 
 

@@ -47,8 +47,9 @@ def shifted(groups):
     return PrunableGroups(twins, groups.excluded, groups.trace, groups.options)
 
 
-def bits(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
+def reasons(model, x, **options):
+    """What is left alone, and why."""
+    return {e.name: e.reason for e in prunable_groups(model, x, **options).excluded}
 
 
 @cache

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.states import weights
 from tp_importance import (
     Budget,
     CATROPruner,
@@ -37,10 +38,6 @@ def cut(*sizes):
 
 ALL = len(IMAGES)
 ONE_LEFT = cut(ALL - 17, 16, 1)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 # -- a last batch that is too small

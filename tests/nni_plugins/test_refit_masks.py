@@ -9,6 +9,7 @@ pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner
 
+from helpers.states import state
 from nni_plugins import CATROPruner, refit_masks, speedup
 from tp_importance import prunable_groups, refit_consumers
 from tp_importance.graph.surgery import remove_units
@@ -78,7 +79,7 @@ def test_a_unit_goes_only_if_all_its_layers_are_masked():
     masks = masks_of(model, groups, {coupled.name: [0, 1]})
     first = coupled.producers[0].name
     del masks[first]
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state(model)
     report = refit_masks(model, masks, class_loader(32), x, groups=groups, refit="parallel")
     assert {r.name for r in report.rows} == {m.name for m in coupled.consumers}
     assert all("not all layers" in r.skipped for r in report.rows)
@@ -97,7 +98,7 @@ def test_refused_groups_are_reported():
 
 def test_the_model_is_unchanged_after_an_exception():
     model, x = make_network("plain")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state(model)
     mask = torch.ones_like(model[0][0].weight)
     with pytest.raises(ValueError, match="remove nothing"):
         refit_masks(model, {"0.0": {"weight": mask}}, class_loader(), x, refit="parallel")

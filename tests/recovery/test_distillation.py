@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import nn
 
+from helpers.states import state
 from tp_importance import Budget, BudgetPruner, Distiller, PSAPPruner, distillation_loss, slice_classifier
 from tp_importance.maths.distillation import feature_loss
 
@@ -39,7 +40,7 @@ def test_loss_is_that_of_the_dense_network():
 def test_training_moves_the_student_and_nothing_of_the_teacher():
     student = network()
     distiller = Distiller(student.train())
-    before = {k: v.clone() for k, v in distiller.teacher.state_dict().items()}
+    before = state(distiller.teacher)
     prune(student).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     losses = []

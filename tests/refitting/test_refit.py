@@ -6,6 +6,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from helpers.states import same_state, state
 from tp_importance import (
     Budget,
     BudgetError,
@@ -41,15 +42,6 @@ def inputs_of(model, name, x):
     handle.remove()
     rows = [unfolded_input(module, a, b, None, torch.Generator()).flatten(0, 1) for a, b in seen]
     return torch.cat(rows)
-
-
-def state(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def same_state(model, before):
-    after = model.state_dict()
-    return after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items())
 
 
 def compensated(name, how=EXACT, dtype=torch.float64):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from helpers.states import same_state, state, weights
 from tp_importance import Budget, PSAPImportance, prune
 from tp_importance.automl import BudgetProblem, prune_trial
 from tp_importance.statistics.gradients import loss_gradients, loss_of
@@ -49,18 +50,6 @@ class Returning(nn.Module):
         return self.form(self.net(x))
 
 
-def state(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def same(model, before):
-    return all(v.equal(before[k]) for k, v in model.state_dict().items())
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 # -- networks that return more than their logits
 
 
@@ -75,7 +64,7 @@ def test_any_output_with_a_loss_and_a_message_without(form, method):
         prune(model, x, DATA, budget=HALF, method=method)
     assert f"the network returns a {kind}" in str(error.value)
     assert f"loss_fn=lambda output, labels: F.cross_entropy({found}, labels)" in str(error.value)
-    assert same(model, before) and not any(m._forward_hooks for m in model.modules())
+    assert same_state(model, before) and not any(m._forward_hooks for m in model.modules())
 
     def loss_fn(output, labels):
         return F.cross_entropy(take(output), labels)
@@ -148,7 +137,7 @@ def test_a_loss_without_use_is_refused(method):
     before = state(model)
     with pytest.raises(ValueError, match=rf"method='{method}' looks at no loss.*leave it out"):
         prune(model, x, DATA, budget=HALF, method=method, loss_fn=F.cross_entropy)
-    assert same(model, before)
+    assert same_state(model, before)
 
 
 def test_objects_have_a_loss_of_their_own():
@@ -229,7 +218,7 @@ def test_bad_labels_leave_the_network_as_it_was():
     before, data = state(model), [(images, labels.float()) for images, labels in DATA]
     with pytest.raises(ValueError, match=r"labels are .*float32.*or pass loss_fn=, if this is no classification"):
         prune(model, x, data, budget=HALF, method="taylor")
-    assert same(model, before) and not model.training and all(p.grad is None for p in model.parameters())
+    assert same_state(model, before) and not model.training and all(p.grad is None for p in model.parameters())
     # floating targets of the right loss
     prune(model, x, data, budget=HALF, method="taylor", loss_fn=lambda out, y: F.mse_loss(out[:, 0], y))
 

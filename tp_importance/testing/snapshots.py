@@ -33,7 +33,7 @@ class Snapshot:
         return {
             "modules": [(id(m), m.training) for m in modules],
             "attributes": [(sorted(vars(m)), m.extra_repr()) for m in modules],
-            "hooks": [list(getattr(m, key)) for m in modules for key in sorted(vars(m)) if key.endswith("_hooks")],
+            "hooks": [dict(getattr(m, key)) for m in modules for key in sorted(vars(m)) if key.endswith("_hooks")],
             "sizes": [[v for v in vars(m).values() if isinstance(v, int)] for m in modules],
             "parameters": [(id(p), p.requires_grad, p.grad is None) for p in self.model.parameters()],
             "buffers": [id(b) for b in self.model.buffers()],
