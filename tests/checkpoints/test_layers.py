@@ -10,12 +10,6 @@ from tp_importance.checkpoints.checkpoint import load_pruned, save_pruned
 from tp_importance.checkpoints.content import check_layers, layer_problem, tensor_sizes
 
 
-@pytest.fixture
-def path(tmp_path):
-    torch.manual_seed(0)
-    return tmp_path / "pruned.pt"
-
-
 def test_attributes_left_as_they_were_are_saved_as_the_tensors_are(path):
     """People slice weights and forget the attributes; torch does not ask these."""
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.PReLU(6), nn.Flatten(), nn.Linear(6 * 36, 2))

@@ -10,10 +10,12 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from tp_importance import Budget
 from tp_importance.methods.resconv import ResConvPruner, Scale, convert_to_resconv, fuse, remove_layers, resconv_layers
+from tp_importance.testing import class_loader
 from tp_importance.testing.networks import conv_bn, conv_bn_relu, head, randomise_batchnorm
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 X32 = X.float()
+LOADER = class_loader(n=16, shape=(3, 8, 8), batch_size=8)
 
 
 class Wired(nn.Module):
