@@ -164,6 +164,15 @@ def tried(names, dense):
     assert macs(names, dense) == 1  # it works on a copy
 
 
+def inherits(names, dense):
+    contracts = [made for name, made in names.items() if name.startswith("Test")]
+    assert contracts
+    for contract in contracts:
+        found = {"test_deterministic", "test_whole_budget_changes_nothing_and_warns", "test_same_data_same_masks"}
+        (name,) = found & set(dir(contract))
+        getattr(contract(), name)()
+
+
 CHECKS = {
     "prune(model, x, loader, budget=Budget(macs=0.5)": meets(0.5),
     "Distiller(": fine_tuned,
@@ -176,6 +185,7 @@ CHECKS = {
     "pruner.regularize(optimizer)": meets(0.5),
     "pruner.start(optimizer": meets(0.2),
     "optuna_objective(": studied,
+    "Contract):": inherits,
     "prune_trial(model, params, example_inputs=x, loader=loader, evaluate=accuracy, budget": tried,
 }
 """What a block with that text must have done to the network, besides not failing."""
