@@ -21,7 +21,6 @@ from cifar_oneshot import CRITERIA, Network
 from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 from host_criteria import accumulate_gradients
 from torch import nn
-from tp_importance.automl.methods import METHODS
 
 from tp_importance import (
     Budget,
@@ -33,6 +32,7 @@ from tp_importance import (
     Refit,
     count_ops,
 )
+from tp_importance.pruning.registry import METHODS
 from tp_importance.statistics.consumers import ConsumerStatistics
 
 Make = Callable[..., BudgetPruner]
