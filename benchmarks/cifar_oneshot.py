@@ -21,15 +21,9 @@ from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markd
 from host_criteria import Fixed, accumulate_gradients, nni_metrics
 from torch import nn
 
-from tp_importance import (
-    Budget,
-    BudgetPruner,
-    CATROImportance,
-    PrunableGroups,
-    count_ops,
-    prunable_groups,
-)
+from tp_importance import Budget, BudgetPruner, CATROImportance, count_ops, prunable_groups
 from tp_importance.allocation.curves import value_curves
+from tp_importance.graph.groups import PrunableGroups
 
 Make = Callable[[nn.Module, Batches, list[str]], Any]
 BOTH = ("uniform", "greedy")

@@ -20,13 +20,14 @@ from cifar import NETWORKS, TRAINED, Batches, Cifar10
 from cifar_oneshot import Network
 from common import FOLLOWED, Cells, add_data_arguments, environment, flat, markdown, parser, read_results
 
-from tp_importance import Budget, CATROImportance, CostModel, ITPrunerImportance, count_ops, recalibrate_batchnorm
+from tp_importance import Budget, CATROImportance, ITPrunerImportance, count_ops, recalibrate_batchnorm
 from tp_importance.allocation.curves import Curve, Curves
 from tp_importance.allocation.limits import Limits
 from tp_importance.allocation.registry import find_allocator
 from tp_importance.allocation.space import WidthSpace
 from tp_importance.allocation.walk import fill_up
 from tp_importance.core.types import Ints
+from tp_importance.graph.cost import CostModel
 from tp_importance.graph.surgery import remove_units
 from tp_importance.methods.itpruner.official import official_fractions, official_importances
 from tp_importance.methods.itpruner.official_networks import resnet_cifar

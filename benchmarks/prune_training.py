@@ -13,7 +13,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tp_importance import Budget, CostModel, PSAPPruner, PSAPSchedule, count_ops, prunable_groups
+from tp_importance import Budget, PSAPPruner, PSAPSchedule, count_ops, prunable_groups
+from tp_importance.graph.cost import CostModel
 
 SCHEDULE = PSAPSchedule()
 """Everybody prunes at its prune steps, or in one go at the last of them."""

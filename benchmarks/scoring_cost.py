@@ -26,8 +26,9 @@ from host_criteria import accumulate_gradients
 from torch import nn
 from torchvision import models
 
-from tp_importance import CATROImportance, PrunableGroups, prunable_groups
+from tp_importance import CATROImportance, prunable_groups
 from tp_importance.allocation.curves import value_curves
+from tp_importance.graph.groups import PrunableGroups
 
 CATRO: dict[str, dict[str, Any]] = {
     "CATRO channel": {"space": "channel"},

@@ -21,9 +21,12 @@ from common import ROOT, Cells, environment, flat, load_module, markdown, parser
 from torch import nn
 from torchvision import models
 
-from tp_importance import ALLOCATORS, Budget, BudgetPruner, CostModel, PrunableGroups, count_ops, prunable_groups
+from tp_importance import Budget, BudgetPruner, count_ops, prunable_groups
 from tp_importance.allocation.curves import curve_from_scores
+from tp_importance.allocation.registry import ALLOCATORS
 from tp_importance.allocation.space import WidthSpace
+from tp_importance.graph.cost import CostModel
+from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
 

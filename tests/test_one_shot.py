@@ -13,22 +13,22 @@ from tp_importance import (
     BudgetPruner,
     CATROImportance,
     ITPruner,
-    LagrangeAllocator,
     OBSPruner,
     Refit,
     ResConvPruner,
-    TracingError,
     convert_to_resconv,
     count_ops,
-    observe,
     prunable_groups,
     prune,
     recalibrate_batchnorm,
-    refit_consumers,
 )
+from tp_importance.allocation.lagrange import LagrangeAllocator
 from tp_importance.allocation.registry import ALLOCATORS
 from tp_importance.automl import METHODS, RandomImportance, prune_trial, register_method
+from tp_importance.errors import TracingError
 from tp_importance.pruning import registry
+from tp_importance.refitting.refit import refit_consumers
+from tp_importance.statistics.observe import observe
 from tp_importance.testing import class_loader, make_network
 
 HALF = Budget(macs=0.5)

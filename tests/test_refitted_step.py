@@ -6,8 +6,9 @@ import torch_pruning as tp
 from torch import nn
 
 from helpers.states import state
-from tp_importance import Budget, BudgetPruner, Refit, prunable_groups, refit_consumers, refitted_step
+from tp_importance import Budget, BudgetPruner, Refit, prunable_groups, refitted_step
 from tp_importance.graph.surgery import remove_units
+from tp_importance.refitting.refit import refit_consumers
 from tp_importance.testing import class_loader, make_network
 
 MODES = ["parallel", "sequential"]

@@ -13,8 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tp_importance import Budget, Cost, CostModel, Plan, PrunableGroups, count_ops, prunable_groups
+from tp_importance import Budget, count_ops, prunable_groups
+from tp_importance.budget import Cost
 from tp_importance.core.guards import HOOKS
+from tp_importance.graph.cost import CostModel
+from tp_importance.graph.groups import PrunableGroups
+from tp_importance.pruning.plan import Plan
 from tp_importance.testing import class_loader, make_network
 
 from .. import ImportancePruner, speedup

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tp_importance import Budget, Cost, count_ops
+from tp_importance import Budget, count_ops
+from tp_importance.budget import Cost
 
 from .. import speedup
 from .._compat import import_nni

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tp_importance import Cost
+from tp_importance.budget import Cost
 
 from .. import ImportancePruner
 from .._compat import import_nni

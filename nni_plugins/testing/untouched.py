@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tp_importance import Budget, Cost, count_ops
+from tp_importance import Budget, count_ops
+from tp_importance.budget import Cost
 from tp_importance.testing import NUM_CLASSES, FailingLoader, LoaderError, Snapshot, class_loader
 
 from .. import speedup

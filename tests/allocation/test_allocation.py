@@ -6,11 +6,14 @@ import pytest
 from helpers.allocation_cases import assert_filled, fits, limits_of, random_curves
 from helpers.group_cases import zoo
 from helpers.networks import ZOO
-from tp_importance import Budget, BudgetError, CostModel, Curve, WidthSpace, greedy, greedy_path, uniform
-from tp_importance.allocation.curves import convex_envelope, curve_from_scores
+from tp_importance import Budget, BudgetError
+from tp_importance.allocation.curves import Curve, convex_envelope, curve_from_scores
+from tp_importance.allocation.greedy import greedy, greedy_path
+from tp_importance.allocation.proportional import uniform
 from tp_importance.allocation.registry import ALLOCATORS, find_allocator
+from tp_importance.allocation.space import WidthSpace
 from tp_importance.allocation.walk import fill_up
-from tp_importance.graph.cost import COST_FIELDS
+from tp_importance.graph.cost import COST_FIELDS, CostModel
 from tp_importance.testing import TOPOLOGIES, make_network, topology
 
 BOTH = sorted(ALLOCATORS)

@@ -12,16 +12,15 @@ from tp_importance import (
     BudgetError,
     BudgetPruner,
     CATROPruner,
-    CostModel,
     ITPruner,
     PSAPPruner,
     ResConvPruner,
-    WidthSpace,
     prunable_groups,
     prune,
 )
+from tp_importance.allocation.space import WidthSpace
 from tp_importance.automl import prune_trial
-from tp_importance.graph.cost import COST_FIELDS
+from tp_importance.graph.cost import COST_FIELDS, CostModel
 from tp_importance.testing import class_loader, make_network
 
 L1 = partial(tp.importance.MagnitudeImportance, p=1)

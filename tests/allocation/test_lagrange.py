@@ -5,9 +5,12 @@ import pytest
 import torch_pruning as tp
 
 from helpers.allocation_cases import assert_filled, fits, limits_of, random_curves
-from tp_importance import Budget, BudgetPruner, CostModel, Curve, LagrangeAllocator, WidthSpace, greedy
-from tp_importance.allocation.curves import curve_from_scores
-from tp_importance.graph.cost import COST_FIELDS
+from tp_importance import Budget, BudgetPruner
+from tp_importance.allocation.curves import Curve, curve_from_scores
+from tp_importance.allocation.greedy import greedy
+from tp_importance.allocation.lagrange import LagrangeAllocator
+from tp_importance.allocation.space import WidthSpace
+from tp_importance.graph.cost import COST_FIELDS, CostModel
 from tp_importance.testing import make_network, topology
 
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch_pruning as tp
 
-from tp_importance import ALLOCATORS, Budget, BudgetPruner, ProgramAllocator
+from tp_importance import Budget, BudgetPruner
 from tp_importance.allocation import registry
-from tp_importance.allocation.registry import find_allocator, named_allocator, register_allocator
+from tp_importance.allocation.program import ProgramAllocator
+from tp_importance.allocation.registry import ALLOCATORS, find_allocator, named_allocator, register_allocator
 from tp_importance.testing import make_network
 
 

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from tp_importance import observe, recalibrate_batchnorm
+from tp_importance import recalibrate_batchnorm
 from tp_importance.core.batches import split_batch
 from tp_importance.core.devices import reference_tensor, to_model
 from tp_importance.core.forward import call_model, run_batch
 from tp_importance.core.guards import preserved
 from tp_importance.core.loaders import check_loader, iterate, require_reiterable
+from tp_importance.statistics.observe import observe
 
 X, Y = torch.randn(2, 3), torch.tensor([0, 1])
 Pair = namedtuple("Pair", "x y")

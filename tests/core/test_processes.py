@@ -23,7 +23,6 @@ from tp_importance import (
     BudgetPruner,
     CATROPruner,
     Distiller,
-    Latency,
     LatencyTable,
     OBSImportance,
     PSAPPruner,
@@ -33,16 +32,17 @@ from tp_importance import (
     count_ops,
     fuse,
     measure_latency,
-    observe,
     prunable_groups,
     prune,
     recalibrate_batchnorm,
-    refit_consumers,
     refitted_step,
-    remove_layers,
     slice_classifier,
 )
 from tp_importance.automl import BudgetProblem, prune_trial
+from tp_importance.latency.measure import Latency
+from tp_importance.methods.resconv import remove_layers
+from tp_importance.refitting.refit import refit_consumers
+from tp_importance.statistics.observe import observe
 from tp_importance.testing import class_loader, make_network
 
 HALF = Budget(macs=0.5)

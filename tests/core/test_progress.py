@@ -33,6 +33,7 @@ from tp_importance import (
 from tp_importance.automl import prune_trial
 from tp_importance.core import progress
 from tp_importance.core.progress import LOGGER, phase, shown, track
+from tp_importance.latency.measure import Latency
 from tp_importance.testing import class_loader, make_network
 
 LOADER = class_loader()
@@ -87,7 +88,7 @@ class Clock:
 
     def __call__(self, model, inputs, *, forward_fn=None, min_run_time=0.1):
         ms = 1.0 + sum(p.numel() for p in model.parameters())
-        return tp_importance.Latency(ms, 0.0, 1, 1, "cpu", 1)
+        return Latency(ms, 0.0, 1, 1, "cpu", 1)
 
 
 def by_psap(progress):

@@ -21,10 +21,10 @@ from tp_importance import (
     fuse,
     prune,
     refitted_step,
-    remove_layers,
     slice_classifier,
 )
 from tp_importance.core.stale_optimizers import replacing
+from tp_importance.methods.resconv import remove_layers
 from tp_importance.testing import class_loader, make_network
 
 LOADER = class_loader()

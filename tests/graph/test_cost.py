@@ -8,7 +8,9 @@ from torchvision import models
 
 from helpers.group_cases import random_units, removal, zoo
 from helpers.networks import ZOO
-from tp_importance import Cost, CostModel, count_ops, prunable_groups
+from tp_importance import count_ops, prunable_groups
+from tp_importance.budget import Cost
+from tp_importance.graph.cost import CostModel
 from tp_importance.graph.surgery import remove_units
 from tp_importance.testing import TOPOLOGIES, topology
 from tp_importance.testing.cases import Case

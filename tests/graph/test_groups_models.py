@@ -6,7 +6,8 @@ from torch import nn
 
 from helpers.group_cases import EXPECTED, whole
 from helpers.networks import TwoInputs
-from tp_importance import TracingError, count_ops, prunable_groups
+from tp_importance import count_ops, prunable_groups
+from tp_importance.errors import TracingError
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
 from tp_importance.testing import Snapshot, make_network

@@ -8,7 +8,8 @@ from torch import nn
 from torchvision.ops import DeformConv2d
 
 from helpers.operation_cases import Function, X
-from tp_importance import Budget, BudgetPruner, Cost, count_ops, prunable_groups
+from tp_importance import Budget, BudgetPruner, count_ops, prunable_groups
+from tp_importance.budget import Cost
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.tracing import trace

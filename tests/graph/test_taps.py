@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tp_importance import TracingError
+from tp_importance.errors import TracingError
 from tp_importance.graph.activations import recording
 from tp_importance.graph.activations import watch_activations as tap
 from tp_importance.graph.dataflow import record

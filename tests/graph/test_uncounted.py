@@ -12,8 +12,10 @@ from torch import nn
 from torchvision.models import googlenet, mobilenet_v3_small, swin_v2_t
 
 from helpers.operation_cases import Function, X, deform, mean
-from tp_importance import Budget, BudgetPruner, Plan, PruningReport, count_ops
+from tp_importance import Budget, BudgetPruner, count_ops
 from tp_importance.graph.tracing import trace
+from tp_importance.pruning.plan import Plan
+from tp_importance.pruning.report import PruningReport
 from tp_importance.testing import make_network
 
 # --- what cannot be counted is named ----------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tp_importance import CostModel, prunable_groups
-from tp_importance.graph.cost import COST_FIELDS, PREDICTED_TOLERANCE, exceeded, headroom
+from tp_importance import prunable_groups
+from tp_importance.graph.cost import COST_FIELDS, PREDICTED_TOLERANCE, CostModel, exceeded, headroom
 from tp_importance.testing import make_network
 
 

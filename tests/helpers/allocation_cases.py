@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tp_importance import Curve
+from tp_importance.allocation.curves import Curve
 from tp_importance.graph.cost import COST_FIELDS
 
 

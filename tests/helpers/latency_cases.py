@@ -7,13 +7,10 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from tp_importance import (
-    Budget,
-    Latency,
-    LatencyModel,
-    LatencyTable,
-)
+from tp_importance import Budget, LatencyTable
 from tp_importance.core.guards import preserved
+from tp_importance.latency.measure import Latency
+from tp_importance.latency.model import LatencyModel
 from tp_importance.testing import topology
 
 L2 = partial(tp.importance.MagnitudeImportance, p=2)

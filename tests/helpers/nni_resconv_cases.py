@@ -11,7 +11,8 @@ from nni.compression.utils.counter import count_flops_params  # noqa: E402
 
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
 from nni_plugins.testing import TrainingLog, hooks, make_evaluator, output, relative_error, training_step, wrappers  # noqa: E402
-from tp_importance import Budget, Cost, count_ops  # noqa: E402
+from tp_importance import Budget, count_ops  # noqa: E402
+from tp_importance.budget import Cost  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
 from tp_importance.testing import class_loader  # noqa: E402
 from tp_importance.testing.networks import Residual, conv_bn_relu, head, randomise_batchnorm  # noqa: E402

@@ -5,13 +5,10 @@ import copy
 import torch
 import torch_pruning as tp
 
-from tp_importance import (
-    Refit,
-    prunable_groups,
-    refit_consumers,
-)
+from tp_importance import Refit, prunable_groups
 from tp_importance.graph.patches import unfolded_input
 from tp_importance.graph.verify import sample_units
+from tp_importance.refitting.refit import refit_consumers
 from tp_importance.testing import make_network
 
 L1 = tp.importance.MagnitudeImportance(p=1, normalizer=None)

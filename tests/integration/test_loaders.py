@@ -17,14 +17,14 @@ from tp_importance import (
     OBSImportance,
     OBSPruner,
     Refit,
-    observe,
     prune,
     recalibrate_batchnorm,
-    refit_consumers,
     refitted_step,
 )
 from tp_importance.automl import prune_trial
 from tp_importance.core.loaders import WholeBatches
+from tp_importance.refitting.refit import refit_consumers
+from tp_importance.statistics.observe import observe
 from tp_importance.testing import class_loader, make_network
 
 HALF = Budget(macs=0.5)

@@ -15,23 +15,21 @@ from tp_importance import (
     BudgetError,
     BudgetPruner,
     CATROPruner,
-    CostModel,
     ITPruner,
-    LatencyModel,
     LatencyTable,
-    Plan,
-    ProgramAllocator,
-    PruningReport,
     PSAPPruner,
-    WidthSpace,
-    greedy,
     prunable_groups,
-    uniform,
 )
 from tp_importance.allocation.allocate import allocate
-from tp_importance.allocation.proportional import proportional
-from tp_importance.allocation.space import round_down
+from tp_importance.allocation.greedy import greedy
+from tp_importance.allocation.program import ProgramAllocator
+from tp_importance.allocation.proportional import proportional, uniform
+from tp_importance.allocation.space import WidthSpace, round_down
+from tp_importance.graph.cost import CostModel
 from tp_importance.graph.surgery import remove_units
+from tp_importance.latency.model import LatencyModel
+from tp_importance.pruning.plan import Plan
+from tp_importance.pruning.report import PruningReport
 from tp_importance.testing import make_network, topology
 
 

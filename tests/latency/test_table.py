@@ -8,12 +8,10 @@ import torch
 from torch import nn
 
 from helpers.latency_cases import Clock
-from tp_importance import (
-    Latency,
-    LatencyModel,
-    LatencyTable,
-)
+from tp_importance import LatencyTable
 from tp_importance.graph.counting import Call
+from tp_importance.latency.measure import Latency
+from tp_importance.latency.model import LatencyModel
 from tp_importance.latency.table import conditions_of, timed_layer
 from tp_importance.testing import topology
 

@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from tp_importance import Cost, LayerReport, Plan, PruningReport
+from tp_importance.budget import Cost
 from tp_importance.latency.times import LatencyTimes
+from tp_importance.methods.resconv import LayerReport
+from tp_importance.pruning.plan import Plan
+from tp_importance.pruning.report import PruningReport
 
 FULL = LatencyTimes(dense=4.0, dense_iqr=0.1, limit=2.0, predicted=1.9, measured=2.1, measured_iqr=0.2)
 PLANNED = replace(FULL, measured=None, measured_iqr=None)

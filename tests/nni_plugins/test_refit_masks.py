@@ -11,8 +11,9 @@ from nni.compression.pruning import L1NormPruner
 
 from helpers.states import state
 from nni_plugins import CATROPruner, refit_masks, speedup
-from tp_importance import prunable_groups, refit_consumers
+from tp_importance import prunable_groups
 from tp_importance.graph.surgery import remove_units
+from tp_importance.refitting.refit import refit_consumers
 from tp_importance.testing import class_loader, make_network
 
 

@@ -4,9 +4,10 @@ import json
 import pytest
 import torch_pruning as tp
 
-from tp_importance import Budget, BudgetPruner, CATROPruner, Cost, PruningReport, count_ops
+from tp_importance import Budget, BudgetPruner, CATROPruner, count_ops
+from tp_importance.budget import Cost
 from tp_importance.graph.groups import Excluded
-from tp_importance.pruning.report import GroupRow
+from tp_importance.pruning.report import GroupRow, PruningReport
 from tp_importance.testing import class_loader, make_network
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -8,8 +8,8 @@ import torch_pruning as tp
 from torch import nn
 
 from helpers.states import state
-from tp_importance import Budget, BudgetPruner, Distiller, PSAPPruner, distillation_loss, slice_classifier
-from tp_importance.maths.distillation import feature_loss
+from tp_importance import Budget, BudgetPruner, Distiller, PSAPPruner, slice_classifier
+from tp_importance.maths.distillation import distillation_loss, feature_loss
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 4, 0])

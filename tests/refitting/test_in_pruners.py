@@ -8,18 +8,11 @@ import torch
 
 from helpers.refit_cases import L1, MODES
 from helpers.states import same_state, state
-from tp_importance import (
-    Budget,
-    BudgetError,
-    BudgetPruner,
-    CATROImportance,
-    PruningReport,
-    Refit,
-    prunable_groups,
-    refit_consumers,
-)
+from tp_importance import Budget, BudgetError, BudgetPruner, CATROImportance, Refit, prunable_groups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import sample_units
+from tp_importance.pruning.report import PruningReport
+from tp_importance.refitting.refit import refit_consumers
 from tp_importance.testing import class_loader, make_network
 
 

@@ -8,18 +8,13 @@ from torch import nn
 
 from helpers.refit_cases import EXACT, L1, MODES, duplicated, images, inputs_of, refitted
 from helpers.states import same_state, state
-from tp_importance import (
-    Budget,
-    BudgetPruner,
-    Refit,
-    prunable_groups,
-    refit_consumers,
-)
+from tp_importance import Budget, BudgetPruner, Refit, prunable_groups
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.patches import consumer_weight
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import sample_units
 from tp_importance.refitting.layers import refittable
+from tp_importance.refitting.refit import refit_consumers
 from tp_importance.testing import class_loader, make_network
 
 

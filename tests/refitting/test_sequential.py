@@ -8,16 +8,13 @@ from torch import nn
 
 from helpers.refit_cases import MODES, duplicated, images, inputs_of, refitted
 from helpers.states import same_state, state
-from tp_importance import (
-    Refit,
-    prunable_groups,
-    refit_consumers,
-)
+from tp_importance import Refit, prunable_groups
 from tp_importance.graph.masking import masked_units as gates
 from tp_importance.graph.patches import consumer_weight, set_consumer_weight
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import sample_units
 from tp_importance.refitting.layers import refittable
+from tp_importance.refitting.refit import refit_consumers
 from tp_importance.testing import make_network
 
 

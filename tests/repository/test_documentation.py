@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from helpers.paths import ROOT
-from tp_importance import Latency, LatencyTable, count_ops
+from tp_importance import LatencyTable, count_ops
+from tp_importance.latency.measure import Latency
 from tp_importance.testing import class_loader
 from tp_importance.testing.networks import Residual, conv_bn_relu, head
 

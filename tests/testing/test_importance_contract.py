@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tp_importance import CATROImportance, NotCollectedError, StaleStatisticsError
+from tp_importance import CATROImportance
 from tp_importance.allocation.curves import curve_from_scores
+from tp_importance.errors import NotCollectedError, StaleStatisticsError
 from tp_importance.testing import ImportanceContract
 
 

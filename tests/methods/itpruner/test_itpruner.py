@@ -8,19 +8,11 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_importance import (
-    Budget,
-    BudgetError,
-    BudgetPruner,
-    CATROImportance,
-    ITPruner,
-    ITPrunerImportance,
-    Plan,
-    ProgramAllocator,
-    plot_sweep,
-    sweep_frame,
-)
+from tp_importance import Budget, BudgetError, BudgetPruner, CATROImportance, ITPruner, ITPrunerImportance
+from tp_importance.allocation.program import ProgramAllocator
 from tp_importance.graph.cost import COST_FIELDS
+from tp_importance.pruning.plan import Plan
+from tp_importance.pruning.sweep import plot_sweep, sweep_frame
 from tp_importance.testing import ImportanceContract, PrunerContract, loader_for, make_network
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from helpers.psap_cases import TOTAL, make, sgd
-from tp_importance import Budget, BudgetError, PSAPPruner, PSAPSchedule, StaleStatisticsError, prunable_groups
+from tp_importance import Budget, BudgetError, PSAPPruner, PSAPSchedule, prunable_groups
+from tp_importance.errors import StaleStatisticsError
 from tp_importance.graph.surgery import remove_units
 from tp_importance.testing import Snapshot, make_network, topology
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from helpers.networks import make_zoo_network
 from helpers.psap_cases import TOTAL, adam, make, sgd
-from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
+from tp_importance import Budget, PSAPPruner, PSAPSchedule, count_ops
+from tp_importance.budget import Cost
 from tp_importance.methods.psap.sparsity import cubic_target
 from tp_importance.testing import make_network
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from helpers.psap_cases import TOTAL, adam, make
-from tp_importance import Budget, PSAPHistory, PSAPSchedule
+from tp_importance import Budget, PSAPSchedule
+from tp_importance.methods.psap import PSAPHistory
 from tp_importance.testing import same_tensors
 
 # -- state

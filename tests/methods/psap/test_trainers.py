@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
+from tp_importance import Budget, PSAPPruner, PSAPSchedule, count_ops
+from tp_importance.budget import Cost
 from tp_importance.methods.psap.integrations import huggingface_callback, lightning_callback
 from tp_importance.testing import loader_for, make_network, same_values
 

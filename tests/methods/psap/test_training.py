@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers.psap_cases import SCHEDULE, TOTAL, adam, make, sgd
-from tp_importance import Budget, Cost, PSAPPruner, PSAPSchedule, count_ops
+from tp_importance import Budget, PSAPPruner, PSAPSchedule, count_ops
+from tp_importance.budget import Cost
 from tp_importance.graph.masking import masked_units as gates
 from tp_importance.testing import make_network, same_values
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from helpers.resconv_cases import LOADER, X32, conv, fresh, resnet, train, vgg
-from tp_importance import Budget, BudgetError, Cost, count_ops
+from tp_importance import Budget, BudgetError, count_ops
+from tp_importance.budget import Cost
 from tp_importance.methods.resconv import ResConv2d, ResConvPruner, fuse
 from tp_importance.methods.resconv import plan as plan_module
 from tp_importance.methods.resconv import pruner as pruner_module

@@ -11,7 +11,8 @@ from torch import nn
 from helpers.networks import ZOO
 from helpers.paths import DATA, ROOT
 from helpers.resconv_cases import masked
-from tp_importance import Budget, BudgetPruner, Cost, count_ops, load_pruned, save_pruned
+from tp_importance import Budget, BudgetPruner, count_ops, load_pruned, save_pruned
+from tp_importance.budget import Cost
 from tp_importance.methods.resconv import (
     ResConv2d,
     ResConvPruner,

@@ -13,7 +13,8 @@ from nni.compression.distillation import DynamicLayerwiseDistiller  # noqa: E402
 from nni.compression.pruning import AGPPruner  # noqa: E402
 
 from nni_plugins import CATROPruner, speedup  # noqa: E402
-from tp_importance import Budget, Distiller, distillation_loss, recalibrate_batchnorm  # noqa: E402
+from tp_importance import Budget, Distiller, recalibrate_batchnorm  # noqa: E402
+from tp_importance.maths.distillation import distillation_loss  # noqa: E402
 from tp_importance.testing import class_loader, make_network  # noqa: E402
 
 CONFIG = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]

@@ -9,7 +9,8 @@ from nni.compression.pruning import L1NormPruner
 
 from nni_plugins import ITPruner, speedup
 from nni_plugins.testing import NNIPrunerContract, case
-from tp_importance import Budget, Cost, count_ops
+from tp_importance import Budget, count_ops
+from tp_importance.budget import Cost
 
 
 class TestITPruner(NNIPrunerContract):

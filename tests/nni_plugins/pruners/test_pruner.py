@@ -28,7 +28,9 @@ from nni_plugins.testing import (  # noqa: E402
     wrappers,
 )
 from nni_plugins.testing.cases import HALF  # noqa: E402
-from tp_importance import Budget, BudgetError, CATROImportance, Cost, Latency, LatencyTable, count_ops  # noqa: E402
+from tp_importance import Budget, BudgetError, CATROImportance, LatencyTable, count_ops  # noqa: E402
+from tp_importance.budget import Cost  # noqa: E402
+from tp_importance.latency.measure import Latency  # noqa: E402
 from tp_importance.testing import Snapshot  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

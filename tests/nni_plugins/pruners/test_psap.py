@@ -22,8 +22,9 @@ from nni_plugins.testing import (  # noqa: E402
     wrappers,
 )
 from nni_plugins.testing.cases import HALF, LEFT_OUT  # noqa: E402
-from tp_importance import Budget, BudgetError, Cost, PSAPSchedule, count_ops, prunable_groups  # noqa: E402
+from tp_importance import Budget, BudgetError, PSAPSchedule, count_ops, prunable_groups  # noqa: E402
 from tp_importance import PSAPPruner as Reference  # noqa: E402
+from tp_importance.budget import Cost  # noqa: E402
 from tp_importance.testing import Snapshot  # noqa: E402
 
 CONVS = [{"op_types": ["Conv2d"]}]

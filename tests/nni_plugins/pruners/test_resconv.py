@@ -24,7 +24,8 @@ from helpers.nni_resconv_cases import (  # noqa: E402
 )
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
 from nni_plugins.testing import assert_same_masks, hooks, output, relative_error, wrappers  # noqa: E402
-from tp_importance import Budget, BudgetError, Cost, convert_to_resconv, count_ops, load_pruned, save_pruned  # noqa: E402
+from tp_importance import Budget, BudgetError, convert_to_resconv, count_ops, load_pruned, save_pruned  # noqa: E402
+from tp_importance.budget import Cost  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
 from tp_importance.testing import Snapshot  # noqa: E402
 from tp_importance.testing.networks import head  # noqa: E402

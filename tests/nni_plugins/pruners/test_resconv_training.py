@@ -27,7 +27,8 @@ from helpers.nni_resconv_cases import (  # noqa: E402
 from nni_plugins import ResConvPruner, speedup  # noqa: E402
 from nni_plugins.evaluator import _groups  # noqa: E402
 from nni_plugins.testing import TrainingLog, assert_same_masks, output, relative_error, training_step, wrappers  # noqa: E402
-from tp_importance import Budget, Cost, convert_to_resconv, count_ops  # noqa: E402
+from tp_importance import Budget, convert_to_resconv, count_ops  # noqa: E402
+from tp_importance.budget import Cost  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
 from tp_importance.testing import Snapshot  # noqa: E402
 

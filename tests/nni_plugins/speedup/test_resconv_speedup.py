@@ -11,8 +11,9 @@ from nni.compression.speedup.error_code import EmptyLayerError  # noqa: E402
 from helpers.nni_resconv_cases import CONVS, HALF, LOADER, MARKS, assert_sped_up, network, pruner_of  # noqa: E402
 from nni_plugins import CATROPruner, ResConvPruner, speedup  # noqa: E402
 from nni_plugins.testing import output, relative_error  # noqa: E402
-from tp_importance import ResConv2d, count_ops  # noqa: E402
+from tp_importance import count_ops  # noqa: E402
 from tp_importance.methods.resconv import resconv_layers  # noqa: E402
+from tp_importance.methods.resconv.block import ResConv2d  # noqa: E402
 from tp_importance.testing import Snapshot  # noqa: E402
 
 pytestmark = MARKS
