@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks import networks
 from benchmarks.data import IMAGENETTE_CLASSES, Batches, Cifar10, augmented, imagenette, normalised
-from tp_importance import PrunableGroups, count_ops, prunable_groups, slice_classifier
+from tp_importance import count_ops, prunable_groups, slice_classifier
+from tp_importance.graph.groups import PrunableGroups
 
 EFFICIENTNET, DIGITS = "efficientnet-lite0", "digits"
 NAMES = (*networks.PRETRAINED, *networks.TRAINED, EFFICIENTNET, DIGITS)

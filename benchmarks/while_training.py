@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from benchmarks.tasks import Task
 from benchmarks.training import Training
-from tp_importance import Budget, CostModel, PSAPPruner, PSAPSchedule, count_ops
+from tp_importance import Budget, PSAPPruner, PSAPSchedule, count_ops
+from tp_importance.graph.cost import CostModel
 
 SCHEDULE = PSAPSchedule()
 """Everybody prunes at its prune steps, or in one go at the last of them."""

@@ -30,6 +30,7 @@ import nni_plugins
 import tp_importance
 from nni_plugins._compat import import_nni
 from tp_importance import Refit
+from tp_importance.methods.resconv import ResConv2d
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -332,7 +333,7 @@ def main() -> None:
     for name, prune in tqdm(entries.items(), desc="pruning"):
         model = copy.deepcopy(dense)
         prune(model)
-        converted = any(isinstance(module, tp_importance.ResConv2d) for module in model.modules())
+        converted = any(isinstance(module, ResConv2d) for module in model.modules())
         if name not in refitted and not converted:  # which has batch norms of its own, and has seen to them
             tp_importance.recalibrate_batchnorm(model, calibration, reference=dense)
         one_shot = accuracy(model, test)

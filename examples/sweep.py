@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from quickstart import build, digits, train
 
-from tp_importance import Budget, ITPruner, plot_sweep, sweep_frame
+from tp_importance import Budget, ITPruner
+from tp_importance.pruning.sweep import plot_sweep, sweep_frame
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_importance import Budget, ResConv2d
-from tp_importance.methods.resconv import resconv_layers
+from tp_importance import Budget
+from tp_importance.methods.resconv import ResConv2d, resconv_layers
 
 from ._compat import import_nni
 

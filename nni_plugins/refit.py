@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tp_importance import PrunableGroups, Refit, RefitReport, prunable_groups, refit_consumers
+from tp_importance import Refit, prunable_groups
 from tp_importance.core.forward import ForwardFn
-from tp_importance.graph.groups import ChannelGroup
+from tp_importance.graph.groups import ChannelGroup, PrunableGroups
 from tp_importance.graph.host_groups import build_groups
 from tp_importance.refitted_step import Removal
+from tp_importance.refitting.refit import refit_consumers
+from tp_importance.refitting.report import RefitReport
 from tp_importance.statistics.labels import LabelFn
 
 from .surgery.masks import checked_masks
@@ -53,7 +55,7 @@ def refit_masks(
         progress: show a progress bar.
 
     Returns:
-        The :class:`tp_importance.RefitReport`.
+        The :class:`tp_importance.refitting.report.RefitReport`.
 
     Raises:
         RuntimeError: if the model is still wrapped.

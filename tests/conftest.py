@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture
 def one_thread():
     """On networks this small a second thread only waits, for long if the cores are busy."""
-    from nni_contract import threads  # needs NNI, as everybody who asks for one thread
+    from nni_plugins.testing import threads
 
     with threads(1):
         yield

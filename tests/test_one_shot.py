@@ -6,37 +6,34 @@ import torch_pruning as tp
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from networks import class_loader, make_network
+from helpers.states import state, weights
 from tp_importance import (
     Budget,
     BudgetError,
     BudgetPruner,
     CATROImportance,
     ITPruner,
-    LagrangeAllocator,
     OBSPruner,
     Refit,
     ResConvPruner,
-    TracingError,
     convert_to_resconv,
     count_ops,
-    observe,
     prunable_groups,
     prune,
     recalibrate_batchnorm,
-    refit_consumers,
 )
+from tp_importance.allocation.lagrange import LagrangeAllocator
 from tp_importance.allocation.registry import ALLOCATORS
 from tp_importance.automl import METHODS, RandomImportance, prune_trial, register_method
+from tp_importance.errors import TracingError
 from tp_importance.pruning import registry
+from tp_importance.refitting.refit import refit_consumers
+from tp_importance.statistics.observe import observe
+from tp_importance.testing import class_loader, make_network
 
 HALF = Budget(macs=0.5)
 NAMES = [name for name, method in METHODS.items() if method.make is not None]
 """Criteria that prune() and searches know."""
-
-
-def state(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("method", [*NAMES, CATROImportance(space="channel"), tp.importance.LAMPImportance()])
@@ -283,10 +280,6 @@ def test_compiled_networks_are_refused_by_everybody(compiled, remedy):
 
 
 # -- names
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_old_and_new_names_mean_the_same():

@@ -3,14 +3,14 @@
 The way is one-directional: loader → statistics → loss curves → widths under the budget → surgery → report; each has a
 folder: :mod:`.statistics`, :mod:`.allocation`, :mod:`.graph`, :mod:`.pruning`. Methods are in :mod:`.methods`.
 
-Here is what a user types. What an extension needs stays in its folder (docs/extending.md).
+Here is what a user types. What an extension needs stays in its folder (docs/methods/adding-a-method.md).
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .budget import Budget, Cost
+from .budget import Budget
 from .checkpoints.checkpoint import load_pruned, save_pruned
-from .errors import BudgetError, NotCollectedError, StaleStatisticsError, TracingError
+from .errors import BudgetError
 from .graph.counting import count_ops
 from .graph.discovery import prunable_groups
 from .graph.layer_pruners import channel_pruners
@@ -24,11 +24,8 @@ from .methods.resconv import ResConvImportance, ResConvPruner, convert_to_rescon
 from .one_shot import prune
 from .pruning.gradient_importance import GradientImportance
 from .pruning.importance import StatisticalImportance
-from .pruning.plan import Plan
 from .pruning.pruner import BudgetPruner
 from .pruning.registry import register_method
-from .pruning.report import PruningReport
-from .pruning.sweep import plot_sweep, sweep_frame
 from .recovery.distillation import Distiller
 from .recovery.subtask import slice_classifier
 from .refitted_step import refitted_step
@@ -46,26 +43,20 @@ __all__ = [
     "BudgetPruner",
     "CATROImportance",
     "CATROPruner",
-    "Cost",
     "Distiller",
     "GradientImportance",
     "ITPruner",
     "ITPrunerImportance",
     "LatencyTable",
-    "NotCollectedError",
     "OBSImportance",
     "OBSPruner",
     "PSAPImportance",
     "PSAPPruner",
     "PSAPSchedule",
-    "Plan",
-    "PruningReport",
     "Refit",
     "ResConvImportance",
     "ResConvPruner",
-    "StaleStatisticsError",
     "StatisticalImportance",
-    "TracingError",
     "__version__",
     "channel_pruners",
     "convert_to_resconv",
@@ -73,7 +64,6 @@ __all__ = [
     "fuse",
     "load_pruned",
     "measure_latency",
-    "plot_sweep",
     "prunable_groups",
     "prune",
     "recalibrate_batchnorm",
@@ -81,25 +71,4 @@ __all__ = [
     "register_method",
     "save_pruned",
     "slice_classifier",
-    "sweep_frame",
 ]
-
-# TEMPORARY until the tests import these from their folders
-from .allocation.curves import Curve, curve_from_scores, value_curves  # noqa: E402
-from .allocation.greedy import greedy, greedy_path  # noqa: E402
-from .allocation.lagrange import LagrangeAllocator, lagrange  # noqa: E402
-from .allocation.program import ProgramAllocator  # noqa: E402
-from .allocation.proportional import uniform  # noqa: E402
-from .allocation.registry import ALLOCATORS  # noqa: E402
-from .allocation.space import WidthSpace  # noqa: E402
-from .graph.cost import CostModel  # noqa: E402
-from .graph.groups import ChannelGroup, Excluded, PrunableGroups  # noqa: E402
-from .latency.measure import Latency  # noqa: E402
-from .latency.model import LatencyModel  # noqa: E402
-from .methods.psap import PSAPHistory  # noqa: E402
-from .methods.resconv import LayerPlan, LayerReport, ResConv2d, remove_layers  # noqa: E402
-from .one_shot import OneShot  # noqa: E402
-from .recovery.distillation import distillation_loss  # noqa: E402
-from .refitting.refit import refit_consumers  # noqa: E402
-from .refitting.report import RefitReport  # noqa: E402
-from .statistics.observe import Observed, Watch, observe  # noqa: E402

@@ -64,7 +64,8 @@ class Budget:
     and ``1`` keeps one multiply-accumulate. NumPy scalars count as the Python numbers they stand for.
 
     Latency is measured, not counted, so it is noisy: pruners of channels predict it from layer times measured on this
-    machine (:class:`~tp_importance.LatencyModel`) and keep the prediction within the limit, pruners of layers measure.
+    machine (:class:`~tp_importance.latency.model.LatencyModel`) and keep the prediction within the limit, pruners of
+    layers measure.
 
     Attributes:
         macs: limit for :attr:`Cost.macs`.

@@ -21,13 +21,14 @@ from benchmarks.experiment import FOLLOWED, Experiment, Run
 from benchmarks.networks import TRAINED
 from benchmarks.tables import Rows, chosen, distinct, markdown, pivot
 from benchmarks.tasks import Task
-from tp_importance import Budget, CATROImportance, CostModel, ITPrunerImportance, count_ops, recalibrate_batchnorm
+from tp_importance import Budget, CATROImportance, ITPrunerImportance, count_ops, recalibrate_batchnorm
 from tp_importance.allocation.curves import Curve, Curves
 from tp_importance.allocation.limits import Limits
 from tp_importance.allocation.registry import find_allocator
 from tp_importance.allocation.space import WidthSpace
 from tp_importance.allocation.walk import fill_up
 from tp_importance.core.types import Ints
+from tp_importance.graph.cost import CostModel
 from tp_importance.graph.surgery import remove_units
 from tp_importance.methods.itpruner.official import official_fractions, official_importances
 from tp_importance.methods.itpruner.official_networks import resnet_cifar

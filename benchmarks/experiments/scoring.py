@@ -24,7 +24,8 @@ from torch import nn
 from benchmarks.experiment import Experiment, Run
 from benchmarks.tables import Rows, listing, markdown
 from benchmarks.timing import BATCH, Images, bare, in_turns, network, peak_mb, ratios, seconds, subject
-from tp_importance import Budget, BudgetPruner, CATROImportance, OBSImportance, PrunableGroups, Refit, prunable_groups
+from tp_importance import Budget, BudgetPruner, CATROImportance, OBSImportance, Refit, prunable_groups
+from tp_importance.graph.groups import PrunableGroups
 from tp_importance.pruning.gradient_importance import GradientImportance
 
 CATRO: dict[str, dict[str, Any]] = {

@@ -24,13 +24,16 @@ from benchmarks.cells import ROOT
 from benchmarks.data import load_module
 from benchmarks.experiment import Experiment, Run
 from benchmarks.tables import Rows, listing
-from tp_importance import ALLOCATORS, Budget, BudgetPruner, CostModel, PrunableGroups, count_ops, prunable_groups
+from tp_importance import Budget, BudgetPruner, count_ops, prunable_groups
 from tp_importance.allocation.curves import curve_from_scores
+from tp_importance.allocation.registry import ALLOCATORS
 from tp_importance.allocation.space import WidthSpace
+from tp_importance.graph.cost import CostModel
+from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
 
-networks = load_module(ROOT / "tests" / "networks.py")
+networks = load_module(ROOT / "tests" / "helpers" / "networks.py")
 Build = Callable[[], nn.Module]
 LARGER: dict[str, Build] = {
     "densenet121": models.densenet121,

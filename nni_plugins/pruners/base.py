@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tp_importance import Budget, Plan
+from tp_importance import Budget
 from tp_importance.allocation.limits import require_reachable
 from tp_importance.core.options import hand_on, split_options
 from tp_importance.core.processes import levels_up, warned_once
 from tp_importance.graph.cost import LATENCY
 from tp_importance.graph.groups import Verifier
+from tp_importance.pruning.plan import Plan
 from tp_importance.pruning.target import PruningTarget
 
 from .._compat import import_nni

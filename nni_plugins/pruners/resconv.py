@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_importance import Budget, ResConv2d
+from tp_importance import Budget
 from tp_importance import ResConvPruner as LayerPruner
 from tp_importance.core.guards import transaction
 from tp_importance.core.processes import warned_once
 from tp_importance.core.progress import Phase, phase
-from tp_importance.methods.resconv import LayerImportance, LayerPlan, resconv_layers
+from tp_importance.methods.resconv import LayerImportance, LayerPlan, ResConv2d, resconv_layers
 
 from .._compat import import_nni
 from ..config import Config, Masks, chosen_convolutions, require_chosen

@@ -23,15 +23,16 @@ def remove_masked_layers(
 ) -> nn.Module:
     r"""Remove every residual convolution whose mask of s is 0, and fuse the others; in place.
 
-    The masked layer hands on :math:`a x`; :func:`tp_importance.remove_layers` folds a into its neighbours.
+    The masked layer hands on :math:`a x`; :func:`tp_importance.methods.resconv.remove_layers` folds a into its
+    neighbours.
 
     Args:
-        model: a network with :class:`~tp_importance.ResConv2d` layers, not wrapped.
+        model: a network with :class:`~tp_importance.methods.resconv.ResConv2d` layers, not wrapped.
         example_inputs: as for :func:`nni_plugins.speedup`.
         masks: ``{layer: {"s": mask of shape (1,)}}``; masks of other parameters must be all 1.
 
     Returns:
-        ``model`` itself, without :class:`~tp_importance.ResConv2d`.
+        ``model`` itself, without :class:`~tp_importance.methods.resconv.ResConv2d`.
 
     Raises:
         TypeError: if a mask is none.

@@ -68,7 +68,8 @@ def count_hint(field: str, limit: float, dense: float) -> str:
         dense: present cost.
 
     Example:
-        >>> from tp_importance import Budget, Cost
+        >>> from tp_importance import Budget
+        >>> from tp_importance.budget import Cost
         >>> limits = Budget(macs=50).marked_limits(Cost(macs=10**6, params=10**3))
         >>> count_hint("macs", limits["macs"], 10**6)
         '. A limit of 50 is 50 macs in all; for 50 % of them give Budget(macs=0.5)'

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Allocator = Callable[[Curves, CostModel, WidthSpace, Limits], Ints]
-"""Any function with the arguments of :func:`~tp_importance.greedy`."""
+"""Any function with the arguments of :func:`~tp_importance.allocation.greedy.greedy`."""
 
 _ALLOCATORS: dict[str, Allocator] = {"greedy": greedy, "uniform": uniform, "program": program, "lagrange": lagrange}
 

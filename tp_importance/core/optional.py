@@ -9,7 +9,14 @@ from ..errors import MissingPackageError
 
 __all__ = ["optional_import"]
 
-_EXTRAS = {"pandas": "report", "matplotlib": "report", "optuna": "automl", "cmaes": "automl", "ray": "automl"}
+_EXTRAS = {
+    "pandas": "report",
+    "matplotlib": "report",
+    "optuna": "automl",
+    "cmaes": "automl",
+    "ray": "automl",
+    "pytest": "testing",
+}
 
 
 def optional_import(module: str) -> Any:

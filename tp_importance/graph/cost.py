@@ -24,7 +24,7 @@ PREDICTED_TOLERANCE = 1e-9
 
 
 class Timed(Protocol):
-    """What predicts a latency that never falls when a width grows, see :class:`~tp_importance.LatencyModel`."""
+    """What predicts a latency that never falls when a width grows: a latency model, say."""
 
     def predict(self, units: ArrayLike) -> float:
         """Milliseconds for units of shape (G,)."""

@@ -40,7 +40,7 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False)
 class CostTerms:
-    """Coefficients of the cost as a quadratic form of the units of G groups, see :class:`~tp_importance.CostModel`.
+    """Coefficients of the cost, a quadratic form of the units of G groups, see :mod:`tp_importance.graph.cost`.
 
     Attributes:
         constant: shape (F,) for the fields :data:`COST_FIELDS`.

@@ -257,7 +257,7 @@ class BudgetPruner:
             budget: default: the pruner's.
 
         Returns:
-            The :class:`~tp_importance.Plan`.
+            The :class:`~tp_importance.pruning.plan.Plan`.
 
         Raises:
             BudgetError: if the budget cannot be reached; names the least reachable cost. Also if the network itself is
@@ -282,7 +282,7 @@ class BudgetPruner:
         return [self.plan(b if isinstance(b, Budget) else Budget(macs=float(b))) for b in budgets]
 
     def plan_of(self, removed: Mapping[str, Sequence[int]]) -> Plan:
-        """The :class:`~tp_importance.Plan` that removes given units, at whatever cost."""
+        """The :class:`~tp_importance.pruning.plan.Plan` that removes given units, at whatever cost."""
         return self.target.plan(removed, constant=self._constant())
 
     def _constant(self) -> dict[str, list[int]]:
@@ -306,7 +306,7 @@ class BudgetPruner:
                 keeps a copy of it.
 
         Returns:
-            The :class:`~tp_importance.PruningReport`.
+            The :class:`~tp_importance.pruning.report.PruningReport`.
 
         Raises:
             BudgetError: if the budget cannot be reached.
@@ -328,7 +328,7 @@ class BudgetPruner:
             refit: as for :meth:`step`.
 
         Returns:
-            The :class:`~tp_importance.PruningReport`.
+            The :class:`~tp_importance.pruning.report.PruningReport`.
 
         Raises:
             RuntimeError: if the pruned network does not cost what was planned.

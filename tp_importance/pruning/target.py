@@ -178,7 +178,7 @@ class PruningTarget:
         constant: Mapping[str, Sequence[int]] | None = None,
         certificate: Mapping[str, float] | None = None,
     ) -> Plan:
-        """The :class:`~tp_importance.Plan` that removes given units, at whatever cost.
+        """The :class:`~tp_importance.pruning.plan.Plan` that removes given units, at whatever cost.
 
         Args:
             removed: units per group name.
@@ -249,7 +249,7 @@ class PruningTarget:
             criterion: who chose the units, for the report.
 
         Returns:
-            The :class:`~tp_importance.PruningReport`.
+            The :class:`~tp_importance.pruning.report.PruningReport`.
 
         Raises:
             RuntimeError: if the pruned network does not cost what was planned.

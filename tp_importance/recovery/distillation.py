@@ -31,7 +31,7 @@ class Distiller:
     Args:
         teacher: the dense network; copied.
         temperature: softens both distributions, see
-            :func:`~tp_importance.distillation_loss`.
+            :func:`~tp_importance.maths.distillation.distillation_loss`.
         weight: the teacher's share of the loss where there are labels.
         classes: classes that the student kept, if not all.
         features: names of layers whose outputs the student is to reproduce as well, inside :meth:`watching`. Pruning
@@ -128,7 +128,7 @@ class Distiller:
         Args:
             student_output: logits of the student on ``inputs``, shape (N, K) or (N, K, ...).
             inputs: what the student was called with.
-            labels: see :func:`~tp_importance.distillation_loss`; ``None``: the teacher alone.
+            labels: see :func:`~tp_importance.maths.distillation.distillation_loss`; ``None``: the teacher alone.
 
         Returns:
             Scalar.

@@ -180,7 +180,7 @@ class PSAPPruner:
                 ``at_once``; what was masked while the network trained needs none, and averages get none.
 
         Returns:
-            The :class:`~tp_importance.PruningReport`.
+            The :class:`~tp_importance.pruning.report.PruningReport`.
 
         Raises:
             RuntimeError: before :meth:`start`, before the schedule is through, or a second time.

@@ -91,7 +91,7 @@ class SoftMasks:
         return {name: np.flatnonzero(mask).tolist() for name, mask in self.masked.items()}
 
     def require_unchanged(self) -> None:
-        """Raise :class:`~tp_importance.StaleStatisticsError` if the layers are not those the groups were built from."""
+        """Raise ``StaleStatisticsError`` if the layers are not those the groups were built from."""
         self._weights.require_unchanged()
 
     # -- one prune step

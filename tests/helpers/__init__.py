@@ -1,0 +1,1 @@
+"""What several tests need; imported as ``from helpers.networks import ...``."""

@@ -1,0 +1,91 @@
+"""Networks traced once, and what the contracts ask of them and of Torch-Pruning."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.discovery import prunable_groups
+from ..graph.groups import PrunableGroups
+from ..graph.host_groups import build_groups
+from ..graph.tracing import trace
+from .networks import make_network
+
+__all__ = ["SEVERAL", "Case", "host_group", "known_unsafe", "permuted", "topology"]
+
+SEVERAL = ("residual", "concat", "grouped", "split", "flatten", "padded_shortcut", "transformer_mlp")
+"""Networks that between them couple channels in every way the others do."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its inputs and its verified groups; shared between tests, so never to be changed: take a copy."""
+
+    model: nn.Module
+    x: Tensor
+    groups: PrunableGroups
+
+    def copy(self) -> Case:
+        """The same with a network of its own, which may be pruned; nothing is verified again."""
+        model = copy.deepcopy(self.model)
+        fresh = build_groups(trace(model, self.x))
+        return Case(model, self.x, fresh.exclude({n: "" for n in fresh.names if n not in self.groups.names}))
+
+
+@cache
+def topology(name: str) -> Case:
+    """A network of :data:`.networks.TOPOLOGIES`; the same object whenever it is asked for."""
+    model, x = make_network(name)
+    return Case(model, x, prunable_groups(model, x))
+
+
+def known_unsafe(name: str, groups: PrunableGroups) -> dict[str, str]:
+    """Which of these groups of a network the verification refuses, and why; without running it once more."""
+    return {e.name: e.reason for e in topology(name).groups.excluded if e.name in groups.names}
+
+
+def permuted(case: Case, name: str, order: Tensor) -> nn.Module:
+    """A copy of a network with the units of one group in another order; it computes the same.
+
+    Args:
+        case: the network and its groups.
+        name: of the group.
+        order: shape (units,); unit u of the copy is what unit ``order[u]`` was.
+    """
+    model = copy.deepcopy(case.model)
+    for member in case.groups[name].members:
+        module = model.get_submodule(member.name)
+        source = torch.arange(member.width)
+        for unit in range(case.groups[name].n_units):
+            source[member.positions([unit])] = torch.from_numpy(member.positions([int(order[unit])]))
+        depthwise = getattr(module, "groups", 1) > 1
+        if depthwise and member.role == "in":
+            continue  # one dimension, already moved
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.dim() == 0:
+                continue
+            is_in = member.role == "in" and tensor.dim() > 1
+            if member.role == "in" and tensor.dim() == 1 and member.kind == "consumer":
+                continue  # the consumer's bias belongs to its outputs
+            dim = int(is_in) if not getattr(module, "transposed", False) or tensor.dim() == 1 else int(not is_in)
+            moved = tensor.detach().index_select(dim, source)
+            with torch.no_grad():
+                getattr(module, key).copy_(moved)
+    return model
+
+
+def host_group(graph: Any, module: nn.Module, role: str = "out") -> Any:
+    """The ``tp.Group`` that removes all channels of a layer, at its outputs or its inputs ("in")."""
+    pruner = graph.get_pruner_of_module(module)
+    out = role == "out"
+    fn, width = (
+        (pruner.prune_out_channels, graph.get_out_channels(module))
+        if out
+        else (pruner.prune_in_channels, graph.get_in_channels(module))
+    )
+    return graph.get_pruning_group(module, fn, list(range(width)))
