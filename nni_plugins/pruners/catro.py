@@ -11,12 +11,7 @@ class CATROPruner(MethodPruner):
     """Class-aware channel pruning (CATRO, arXiv 2110.10921) with NNI's masks, schedules and speedup.
 
     Args:
-        model: the network.
-        config_list: which layers, and ``sparse_ratio``; with ``budget`` it only selects layers.
-        evaluator: NNI evaluator, for fusion and schedules.
-        existed_wrappers: NNI's own.
         loader: re-iterable of labelled batches; a few hundred samples suffice.
-        budget: what the pruned network may cost.
 
     Example:
         >>> import torch

@@ -13,12 +13,7 @@ class ITPruner(MethodPruner):
     With ``budget`` the program decides the widths; with ratios only the importance inside the groups counts.
 
     Args:
-        model: the network.
-        config_list: which layers, and ``sparse_ratio``; with ``budget`` it only selects layers.
-        evaluator: NNI evaluator, for fusion and schedules.
-        existed_wrappers: NNI's own.
         loader: re-iterable of batches; labels are needed if ``importance`` needs them.
-        budget: what the pruned network may cost.
 
     Example:
         >>> import torch

@@ -11,12 +11,7 @@ class OBSPruner(MethodPruner):
     """Channels by the loss a refit of their consumers leaves, with NNI's masks, schedules and speedup.
 
     Args:
-        model: the network.
-        config_list: which layers, and ``sparse_ratio``; with ``budget`` it only selects layers.
-        evaluator: NNI evaluator, for fusion and schedules.
-        existed_wrappers: NNI's own.
         loader: re-iterable of batches; a few hundred samples suffice.
-        budget: what the pruned network may cost.
 
     Example:
         >>> import torch

@@ -118,8 +118,8 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
-@pytest.mark.parametrize("like", [None, 7, 1.0, "dense", [1], {"heads": [4]}], ids=repr)
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("like", [None, 7, 1.0, "dense", [1], {"heads": [4]}])
 def test_plain_values_of_the_file_replace_those_of_the_factory(path, value, like):
     assert exact(loaded(value, like, path), value)
 
@@ -155,7 +155,7 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize(("value", "like"), CHANGED, ids=repr)
+@pytest.mark.parametrize(("value", "like"), CHANGED)
 def test_configurations_come_back_as_what_they_were(path, value, like):
     found = loaded(value, like, path)
     assert exact(found, value)
@@ -240,7 +240,6 @@ def relu_net(function):
 @pytest.mark.parametrize(
     "value",
     [torch.relu, nn.ReLU, len, torch.ones(2), np.ones(2), [torch.ones(1)], object(), lambda x: x, 1j, b"x", [len]],
-    ids=repr,
 )
 def test_other_values_come_from_the_factory_without_a_word_if_they_are_of_a_kind(path, value):
     assert loaded(value, value, path) is value

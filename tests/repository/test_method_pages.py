@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch_pruning as tp
 
 from helpers.paths import ROOT
 from repository.test_documentation import (
@@ -117,3 +118,14 @@ def test_inline_formulas_survive_markdown(page):
 def test_index_links_every_page():
     links = set(re.findall(r"\]\((\w[\w-]*)\.md", PAGES["index"]))
     assert links >= set(PAGES) - {"index"}
+
+
+def test_the_worked_example_computes_lamp():
+    given = {}
+    blocks("adding-a-method")[0].run(given)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.Conv2d(6, 2, 3))
+    graph = tp.DependencyGraph().build_dependency(network, torch.randn(1, 3, 8, 8))
+    group = graph.get_pruning_group(network[0], tp.prune_conv_out_channels, list(range(6)))
+    norms = tp.importance.MagnitudeImportance(p=2)(group).square().tolist()
+    expected = [a / sum(b for b in norms if b >= a) for a in norms]
+    torch.testing.assert_close(given["LAMPImportance"](p=2)(group), torch.tensor(expected))

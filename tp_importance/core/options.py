@@ -21,6 +21,8 @@ def parameters_of(source: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def hand_on(target: Any, *sources: Callable[..., Any], leave: Iterable[str] = ()) -> Any:
     """Write out the ``**options`` of ``target``: they become keywords in its signature and arguments in its docstring.
 
+    Arguments that the docstring of ``target`` leaves out are described as the sources do.
+
     Args:
         target: a class or a function that takes ``**options`` and gives them to the sources.
         *sources: who gets them; the first that has a parameter says what it is.
@@ -58,7 +60,10 @@ def hand_on(target: Any, *sources: Callable[..., Any], leave: Iterable[str] = ()
     target.__signature__ = inspect.Signature([*fixed, *added.values()])
     if target.__doc__:
         known = {name: text for source in reversed(sources) for name, text in described_options(source).items()}
-        target.__doc__ = _with_options(target.__doc__, {n: known[n] for n in added if n in known})
+        known |= _described(target.__doc__)
+        target.__doc__ = _with_arguments(
+            target.__doc__, {n: known[n] for n in target.__signature__.parameters if n in known}
+        )
     return target
 
 
@@ -101,40 +106,38 @@ def _called(target: Any) -> Any:
 
 def described_options(source: Callable[..., Any]) -> dict[str, str]:
     """Texts of the ``Args:`` section of a docstring by parameter, lines after the first without indentation."""
+    return _described(inspect.getdoc(source) or "")
+
+
+def _described(doc: str) -> dict[str, str]:
     found: dict[str, list[str]] = {}
-    name = ""
-    for line in _section(inspect.getdoc(source) or ""):
-        start = re.match(r"    \*{0,2}(\w+): (.*)", line)
-        if start:
-            name = start[1]
-            found[name] = [start[2]]
+    name, lines = "", inspect.cleandoc(doc).splitlines()
+    start, stop = _arguments(lines)
+    for line in lines[start:stop]:
+        entry = re.match(r"    \*{0,2}(\w+): (.*)", line)
+        if entry:
+            name = entry[1]
+            found[name] = [entry[2]]
         elif name and line.strip():
             found[name].append(line.strip())
-    return {key: "\n".join(lines) for key, lines in found.items()}
+    return {key: "\n".join(texts) for key, texts in found.items()}
 
 
-def _section(doc: str) -> list[str]:
-    """Lines of ``Args:``."""
-    lines = doc.splitlines()
-    if "Args:" not in lines:
-        return []
-    start = lines.index("Args:") + 1
-    stop = next((i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith(" ")), len(lines))
-    return lines[start:stop]
+def _arguments(lines: list[str]) -> tuple[int, int]:
+    """Where the section ``Args:`` is, or has to be put: before the first other section."""
+    start = lines.index("Args:") if "Args:" in lines else None
+    later = [
+        i for i, line in enumerate(lines) if re.fullmatch(r"[A-Z]\w+:", line) and i > (-1 if start is None else start)
+    ]
+    stop = later[0] if later else len(lines)
+    return (stop, stop) if start is None else (start, stop)
 
 
-def _with_options(doc: str, texts: Mapping[str, str]) -> str:
-    """The docstring with more arguments, in place of what it says of ``**options``."""
+def _with_arguments(doc: str, texts: Mapping[str, str]) -> str:
+    """The docstring with another section ``Args:``."""
     lines = inspect.cleandoc(doc).splitlines()
-    new = [f"    {name}: " + text.replace("\n", "\n        ") for name, text in texts.items()]
-    if "Args:" not in lines:
-        return "\n".join([*lines, "", "Args:", *new])
-    section, start = _section("\n".join(lines)), lines.index("Args:") + 1
-    kept, skipping = [], False
-    for line in section:
-        if re.match(r"    \S", line):
-            skipping = line.startswith("    **")
-        if line.strip() and not skipping:
-            kept.append(line)
-    rest = lines[start + len(section) :]
-    return "\n".join([*lines[:start], *kept, *new, *([""] if rest else []), *rest])
+    start, stop = _arguments(lines)
+    before, after = lines[:start], lines[stop:]
+    section = ["Args:", *(f"    {name}: " + text.replace("\n", "\n        ") for name, text in texts.items())]
+    parts = ["\n".join(before).rstrip(), "\n".join(section), "\n".join(after)]
+    return "\n\n".join(part for part in parts if part)

@@ -100,8 +100,18 @@ def test_plan_touches_nothing():
     assert pruner.plan() == first and pruner.plan(Budget(macs=0.5)).cost.macs < first.cost.macs
     snapshot.check()
     assert torch.equal(torch.get_rng_state(), rng)
-    with pytest.raises(RuntimeError, match="call step"):
-        pruner.report()
+    assert not pruner.history
+
+
+def test_a_plan_is_applied_once_and_to_its_own_network():
+    pruner, twin = fresh(loader=LOADER), fresh(loader=LOADER)
+    plan = pruner.plan()
+    report = pruner.apply(plan, fuse=False, refit="batchnorm")
+    assert report == twin.step(fuse=False, refit="batchnorm") and report.removed == plan.removed
+    snapshot = Snapshot(pruner.model)
+    with pytest.raises(ValueError, match=f"another network: layer {plan.removed[0]} is not in both"):
+        pruner.apply(plan)
+    snapshot.check()
 
 
 def test_blocks_built_by_hand():
@@ -218,7 +228,7 @@ def test_steps_with_training_between():
     model.eval()
     y, second = model(X32), pruner.step(Budget(macs=0.6), fuse=False)
     assert {r.name for r in second.rows} == {r.name for r in first.rows if not r.removed}
-    assert pruner.history == [first, second] and pruner.report() is second and second.dense == first.dense
+    assert pruner.history == [first, second] and second.dense == first.dense
     y = model(X32)
     fuse(model)
     torch.testing.assert_close(model(X32), y)

@@ -12,10 +12,7 @@ class CATROPruner(MethodPruner):
     Works in place; see :class:`~tp_importance.BudgetPruner` for ``plan``, ``step`` and what all pruners share.
 
     Args:
-        model: the network, changed by :meth:`step` only.
-        example_inputs: tensor, tuple or dict, batch dimension first.
         loader: re-iterable of labelled batches; a few hundred samples suffice.
-        budget: what the network may cost.
 
     Example:
         >>> import torch

@@ -14,11 +14,8 @@ class ITPruner(MethodPruner):
     :class:`~tp_importance.allocation.program.ProgramAllocator`; ``sweep([0.8, 0.5])`` solves for many budgets.
 
     Args:
-        model: the network, changed by :meth:`step` only.
-        example_inputs: tensor, tuple or dict, batch dimension first.
         loader: re-iterable of batches; one of 100 images is what the paper takes. A last batch of fewer images than
             the estimator needs (2, unbiased 4) is taken together with the one before it.
-        budget: what the network may cost.
 
     Example:
         >>> import torch

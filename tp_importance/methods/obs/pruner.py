@@ -12,11 +12,8 @@ class OBSPruner(MethodPruner):
     Works in place; see :class:`~tp_importance.BudgetPruner` for ``plan``, ``step`` and what all pruners share.
 
     Args:
-        model: the network, changed by :meth:`step` only.
-        example_inputs: tensor, tuple or dict, batch dimension first.
         loader: re-iterable of batches; a few hundred samples suffice, and labels are needed with ``classes`` or another
             ``class_weight`` only.
-        budget: what the network may cost.
 
     Example:
         >>> import torch

@@ -22,6 +22,7 @@ from ...pruning.report import PruningReport
 from ...pruning.target import PruningTarget
 from ...refitting.settings import Refit
 from ...statistics.labels import LabelFn
+from ...statistics.running_statistics import running_statistics
 from .history import PSAPHistory
 from .schedule import PSAPSchedule
 from .soft_masks import Ratios
@@ -202,7 +203,9 @@ class PSAPPruner:
         removed = self._soft.removed
         before = named_tensors(self.model)
         self.target.example_inputs = to_model(self.model, self.target.example_inputs)  # it may have moved
-        paused, step = self._soft.paused(), self.target.surgery(self.model.parameters() if refit else ())
+        settings = Refit.of(refit)
+        solves, follows = settings is not None and settings.solves, settings is not None and settings.follows
+        paused, step = self._soft.paused(), self.target.surgery(self.model.parameters() if solves else ())
         with shown(self._progress), paused, torch.inference_mode(False), step, replacing(self.model):
             survivors = Survivors.of(self.groups, removed, self.target.example_inputs)
             for each in averages:
@@ -210,11 +213,11 @@ class PSAPPruner:
             report = self.target.apply(
                 self.target.plan(removed, self._soft.limits),
                 self.loader,
-                refit=refit,
+                refit=settings,
                 label_fn=self._label_fn,
                 criterion="PSAP",
             )
-            survivors.settle(before, self.model)
+            survivors.settle(before, self.model, moved=running_statistics(self.model) if follows else ())
             step.commit()
             for optimizer in self._soft.optimizers:
                 survivors.remap_optimizer(optimizer, before, self.model)

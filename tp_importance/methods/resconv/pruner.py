@@ -178,11 +178,10 @@ class ResConvPruner(LayerPlanner):
         proximal_step(self._require_layers(), optimizer, self.reg)
 
     @warned_once()
-    @torch.inference_mode(False)  # what is made there could take no gradient
     def step(
         self, budget: Budget | None = None, *, fuse: bool = True, refit: Refit | str | bool | None = None
     ) -> LayerReport:
-        """Remove layers, fold what they hand on into their neighbours, and fuse the others; in place.
+        """Remove layers until the budget is met: :meth:`plan`, then :meth:`apply`.
 
         Works in eval mode whatever the mode of the model, and restores it. Build the optimizer anew afterwards.
 
@@ -206,12 +205,30 @@ class ResConvPruner(LayerPlanner):
             UserWarning: if nothing needs to be removed, or (without data) a removed layer with a = 0 becomes the
                 identity.
         """
-        settings = Refit.of(refit)
-        if settings is not None and settings.solves:
-            raise ValueError(f"refit={settings.mode!r} is for channels; after layers went give refit='batchnorm'")
-        if settings is not None and self.loader is None:
-            raise ValueError("refit='batchnorm' needs data: pass loader= to the pruner")
-        plan, run = self.plan(budget), self._forward_fn
+        settings = self._checked(refit)
+        return self.apply(self.plan(budget), fuse=fuse, refit=settings)
+
+    @warned_once()
+    @torch.inference_mode(False)  # what is made there could take no gradient
+    def apply(self, plan: LayerPlan, *, fuse: bool = True, refit: Refit | str | bool | None = None) -> LayerReport:
+        """Remove the layers of a plan, fold what they hand on into their neighbours, and fuse the others; in place.
+
+        Args:
+            plan: of this pruner, made for the model as it is now.
+            fuse: as for :meth:`step`.
+            refit: as for :meth:`step`.
+
+        Returns:
+            :class:`~tp_importance.methods.resconv.LayerReport`.
+
+        Raises:
+            RuntimeError: as :meth:`step`.
+            ValueError: as :meth:`step`, and for a plan of other layers than there are.
+        """
+        settings, run = self._checked(refit), self._forward_fn
+        unknown = sorted(set(plan.losses).symmetric_difference(self._require_layers()))
+        if unknown:
+            raise ValueError(f"the plan is of another network: layer {unknown[0]} is not in both; call plan() again")
         rows = self._rows(plan)
         modes = {n: m.training for n, m in self.model.named_modules(remove_duplicate=False)}
         if not plan.removed:
@@ -264,6 +281,14 @@ class ResConvPruner(LayerPlanner):
             other = set(state["layers"]).symmetric_difference(self.layers)
             raise ValueError(f"the state is of another network: layers {sorted(other)[:3]} are not in both")
         self.dense, self._dense_ms = Cost(**state["dense"]), state["dense_ms"]
+
+    def _checked(self, refit: Refit | str | bool | None) -> Refit | None:
+        settings = Refit.of(refit)
+        if settings is not None and settings.solves:
+            raise ValueError(f"refit={settings.mode!r} is for channels; after layers went give refit='batchnorm'")
+        if settings is not None and self.loader is None:
+            raise ValueError("refit='batchnorm' needs data: pass loader= to the pruner")
+        return settings
 
     def _rows(self, plan: LayerPlan) -> list[LayerRow]:
         return [

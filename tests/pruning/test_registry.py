@@ -1,0 +1,141 @@
+"""One registration makes a method known in both hosts, in prune() and in searches."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch_pruning as tp
+
+from helpers.states import weights
+from tp_importance import (
+    Budget,
+    BudgetPruner,
+    CATROImportance,
+    GradientImportance,
+    OBSImportance,
+    prune,
+    register_method,
+)
+from tp_importance.allocation.curves import curve_from_scores
+from tp_importance.automl import prune_trial, search_space
+from tp_importance.pruning import registry
+from tp_importance.pruning.registry import METHODS, find_criterion, find_method
+from tp_importance.pruning.target import PruningTarget
+from tp_importance.testing import class_loader, make_network
+
+HALF = Budget(macs=0.5)
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "METHODS", registry._METHODS)
+
+
+class Last:
+    """Keeps the first channels of every group."""
+
+    default_allocator = "uniform"
+
+    def curves(self, groups):
+        return {g.name: curve_from_scores(np.arange(g.n_units)[::-1] + 1.0) for g in groups}
+
+
+def test_a_method_is_known_everywhere():
+    register_method("last", Last)
+    widths = []
+    for use in ("prune", "pruner", "search", "nni"):
+        model, x = make_network("plain")
+        first = model[0][0].weight.clone()
+        if use == "prune":
+            prune(model, x, class_loader(32), budget=HALF, method="last", refit=None)
+        elif use == "pruner":
+            BudgetPruner(model, x, importance="last", budget=HALF).step()
+        elif use == "search":
+            kept = []
+            options = {"example_inputs": x, "evaluate": lambda net: 0.0, "budget": HALF, "latency_seconds": None}
+            prune_trial(model, {"method": "last"}, keep=kept.append, **options)
+            model = kept[0]
+            assert [p.name for p in search_space(methods=["last"]).parameters] == ["method"]
+        else:
+            nni_plugins = pytest.importorskip("nni_plugins")
+            config = [{"op_types": ["Conv2d"]}]
+            host = nni_plugins.ImportancePruner(model, config, loader=class_loader(32), importance="last", budget=HALF)
+            _, masks = host.compress()
+            host.unwrap_model()
+            nni_plugins.speedup(model, x, masks)
+        kept = model[0][0]
+        torch.testing.assert_close(kept.weight, first[: kept.out_channels])
+        widths.append([m.out_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)])
+    assert len({tuple(w) for w in widths}) == 1 and widths[0][0] < 8
+
+
+def test_what_methods_need():
+    needs = {name: method.needs for name, method in METHODS.items()}
+    assert needs["obs"] == ("loader",) and needs["l1"] == () and needs["itpruner"] == ("loader",)
+    assert needs["catro"] == ("loader", "labels") and needs["psap_training"] == ("training",)
+    assert needs["psap"] == needs["taylor"] == ("loader", "labels", "gradients")
+
+
+def test_the_registry_is_strict():
+    with pytest.raises(ValueError, match="'obs' is registered already"):
+        register_method("obs", OBSImportance)
+    for name in ("", "a.b", "a:b"):
+        with pytest.raises(ValueError, match="cannot be the name"):
+            register_method(name, OBSImportance)
+    for neither_or_both in ({}, {"importance": OBSImportance, "prune": print}):
+        with pytest.raises(TypeError, match="give one of them"):
+            register_method("mine", **neither_or_both)
+    with pytest.raises(TypeError):
+        METHODS["x"] = METHODS["obs"]
+    with pytest.raises(ValueError, match=r"method='nope' is unknown; known: \[.*'obs'"):
+        find_criterion("nope")
+    with pytest.raises(ValueError, match="'psap_training' is no criterion for channels: use PSAPPruner"):
+        BudgetPruner(*make_network("plain"), importance="psap_training", budget=HALF)
+    assert find_method("resconv").make is None and find_method("catro").make is CATROImportance
+
+
+def test_criteria_that_read_gradients_are_given_them():
+    data, x = class_loader(32), make_network("plain")[1]
+    by_name, by_hand, host = (make_network("plain")[0] for _ in range(3))
+    report = prune(by_name, x, data, budget=HALF, method="taylor", refit=None).report
+    assert report.criterion == "TaylorImportance"
+    for images, labels in data:
+        torch.nn.functional.cross_entropy(by_hand.eval()(images), labels).backward()
+    BudgetPruner(by_hand, x, importance=tp.importance.TaylorImportance(), budget=HALF).step()
+    assert torch.equal(weights(by_name), weights(by_hand))
+    taylor = GradientImportance(tp.importance.TaylorImportance()).collect(host.eval(), x, data)
+    tp.pruner.BasePruner(host, x, taylor, pruning_ratio=0.5, ignored_layers=[host[3][2]]).step()
+    assert host[0][0].out_channels == 4 and all(p.grad is None for p in host.parameters())
+
+
+def test_gradients_are_collected_again_after_a_step():
+    model, x = make_network("plain")
+    pruner = BudgetPruner(model, x, class_loader(32), importance="taylor", budget=Budget(macs=0.7))
+    pruner.step()
+    assert pruner.step(Budget(macs=0.4)).cost.macs <= 0.4 * pruner.dense.macs
+
+
+def test_a_target_takes_anybodys_choice():
+    model, x = make_network("residual")
+    twin, target = copy.deepcopy(model), PruningTarget(model, x)
+    removed = {g.name: list(range(g.n_units // 4)) for g in target.groups}
+    plan = target.plan(removed, {"macs": target.dense.macs})
+    report = target.apply(plan, class_loader(32), refit="sequential", criterion="mine")
+    assert report.cost == plan.cost and report.criterion == "mine" and report.refit.mode == "sequential"
+    PruningTarget(twin, x).load_pruning_history(target.pruning_history())
+    assert [p.shape for p in twin.parameters()] == [p.shape for p in model.parameters()]
+    again = BudgetPruner.on(target, importance="l1", budget=Budget(macs=0.4)).step()
+    assert again.cost.macs <= 0.4 * target.dense.macs and again.before == report.cost
+
+
+def test_pruners_that_share_a_target_see_each_others_steps():
+    model, x = make_network("plain")
+    target = PruningTarget(model, x)
+    first = BudgetPruner.on(target, class_loader(32), importance="obs", budget=Budget(macs=0.7))
+    second = BudgetPruner.on(target, class_loader(32), importance="catro", budget=Budget(macs=0.5))
+    assert first.plan().widths and second.plan().widths  # both have collected
+    first.step()
+    report = second.step()  # on the smaller network: its statistics are collected anew
+    assert report.before.macs <= 0.7 * target.dense.macs and report.cost.macs <= 0.5 * target.dense.macs
