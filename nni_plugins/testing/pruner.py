@@ -10,7 +10,7 @@ __all__ = ["NNIPrunerContract"]
 
 
 class NNIPrunerContract(MaskTests, UntouchedTests, ScheduleTests):
-    """What a user of NNI expects of an :class:`.ImportancePruner`.
+    """What a user of NNI expects of an :class:`~nni_plugins.ImportancePruner`.
 
     Inherit in a test file, name the class, and pytest runs every test on it:
 

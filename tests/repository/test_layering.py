@@ -31,6 +31,7 @@ LAYERS = {
         ["surgery"],
         ["pruners", "refit"],
         ["search"],
+        ["testing"],
     ],
 }
 PACKAGES = list(LAYERS)

@@ -3,7 +3,7 @@
 from helpers.paths import ROOT
 
 TESTS = ROOT / "tests"
-OWN = {"helpers", "integration", "nni_plugins", "repository"}
+OWN = {"helpers", "benchmarks", "integration", "nni_plugins", "repository"}
 """Folders that mirror none of ``tp_importance``."""
 
 

@@ -18,7 +18,7 @@ __all__ = ["proportional", "uniform"]
 def uniform(curves: Curves, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
     """The largest common kept fraction that fits, widths rounded down, then filled by gain per cost.
 
-    Args and returns as :func:`greedy`.
+    Args and returns as :func:`~tp_importance.allocation.greedy.greedy`.
     """
     return proportional(curves, cost, space, limits, space.full)
 

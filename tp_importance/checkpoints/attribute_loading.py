@@ -52,7 +52,7 @@ class AttributeLoader:
         Args:
             name: of the module.
             module: the module.
-            entry: of the module in the file, as :func:`.check_content` wants it.
+            entry: of the module in the file, as :mod:`tp_importance.checkpoints.content` wants it.
 
         Raises:
             ValueError: for an attribute that would hide something else, or a value that cannot be made; names it.

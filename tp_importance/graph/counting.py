@@ -147,7 +147,8 @@ def count_ops(
     ``nn.MultiheadAttention``, of recurrent and bilinear layers, deformable convolutions, and of functions as
     ``F.conv2d(x, self.weight)``, ``x @ self.weight`` or ``torch.einsum`` with two operands. Bias, normalisation,
     activations and products of data with data (QKᵀ) are not counted; nor are kernels of other libraries, see
-    :attr:`Trace.uncounted`. A module called twice costs its MACs twice and its parameters once.
+    :attr:`~tp_importance.graph.tracing.Trace.uncounted`. A module called twice costs its MACs twice and its
+    parameters once.
 
     Args:
         model: the network.

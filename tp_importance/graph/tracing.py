@@ -70,8 +70,8 @@ class Trace:
     """A traced network: dependency graph, calls in execution order, the example inputs and their batch size.
 
     Attributes:
-        functional: multiply-accumulates of functions that read parameters outside of :data:`COUNTED` modules, whole
-            batch, by name of the parameter.
+        functional: multiply-accumulates of functions that read parameters outside of
+            :data:`~tp_importance.graph.layer_kinds.COUNTED` modules, whole batch, by name of the parameter.
         uncounted: reason per module or parameter whose multiply-accumulates are not known.
     """
 

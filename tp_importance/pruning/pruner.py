@@ -179,7 +179,7 @@ class BudgetPruner:
         return self.target.initial_widths
 
     def measure_latency(self) -> LatencyModel:
-        """See :meth:`PruningTarget.measure_latency <tp_importance.pruning.target.PruningTarget.measure_latency>`."""
+        """See :meth:`~tp_importance.pruning.target.PruningTarget.measure_latency`."""
         return self.target.measure_latency()
 
     def limits(self, budget: Budget | None = None) -> dict[str, float]:

@@ -53,8 +53,9 @@ class ConsumerStatistics:
 
     Memory: one d×d float64 matrix and K class sums of length d per consumer, d = channels/groups · taps, however
     many samples there are. A consumer with more than :data:`MAX_FEATURES` features (a linear layer behind a
-    flattened map) is watched through the contributions of its channels to :data:`.SKETCH` random ±1 combinations of
-    its outputs instead, an unbiased estimate that is exact up to that many outputs (Johnson-Lindenstrauss).
+    flattened map) is watched through the contributions of its channels to
+    :data:`~tp_importance.statistics.sketch.SKETCH` random ±1 combinations of its outputs instead, an unbiased
+    estimate that is exact up to that many outputs (Johnson-Lindenstrauss).
 
     Args:
         groups: the groups whose consumers are watched.

@@ -15,7 +15,7 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm  # 1d, 2d, 3d and Sync
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether there is anything for :func:`recalibrate_batchnorm` to do."""
+    """Whether there is anything for :func:`~tp_importance.recalibrate_batchnorm` to do."""
     return any(map(is_calibrated, model.modules()))
 
 

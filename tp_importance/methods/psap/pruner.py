@@ -270,7 +270,7 @@ class PSAPPruner:
         return self._soft.history
 
     def pruning_history(self) -> list[Any]:
-        """Torch-Pruning's history of the surgery, as :meth:`BudgetPruner.pruning_history`."""
+        """Torch-Pruning's history of the surgery, as :meth:`~tp_importance.BudgetPruner.pruning_history`."""
         return self.target.pruning_history()
 
     # -- state

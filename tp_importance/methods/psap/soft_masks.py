@@ -1,6 +1,7 @@
 """Masks of whole units on their way to a budget: how many units of each group are masked, which, and which never.
 
-Knows groups and costs, but neither gates nor a training; see :class:`.SoftPruning`.
+Knows groups and costs, but neither gates nor a training; see
+:class:`~tp_importance.methods.psap.soft_pruning.SoftPruning`.
 """
 
 from __future__ import annotations

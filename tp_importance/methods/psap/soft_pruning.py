@@ -31,10 +31,10 @@ class SoftPruning(PulsedMasks):
     """Adaptive masks on a network in training; :meth:`start`, then :meth:`step` after every optimizer step.
 
     Args:
-        *args: see :class:`.SoftMasks`.
+        *args: see :class:`~tp_importance.methods.psap.soft_masks.SoftMasks`.
         schedule: see :class:`.PSAPSchedule`.
         protect: watch the gates and restore outliers.
-        **options: see :class:`.SoftMasks`.
+        **options: see :class:`~tp_importance.methods.psap.soft_masks.SoftMasks`.
 
     Raises:
         BudgetError: if the limits cannot be reached.

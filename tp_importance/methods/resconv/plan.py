@@ -31,7 +31,7 @@ LOSSES = {"scale": scale_losses, "output": output_losses}
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What :meth:`ResConvPruner.step` would do.
+    """What :meth:`~tp_importance.ResConvPruner.step` would do.
 
     Attributes:
         removed: layers to remove, in the order of the network.
