@@ -26,7 +26,7 @@ def as_masks(masks: Any) -> Masks:
 
 
 def checked_masks(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
-    """Own copies of the masks, expanded to full shape, without the empty ones; errors as :func:`nni_plugins.speedup`."""
+    """Own copies of the masks, of full shape, without the empty ones; errors as :func:`nni_plugins.speedup`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     checked: dict[str, dict[str, Tensor]] = {}
     for name, targets in as_masks(masks).items():

@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from tp_importance import Budget
+from tp_importance.testing.cases import verified
 
 from .. import ImportancePruner
 from ..config import Config
@@ -66,7 +67,8 @@ class PrunerCase:
         """
         this = case(name)
         with warns_of_what_is_left_out(name):
-            pruner = self.make(copy.deepcopy(this.model), config_list, **{"loader": this.loader, **options})
+            options = {"loader": this.loader, **verified(name), **options}
+            pruner = self.make(copy.deepcopy(this.model), config_list, **options)
         return pruner, this
 
     @pytest.fixture(autouse=True)

@@ -103,7 +103,7 @@ class UntouchedTests(PrunerCase):
 
     def test_error_while_collecting_leaves_the_masks_alone(self) -> None:
         """An exception of the loader arrives as it is; masks and model are what they were."""
-        loader = FailingLoader(case("residual").loader)
+        loader = FailingLoader(case("residual").loader, fatal=None)
         pruner, this = self.pruner_of("residual", loader=loader)
         model = pruner.bound_model.train()
         ones, wrapped = pruner.get_masks(), wrappers(model)

@@ -47,7 +47,7 @@ def test_oracle_notices_a_shift_in_any_single_group(name):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name):
-    case = zoo(name)
+    case = zoo(name, verify=True)
     assert [e.reason for e in case.groups.excluded] == ["produces the network's output"]
     assert len(case.groups) >= 10
     problem = masked_equals_removed(case.groups, case.x, sample_units(case.groups), gated=shifted(case.groups))

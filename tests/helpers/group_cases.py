@@ -53,9 +53,10 @@ def reasons(model, x, **options):
 
 
 @cache
-def zoo(name: str) -> Case:
+def zoo(name: str, verify: bool = False) -> Case:
+    """No group of these is refused, which tests/graph/test_verify.py makes sure of; it takes seconds."""
     model, x = make_zoo_network(name)
-    return Case(model, x[:1], prunable_groups(model, x[:1]))
+    return Case(model, x[:1], prunable_groups(model, x[:1], verify=verify))
 
 
 def random_units(groups: PrunableGroups, seed: int) -> dict[str, int]:

@@ -44,5 +44,5 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
 
 
 def make_zoo_network(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
-    """The torchvision classifier `name` in eval mode, and a batch of two 64×64 images."""
-    return prepare(ZOO[name], (3, 64, 64), seed)
+    """The torchvision classifier `name` in eval mode, and a batch of two 32×32 images."""
+    return prepare(ZOO[name], (3, 32, 32), seed)

@@ -1,23 +1,13 @@
-"""pytest is needed for ``tp_importance.testing`` only."""
-
-import subprocess
 import sys
 
-from helpers.paths import ROOT
+import pytest
 
-CODE = """
-import sys
-import tp_importance
-assert "pytest" not in sys.modules and "_pytest" not in sys.modules
-sys.modules["pytest"] = None
-try:
-    import tp_importance.testing
-except tp_importance.errors.MissingPackageError as error:
-    print(error)
-"""
+from tp_importance.errors import MissingPackageError
 
 
-def test_nothing_else_imports_pytest():
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert 'pip install "tp-importance[testing]"' in done.stdout
+def test_without_pytest_the_extra_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("tp_importance.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    with pytest.raises(MissingPackageError, match=r'pip install "tp-importance\[testing\]"'):
+        import tp_importance.testing  # noqa: F401

@@ -64,12 +64,12 @@ class UpsideDown(CATROImportance):
 
 
 class FirstChannelsFirst(CATROImportance):
-    def _curves(self, groups):
+    def value(self, groups):
         return {g.name: curve_from_scores(np.arange(1.0, g.n_units + 1)) for g in groups}
 
 
 class Random(CATROImportance):
-    def _curves(self, groups):
+    def value(self, groups):
         return {g.name: curve_from_scores(np.random.default_rng().random(g.n_units) + 0.1) for g in groups}
 
 

@@ -52,7 +52,7 @@ class DrawsNumbers(Sound):
 class ForgetsItsHistory(Sound):
     def apply(self, plan, **options):
         report = super().apply(plan, **options)
-        self._history = self._history[:1]
+        self.target._history = self.target._history[:1]
         return report
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from ..allocation.allocate import allocate
 from ..allocation.curves import value_curves
 from ..allocation.registry import default_allocator, named_allocator
 from ..errors import SearchSpaceError
@@ -38,10 +37,7 @@ def prune_channels(method: Method, job: Job) -> None:
     target.groups.require_some()
     chosen = job.allocate or named_allocator(job.allocator, found.weights, found)
     limits = {"macs": float(target.dense.macs)} if job.budget is None else target.limits(job.budget)
-    curves, cost = found.curves(target.groups), target.cost_model
-    units = allocate(chosen, curves, cost, target.space, limits)
-    removed = {n: curves[n].removed(int(u)) for n, u in zip(cost.names, units, strict=True)}
-    plan = target.plan(removed, limits)
+    plan = target.allocate(chosen, found.curves(target.groups), limits)
     if not plan.is_noop:
         target.apply(plan, job.loader, refit=job.repair, label_fn=label_fn)
     if job.train is not None:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..allocation.allocate import allocate
 from ..allocation.curves import Curve, value_curves
 from ..allocation.registry import Allocator, named_allocator
 from ..allocation.space import WidthSpace
@@ -16,7 +15,7 @@ from ..core.arguments import checked_budget, checked_importance
 from ..core.loaders import check_loader, require_reiterable
 from ..core.options import hand_on, split_options
 from ..core.processes import warned_once
-from ..core.progress import phase, shows_progress
+from ..core.progress import shows_progress
 from ..graph.cost import CostModel
 from ..graph.groups import PrunableGroups
 from ..latency.model import LatencyModel
@@ -264,14 +263,9 @@ class BudgetPruner:
                 measured above a latency limit and predicted within it.
             ValueError: for bad data, or if nothing can be pruned.
         """
-        limits, curves, cost = self.limits(budget), self.curves(), self.cost_model
+        limits, curves = self.limits(budget), self.curves()
         allocator = named_allocator(self._allocator, self._weights, self.importance)
-        with phase("allocating", progress=self._progress) as running:
-            units = allocate(allocator, curves, cost, self.space, limits)
-            running.note(cost=cost.cost(cost.widths(units)))
-        removed = {n: curves[n].removed(int(u)) for n, u in zip(cost.names, units, strict=True)}
-        certificate = getattr(allocator, "certificate", {})
-        return self.target.plan(removed, limits, constant=self._constant(), certificate=certificate)
+        return self.target.allocate(allocator, curves, limits, constant=self._constant())
 
     def sweep(self, budgets: Sequence[Budget | float]) -> list[Plan]:
         """Plans for many budgets from one pass; see :mod:`tp_importance.pruning.sweep` for a table and a picture.

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..allocation.allocate import allocate
+from ..allocation.curves import Curve
+from ..allocation.registry import Allocator
 from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
@@ -203,6 +206,33 @@ class PruningTarget:
             latency_ms=times,
             uncounted=dict(self.groups.trace.uncounted),
         )
+
+    def allocate(
+        self,
+        allocator: Allocator,
+        curves: Mapping[str, Curve],
+        limits: Mapping[str, float],
+        *,
+        constant: Mapping[str, Sequence[int]] | None = None,
+    ) -> Plan:
+        """Let an allocator choose the widths; the curves say which units go.
+
+        Args:
+            allocator: where the widths come from.
+            curves: curve per group name.
+            limits: see :meth:`limits`.
+            constant: units that do not vary on the data, to be noted in the plan.
+
+        Raises:
+            BudgetError: if the limits cannot be kept; names the least reachable cost.
+        """
+        cost = self.cost_model
+        with phase("allocating", progress=self._progress) as running:
+            units = allocate(allocator, curves, cost, self.space, limits)
+            running.note(cost=cost.cost(cost.widths(units)))
+        removed = {n: curves[n].removed(int(u)) for n, u in zip(cost.names, units, strict=True)}
+        certificate = getattr(allocator, "certificate", {})
+        return self.plan(removed, limits, constant=constant, certificate=certificate)
 
     def _times(self, widths: Mapping[str, int], limit: float) -> LatencyTimes:
         predicted = self.cost_model.timed.predict(self.cost_model.units(widths))

@@ -60,7 +60,7 @@ def require_classes(wanted: Tensor | None, counts: Tensor) -> None:
 
 
 def batch_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | None, needed: bool) -> Tensor:
-    """Labels of a batch as :func:`~tp_importance.statistics.observe.observe` reads them, int64, shape (N,); zeros for what is none and not needed."""
+    """Labels of a batch, int64, shape (N,); zeros for what is none and not needed."""
     if not needed:
         try:
             return _read_labels(batch, label_fn, forward_fn, False)

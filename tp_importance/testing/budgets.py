@@ -9,7 +9,7 @@ import pytest
 from ..budget import Budget, Cost
 from ..errors import BudgetError
 from ..graph.counting import count_ops
-from .cases import topology
+from .cases import topology, verified
 from .data import FailingLoader, loader_for
 from .networks import make_network
 from .snapshots import Snapshot
@@ -68,7 +68,7 @@ class BudgetTests(PrunerCase):
         """One pass over the loader answers for every budget."""
         model, x = make_network("plain")
         loader = FailingLoader(loader_for(x), fatal=2)
-        pruner = self.make(model, x, loader, Budget(macs=0.5))
+        pruner = self.make(model, x, loader, Budget(macs=0.5), **verified("plain"))
         plans = [pruner.plan(Budget(macs=f)) for f in (0.8, 0.5, 0.3)]
         assert plans[0].cost.macs > plans[1].cost.macs > plans[2].cost.macs
         assert loader.passes == int(self.uses_data)
@@ -82,10 +82,10 @@ class BudgetTests(PrunerCase):
         """What is no budget, and what cannot be reached, is refused; the network stays as it is."""
         model, x = make_network("plain")
         snapshot = Snapshot(model)
-        pruner = self.make(model, x, loader_for(x), Budget(macs=0.5))
+        pruner = self.make(model, x, loader_for(x), Budget(macs=0.5), **verified("plain"))
         error = BudgetError if isinstance(budget, Budget) else TypeError
         with pytest.raises(error, match="Budget" if error is TypeError else "cannot be reached"):
-            self.make(model, x, loader_for(x), budget).step()
+            self.make(model, x, loader_for(x), budget, **verified("plain")).step()
         if budget is not None:  # there it means: the pruner's own
             for use in (pruner.plan, pruner.step):
                 with pytest.raises(error):
@@ -121,7 +121,7 @@ class BudgetTests(PrunerCase):
         model, x = make_network("plain")
         snapshot = Snapshot(model)
         with pytest.raises((ValueError, TypeError)):
-            self.make(model, x, loader_for(x), Budget(macs=0.5), **options)
+            self.make(model, x, loader_for(x), Budget(macs=0.5), **verified("plain"), **options)
         snapshot.check()
 
     @pytest.mark.parametrize("allocator", ["greedy", "uniform", "mine"])
@@ -146,7 +146,7 @@ class BudgetTests(PrunerCase):
             def wrong(_curves: Any, cost: Any, *_: Any, change: Any = change) -> Any:
                 return change(cost.full)
 
-            pruner = self.make(model, x, loader_for(x), Budget(macs=0.5), allocator=wrong)
+            pruner = self.make(model, x, loader_for(x), Budget(macs=0.5), allocator=wrong, **verified("plain"))
             with pytest.raises((ValueError, RuntimeError)):
                 pruner.step()
             snapshot.check()

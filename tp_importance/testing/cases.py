@@ -16,7 +16,7 @@ from ..graph.host_groups import build_groups
 from ..graph.tracing import trace
 from .networks import make_network
 
-__all__ = ["SEVERAL", "Case", "host_group", "known_unsafe", "permuted", "topology"]
+__all__ = ["SEVERAL", "Case", "host_group", "permuted", "topology", "verified"]
 
 SEVERAL = ("residual", "concat", "grouped", "split", "flatten", "padded_shortcut", "transformer_mlp")
 """Networks that between them couple channels in every way the others do."""
@@ -31,10 +31,14 @@ class Case:
     groups: PrunableGroups
 
     def copy(self) -> Case:
-        """The same with a network of its own, which may be pruned; nothing is verified again."""
+        """The same with a network of its own, which may be pruned."""
         model = copy.deepcopy(self.model)
-        fresh = build_groups(trace(model, self.x))
-        return Case(model, self.x, fresh.exclude({n: "" for n in fresh.names if n not in self.groups.names}))
+        return Case(model, self.x, self.groups_of(model, self.x))
+
+    def groups_of(self, model: nn.Module, x: Tensor) -> PrunableGroups:
+        """Groups of a network of the same structure; nothing is verified again."""
+        fresh = build_groups(trace(model, x))
+        return fresh.exclude({n: "" for n in fresh.names if n not in self.groups.names})
 
 
 @cache
@@ -44,9 +48,14 @@ def topology(name: str) -> Case:
     return Case(model, x, prunable_groups(model, x))
 
 
-def known_unsafe(name: str, groups: PrunableGroups) -> dict[str, str]:
-    """Which of these groups of a network the verification refuses, and why; without running it once more."""
-    return {e.name: e.reason for e in topology(name).groups.excluded if e.name in groups.names}
+def verified(name: str) -> dict[str, Any]:
+    """What a pruner of this network is given so that it does not verify it again, which is most of its making.
+
+    Returns:
+        The option ``verify``: a function that knows which groups the verification has refused, and why.
+    """
+    unsafe = {e.name: e.reason for e in topology(name).groups.excluded}
+    return {"verify": lambda groups, _: {n: reason for n, reason in unsafe.items() if n in groups.names}}
 
 
 def permuted(case: Case, name: str, order: Tensor) -> nn.Module:

@@ -80,24 +80,24 @@ class LoaderError(Exception):
 
 
 class FailingLoader:
-    """A loader that raises :class:`LoaderError` in one of its passes, after the first batch.
+    """A loader that raises :class:`LoaderError` in one of its passes, or in all of them, after the first batch.
 
     Args:
         batches: what it gives otherwise.
-        fatal: number of the pass that fails, counted from 1.
+        fatal: number of the pass that fails, counted from 1; ``None``: every one.
 
     Attributes:
         passes: passes begun so far.
         error: what is raised.
     """
 
-    def __init__(self, batches: Batches, fatal: int = 1) -> None:
+    def __init__(self, batches: Batches, fatal: int | None = 1) -> None:
         self.batches, self.fatal, self.passes = batches, fatal, 0
         self.error = LoaderError("disk on fire")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.passes += 1
         yield self.batches[0]
-        if self.passes == self.fatal:
+        if self.fatal in (None, self.passes):
             raise self.error
         yield from self.batches[1:]

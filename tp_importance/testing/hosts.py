@@ -8,7 +8,6 @@ import torch
 import torch_pruning as tp
 
 from ..graph.counting import count_ops
-from ..graph.discovery import prunable_groups
 from .cases import host_group, topology
 from .networks import MISTRACED
 from .scores import ImportanceCase
@@ -57,8 +56,7 @@ class TorchPruningTests(ImportanceCase):
         """Outputs of the network, and groups that Torch-Pruning would cut wrongly, get ``None`` and stay whole."""
         importance, model, x = self.collected(name)
         graph = tp.DependencyGraph().build_dependency(model, x)
-        verified = prunable_groups(model, x)
-        excluded = {e.name.split("/")[0] for e in verified.excluded}
+        excluded = {e.name.split("/")[0] for e in topology(name).groups.excluded}
         assert excluded
         for layer in excluded:
             assert importance(host_group(graph, model.get_submodule(layer))) is None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ..budget import Budget
+from .cases import verified
 from .data import BAD_LABELS, BAD_LOADERS, FailingLoader, LoaderError, loader_for
 from .networks import make_network
 from .snapshots import Snapshot, same_values
@@ -40,7 +41,9 @@ class RobustnessTests(PrunerCase):
         snapshot, built = Snapshot(model), []
         with pytest.raises(errors) as caught, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            built.append(self.make(model, x, loader(loader_for(x)), Budget(macs=0.5), **options))
+            built.append(
+                self.make(model, x, loader(loader_for(x)), Budget(macs=0.5), **{**verified("plain"), **options})
+            )
             built[0].step(refit=refit)
         snapshot.check()
         for pruner in built:  # what is no loader at all is refused at once
@@ -71,7 +74,7 @@ class RobustnessTests(PrunerCase):
         """After a failure the same pruner gives what it would have given at once."""
         model, x = make_network("concat")
         loader = FailingLoader(loader_for(x), fatal=1 + self.uses_data)
-        pruner = self.make(model, x, loader, Budget(macs=0.5))
+        pruner = self.make(model, x, loader, Budget(macs=0.5), **verified("concat"))
         snapshot = Snapshot(model)
         with pytest.raises(LoaderError):
             pruner.step(refit="batchnorm")

@@ -121,7 +121,9 @@ class ScoreTests(ImportanceCase):
         other = permuted(case, group, order).double()
         torch.testing.assert_close(model(x), other(x))
         loader = [(a.double(), y) for a, y in loader_for(x)]
-        curves, moved = (self.make().collect(m, x, loader).curves() for m in (model, other))
+        curves, moved = (
+            self.make().collect(m, x, loader, groups=case.groups_of(m, x)).curves() for m in (model, other)
+        )
         for key in curves:
             found = order[moved[key].order].tolist() if key == group else moved[key].order.tolist()
             assert found == curves[key].order.tolist()

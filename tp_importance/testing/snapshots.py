@@ -14,6 +14,10 @@ __all__ = ["Snapshot", "same_tensors", "same_values"]
 class Snapshot:
     """Everything about a model that must not change: structure, values, flags, gradients and hooks.
 
+    Args:
+        model: to be compared with itself later.
+        gradients: whether parameters that have no gradient must not get one.
+
     >>> model = nn.Linear(2, 2)
     >>> before = Snapshot(model)
     >>> before.check()
@@ -23,8 +27,8 @@ class Snapshot:
     AssertionError: other values: bias
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, *, gradients: bool = True) -> None:
+        self.model, self._gradients = model, gradients
         self.values = {k: v.clone() for k, v in model.state_dict(keep_vars=False).items()}
         self.rest = self._rest()
 
@@ -35,7 +39,8 @@ class Snapshot:
             "attributes": [(sorted(vars(m)), m.extra_repr()) for m in modules],
             "hooks": [dict(getattr(m, key)) for m in modules for key in sorted(vars(m)) if key.endswith("_hooks")],
             "sizes": [[v for v in vars(m).values() if isinstance(v, int)] for m in modules],
-            "parameters": [(id(p), p.requires_grad, p.grad is None) for p in self.model.parameters()],
+            "parameters": [(id(p), p.requires_grad) for p in self.model.parameters()],
+            "gradients": [p.grad is None for p in self.model.parameters() if self._gradients],
             "buffers": [id(b) for b in self.model.buffers()],
         }
 

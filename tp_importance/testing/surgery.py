@@ -17,7 +17,7 @@ from ..graph.counting import count_ops
 from ..graph.masking import masked_units as gates
 from ..graph.verify import masked_equals_removed
 from ..pruning.pruner import BudgetPruner
-from .cases import SEVERAL, known_unsafe
+from .cases import SEVERAL, verified
 from .data import loader_for
 from .networks import make_network
 from .snapshots import Snapshot, same_values
@@ -55,9 +55,8 @@ class PrunerCase:
             **options: for :meth:`make`; ``loader`` replaces the usual one.
         """
         model, x = make_network(name)
-        options.setdefault("verify", lambda groups, _: known_unsafe(name, groups))
         loader = options.pop("loader", None) or loader_for(x)
-        return self.make(model, x, loader, budget or Budget(macs=0.5), **options), model, x
+        return self.make(model, x, loader, budget or Budget(macs=0.5), **{**verified(name), **options}), model, x
 
 
 class SurgeryTests(PrunerCase):

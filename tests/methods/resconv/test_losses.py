@@ -128,17 +128,17 @@ def test_latency_budgets(budget, share, monkeypatch):
     plan = pruner.plan()
     snapshot.check()
     found = plan.latency_ms
-    assert found["measured"] <= found["limit"] == pytest.approx(budget.latency * found["dense"])
+    assert found.measured <= found.limit == pytest.approx(budget.latency * found.dense)
     if budget.latency == 1:
-        assert not plan.removed and found["measured"] == found["predicted"] == found["dense"]
+        assert not plan.removed and found.measured == found.predicted == found.dense
         return
     report = pruner.step()
     assert report.removed == plan.removed and report.latency_ms == found and "latency, ms" in str(report)
     assert all(report.cost.as_dict()[f] <= limit for f, limit in report.limits.items())
     if share == 1:
-        assert found["predicted"] == pytest.approx(found["measured"])
+        assert found.predicted == pytest.approx(found.measured)
         rest = [r.params for r in report.rows if r.removed]
-        assert found["limit"] - found["measured"] <= max(rest) / 1e3 or "macs" in report.limits
+        assert found.limit - found.measured <= max(rest) / 1e3 or "macs" in report.limits
 
 
 def test_latency_that_cannot_be_had(monkeypatch):
