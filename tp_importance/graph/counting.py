@@ -152,7 +152,7 @@ def count_ops(
 
     Args:
         model: the network.
-        example_inputs: as for :func:`trace`; the batch dimension is divided out.
+        example_inputs: as for :func:`~tp_importance.graph.tracing.trace`; the batch dimension is divided out.
         forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
 
     Returns:

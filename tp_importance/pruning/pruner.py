@@ -363,7 +363,7 @@ class MethodPruner(BudgetPruner):
         >>> import torch
         >>> from tp_importance import OBSImportance
         >>> class MyPruner(MethodPruner):
-        ...     '''Prune by :class:`OBSImportance`.'''
+        ...     '''Prune by my criterion.'''
         ...     importance_class = OBSImportance
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
         >>> MyPruner(net, torch.randn(1, 3, 8, 8), [torch.randn(16, 3, 8, 8)], ridge=0.01).importance.ridge
