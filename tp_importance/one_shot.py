@@ -74,7 +74,7 @@ def prune(
             ``"l1"``, ``"l2"`` (also ``"magnitude"``), ``"fpgm"``, ``"taylor"`` (gradients of the cross entropy over the
             samples), ``"random"`` (seed 0; others: :class:`~tp_importance.automl.RandomImportance`).
         allocator: ``"greedy"``, ``"lagrange"``, ``"program"``, ``"uniform"`` or a function, see
-            :mod:`tp_importance.allocation.greedy`; default (also ``"default"``): what suits the importance, see
+            :mod:`tp_importance.allocation.registry`; default (also ``"default"``): what suits the importance, see
             :func:`~tp_importance.allocation.registry.default_allocator`.
         refit: how the network is repaired, see :class:`~tp_importance.Refit`; ``"parallel"`` is faster and less
             accurate, ``"batchnorm"`` only moves batch norm statistics, ``None`` does nothing.
@@ -109,7 +109,7 @@ def prune(
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise ValueError(f"samples={samples!r} must be a positive integer, e.g. 512, or None for all of the loader")
     settings = Refit.of(refit)
-    (chosen,) = split_options(prune, options, BudgetPruner)
+    (chosen,) = split_options(prune, options, BudgetPruner, leave=("importance",))
     require_reiterable(loader)
     check_loader(loader)
     data = loader if samples is None else FirstSamples(loader, samples)

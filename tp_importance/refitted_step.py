@@ -106,7 +106,7 @@ def refitted_step(
         progress: show a progress bar.
 
     Returns:
-        The :class:`~tp_importance.pruning.report.RefitReport`.
+        The :class:`~tp_importance.refitting.report.RefitReport`.
 
     Raises:
         TypeError: for a pruner of this package, which refits by ``step(refit=...)``, or something else.
@@ -166,7 +166,11 @@ def refitted_step(
         groups = _groups(dense, example_inputs, options, heads)
         what = removal(groups, lambda name: survivors.alive(f"{name}.{weight_source(dense.get_submodule(name))}"))
         # in sequential mode batch norms follow as it refits, against the dense network at hand
-        reference = DenseReference(copied(dense), _left(dense, survivors)) if settings.follows else None
+        reference = (
+            DenseReference(copied(dense), _left(dense, survivors))
+            if settings.follows and has_batch_norm(dense)
+            else None
+        )
         if not allow_stale:
             _require_no_stale(groups, example_inputs, what)
         report = refit_consumers(
@@ -184,7 +188,7 @@ def refitted_step(
         with torch.no_grad():
             for name, tensor in named_tensors(dense).items():
                 named_tensors(model)[name].copy_(survivors.take(name, tensor))
-        if reference is not None and has_batch_norm(model):
+        if reference is not None:
             recalibrate_batchnorm(model, loader, reference=reference, forward_fn=forward_fn)
         step.commit()
     return what.added_to(report)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tp_importance import Budget
 from tp_importance.allocation.limits import require_reachable
+from tp_importance.core.loaders import check_loader
 from tp_importance.core.options import hand_on, split_options
 from tp_importance.core.processes import levels_up, warned_once
 from tp_importance.graph.cost import LATENCY
@@ -90,11 +91,12 @@ class MaskingPruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name-de
     ) -> None:
         require_unwrapped(model)
         (for_target,) = split_options(type(self), options, PruningTarget, leave=("ignored_layers",))
+        check_loader(loader)
         config_list, ratios, ceilings = selected_layers(model, config_list, budget)
         skipped = [m for n, m in model.named_modules() if has_channels(m) and n not in ratios]
         if example_inputs is None:
             example_inputs = first_samples(model, loader, whole=options.get("forward_fn") is not None)
-        self._budget, self._loader = budget, loader
+        self._budget = budget
         checked = maskable(verify)
         self._target = PruningTarget(model, example_inputs, ignored_layers=skipped, verify=checked, **for_target)
         groups = self._target.groups
@@ -127,6 +129,11 @@ class MaskingPruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name-de
                 raise ValueError(f"NNI refuses the model, config_list or evaluator: {error!r}") from error
             raise
         self.interval_steps = 1  # fused without a schedule: prune after the first step (NNI's -1 means never)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            hand_on(cls, cls.__mro__[1])
 
     @warned_once()
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:

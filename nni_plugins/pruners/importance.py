@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
 
-from tp_importance import Budget, BudgetPruner
-from tp_importance.allocation.registry import Allocator
+from tp_importance import Budget, BudgetPruner, GradientImportance
+from tp_importance.allocation.registry import Allocator, named_allocator
 from tp_importance.core.arguments import checked_importance
 from tp_importance.core.options import hand_on, split_options
 from tp_importance.pruning.registry import find_criterion
 from tp_importance.statistics.labels import LabelFn
 
 from ..config import Config
+from ..wrappers import unwrapped
 from .base import MaskingPruner
 
 __all__ = ["ImportancePruner", "MethodPruner"]
@@ -62,20 +64,24 @@ class ImportancePruner(MaskingPruner):
         **options: Any,
     ) -> None:
         made = find_criterion(importance).create() if isinstance(importance, str) else importance
-        self._importance = checked_importance(made)
-        self._choice: dict[str, Any] = {"allocator": allocator, "label_fn": label_fn}
+        checked_importance(made)
+        named_allocator(allocator)  # checks it
+        self._choice = {"loader": loader, "importance": made, "allocator": allocator, "label_fn": label_fn}
         super().__init__(model, config_list, evaluator, existed_wrappers, loader=loader, **options)
 
     def _check_options(self) -> None:
-        self._pruner = BudgetPruner.on(self._target, self._loader, importance=self._importance, **self._choice)
+        target = self._target
+        self._pruner = BudgetPruner(target.model, target.example_inputs, target=target, **self._choice)
 
     def _collect_data(self) -> dict[str, Any]:
         """Position in the order of removal per unit, shape (U,)."""
         # wrappers leave the masked tensors of the last pass on the modules; those of this pass must not stay
         modules = [wrapper.module for wrapper in self._module_wrappers.values()]
         before = [(module, dict(module._buffers)) for module in modules]
+        gradients = isinstance(self._pruner.importance, GradientImportance)  # it reads those of the parameters
         try:
-            self._pruner.collect()
+            with unwrapped(self.bound_model) if gradients else nullcontext():
+                self._pruner.collect()
         finally:
             for module, buffers in before:
                 module._buffers.update(buffers)
@@ -99,9 +105,6 @@ class ImportancePruner(MaskingPruner):
             )
         self.plan = self._pruner.plan_of(removed)
         return removed
-
-
-hand_on(ImportancePruner, MaskingPruner)
 
 
 class MethodPruner(ImportancePruner):

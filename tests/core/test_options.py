@@ -88,19 +88,27 @@ def test_functions_and_whole_pruners_too():
 
 def test_pruners_of_nni_too():
     nni_plugins = pytest.importorskip("nni_plugins")
-    for shell in (nni_plugins.CATROPruner, nni_plugins.OBSPruner, nni_plugins.ITPruner, nni_plugins.ImportancePruner):
+    for shell in (
+        nni_plugins.CATROPruner,
+        nni_plugins.OBSPruner,
+        nni_plugins.ITPruner,
+        nni_plugins.ImportancePruner,
+        nni_plugins.PSAPPruner,
+    ):
         names, texts = parameters_of(shell), described_options(shell)
-        assert {"round_to", "allocator", "verify", "label_fn"} <= set(names) and "ignored_layers" not in names
+        assert {"round_to", "verify"} <= set(names) and "ignored_layers" not in names
         assert not [name for name in names if not texts.get(name)]
         assert list(names)[:4] == ["model", "config_list", "evaluator", "existed_wrappers"]
-    assert {"beta", "solver"} <= set(parameters_of(nni_plugins.ITPruner))
+    assert {"beta", "solver", "allocator", "label_fn"} <= set(parameters_of(nni_plugins.ITPruner))
+    assert {"threshold", "schedule"} <= set(parameters_of(nni_plugins.PSAPPruner))
 
 
 @pytest.mark.parametrize("shell", [*SHELLS, tpi.BudgetPruner, tpi.PSAPPruner])
 def test_a_misspelt_option_is_an_error_before_anything_runs(shell):
     given = {"importance": tpi.OBSImportance()} if shell is tpi.BudgetPruner else {}
     with pytest.raises(TypeError, match=rf"{shell.__name__} takes no option 'roundto'; did you mean 'round_to'\?"):
-        shell(None, None, [], budget=tpi.Budget(macs=0.5), roundto=8, **given)
+        loader = () if shell is tpi.PSAPPruner else ([],)
+        shell(None, None, *loader, budget=tpi.Budget(macs=0.5), roundto=8, **given)
 
 
 def test_an_importance_in_a_shell_that_has_one():
@@ -125,3 +133,23 @@ def test_subclasses_have_signatures_of_their_own():
 
     assert "ridge" in parameters_of(Mine) and "ridge" not in parameters_of(Other)
     assert "ratio" in parameters_of(Other) and "ratio: fraction of every group" in Other.__doc__
+
+
+def test_a_constructor_of_ones_own_has_its_own_signature():
+    class Plain(tpi.BudgetPruner):
+        def __init__(self, model, x, *, foo=3):
+            super().__init__(model, x, importance="l1")
+
+    class Open(tpi.BudgetPruner):
+        def __init__(self, model, x, *, foo=3, **options):
+            super().__init__(model, x, importance="l1", **options)
+
+    assert list(parameters_of(Plain)) == ["model", "x", "foo"]
+    assert {"foo", "round_to", "verify"} <= set(parameters_of(Open))
+
+
+def test_prune_takes_a_method_not_an_importance():
+    with pytest.raises(TypeError, match="prune takes no option 'importance'"):
+        tpi.prune(None, None, [], budget=tpi.Budget(macs=0.5), importance="l1")
+    with pytest.raises(TypeError, match="PruningTarget takes no option 'rond_to'; did you mean 'round_to'"):
+        PruningTarget(None, None, rond_to=3)

@@ -12,6 +12,7 @@ from tp_importance import (
     Budget,
     BudgetPruner,
     CATROImportance,
+    CATROPruner,
     GradientImportance,
     OBSImportance,
     prune,
@@ -126,15 +127,60 @@ def test_a_target_takes_anybodys_choice():
     assert report.cost == plan.cost and report.criterion == "mine" and report.refit.mode == "sequential"
     PruningTarget(twin, x).load_pruning_history(target.pruning_history())
     assert [p.shape for p in twin.parameters()] == [p.shape for p in model.parameters()]
-    again = BudgetPruner.on(target, importance="l1", budget=Budget(macs=0.4)).step()
+    again = BudgetPruner(
+        target.model, target.example_inputs, target=target, importance="l1", budget=Budget(macs=0.4)
+    ).step()
     assert again.cost.macs <= 0.4 * target.dense.macs and again.before == report.cost
+
+
+def test_a_target_is_of_one_network_and_has_its_options():
+    model, x = make_network("plain")
+    target = PruningTarget(model, x)
+    for other, options in ((make_network("plain")[0], {}), (model, {"round_to": 8})):
+        with pytest.raises(TypeError, match="target= is a network with options of its own"):
+            BudgetPruner(other, x, importance="l1", budget=HALF, target=target, **options)
+    pruner = CATROPruner(model, x, class_loader(32), budget=HALF, target=target)
+    assert pruner.step().cost.macs <= 0.5 * target.dense.macs
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.make is not None])
+def test_every_criterion_masks_in_nni_what_it_removes_in_torch_pruning(name):
+    nni_plugins = pytest.importorskip("nni_plugins")
+    widths = []
+    for host in ("nni", "torch-pruning"):
+        model, x = make_network("plain")
+        config, data = [{"op_types": ["Conv2d"]}], class_loader(32)
+        if host == "nni":
+            pruner = nni_plugins.ImportancePruner(
+                model, config, loader=data, importance=name, budget=HALF, example_inputs=x
+            )
+            pruner.compress()
+            widths.append((pruner.plan.widths, None if name == "random" else pruner.plan.removed))
+        else:
+            plan = BudgetPruner(model, x, data, importance=name, budget=HALF).plan()
+            widths.append((plan.widths, None if name == "random" else plan.removed))
+    assert {k: widths[1][0][k] for k in widths[0][0]} == widths[0][0] and widths[0][1] == widths[1][1]
 
 
 def test_pruners_that_share_a_target_see_each_others_steps():
     model, x = make_network("plain")
     target = PruningTarget(model, x)
-    first = BudgetPruner.on(target, class_loader(32), importance="obs", budget=Budget(macs=0.7))
-    second = BudgetPruner.on(target, class_loader(32), importance="catro", budget=Budget(macs=0.5))
+    first = BudgetPruner(
+        target.model,
+        target.example_inputs,
+        target=target,
+        loader=class_loader(32),
+        importance="obs",
+        budget=Budget(macs=0.7),
+    )
+    second = BudgetPruner(
+        target.model,
+        target.example_inputs,
+        target=target,
+        loader=class_loader(32),
+        importance="catro",
+        budget=Budget(macs=0.5),
+    )
     assert first.plan().widths and second.plan().widths  # both have collected
     first.step()
     report = second.step()  # on the smaller network: its statistics are collected anew

@@ -66,7 +66,7 @@ def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation
             raise SearchSpaceError(
                 f"{method.name} does not take {job.options}: {error}; its options: {known}"
             ) from error
-        if hasattr(importance, "loss_fn"):
+        if job.loss_fn is not None and hasattr(importance, "loss_fn"):
             importance.loss_fn = job.loss_fn
         if isinstance(importance, StatisticalImportance):
             if job.loader is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import nn
 
 from ..allocation.curves import Curve
 from ..allocation.limits import require_reachable
@@ -27,6 +27,7 @@ from ..graph.cost import COST_FIELDS, CostModel
 from ..pruning.domains import Choice, Int
 from ..pruning.registry import Job, find_method
 from ..pruning.target import PruningTarget
+from ..statistics.gradients import LossFn
 from .channels import value_network
 from .space import Parameter, SearchSpace
 from .statistics import CurveStore
@@ -77,7 +78,7 @@ class BudgetProblem:
         budget: Budget,
         methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("catro", "itpruner", "psap", "magnitude"),
         statistics: Any = None,
-        loss_fn: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy,
+        loss_fn: LossFn | None = None,
         **pruner_options: Any,
     ) -> BudgetProblem:
         """Collect the statistics of all methods, once, and let each choose its widths; the model is not changed.
@@ -89,7 +90,7 @@ class BudgetProblem:
             budget: what the network may cost.
             methods: names, or names with their hyper-parameters.
             statistics: folder to share with the trials, see :func:`~tp_importance.automl.prune_trial`.
-            loss_fn: ``loss_fn(output, labels)`` for criteria that need gradients.
+            loss_fn: ``loss_fn(output, labels)`` for criteria that look at a loss; default: their own, cross entropy.
             **pruner_options: as for the trials.
 
         Raises:

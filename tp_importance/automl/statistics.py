@@ -22,7 +22,7 @@ from ..graph.verify import verify_groups
 
 __all__ = ["CurveStore", "Valuation", "fingerprint"]
 
-FORMAT = "tp_importance.allocation.curves.2"
+FORMAT = "tp_importance.curves.2"
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..allocation.curves import Curves
 from ..allocation.limits import Limits
@@ -29,7 +29,7 @@ from ..latency.measure import measure_latency
 from ..pruning.domains import check_names
 from ..pruning.registry import Job, Train, find_method
 from ..refitting.settings import Refit
-from ..statistics.gradients import checked_loss_fn
+from ..statistics.gradients import LossFn, checked_loss_fn
 from .channels import prune_channels
 from .space import flatten, parameters_noted
 from .statistics import CurveStore
@@ -182,7 +182,7 @@ def prune_trial(
     train: Train | None = None,
     refit: Refit | str | bool | None = "batchnorm",
     statistics: Any = None,
-    loss_fn: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy,
+    loss_fn: LossFn | None = None,
     latency_seconds: float | None = 0.2,
     seed: int = 0,
     keep: Callable[[nn.Module], None] | None = None,
@@ -237,7 +237,8 @@ def prune_trial(
     with parameters_noted(params), torch.random.fork_rng(), shown(progress):
         torch.manual_seed(seed)
         checked_model(model)
-        checked_loss_fn(loss_fn)
+        if loss_fn is not None:
+            checked_loss_fn(loss_fn)
         if budget is not None:
             checked_budget(budget)
         # layers in the options are then those of the copy

@@ -15,6 +15,8 @@ _KINDS = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 def parameters_of(source: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Named parameters of a function or class, those it hands on among them; without ``self``, ``*`` and ``**``."""
+    if isinstance(source, type) and "__init__" in vars(source) and "__signature__" not in vars(source):
+        source = vars(source)["__init__"]  # not the signature that a base class was given
     return {n: p for n, p in inspect.signature(source).parameters.items() if p.kind not in _KINDS and n != "self"}
 
 
@@ -55,8 +57,9 @@ def hand_on(target: Any, *sources: Callable[..., Any], leave: Iterable[str] = ()
         for name, parameter in parameters_of(source).items():
             if name not in names | decided and parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 added.setdefault(name, parameter)
-    open_ended = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD]
-    fixed = [p for p in own if p not in open_ended]
+    fixed = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(fixed) == len(own):  # it takes no further options
+        added = {}
     target.__signature__ = inspect.Signature([*fixed, *added.values()])
     if target.__doc__:
         known = {name: text for source in reversed(sources) for name, text in described_options(source).items()}
@@ -93,7 +96,8 @@ def split_options(
     for name, value in options.items():
         share = next((s for s, known in zip(shares, takes, strict=True) if name in known), None)
         if share is None:
-            near = difflib.get_close_matches(name, [n for known in takes for n in known], 1)
+            known_names = {*parameters_of(caller), *(n for known in takes for n in known)} - set(leave)
+            near = difflib.get_close_matches(name, sorted(known_names), 1)
             hint = f"did you mean {near[0]!r}?" if near else f"see help({caller.__name__})"
             raise TypeError(f"{caller.__name__} takes no option {name!r}; {hint}")
         share[name] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,23 +93,21 @@ class Survivors:
         strided = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
         return left.contiguous(memory_format=torch.channels_last) if strided else left
 
-    def settle(self, before: Mapping[str, Tensor], model: nn.Module, moved: Container[str] = ()) -> None:
+    def settle(self, before: Mapping[str, Tensor], model: nn.Module) -> None:
         """Compare with what the surgery did to the model, and give tensors back their memory format.
 
         Args:
             before: parameters and buffers before.
             model: the network after the surgery.
-            moved: names of tensors that got other values afterwards; only their shapes are compared.
 
         Raises:
             RuntimeError: if any entry differs.
         """
         for name, tensor in named_tensors(model).items():
             expected = self.take(name, before[name].detach())
-            same = name in moved or torch.equal(expected, tensor.detach())
-            if expected.shape != tensor.shape or not same:
+            if expected.shape != tensor.shape or not torch.equal(expected, tensor.detach()):
                 raise RuntimeError(f"the surgery left other entries of {name} in the model than in its copy")
-            if expected.stride() != tensor.stride() and name not in moved:
+            if expected.stride() != tensor.stride():
                 tensor.data = expected
 
     def remap_optimizer(self, optimizer: Optimizer, before: Mapping[str, Tensor], model: nn.Module) -> None:

@@ -29,7 +29,7 @@ CHANNELWISE = {
 }
 """Where modules live that work on each channel by itself; those with parameters are not timed, except batch norms."""
 
-FORMAT, VERSION = "tp_importance.latency.table", 2
+FORMAT, VERSION = "tp_importance.latency_table", 2
 Build = Callable[[int, int], tuple[nn.Module, tuple[int, ...]]]
 
 
@@ -144,7 +144,7 @@ class LatencyTable:
         return least_latency(model, example_inputs, forward_fn=forward_fn, min_run_time=seconds, measure=self.measure)
 
     def save(self) -> None:
-        """Write the file, if there is a path; consumers see the old or the new one."""
+        """Write the file, if there is a path; readers see the old or the new one."""
         if self.path is None:
             return
         content = {

@@ -53,6 +53,7 @@ class BudgetPruner:
             importance, see :func:`~tp_importance.allocation.registry.default_allocator`: its own choice, ``"greedy"``
             where its scores compare across layers, else ``"uniform"``.
         label_fn: ``label_fn(batch)`` for loaders of unusual form.
+        target: of this model, if there is one already; several pruners may share it. Then without further options.
         **options: see :class:`~tp_importance.pruning.target.PruningTarget`.
 
     Attributes:
@@ -85,47 +86,14 @@ class BudgetPruner:
         budget: Budget | None = None,
         allocator: str | Allocator | None = None,
         label_fn: LabelFn | None = None,
+        target: PruningTarget | None = None,
         **options: Any,
     ) -> None:
+        if target is not None and (options or target.model is not model):
+            raise TypeError(
+                f"target= is a network with options of its own: give it that network as model, and no {list(options)}"
+            )
         (for_target,) = split_options(type(self), options, PruningTarget)
-        self._choose(loader, importance, budget, allocator, label_fn)
-        self.target = PruningTarget(model, example_inputs, **for_target)
-
-    @classmethod
-    def on(
-        cls,
-        target: PruningTarget,
-        loader: Iterable[Any] | None = None,
-        *,
-        importance: Any,
-        budget: Budget | None = None,
-        allocator: str | Allocator | None = None,
-        label_fn: LabelFn | None = None,
-    ) -> BudgetPruner:
-        """A pruner of a target that is there already; arguments as for the class.
-
-        Args:
-            target: network, groups, cost, surgery; several pruners may share one.
-            loader: see the class.
-            importance: see the class.
-            budget: see the class.
-            allocator: see the class.
-            label_fn: see the class.
-        """
-        self = BudgetPruner.__new__(BudgetPruner)
-        self._choose(loader, importance, budget, allocator, label_fn)
-        self.target = target
-        return self
-
-    def _choose(
-        self,
-        loader: Iterable[Any] | None,
-        importance: Any,
-        budget: Budget | None,
-        allocator: str | Allocator | None,
-        label_fn: LabelFn | None,
-    ) -> None:
-        """What there is besides the target, checked."""
         self.budget = None if budget is None else checked_budget(budget)
         made = find_criterion(importance).create() if isinstance(importance, str) else importance
         self.importance = checked_importance(made)
@@ -134,11 +102,17 @@ class BudgetPruner:
         if loader is not None:
             check_loader(loader)
         self.loader = loader
+        self.target = PruningTarget(model, example_inputs, **for_target) if target is None else target
         self._collected: tuple[Any, dict[str, Curve]] | None = None
 
     @property
     def _progress(self) -> bool:
         return self.target._progress
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            hand_on(cls, BudgetPruner)
 
     # -- the network
 

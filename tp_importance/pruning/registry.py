@@ -46,7 +46,7 @@ class Job:
         allocator: name of the allocator the search chose, or None.
         train: fine-tuning, or None.
         store: statistics that trials share, a :class:`~tp_importance.automl.CurveStore`, or None.
-        loss_fn: for criteria that need gradients.
+        loss_fn: for criteria that look at a loss, or None for their own.
         pruner_options: further arguments of the pruner, such as ``ignored_layers``; use :attr:`arguments`.
         refit: how the network is repaired on the loader, or None; use :attr:`repair`.
     """
@@ -60,7 +60,7 @@ class Job:
     allocator: str | None = None
     train: Train | None = None
     store: Any = None
-    loss_fn: LossFn = nn.functional.cross_entropy
+    loss_fn: LossFn | None = None
     pruner_options: dict[str, Any] = field(default_factory=dict)
     refit: Refit | None = None
 

@@ -19,7 +19,7 @@ from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
 from ..core.guards import preserved, transaction
-from ..core.options import hand_on
+from ..core.options import hand_on, split_options
 from ..core.processes import levels_up, warned_once
 from ..core.progress import phase, shown, shows_progress
 from ..core.stale_optimizers import replacing
@@ -98,6 +98,7 @@ class PruningTarget:
         progress: bool = False,
         **options: Any,
     ) -> None:
+        (for_groups,) = split_options(type(self), options, prunable_groups)
         self.model, self.example_inputs, self._progress = checked_model(model), example_inputs, progress
         table = latency_table if isinstance(latency_table, LatencyTable) else LatencyTable(latency_table)
         self._latency_table = table
@@ -105,7 +106,7 @@ class PruningTarget:
         self._round_to, self._max_pruning_ratio = round_to, max_pruning_ratio
         self._min_widths, self._max_widths = dict(min_widths or {}), dict(max_widths or {})
         self._ignored_layers, self._num_heads = options.get("ignored_layers"), options.get("num_heads")
-        self.groups: PrunableGroups = prunable_groups(model, example_inputs, progress=progress, **options)
+        self.groups: PrunableGroups = prunable_groups(model, example_inputs, progress=progress, **for_groups)
         _warn_of_uncounted(self.groups)
         self._left_out = list(self.groups.excluded)
         self.initial_widths = self.groups.widths
@@ -288,7 +289,7 @@ class PruningTarget:
         """
         settings = Refit.of(refit)
         if settings is not None and loader is None:
-            raise ValueError(f"refit={settings.mode!r} needs data: pass loader= to the pruner")
+            raise ValueError(f"refit={settings.mode!r} needs data: pass loader=")
         report, run = self.report(plan, criterion), self.groups.options.forward_fn
         if plan.is_noop:
             time = f", {plan.latency_ms.predicted:.3f} ms predicted" if plan.latency_ms.is_limited else ""

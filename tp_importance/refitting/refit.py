@@ -70,7 +70,7 @@ def refit_consumers(
         progress: show a progress bar.
 
     Returns:
-        The :class:`~tp_importance.pruning.report.RefitReport`.
+        The :class:`~tp_importance.refitting.report.RefitReport`.
 
     Raises:
         ValueError: for settings that give no new weights, unknown groups or units, bad data, or weights that are not

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..maths.batchnorm import ChannelMoments, follow_change
 
-__all__ = ["has_batch_norm", "is_calibrated", "move_statistics", "running_statistics", "write_statistics"]
+__all__ = ["has_batch_norm", "is_calibrated", "move_statistics", "write_statistics"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm  # 1d, 2d, 3d and Sync
 
@@ -22,12 +22,6 @@ def has_batch_norm(model: nn.Module) -> bool:
 def is_calibrated(module: nn.Module | None) -> bool:
     """Whether a module is a batch norm with running statistics."""
     return isinstance(module, _BatchNorm) and module.running_mean is not None
-
-
-def running_statistics(model: nn.Module) -> set[str]:
-    """Qualified names of all running means and variances of a network."""
-    norms = [name for name, module in model.named_modules() if is_calibrated(module)]
-    return {f"{name}.{key}" for name in norms for key in ("running_mean", "running_var")}
 
 
 def write_statistics(layer: Any, name: str, moments: ChannelMoments, batches: int) -> None:

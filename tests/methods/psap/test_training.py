@@ -13,7 +13,7 @@ from helpers.psap_cases import SCHEDULE, TOTAL, adam, make, sgd
 from tp_importance import Budget, PSAPPruner, PSAPSchedule, count_ops
 from tp_importance.budget import Cost
 from tp_importance.graph.masking import masked_units as gates
-from tp_importance.testing import class_loader, make_network, same_values
+from tp_importance.testing import make_network, same_values
 
 # -- after the surgery
 
@@ -164,29 +164,3 @@ def test_round_to_and_largest_ratio():
     assert all(r.after % 4 == 0 and r.after >= r.initial / 2 for r in report.rows)
     run = make(max_pruning_ratio={"0.0": 0.25}, budget=Budget(macs=0.6)).train(TOTAL)
     assert next(r for r in run.pruner.finish().rows if r.name == "0.0").after >= 6
-
-
-def test_what_is_pruned_at_once_may_be_refitted():
-    outputs, dense = [], None
-    for refit in (None, "sequential", "parallel", "batchnorm"):
-        model, x = make_network("residual")
-        data = class_loader(32)
-        dense = copy.deepcopy(model).eval() if dense is None else dense
-        pruner = PSAPPruner(model, x, data, budget=Budget(macs=0.5), protect=False)
-        pruner.start(torch.optim.SGD(model.parameters(), lr=0.0), total_steps=10)
-        report = pruner.finish(at_once=True, refit=refit)
-        assert (report.refit is None) is (refit in (None, "batchnorm")) and report.cost.macs <= 0.5 * pruner.dense.macs
-        images = torch.cat([a for a, _ in data])
-        with torch.no_grad():
-            outputs.append(float((model.eval()(images) - dense(images)).square().mean()))
-    assert all(error < 0.8 * outputs[0] for error in outputs[1:3]) and outputs[3] != outputs[0]
-
-
-def test_a_refit_without_a_loader_is_refused():
-    model, x = make_network("plain")
-    pruner = PSAPPruner(model, x, budget=Budget(macs=0.5))
-    pruner.start(torch.optim.SGD(model.parameters(), lr=0.0), total_steps=10)
-    snapshot = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="refit='parallel' needs data: pass loader="):
-        pruner.finish(at_once=True, refit="parallel")
-    assert all(torch.equal(v, snapshot[k]) for k, v in model.state_dict().items())

@@ -154,8 +154,8 @@ def test_latency_that_cannot_be_had(monkeypatch):
 def test_latency_by_the_clock():
     pruner = ResConvPruner(resnet(), X32, budget=Budget(latency_ms=1e4), min_run_time=0.01)
     plan = pruner.plan()
-    assert not plan.removed and set(plan.latency_ms) == {"dense", "limit", "predicted", "measured"}
-    assert all(v > 0 for v in plan.latency_ms.values())
+    assert not plan.removed and set(plan.latency_ms.to_dict()) == {"dense", "limit", "predicted", "measured"}
+    assert all(v > 0 for v in plan.latency_ms.to_dict().values())
     assert pruner.state_dict()["dense_ms"] == plan.latency_ms.dense
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

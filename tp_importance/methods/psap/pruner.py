@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from ...budget import Budget, Cost
 from ...core.arguments import checked_budget
 from ...core.devices import to_model
-from ...core.loaders import check_loader
 from ...core.options import hand_on, split_options
 from ...core.progress import shown
 from ...core.stale_optimizers import replacing
@@ -20,10 +19,8 @@ from ...graph.groups import PrunableGroups
 from ...graph.remap import Survivors, check_optimizer, named_tensors
 from ...pruning.report import PruningReport
 from ...pruning.target import PruningTarget
-from ...refitting.settings import Refit
-from ...statistics.labels import LabelFn
-from ...statistics.running_statistics import running_statistics
 from .history import PSAPHistory
+from .importance import PSAPImportance
 from .schedule import PSAPSchedule
 from .soft_masks import Ratios
 from .soft_pruning import SoftPruning
@@ -55,7 +52,6 @@ class PSAPPruner:
     Args:
         model: the network. Masks live in forward hooks; weights are trained by you and changed by :meth:`finish` only.
         example_inputs: tensor, tuple or dict, batch dimension first.
-        loader: re-iterable of batches, for ``finish(refit=...)``; the training loop is yours.
         budget: what the network may cost in the end; fractions refer to ``model`` as given.
         schedule: when to prune and how long to watch.
         threshold: a of the weight sparsity ratio.
@@ -63,7 +59,6 @@ class PSAPPruner:
         protect: watch and restore; ``False`` prunes by norm alone.
         protect_steps: prune steps during which a restored filter cannot be masked; ``None``: all that follow.
         max_pruning_ratio: P_max, the largest fraction of a group that may go, or one per group name.
-        label_fn: ``label_fn(batch)`` for loaders of unusual form.
         **options: see :class:`~tp_importance.pruning.target.PruningTarget`.
 
     Raises:
@@ -93,7 +88,6 @@ class PSAPPruner:
         self,
         model: nn.Module,
         example_inputs: Any,
-        loader: Iterable[Any] | None = None,
         *,
         budget: Budget,
         schedule: PSAPSchedule = PSAPSchedule(),
@@ -102,14 +96,11 @@ class PSAPPruner:
         protect: bool = True,
         protect_steps: int | None = 1,
         max_pruning_ratio: float | Mapping[str, float] = 0.9,
-        label_fn: LabelFn | None = None,
         **options: Any,
     ) -> None:
         if isinstance(budget, Budget):
             budget.require_counted("PSAP's schedule")
-        if loader is not None:
-            check_loader(loader)
-        self.loader, self.budget, self._label_fn = loader, checked_budget(budget), label_fn
+        self.budget = checked_budget(budget)
         (for_target,) = split_options(type(self), options, PruningTarget, leave=("latency_table",))
         self.target = PruningTarget(model, example_inputs, max_pruning_ratio=max_pruning_ratio, **for_target)
         self._progress = bool(options.get("progress"))
@@ -164,21 +155,17 @@ class PSAPPruner:
         with shown(self._progress):
             self._soft.step()
 
-    def finish(
-        self, *, average: Any = None, at_once: bool = False, refit: Refit | str | bool | None = None
-    ) -> PruningReport:
+    def finish(self, *, average: Any = None, at_once: bool = False) -> PruningReport:
         """Remove the masked channels from the model, in place, and carry the optimizer over.
 
-        Masked and removed network compute the same in eval mode. The optimizer keeps its groups, with their
-        hyperparameters, and what is left of its state, so learning rate schedulers go on. May be called as soon as
-        :attr:`frozen` is true; train on with a smaller network, and without :meth:`step`.
+        Masked and removed network compute the same in eval mode, so there is nothing to refit. The optimizer keeps its
+        groups, with their hyperparameters, and what is left of its state, so learning rate schedulers go on. May be
+        called as soon as :attr:`frozen` is true; train on with a smaller network, and without :meth:`step`.
 
         Args:
             average: weight averages of the model to be pruned along: ``AveragedModel``, a copy of the model, a dict
                 of tensors by parameter name, or a list of these.
             at_once: if the schedule is not through yet, prune the rest now, without a pulse.
-            refit: repair the network on the pruner's loader, see :class:`~tp_importance.Refit`. Worth it with
-                ``at_once``; what was masked while the network trained needs none, and averages get none.
 
         Returns:
             The :class:`~tp_importance.pruning.report.PruningReport`.
@@ -203,21 +190,14 @@ class PSAPPruner:
         removed = self._soft.removed
         before = named_tensors(self.model)
         self.target.example_inputs = to_model(self.model, self.target.example_inputs)  # it may have moved
-        settings = Refit.of(refit)
-        solves, follows = settings is not None and settings.solves, settings is not None and settings.follows
-        paused, step = self._soft.paused(), self.target.surgery(self.model.parameters() if solves else ())
+        paused, step = self._soft.paused(), self.target.surgery()
         with shown(self._progress), paused, torch.inference_mode(False), step, replacing(self.model):
             survivors = Survivors.of(self.groups, removed, self.target.example_inputs)
             for each in averages:
                 survivors.require_fit(each)
-            report = self.target.apply(
-                self.target.plan(removed, self._soft.limits),
-                self.loader,
-                refit=settings,
-                label_fn=self._label_fn,
-                criterion="PSAP",
-            )
-            survivors.settle(before, self.model, moved=running_statistics(self.model) if follows else ())
+            plan = self.target.plan(removed, self._soft.limits)
+            report = self.target.apply(plan, criterion=PSAPImportance.__name__)
+            survivors.settle(before, self.model)
             step.commit()
             for optimizer in self._soft.optimizers:
                 survivors.remap_optimizer(optimizer, before, self.model)

@@ -24,7 +24,7 @@ from .schedule import PSAPSchedule
 
 __all__ = ["SoftPruning"]
 
-FORMAT, VERSION = "tp_importance.methods.psap.pruner", 1
+FORMAT, VERSION = "tp_importance.psap", 1
 
 
 class SoftPruning(PulsedMasks):

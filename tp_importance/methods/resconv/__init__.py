@@ -39,13 +39,15 @@ __all__ = [
 
 def _prune_layers(job: Job) -> None:
     """Whole layers go, the rest is trained with its shortcuts and fused."""
+    # it looks at no labels, and checks every removal by itself
+    options = {key: value for key, value in job.pruner_options.items() if key not in ("label_fn", "verify")}
     pruner = ResConvPruner(
         job.model,
         job.example_inputs,
         job.loader,
         budget=job.whole_budget("resconv"),
         **job.options,
-        **job.pruner_options,
+        **options,
     )
     if pruner.plan().removed:
         pruner.step(fuse=False, refit=job.repair)

@@ -189,8 +189,9 @@ class ResConvPruner(LayerPlanner):
             budget: default: the pruner's.
             fuse: turn the layers that stay into ordinary convolutions. With ``False`` they keep shortcut and batch
                 norm, so that training can go on; call :func:`~tp_importance.fuse` at the end.
-            refit: ``"batchnorm"``: move the batch norm statistics by the change that the removal makes on the pruner's
-                loader, before fusing; see :class:`~tp_importance.Refit`. No layer gets new weights by least squares.
+            refit: ``"batchnorm"`` (also ``True``): move the batch norm statistics by the change that the removal makes
+                on the pruner's loader, before fusing; see :class:`~tp_importance.Refit`. No layer gets new weights by
+                least squares.
 
         Returns:
             :class:`~tp_importance.methods.resconv.LayerReport`.
@@ -283,7 +284,7 @@ class ResConvPruner(LayerPlanner):
         self.dense, self._dense_ms = Cost(**state["dense"]), state["dense_ms"]
 
     def _checked(self, refit: Refit | str | bool | None) -> Refit | None:
-        settings = Refit.of(refit)
+        settings = Refit.of("batchnorm" if refit is True else refit)
         if settings is not None and settings.solves:
             raise ValueError(f"refit={settings.mode!r} is for channels; after layers went give refit='batchnorm'")
         if settings is not None and self.loader is None:
