@@ -7,6 +7,7 @@ threads, date, revision), ``{"key": {...}, "values": {...}, "seed": ..., "enviro
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -43,9 +44,14 @@ class Cells:
         self.cells: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, dict[str, Any]] = {}
         self._whole = 0  # bytes up to the end of the last whole line
+        self._last = path.stat().st_size if path.exists() else 0  # bytes when last seen
         if path.exists():
             self._read()
             found = self.header["settings"]
+            if experiment and self.header["experiment"] != experiment:
+                raise SystemExit(
+                    f"{path} has cells of {self.header['experiment']!r}, not {experiment!r}: give another --out"
+                )
             if settings is not None and found != json.loads(json.dumps(settings)):
                 raise SystemExit(f"{path} was made with {found}, not {settings}: give another --out")
 
@@ -96,15 +102,18 @@ class Cells:
 
     def _append(self, line: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [line] if self._whole else [self.header, line]
         with self.path.open("ab") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if self.path.stat().st_size != self._last:
+                raise SystemExit(f"{self.path} has grown meanwhile, another run writes to it: give another --out")
+            lines = [line] if self._whole else [self.header, line]
             f.truncate(self._whole)  # a torn line goes
             before = self.path.read_bytes()[-1:] if self._whole else b"\n"
             text = "".join(compact(one) + "\n" for one in lines).encode()
             f.write(text if before == b"\n" else b"\n" + text)
             f.flush()
             os.fsync(f.fileno())
-            self._whole = f.tell()
+            self._whole = self._last = f.tell()
         self._add(json.loads(compact(line)))
         shown = {**line.get("key", {}), **line.get("values", {}), **{k: v for k, v in line.items() if k == "left_out"}}
         print(*(v for v in shown.values() if not isinstance(v, (list, dict))), flush=True)

@@ -218,4 +218,6 @@ def table(experiment: str, name: str) -> str:
     found = find(experiment)
     if name not in found.show:
         raise SystemExit(f"{experiment} has no table {name!r}; it has {', '.join(found.show)}")
+    if not found.results.exists():
+        raise SystemExit(f"{found.results} is missing, so the table {name!r} of {experiment} cannot be made")
     return found.show[name](found.rows())

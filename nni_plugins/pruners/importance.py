@@ -138,4 +138,5 @@ class MethodPruner(ImportancePruner):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        hand_on(cls, cls.importance_class, ImportancePruner, leave=("importance",))
+        if hasattr(cls, "importance_class"):  # else there is a class to come
+            hand_on(cls, cls.importance_class, ImportancePruner, leave=("importance",))

@@ -112,3 +112,20 @@ def test_stored_results_are_whole(path):
     assert numbers == set(range(len(cells.environments)))
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + len(cells.environments) + len(cells.cells) + len(cells.left_out)
+
+
+def test_two_runs_on_one_file_do_not_destroy_each_other(tmp_path):
+    path = tmp_path / "one.jsonl"
+    first, second = (Cells(path, "one", {"a": 1}) for _ in range(2))
+    second.fill({"k": 1}, lambda: {"v": 1}, {}, 0)
+    with pytest.raises(SystemExit, match="has grown meanwhile"):
+        first.fill({"k": 2}, lambda: {"v": 2}, {}, 0)
+    second.fill({"k": 3}, lambda: {"v": 3}, {}, 0)
+    assert [row["v"] for row in Cells(path).rows()] == [1, 3]
+
+
+def test_a_file_of_another_experiment_is_refused(tmp_path):
+    path = tmp_path / "one.jsonl"
+    Cells(path, "one", {"a": 1}).fill({"k": 1}, lambda: {"v": 1}, {}, 0)
+    with pytest.raises(SystemExit, match="has cells of 'one', not 'two'"):
+        Cells(path, "two", {"a": 1})

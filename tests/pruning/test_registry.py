@@ -185,3 +185,62 @@ def test_pruners_that_share_a_target_see_each_others_steps():
     first.step()
     report = second.step()  # on the smaller network: its statistics are collected anew
     assert report.before.macs <= 0.7 * target.dense.macs and report.cost.macs <= 0.5 * target.dense.macs
+
+
+def test_another_importance_is_collected_anew():
+    model, x = make_network("plain")
+    pruner, twin = (BudgetPruner(model, x, class_loader(32), importance="obs", budget=HALF) for _ in range(2))
+    pruner.plan()
+    pruner.importance = twin.importance = CATROImportance()
+    assert pruner.plan().removed == twin.plan().removed
+
+
+def test_a_shared_importance_refits_with_the_data_of_its_pruner():
+    others = [(3 * x + 1, y) for x, y in class_loader(32, seed=5)]
+    reports = []
+    for shared in (False, True):
+        model, x = make_network("plain")
+        importance = OBSImportance()
+        pruner = BudgetPruner(model, x, class_loader(32), importance=importance, budget=HALF)
+        plan = pruner.plan()
+        if shared:
+            BudgetPruner(model, x, others, importance=importance, budget=HALF, target=pruner.target).plan()
+        reports.append(pruner.apply(plan, refit="parallel").refit)
+    assert reports[0] == reports[1]
+
+
+def test_plans_of_another_network_or_time_are_refused():
+    model, x = make_network("plain")
+    pruner = BudgetPruner(model, x, importance="l1", budget=HALF)
+    nothing, half = pruner.plan(Budget(macs=1.0)), pruner.plan()
+    pruner.step(Budget(macs=0.7))
+    for stale in (nothing, half):
+        with pytest.raises(ValueError, match="the plan was made for 8 channels of group"):
+            pruner.apply(stale)
+    with pytest.raises(ValueError, match="no prunable group is called|of another network|was made for"):
+        pruner.apply(BudgetPruner(*make_network("residual"), importance="l1", budget=HALF).plan())
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        (lambda cost: cost.full, "above the limits"),
+        (lambda cost: 0 * cost.full, "0 units; admissible are"),
+        (lambda cost: cost.full - 0.5, "7.5 units; admissible are"),
+        (lambda cost: cost.full[:-1], "one number per group"),
+    ],
+)
+def test_allocators_that_break_their_promise_are_refused(units, message):
+    model, x = make_network("plain")
+    pruner = BudgetPruner(model, x, importance="l1", budget=HALF, allocator=lambda _c, cost, _s, _l: units(cost))
+    with pytest.raises(ValueError, match=message):
+        pruner.step()
+
+
+def test_what_is_no_method_is_not_registered():
+    with pytest.raises(TypeError, match="must be text"):
+        register_method(5, OBSImportance)
+    with pytest.raises(ValueError, match="cannot be the name"):
+        register_method("x y", OBSImportance)
+    with pytest.raises(TypeError, match="needs a class or a function"):
+        register_method("three", 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..core.types import Ints
 from ..graph.cost import LATENCY, CostModel
 from .curves import Curves
@@ -35,14 +37,14 @@ def allocate(allocator: Allocator, curves: Curves, cost: CostModel, space: Width
         limits: upper limit per cost field, and of ``latency_ms``.
 
     Returns:
-        units per group, shape (G,): with a latency limit within every limit, and no further step fits; else what the
-        allocator returns.
+        units per group, shape (G,), within every limit; with a latency limit no further step fits.
 
     Raises:
         BudgetError: if the floor exceeds a limit; names the least reachable cost.
+        ValueError: if the allocator gives widths that are not admissible, or do not keep the limits.
     """
     if LATENCY not in limits or allocator in _PRICES_LATENCY:
-        return allocator(curves, cost, space, limits)
+        return _checked(allocator(curves, cost, space, limits), cost, space, limits)
     require_reachable(cost, space, limits)
     counts = {f: v for f, v in limits.items() if f != LATENCY}
     low, high = (int(cost.spent(u, ["macs"])["macs"]) for u in (space.floor, space.full))
@@ -63,3 +65,18 @@ def allocate(allocator: Allocator, curves: Curves, cost: CostModel, space: Width
                 high = middle
         under(low)  # what the allocator says of its last widths is of these
     return fill_up(curves, cost, space, limits, units)
+
+
+def _checked(units: Ints, cost: CostModel, space: WidthSpace, limits: Limits) -> Ints:
+    """What an allocator gave, if it keeps its promise."""
+    found = np.asarray(units)
+    if found.shape != (len(cost.names),):
+        raise ValueError(f"the allocator gives units of shape {found.shape}; one number per group, {len(cost.names)}")
+    for name, levels, u in zip(cost.names, space.levels, found, strict=True):
+        if u not in levels:
+            raise ValueError(f"the allocator gives group {name} {u} units; admissible are {levels.tolist()}")
+    whole = found.astype(np.int64)
+    if not cost.within(whole, limits):
+        spent = cost.cost(cost.widths(whole))
+        raise ValueError(f"the allocator gives widths that cost {spent}, above the limits {dict(limits)}")
+    return whole

@@ -55,8 +55,9 @@ def hand_on(target: Any, *sources: Callable[..., Any], leave: Iterable[str] = ()
     for source in sources:
         decided = set(leave) if source is sources[-1] else set()
         for name, parameter in parameters_of(source).items():
-            if name not in names | decided and parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                added.setdefault(name, parameter)
+            by_name = parameter.kind is inspect.Parameter.KEYWORD_ONLY or parameter.default is not parameter.empty
+            if name not in names | decided and by_name:
+                added.setdefault(name, parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     fixed = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
     if len(fixed) == len(own):  # it takes no further options
         added = {}

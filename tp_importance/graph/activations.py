@@ -25,15 +25,12 @@ def recording(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | Non
     That is so if the forward function does not call the model exactly once, or if something in it is scripted.
     """
     calls: list[tuple[Any, Any]] = []
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(fresh_inputs((args, kwargs))), with_kwargs=True
-    )
-    with untouched(model), torch.no_grad():
+    with untouched(model), torch.no_grad():  # takes the hook away again
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(fresh_inputs((args, kwargs))), with_kwargs=True
+        )
         model.eval()
-        try:
-            run_model(model, example_inputs, forward_fn)
-        finally:
-            handle.remove()
+        run_model(model, example_inputs, forward_fn)
     if len(calls) != 1:
         return None
     args, kwargs = calls[0]

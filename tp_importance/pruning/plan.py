@@ -92,17 +92,28 @@ class Plan:
             entries.append({"op_names": [m.name], **weight})
         return entries
 
-    def _kept(self, groups: PrunableGroups, kind: str) -> list[tuple[Member, int]]:
-        """Members whose output channels go, and how many each keeps; one layer may be part of several groups.
+    def require_made_for(self, groups: PrunableGroups) -> None:
+        """Refuse groups that the plan was not made for.
 
         Raises:
-            ValueError: if the plan is not of these groups; names the first that differs.
+            ValueError: names the first group that differs.
         """
         for name, left in self.widths.items():
             now = groups[name].width  # raises for an unknown one
             then = left + len(self.removed.get(name, ())) * groups[name].unit_size
             if now != then:
                 raise ValueError(f"the plan was made for {then} channels of group {name}, which has {now} now")
+        for name in groups.names:
+            if name not in self.widths:
+                raise ValueError(f"the plan is of another network: it says nothing of group {name}")
+
+    def _kept(self, groups: PrunableGroups, kind: str) -> list[tuple[Member, int]]:
+        """Members whose output channels go, and how many each keeps; one layer may be part of several groups.
+
+        Raises:
+            ValueError: if the plan is not of these groups; names the first that differs.
+        """
+        self.require_made_for(groups)
         kept: dict[str, int] = {}
         members: dict[str, Member] = {}
         for group in groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
@@ -20,6 +21,7 @@ from ..graph.cost import CostModel
 from ..graph.groups import PrunableGroups
 from ..latency.model import LatencyModel
 from ..refitting.settings import Refit
+from ..statistics.consumers import ConsumerStatistics
 from ..statistics.labels import LabelFn
 from .importance import StatisticalImportance
 from .plan import Plan
@@ -28,6 +30,16 @@ from .report import PruningReport
 from .target import PruningTarget
 
 __all__ = ["BudgetPruner", "MethodPruner"]
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """What was collected, with what for and by whom: others may use the importance meanwhile."""
+
+    groups: Any
+    importance: Any
+    curves: dict[str, Curve]
+    statistics: ConsumerStatistics | None
 
 
 class BudgetPruner:
@@ -103,7 +115,7 @@ class BudgetPruner:
             check_loader(loader)
         self.loader = loader
         self.target = PruningTarget(model, example_inputs, **for_target) if target is None else target
-        self._collected: tuple[Any, dict[str, Curve]] | None = None
+        self._collected: _Collected | None = None
 
     @property
     def _progress(self) -> bool:
@@ -200,7 +212,9 @@ class BudgetPruner:
                 label_fn=self._label_fn,
                 progress=self._progress,
             )
-            self._collected = self.groups.groups, value_curves(self.importance, self.groups)
+            curves = value_curves(self.importance, self.groups)
+            statistics = getattr(self.importance, "consumer_statistics", None)
+            self._collected = _Collected(self.groups.groups, self.importance, curves, statistics)
         return self
 
     @shows_progress
@@ -219,8 +233,13 @@ class BudgetPruner:
 
     def _known_curves(self) -> dict[str, Curve] | None:
         """What was collected, if it is of the groups as they are now."""
+        known = self._known()
+        return None if known is None else known.curves
+
+    def _known(self) -> _Collected | None:
         kept = self._collected
-        return kept[1] if kept is not None and kept[0] is self.groups.groups else None
+        fits = kept is not None and kept.groups is self.groups.groups and kept.importance is self.importance
+        return kept if fits else None
 
     @warned_once()
     def plan(self, budget: Budget | None = None) -> Plan:
@@ -304,13 +323,14 @@ class BudgetPruner:
         """
         settings = Refit.of(refit)
         self._require_loader(settings)
+        known = self._known()
         return self.target.apply(
             plan,
             self.loader,
             refit=settings,
             label_fn=self._label_fn,
             classes=getattr(self.importance, "classes", None),
-            statistics=None if self._known_curves() is None else getattr(self.importance, "consumer_statistics", None),
+            statistics=None if known is None else known.statistics,
             criterion=getattr(self.importance, "name", type(self.importance).__name__),
         )
 
@@ -363,4 +383,5 @@ class MethodPruner(BudgetPruner):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        hand_on(cls, cls.importance_class, BudgetPruner, leave=("importance",))
+        if hasattr(cls, "importance_class"):  # else there is a class to come
+            hand_on(cls, cls.importance_class, BudgetPruner, leave=("importance",))

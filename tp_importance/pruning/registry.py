@@ -176,11 +176,16 @@ def register_method(
         Traceback (most recent call last):
         ValueError: a method called 'magnitude' is registered already; choose another name
     """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a method must be text, not {name!r}")
+    for given in (importance, prune):
+        if given is not None and not callable(given):
+            raise TypeError(f"method {name!r} needs a class or a function, not {given!r}")
     if (importance is None) is (prune is None):
         raise TypeError(f"method {name!r} needs an importance, or a function prune(job), not both: give one of them")
     if name in _METHODS:
         raise ValueError(f"a method called {name!r} is registered already; choose another name")
-    if not name or set(".:") & set(name):
+    if not name or set(".:") & set(name) or not name.isprintable() or " " in name:
         raise ValueError(f"{name!r} cannot be the name of a method; use letters, digits and _")
     method = Method(name, importance, dict(options or {}), prune, needs_training, instead)
     _METHODS[name] = method

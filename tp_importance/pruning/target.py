@@ -290,6 +290,7 @@ class PruningTarget:
         settings = Refit.of(refit)
         if settings is not None and loader is None:
             raise ValueError(f"refit={settings.mode!r} needs data: pass loader=")
+        plan.require_made_for(self.groups)
         report, run = self.report(plan, criterion), self.groups.options.forward_fn
         if plan.is_noop:
             time = f", {plan.latency_ms.predicted:.3f} ms predicted" if plan.latency_ms.is_limited else ""

@@ -183,10 +183,10 @@ class PSAPPruner:
                 "pruner.frozen, or finish(at_once=True) to prune the rest now"
             )
         averages = average if isinstance(average, (list, tuple)) else [] if average is None else [average]
-        self._soft.conclude()
         self._soft.require_unchanged()
         for optimizer in self._soft.optimizers:
             check_optimizer(optimizer, self.model)
+        self._soft.conclude()
         removed = self._soft.removed
         before = named_tensors(self.model)
         self.target.example_inputs = to_model(self.model, self.target.example_inputs)  # it may have moved
