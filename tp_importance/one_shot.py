@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from .allocation.registry import Allocator
 from .budget import Budget
 from .core.arguments import checked_budget, checked_importance
 from .core.loaders import FirstSamples, check_loader, require_reiterable
-from .core.options import hand_on, split_options
+from .core.options import hand_on, parameters_of, split_options
 from .core.processes import warned_once
 from .pruning.pruner import BudgetPruner
 from .pruning.registry import find_criterion
@@ -109,6 +109,7 @@ def prune(
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise ValueError(f"samples={samples!r} must be a positive integer, e.g. 512, or None for all of the loader")
     settings = Refit.of(refit)
+    _refuse_options_of_the_method(method, options)
     (chosen,) = split_options(prune, options, BudgetPruner, leave=("importance",))
     require_reiterable(loader)
     check_loader(loader)
@@ -123,6 +124,18 @@ def prune(
 
 
 hand_on(prune, BudgetPruner, leave=("importance",))
+
+
+def _refuse_options_of_the_method(method: Any, options: Mapping[str, Any]) -> None:
+    """A method by name has its defaults; whoever wants others gives an object."""
+    if not isinstance(method, str):
+        return
+    make = find_criterion(method).make
+    assert make is not None
+    theirs = [name for name in options if name in parameters_of(make) and name not in parameters_of(BudgetPruner)]
+    if theirs:
+        name = getattr(make, "__name__", "Importance")
+        raise TypeError(f"{theirs[0]!r} is an option of {name}: give the object, method={name}({theirs[0]}=...)")
 
 
 def _take_loss(loss_fn: LossFn, importance: Any, method: Any) -> None:

@@ -32,6 +32,7 @@ from tp_importance.graph.cost import CostModel
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
+from tp_importance.testing.networks import randomise_batchnorm
 
 networks = load_module(ROOT / "tests" / "helpers" / "networks.py")
 Build = Callable[[], nn.Module]
@@ -54,7 +55,7 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model, size = ZOO[name](), SIZE.get(name, 64)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    networks.randomise_batchnorm(model, x)
+    randomise_batchnorm(model, x)
     return model, x
 
 

@@ -46,6 +46,7 @@ def checked(name, path, capsys, *more):
     assert all("seed" in json.loads(line) for line in before.decode().splitlines() if line.startswith('{"key"'))
     for table in experiment.find(name).show:
         assert f"{table}:\n\n" in out
+    assert not [row for row in cells.rows() if isinstance(row.get("error"), str)]
     return cells.rows()
 
 

@@ -148,6 +148,13 @@ def test_a_constructor_of_ones_own_has_its_own_signature():
     assert {"foo", "round_to", "verify"} <= set(parameters_of(Open))
 
 
+def test_options_of_a_method_go_with_the_object():
+    with pytest.raises(
+        TypeError, match=r"'class_weight' is an option of CATROImportance: give the object, method=CATRO"
+    ):
+        tpi.prune(None, None, [], budget=tpi.Budget(macs=0.5), method="catro", class_weight=0.3)
+
+
 def test_prune_takes_a_method_not_an_importance():
     with pytest.raises(TypeError, match="prune takes no option 'importance'"):
         tpi.prune(None, None, [], budget=tpi.Budget(macs=0.5), importance="l1")

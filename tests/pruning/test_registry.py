@@ -111,6 +111,16 @@ def test_criteria_that_read_gradients_are_given_them():
     assert host[0][0].out_channels == 4 and all(p.grad is None for p in host.parameters())
 
 
+def test_criteria_without_the_gradients_they_read_say_so():
+    model, x = make_network("plain")
+    for importance in (tp.importance.TaylorImportance(), tp.importance.GroupTaylorImportance()):
+        pruner = BudgetPruner(model, x, importance=importance, budget=HALF)
+        with pytest.raises(ValueError, match=rf"GradientImportance\({type(importance).__name__}\(\)\)"):
+            pruner.plan()
+        wrapped = GradientImportance(importance)
+        assert BudgetPruner(model, x, class_loader(32), importance=wrapped, budget=HALF).plan().cost.macs > 0
+
+
 def test_gradients_are_collected_again_after_a_step():
     model, x = make_network("plain")
     pruner = BudgetPruner(model, x, class_loader(32), importance="taylor", budget=Budget(macs=0.7))

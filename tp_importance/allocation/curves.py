@@ -118,13 +118,17 @@ def host_scores(importance: Any, groups: PrunableGroups, group: ChannelGroup) ->
     pruner = graph.get_pruner_of_module(module)
     fn = pruner.prune_out_channels if group.root[1] == "out" else pruner.prune_in_channels
     width = graph.get_out_channels(module) if group.root[1] == "out" else graph.get_in_channels(module)
-    with torch.no_grad():
-        scores = importance(in_terms_of_the_host(graph.get_pruning_group(module, fn, list(range(width)))))
+    name = type(importance).__name__
+    hint = f"if it reads gradients, give it some: GradientImportance({name}()), or call loss.backward() before"
+    try:
+        with torch.no_grad():
+            scores = importance(in_terms_of_the_host(graph.get_pruning_group(module, fn, list(range(width)))))
+    except Exception as error:
+        if all(p.grad is None for p in groups.trace.model.parameters()):
+            raise ValueError(f"{name} fails on group {group.name} ({type(error).__name__}: {error}); {hint}") from error
+        raise
     if not isinstance(scores, torch.Tensor):
-        name = type(importance).__name__
-        raise ValueError(
-            f"{name} gives no scores for group {group.name}; a gradient-based criterion needs loss.backward() first"
-        )
+        raise ValueError(f"{name} gives no scores for group {group.name}; {hint}")
     values = scores.detach().double().cpu().numpy()
     if values.shape != (width,):
         raise ValueError(f"scores of group {group.name} have shape {values.shape}; ({width},) is needed")

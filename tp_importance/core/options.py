@@ -86,9 +86,10 @@ def split_options(
         TypeError: if nobody takes an option; names the nearest one there is.
 
     Example:
-        >>> split_options(int, {"colour": 1}, lambda *, color: None)
+        >>> def paint(**options): ...
+        >>> split_options(paint, {"colour": 1}, lambda *, color: None)
         Traceback (most recent call last):
-        TypeError: int takes no option 'colour'; did you mean 'color'?
+        TypeError: paint takes no option 'colour'; did you mean 'color'?
     """
     shares: tuple[dict[str, Any], ...] = tuple({} for _ in sources)
     takes = [parameters_of(source) for source in sources]
