@@ -30,6 +30,7 @@ import nni_plugins
 import tp_importance
 from nni_plugins._compat import import_nni
 from tp_importance import Refit
+from tp_importance.graph.cost import CostModel
 from tp_importance.methods.resconv import ResConv2d
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -202,7 +203,7 @@ def nni_entries(budget: tp_importance.Budget, x: Tensor, loader: Batches) -> dic
 
     def uniform_ratio(model: nn.Module) -> float:
         """The least common ratio that meets the budget: NNI itself knows no budget."""
-        cost = tp_importance.CostModel.from_groups(tp_importance.prunable_groups(model, x))
+        cost = CostModel.from_groups(tp_importance.prunable_groups(model, x))
         limit = budget.limits(cost.dense)["macs"]
         ratios = [r / 1000 for r in range(1000)]
         return next(r for r in ratios if cost.evaluate(cost.full - (cost.full * r).astype(int))[0] <= limit)

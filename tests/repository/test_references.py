@@ -175,3 +175,23 @@ def test_nothing_outside_is_cited(path):
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"\bMETHODS(?:\.md| §)|\bSTYLE\.md|\bGRAPH\.md|design document|/work/\w+", text) == []
     assert re.findall(r"\[[PDC](?:, code)?\]", text) == []  # marks of a document that is not here: say it in words
+
+
+@pytest.mark.parametrize("package", ["tp_importance", "nni_plugins"])
+def test_scripts_use_names_that_the_packages_have(package):
+    """Examples are too long to be run here: at least what they take from the packages is there."""
+    module, missing, used = pytest.importorskip(package), [], 0
+    for path in sorted(p for folder in ("examples", "benchmarks") for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == package:
+                used += 1
+                missing += [] if hasattr(module, node.attr) else [f"{path.relative_to(ROOT)}:{node.lineno} {node.attr}"]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+                origin = importlib.import_module(str(node.module))
+                used += 1
+                missing += [
+                    f"{path.relative_to(ROOT)}:{node.lineno} {a.name}"
+                    for a in node.names
+                    if not hasattr(origin, a.name)
+                ]
+    assert used and not missing
