@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ..budget import Cost
 from ..core.optional import optional_import
 from ..graph.groups import Excluded
 from ..latency.times import LatencyTimes
 from ..refitting.report import RefitReport
 
-__all__ = ["CostReport", "GroupRow", "PruningReport"]
+__all__ = ["CostReport", "GroupRow", "PruningReport", "bytes_per_parameter"]
 
 
 @dataclass(frozen=True)
@@ -175,3 +177,9 @@ class PruningReport(CostReport):
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+
+def bytes_per_parameter(model: nn.Module) -> float:
+    """Mean size of a parameter, in bytes."""
+    count = sum(p.numel() for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / max(count, 1)

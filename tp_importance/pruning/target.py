@@ -18,7 +18,7 @@ from ..allocation.registry import Allocator
 from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
-from ..core.guards import preserved, transaction
+from ..core.guards import preserved
 from ..core.options import hand_on, split_options
 from ..core.processes import levels_up, warned_once
 from ..core.progress import phase, shown, shows_progress
@@ -43,9 +43,10 @@ from ..statistics.dense_reference import DenseReference
 from ..statistics.labels import LabelFn
 from ..statistics.running_statistics import has_batch_norm, is_calibrated
 from .plan import Plan
-from .report import GroupRow, PruningReport
+from .report import GroupRow, PruningReport, bytes_per_parameter
+from .surgery import Surgery
 
-__all__ = ["PruningTarget", "bytes_per_parameter"]
+__all__ = ["PruningTarget"]
 
 
 class PruningTarget:
@@ -467,35 +468,6 @@ class PruningTarget:
 
 
 hand_on(PruningTarget, prunable_groups)
-
-
-class Surgery(transaction):
-    """A block in which a target changes its model; if it raises, both are as before."""
-
-    def __init__(self, target: PruningTarget, values: Iterable[torch.Tensor] = ()) -> None:
-        """``values``: parameters that are written into; buffers, which are few, always come back."""
-        super().__init__(target.model, (*values, *target.model.buffers()))
-        self._target = target
-
-    def _note(self) -> None:
-        super()._note()
-        self._state = dict(vars(self._target))
-
-    def _restore(self, failed: bool) -> None:
-        super()._restore(failed)
-        if failed:
-            target = self._target
-            vars(target).clear()
-            vars(target).update(self._state)
-            # the host's surgery has changed the graph
-            traced = trace(target.model, target.example_inputs, target.groups.options)
-            target.groups = replace(target.groups, trace=traced)
-
-
-def bytes_per_parameter(model: nn.Module) -> float:
-    """Mean size of a parameter, in bytes."""
-    count = sum(p.numel() for p in model.parameters())
-    return sum(p.numel() * p.element_size() for p in model.parameters()) / max(count, 1)
 
 
 def _warn_of_uncounted(groups: PrunableGroups) -> None:

@@ -17,7 +17,7 @@ from ...core.processes import levels_up, warned_once
 from ...core.progress import phase, shown
 from ...core.stale_optimizers import replacing
 from ...graph.counting import count_ops
-from ...pruning.target import bytes_per_parameter
+from ...pruning.report import bytes_per_parameter
 from ...refitting.settings import Refit
 from ...statistics.batchnorm import recalibrate_batchnorm
 from ...statistics.dense_reference import DenseReference
