@@ -10,12 +10,12 @@ from torch import nn
 
 from .allocation.registry import Allocator
 from .budget import Budget
-from .core.arguments import checked_budget, checked_importance
+from .core.arguments import checked_budget
 from .core.loaders import FirstSamples, check_loader, require_reiterable
 from .core.options import hand_on, parameters_of, split_options
 from .core.processes import warned_once
 from .pruning.pruner import BudgetPruner
-from .pruning.registry import find_criterion
+from .pruning.registry import find_criterion, find_importance
 from .pruning.report import PruningReport
 from .refitting.settings import Refit
 from .statistics.gradients import LossFn, checked_loss_fn
@@ -114,7 +114,7 @@ def prune(
     require_reiterable(loader)
     check_loader(loader)
     data = loader if samples is None else FirstSamples(loader, samples)
-    importance = find_criterion(method).create() if isinstance(method, str) else checked_importance(method, "method")
+    importance = find_importance(method, "method")
     if loss_fn is not None:
         _take_loss(loss_fn, importance, method)
     pruner = BudgetPruner(

@@ -11,9 +11,8 @@ from torch import nn
 
 from tp_importance import Budget, BudgetPruner, GradientImportance
 from tp_importance.allocation.registry import Allocator, named_allocator
-from tp_importance.core.arguments import checked_importance
 from tp_importance.core.options import hand_on, split_options
-from tp_importance.pruning.registry import find_criterion
+from tp_importance.pruning.registry import find_importance
 from tp_importance.statistics.labels import LabelFn
 
 from ..config import Config
@@ -63,8 +62,7 @@ class ImportancePruner(MaskingPruner):
         label_fn: LabelFn | None = None,
         **options: Any,
     ) -> None:
-        made = find_criterion(importance).create() if isinstance(importance, str) else importance
-        checked_importance(made)
+        made = find_importance(importance)
         named_allocator(allocator)  # checks it
         self._choice = {"loader": loader, "importance": made, "allocator": allocator, "label_fn": label_fn}
         super().__init__(model, config_list, evaluator, existed_wrappers, loader=loader, **options)

@@ -267,8 +267,8 @@ def _run(
     job.options, job.allocator = dict(params.options), params.allocator
     if params.refit is not None:
         job.refit = Refit.of(params.refit)
-    if job.refit is not None and job.refit.solves and job.loader is None:
-        raise ValueError(f"refit={job.refit.mode!r} needs data: pass loader=")
+    if job.refit is not None and job.refit.solves:
+        job.refit.require_data(job.loader)
     job.allocate = params.allocate(limited=job.budget is not None)
     run = job.pruner_options.get("forward_fn")
     dense = Cost(*count_ops(job.model, x, forward_fn=run))

@@ -25,7 +25,7 @@ from ..statistics.consumers import ConsumerStatistics
 from ..statistics.labels import LabelFn
 from .importance import StatisticalImportance
 from .plan import Plan
-from .registry import find_criterion
+from .registry import find_importance
 from .report import PruningReport
 from .target import PruningTarget
 
@@ -107,8 +107,7 @@ class BudgetPruner:
             )
         (for_target,) = split_options(type(self), options, PruningTarget)
         self.budget = None if budget is None else checked_budget(budget)
-        made = find_criterion(importance).create() if isinstance(importance, str) else importance
-        self.importance = checked_importance(made)
+        self.importance = find_importance(importance)
         named_allocator(allocator)  # checks it
         self._allocator, self._label_fn = allocator, label_fn
         if loader is not None:
@@ -337,11 +336,11 @@ class BudgetPruner:
     def _require_loader(self, settings: Refit | None) -> None:
         if settings is None:
             return
-        if self.loader is None:
-            raise ValueError(f"refit={settings.mode!r} needs data: pass loader= to the pruner")
+        settings.require_data(self.loader)
         collects = isinstance(self.importance, StatisticalImportance) and self._known_curves() is None
         shares = settings.mode == "parallel" and hasattr(self.importance, "consumer_statistics")
-        if collects + (settings.solves and not shares) + settings.follows > 1:
+        passes = collects + (settings.solves and not shares) + settings.follows
+        if self.loader is not None and passes > 1:
             require_reiterable(self.loader)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..allocation.registry import Allocator
 from ..budget import Budget
+from ..core.arguments import checked_importance
 from ..errors import SearchSpaceError
 from ..refitting.settings import Refit
 from ..statistics.gradients import LossFn
@@ -18,7 +19,7 @@ from ..statistics.running_statistics import has_batch_norm
 from .domains import Domain, check_names
 from .importance import StatisticalImportance
 
-__all__ = ["METHODS", "Job", "Method", "Train", "find_criterion", "find_method", "register_method"]
+__all__ = ["METHODS", "Job", "Method", "Train", "find_criterion", "find_importance", "find_method", "register_method"]
 
 
 class Train(Protocol):
@@ -213,3 +214,17 @@ def find_criterion(name: str) -> Method:
         why = "is unknown" if name not in METHODS else f"is no criterion for channels: use {METHODS[name].instead}"
         raise ValueError(f"method={name!r} {why}; known: {known}, or pass an importance")
     return METHODS[name]
+
+
+def find_importance(choice: Any, argument: str = "importance") -> Any:
+    """The importance that a user means: a name makes one, an object is checked.
+
+    Args:
+        choice: name of a criterion, or an importance.
+        argument: how the user calls it.
+
+    Raises:
+        TypeError: for what cannot value channels.
+        ValueError: for an unknown name.
+    """
+    return find_criterion(choice).create() if isinstance(choice, str) else checked_importance(choice, argument)

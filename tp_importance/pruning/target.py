@@ -289,8 +289,8 @@ class PruningTarget:
                 included, model and target are as before.
         """
         settings = Refit.of(refit)
-        if settings is not None and loader is None:
-            raise ValueError(f"refit={settings.mode!r} needs data: pass loader=")
+        if settings is not None:
+            settings.require_data(loader)
         plan.require_made_for(self.groups)
         report, run = self.report(plan, criterion), self.groups.options.forward_fn
         if plan.is_noop:

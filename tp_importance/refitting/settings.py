@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 __all__ = ["Mode", "Refit", "Ridge"]
 
@@ -79,6 +79,18 @@ class Refit:
     def follows(self) -> bool:
         """Whether batch norms follow after the surgery, by a pass of their own."""
         return self.recalibrate and self.mode != "sequential"
+
+    def require_data(self, loader: Any) -> None:
+        """Refuse a repair without images.
+
+        Args:
+            loader: what there is, ``None`` for nothing.
+
+        Raises:
+            ValueError: if there is nothing.
+        """
+        if loader is None:
+            raise ValueError(f"refit={self.mode!r} needs data: pass loader=")
 
     @property
     def sampled(self) -> int | None:

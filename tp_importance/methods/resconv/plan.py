@@ -15,6 +15,7 @@ from ...core.arguments import checked_budget
 from ...core.processes import warned_once
 from ...core.progress import phase, shows_progress
 from ...errors import BudgetError
+from ...graph.cost import exceeded
 from ...latency.times import LatencyTimes
 from .block import ResConv2d, resconv_layers
 from .conversion import ConversionReport
@@ -131,14 +132,13 @@ class LayerPlanner:
         chosen = checked_budget(self.budget if budget is None else budget)
         losses, costs = self.losses(), LayerCosts.of(self.model, self._example_inputs, self._forward_fn)
         limits, least = chosen.marked_limits(self.dense), costs.without(list(losses)).as_dict()
-        for f, limit in limits.items():
-            if least[f] > limit:
-                raise BudgetError(
-                    f"the budget of {limit} {f} cannot be reached by removing layers: with all {len(losses)} removed "
-                    f"{least[f]} {f} are left. Give at least {least[f]}, or prune channels after fusing"
-                    + self._left_out()
-                    + count_hint(f, limit, self.dense.as_dict()[f])
-                )
+        for f in exceeded(least, limits):
+            raise BudgetError(
+                f"the budget of {limits[f]} {f} cannot be reached by removing layers: with all {len(losses)} removed "
+                f"{least[f]} {f} are left. Give at least {least[f]}, or prune channels after fusing"
+                + self._left_out()
+                + count_hint(f, limits[f], self.dense.as_dict()[f])
+            )
         needed = {f: float(costs.fused.as_dict()[f] - limit) for f, limit in limits.items()}
         if chosen.is_measured:
             return self._timed_plan(chosen, losses, costs, needed, limits)

@@ -287,8 +287,8 @@ class ResConvPruner(LayerPlanner):
         settings = Refit.of("batchnorm" if refit is True else refit)
         if settings is not None and settings.solves:
             raise ValueError(f"refit={settings.mode!r} is for channels; after layers went give refit='batchnorm'")
-        if settings is not None and self.loader is None:
-            raise ValueError("refit='batchnorm' needs data: pass loader= to the pruner")
+        if settings is not None:
+            settings.require_data(self.loader)
         return settings
 
     def _rows(self, plan: LayerPlan) -> list[LayerRow]:
