@@ -92,7 +92,7 @@ def test_the_registry_is_strict():
         METHODS["x"] = METHODS["obs"]
     with pytest.raises(ValueError, match=r"method='nope' is unknown; known: \[.*'obs'"):
         find_criterion("nope")
-    with pytest.raises(ValueError, match="'psap_training' is no criterion for channels: use PSAPPruner"):
+    with pytest.raises(ValueError, match=r"^importance='psap_training' is no criterion for channels: use PSAPPruner"):
         BudgetPruner(*make_network("plain"), importance="psap_training", budget=HALF)
     assert find_method("resconv").make is None and find_method("catro").make is CATROImportance
 

@@ -203,8 +203,12 @@ def find_method(name: Any) -> Method:
     return METHODS[name]
 
 
-def find_criterion(name: str) -> Method:
+def find_criterion(name: str, argument: str = "method") -> Method:
     """The method of that name, if it is one that values channels.
+
+    Args:
+        name: of the method.
+        argument: how the user calls it.
 
     Raises:
         ValueError: if there is none; names those there are.
@@ -212,7 +216,7 @@ def find_criterion(name: str) -> Method:
     known = sorted(n for n, m in METHODS.items() if m.make is not None)
     if name not in known:
         why = "is unknown" if name not in METHODS else f"is no criterion for channels: use {METHODS[name].instead}"
-        raise ValueError(f"method={name!r} {why}; known: {known}, or pass an importance")
+        raise ValueError(f"{argument}={name!r} {why}; known: {known}, or pass an importance")
     return METHODS[name]
 
 
@@ -227,4 +231,6 @@ def find_importance(choice: Any, argument: str = "importance") -> Any:
         TypeError: for what cannot value channels.
         ValueError: for an unknown name.
     """
-    return find_criterion(choice).create() if isinstance(choice, str) else checked_importance(choice, argument)
+    if isinstance(choice, str):
+        return find_criterion(choice, argument).create()
+    return checked_importance(choice, argument)
