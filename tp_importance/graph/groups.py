@@ -30,12 +30,15 @@ __all__ = [
 Role = Literal["in", "out"]
 Kind = Literal["producer", "consumer", "passthrough"]
 Index = NDArray[np.int64]
-ExclusionKind = Literal["output", "ignored", "mixed", "computed", "unread", "minimum", "training", "unverified"]
+ExclusionKind = Literal[
+    "output", "ignored", "mixed", "pinned", "computed", "unread", "minimum", "training", "unverified"
+]
 """Why a group is left alone:
 
 * ``output``: it makes the network's output;
 * ``ignored``: ``ignored_layers`` names one of its layers, and nothing else stands in the way;
 * ``mixed``: its channels are normalised, attended or grouped together, so that none can go alone;
+* ``pinned``: its channels meet padding, constants or the network's input, which stay as they are;
 * ``computed``: a weight is computed from tensors that cannot lose the channels;
 * ``unread``: no layer with weights reads it;
 * ``minimum``: it is at its smallest width;
@@ -49,12 +52,13 @@ class Member:
     """One channel dimension that takes part in a group.
 
     Attributes:
-        name: qualified name of the module (or parameter).
+        name: qualified name of the module, or of the parameter or buffer where no layer is known that it belongs to.
         role: ``"out"`` if the output channels of the module go, ``"in"`` if its input channels.
         kind: ``producer`` (conv or linear, out), ``consumer`` (conv or linear, in) or ``passthrough`` (the rest).
         channels: positions in that dimension, int64, shape (m,).
         units: unit of the group each position belongs to, int64, shape (m,).
         width: size of the whole dimension when the group was built.
+        axis: of a parameter or buffer, the axis; ``None`` for a module.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Member:
     channels: Index
     units: Index
     width: int
+    axis: int | None = None
 
     def positions(self, units: Iterable[int]) -> Index:
         """Positions in this dimension that belong to ``units``."""
@@ -84,6 +89,8 @@ class ChannelGroup:
         root_channels: positions of the channels in the root's dimension, shape (width,).
         root_units: unit of each of them, shape (width,).
         min_units: fewest units the graph allows.
+        attributes: whole numbers that modules hold (``name`` is ``"<module>.<attribute>"``, or
+            ``"<module>.<attribute>.<index>"`` inside of a list) and that must follow: they fall by one per position.
     """
 
     name: str
@@ -94,6 +101,7 @@ class ChannelGroup:
     root_channels: Index
     root_units: Index
     min_units: int = 1
+    attributes: tuple[Member, ...] = ()
 
     @property
     def n_units(self) -> int:
