@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .tracing import Trace, TraceOptions
+from .trace_options import TraceOptions
+from .tracing import Trace
 
 __all__ = [
     "ChannelGroup",

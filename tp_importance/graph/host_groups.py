@@ -19,7 +19,8 @@ from .groups import ChannelGroup, Excluded, ExclusionKind, Index, Kind, Member, 
 from .layer_kinds import CONV, is_depthwise
 from .layer_pruners import NEIGHBOURS, ParametrisedPruner
 from .reparametrised import computed_tensors
-from .tracing import Trace, TraceOptions
+from .trace_options import TraceOptions
+from .tracing import Trace
 
 __all__ = ["build_groups", "ignored_modules"]
 

@@ -14,8 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 from ..checkpoints.content import integers
 from ..core.copies import copied
 from .groups import PrunableGroups
+from .host_graph import host_graph
 from .surgery import remove_units
-from .tracing import TraceOptions, trace
+from .trace_options import TraceOptions
 from .verify import same_groups
 
 __all__ = ["Survivors", "check_optimizer", "named_tensors"]
@@ -68,7 +69,7 @@ class Survivors:
             options: how the network is traced.
         """
         coded = copied(model)
-        graph = trace(coded, example_inputs, options.on_copy(model, coded)).graph
+        graph = host_graph(coded, example_inputs, options.on_copy(model, coded))
         _code(coded)
         graph.load_pruning_history([list(entry) for entry in history])
         return cls._read(model, coded)
