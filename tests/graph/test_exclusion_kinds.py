@@ -13,7 +13,7 @@ from tp_importance.allocation.limits import require_reachable
 from tp_importance.allocation.space import WidthSpace
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.groups import Excluded
-from tp_importance.graph.host_groups import build_groups
+from tp_importance.graph.classes import build_groups
 from tp_importance.graph.tracing import trace
 from tp_importance.pruning.report import PruningReport
 

@@ -13,13 +13,18 @@ __all__ = ["TraceOptions"]
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """What Torch-Pruning needs to trace unusual networks; the fields have its names and meaning."""
+    """What is needed to trace unusual networks; the fields but the last have Torch-Pruning's names and meaning.
+
+    Attributes:
+        choices: answers to what one pass leaves open, see :class:`~tp_importance.graph.labels.ledger.Question`.
+    """
 
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     output_transform: Callable[[Any], Any] | None = None
     unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None
     customized_pruners: Mapping[Any, Any] | None = None
     ignored_params: Sequence[nn.Parameter] = ()
+    choices: tuple[int, ...] = ()
 
     def on_copy(self, model: nn.Module, copy: nn.Module) -> TraceOptions:
         """The same options, with every module and parameter of ``model`` replaced by its twin in ``copy``."""

@@ -1,46 +1,55 @@
-"""One safe way to trace a network: Torch-Pruning's graph plus what each layer was called with."""
+"""One safe way to trace a network: which channels are coupled, and what each layer was called with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..core.arguments import checked_model
-from ..core.devices import to_model
-from ..core.forward import ForwardFn
+from ..core.batches import tensors_in
+from ..core.devices import misplaced, to_model
+from ..core.forward import fresh_inputs
+from ..core.untouched import untouched
+from ..errors import TracingError
 from .counting import Call, CallRecorder, batch_size
 from .dataflow import Flow, record
 from .following import batch_norm_behind, feeds_alone
 from .host_graph import host_graph
+from .labels.discover import labels_of
+from .labels.ledger import Ledger
+from .layer_pruners import users_layers
+from .reparametrised import as_leaves
 from .trace_options import TraceOptions
 
-__all__ = ["Trace", "trace"]
+__all__ = ["Trace", "set_mode", "trace"]
 
 
 @dataclass
 class Trace:
-    """A traced network: dependency graph, calls in execution order, the example inputs and their batch size.
+    """A traced network: labels, calls in execution order, the example inputs and their batch size.
 
     Attributes:
+        labels: which channels live and die together.
         functional: multiply-accumulates of functions that read parameters outside of
             :data:`~tp_importance.graph.layer_kinds.COUNTED` modules, whole batch, by name of the parameter.
         uncounted: reason per module or parameter whose multiply-accumulates are not known.
-        forward_fn: how the network is called; ``None``: with the example inputs.
+        options: how the network is called and read.
     """
 
     model: nn.Module
-    graph: Any
+    labels: Ledger
     calls: list[Call]
     batch_size: int
     example_inputs: Any
     names: dict[nn.Module | nn.Parameter, str] = field(default_factory=dict)
     functional: dict[str, int] = field(default_factory=dict)
     uncounted: dict[str, str] = field(default_factory=dict)
-    forward_fn: ForwardFn | None = None
+    options: TraceOptions = TraceOptions()
 
     def first_call(self) -> dict[str, int]:
         """Position of the first call of each module in execution order."""
@@ -50,10 +59,14 @@ class Trace:
         return order
 
     @cached_property
+    def graph(self) -> Any:
+        return host_graph(self.model, self.example_inputs, self.options)
+
+    @cached_property
     def flow(self) -> Flow:
         """What reads what in the network, by one more forward pass when it is first asked for."""
         inputs = to_model(self.model, self.example_inputs)  # the network may have moved meanwhile
-        return record(self.model, inputs, forward_fn=self.forward_fn)
+        return record(self.model, inputs, forward_fn=self.options.forward_fn)
 
     def batch_norm_behind(self, name: str, *, alone: bool = False) -> nn.Module | None:
         """The batch norm that alone receives the output of a layer, if there is one.
@@ -67,23 +80,26 @@ class Trace:
         return norm if norm is not None and (not alone or feeds_alone(self.flow, layer, norm)) else None
 
 
-def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOptions()) -> Trace:
-    """Trace ``model`` with Torch-Pruning, whatever state it is in, and leave that state alone.
+def trace(
+    model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOptions(), *, training: bool = False
+) -> Trace:
+    """Run ``model`` once with labels beside all tensors, whatever state it is in, and leave that state alone.
 
-    Modes, gradient flags, hooks and all that the forward pass writes into the model are restored on every exit, see
-    :func:`~tp_importance.graph.host_graph.host_graph`. The network runs on clones of the example inputs.
+    Modes, gradient flags, hooks and all that the forward pass writes into the model (caches, counters, buffers) are
+    restored on every exit. The network runs on clones of the example inputs.
 
     Args:
         model: the network.
         example_inputs: tensor, tuple of positional or dict of keyword arguments, batch dimension first.
         options: how to call and read the network, see :class:`~tp_importance.graph.trace_options.TraceOptions`.
+        training: run in training mode, but for batch norms and dropout.
 
     Returns:
         The :class:`Trace`.
 
     Raises:
         TypeError: if the model is none, or compiled.
-        TracingError: if the forward pass or Torch-Pruning's graph construction fails.
+        TracingError: if the forward pass fails, or returns no tensor.
 
     Example:
         >>> import torch
@@ -93,24 +109,53 @@ def trace(model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOp
     """
     checked_model(model)
     n = batch_size(example_inputs)
-    recorders: list[CallRecorder] = []
-    graph = host_graph(model, example_inputs, replace(options, forward_fn=_recorded(options.forward_fn, recorders)))
-    (recorder,) = recorders
     names: dict[nn.Module | nn.Parameter, str] = {m: name for name, m in model.named_modules()}
     names.update({p: name for name, p in model.named_parameters()})
-    functional, uncounted = recorder.functional(n)
-    return Trace(model, graph, recorder.calls, n, example_inputs, names, functional, uncounted, options.forward_fn)
-
-
-def _recorded(forward_fn: ForwardFn | None, recorders: list[CallRecorder]) -> Callable[[nn.Module, Any], Any]:
-    """The same ``forward_fn``, which puts down in ``recorders`` what it calls."""
-
-    def run(model: nn.Module, inputs: Any) -> Any:
+    custom = users_layers(model, options.customized_pruners)
+    axes = {id(p): dim for p, dim in options.unwrapped_parameters or ()}
+    with untouched(model), torch.inference_mode(False), as_leaves(model):
+        set_mode(model, training)
         recorder = CallRecorder(model)
-        recorders.append(recorder)
         try:
-            return recorder.run(model, inputs, forward_fn)
+            labels = labels_of(
+                model,
+                fresh_inputs(example_inputs),
+                lambda net, inputs: recorder.run(net, inputs, options.forward_fn),
+                partial(_outputs, transform=options.output_transform),
+                axes=axes,
+                custom=custom,
+            )
+        except torch.OutOfMemoryError:  # says nothing about the network
+            raise
+        except Exception as error:
+            remedy = misplaced(model, example_inputs) or (
+                "Check that the model runs on example_inputs (device, dtype, shape); give forward_fn or "
+                "output_transform for unusual signatures"
+            )
+            raise TracingError(
+                f"could not trace {type(model).__name__}: {type(error).__name__}: {error}. {remedy}"
+            ) from error
         finally:
             recorder.remove()
+    functional, uncounted = recorder.functional(n)
+    return Trace(model, labels, recorder.calls, n, example_inputs, names, functional, uncounted, options)
 
-    return run
+
+# Batch norms that normalise by the batch refuse a single value per channel, and dropout only draws random numbers.
+_ALWAYS_EVAL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Eval mode, or the mode of a training in which batch norms and dropout stay in eval mode."""
+    model.eval()
+    if training:
+        for module in model.modules():
+            module.training = not isinstance(module, _ALWAYS_EVAL)
+
+
+def _outputs(value: Any, transform: Callable[[Any], Any] | None) -> list[Tensor]:
+    """The tensors among what a network returns."""
+    found = tensors_in(value if transform is None else transform(value))
+    if not found:
+        raise TypeError(f"the network returns no tensor, but {type(value).__name__}; give output_transform")
+    return found

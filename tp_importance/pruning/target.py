@@ -28,7 +28,7 @@ from ..graph.cost import LATENCY, CostModel
 from ..graph.counting import count_ops
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups
-from ..graph.host_groups import build_groups
+from ..graph.classes import build_groups
 from ..graph.surgery import remove_units, settled
 from ..graph.tracing import trace
 from ..latency.model import LatencyModel

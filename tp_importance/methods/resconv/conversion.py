@@ -15,7 +15,7 @@ from ...core.arguments import checked_model
 from ...core.guards import transaction
 from ...core.stale_optimizers import replacing
 from ...graph.dataflow import Flow, is_batchnorm, record
-from ...graph.host_groups import ignored_modules
+from ...graph.classes import ignored_modules
 from ...graph.reparametrised import computed_tensors
 from .block import ResConv2d, conv_problem, replace_module, resconv_layers
 
