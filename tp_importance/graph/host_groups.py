@@ -114,6 +114,7 @@ class _RawMember:
     width: int
     blocks: int  # channels j, j + width/blocks, j + 2·width/blocks, ... must go together
     min_units: int
+    axis: int | None = None
 
 
 def _convert(
@@ -195,6 +196,7 @@ def _raw_member(traced: Trace, item: Any, role: Role, num_heads: Mapping[nn.Modu
         math.lcm(conv_groups, heads),
         # at one unit out_channels == groups, which Torch-Pruning would take for a depthwise convolution
         2 if conv_groups > 1 and role == "out" else 1,
+        node.pruning_dim % module.dim() if isinstance(module, nn.Parameter) else None,
     )
 
 
@@ -238,8 +240,9 @@ def _split_by_signature(
         members = []
         for m in raw:
             at = local[units[m.roots]]
-            if (at >= 0).any():
-                members.append(Member(m.name, m.role, m.kind, m.channels[at >= 0], at[at >= 0], m.width))
+            here = at >= 0
+            if here.any():
+                members.append(Member(m.name, m.role, m.kind, m.channels[here], at[here], m.width, m.axis))
         groups.append(
             ChannelGroup(
                 name,

@@ -192,7 +192,7 @@ class PSAPPruner:
         self.target.example_inputs = to_model(self.model, self.target.example_inputs)  # it may have moved
         paused, step = self._soft.paused(), self.target.surgery()
         with shown(self._progress), paused, torch.inference_mode(False), step, replacing(self.model):
-            survivors = Survivors.of(self.groups, removed, self.target.example_inputs)
+            survivors = Survivors.of(self.groups, removed)
             for each in averages:
                 survivors.require_fit(each)
             plan = self.target.plan(removed, self._soft.limits)
