@@ -45,9 +45,7 @@ class Cut:
         return f"axis {self.side} of {self.name}" if isinstance(self.side, int) else f"{self.side}puts of {self.name}"
 
 
-def cuts_of(
-    plan: Sequence[tuple[ChannelGroup, Sequence[int]]], model: nn.Module, pruners: LayerPruners
-) -> list[Cut]:
+def cuts_of(plan: Sequence[tuple[ChannelGroup, Sequence[int]]], model: nn.Module, pruners: LayerPruners) -> list[Cut]:
     """Everything that goes with some units: one cut per module side, tensor axis and number.
 
     Args:
@@ -56,27 +54,26 @@ def cuts_of(
         pruners: of its modules.
     """
     gone: dict[tuple[str, Any], set[int]] = defaultdict(set)
-    widths: dict[tuple[str, Any], int | None] = {}
+    widths: dict[tuple[str, Any], int] = {}
     names: dict[nn.Module, str] = {}
 
     def add(member: Member, side: Any, units: Sequence[int]) -> None:
         positions = member.positions(units).tolist()
-        name, width = member.name, member.width
+        name, counted = member.name, side
         if side in ("out", "in") and positions:
             module = model.get_submodule(name)
             name = names.setdefault(module, name)
-            one, positions = pruners.on_one_side(module, side, positions)
-            width = width if one == side else widths.get((name, one))
-            side = one
+            side, positions = pruners.on_one_side(module, side, positions)
         gone[name, side].update(positions)
-        widths[name, side] = width if width is not None else widths.get((name, side))
+        if side == counted:
+            widths[name, side] = member.width
 
     for group, units in plan:
         for member in group.members:
             add(member, member.role if member.axis is None else member.axis, units)
         for member in group.attributes:
             add(member, "attribute", units)
-    return [Cut(*key, tuple(sorted(found)), widths[key]) for key, found in gone.items() if found]
+    return [Cut(*key, tuple(sorted(found)), widths.get(key)) for key, found in gone.items() if found]
 
 
 def make_cuts(model: nn.Module, cuts: Sequence[Cut], pruners: LayerPruners) -> None:
@@ -134,10 +131,7 @@ class _TensorCall:
         return int(self._tensor().shape[self.cut.side])
 
     def _tensor(self) -> Tensor:
-        found = self.owner._parameters.get(self.leaf)
-        found = self.owner._buffers.get(self.leaf) if found is None else found
-        assert found is not None
-        return found
+        return dict(_own(self.owner))[self.leaf]
 
     def run(self, shared: _Shared) -> None:
         assert isinstance(self.cut.side, int)
@@ -230,8 +224,6 @@ def _found(model: nn.Module, cut: Cut, pruners: LayerPruners) -> _Call:
     if isinstance(cut.side, int):
         path, _, leaf = cut.name.rpartition(".")
         owner = model.get_submodule(path)
-        if owner._parameters.get(leaf) is None and owner._buffers.get(leaf) is None:
-            raise KeyError(leaf)
         return _TensorCall(cut, owner, leaf)
     parts, owner = cut.name.split("."), model
     while len(parts) > 1 and parts[0] in owner._modules:

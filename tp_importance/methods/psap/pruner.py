@@ -249,9 +249,13 @@ class PSAPPruner:
         """What every prune step did; ``.to_frame()`` and ``.plot()``."""
         return self._soft.history
 
-    def pruning_history(self) -> list[Any]:
-        """Torch-Pruning's history of the surgery, as :meth:`~tp_importance.BudgetPruner.pruning_history`."""
-        return self.target.pruning_history()
+    def pruning_history(self, *, direct: bool = False) -> list[Any]:
+        """Torch-Pruning's history of the surgery, as :meth:`~tp_importance.BudgetPruner.pruning_history`.
+
+        Args:
+            direct: in our own format instead.
+        """
+        return self.target.pruning_history(direct=direct)
 
     # -- state
 
