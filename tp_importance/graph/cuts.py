@@ -244,6 +244,7 @@ class _Shared:
         self.model, self._pruners, self._cut = model, pruners, cut
         names = {module: name for name, module in model.named_modules()}
         self._places: dict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
+        self._alone: dict[int, Tensor] = {}  # those that no pruning function has made
         self._tensors: dict[int, Tensor] = {}  # kept alive: their ids must stay theirs
         for module in model.modules():
             for leaf, tensor in _own(module):
@@ -252,6 +253,7 @@ class _Shared:
 
     def replace(self, old: Tensor, new: Tensor, owner: nn.Module) -> None:
         """Put a tensor in the place of another, in its owner and wherever no pruning function does."""
+        self._alone[id(new)] = new
         for module in self.model.modules():
             if module is owner or module not in self._cut:
                 for leaf, tensor in _own(module):
@@ -269,7 +271,7 @@ class _Shared:
             new = [t for t in now if t is not None and t is not self._tensors[key]]
             if len(places) == 1 or not new:
                 continue
-            stale = any(
+            stale = not any(id(t) in self._alone for t in new) and any(
                 t is self._tensors[key] and self._pruners.of(module) is not None
                 for t, (module, _, _) in zip(now, places, strict=True)
             )

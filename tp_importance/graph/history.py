@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ..core.guards import preserved
 from .cuts import Cut, cuts_of, make_cuts
@@ -25,7 +26,7 @@ from .groups import ChannelGroup, Index, PrunableGroups, Role
 from .layer_pruners import LayerPruners
 from .surgery import remove_units, settled
 
-__all__ = ["PruningHistory", "repeat"]
+__all__ = ["PruningHistory", "repeat", "repeat_cuts"]
 
 _Place = tuple[str, Any]
 
@@ -109,14 +110,41 @@ def repeat(history: Sequence[Any], groups: PrunableGroups) -> PruningHistory:
         removed = _units_of(entries, groups)
         cuts = remove_units(groups, removed)
         return PruningHistory(PruningHistory.of(groups, removed, cuts).direct, entries)
+    cuts, given = _at_once(entries), groups.options.customized_pruners
+    host = _explained(cuts, groups, LayerPruners(groups.trace.model, given))
+    repeat_cuts(groups.trace.model, entries, given)
+    return PruningHistory(entries, host)
+
+
+def repeat_cuts(
+    model: nn.Module, history: Sequence[Any], customized_pruners: Mapping[Any, Any] | None = None
+) -> list[Cut]:
+    """Remove again what a direct history says, in place; the network is neither run nor traced.
+
+    Args:
+        model: as it was when the history began.
+        history: entries in the direct format.
+        customized_pruners: the user's pruning functions, as they were given then.
+
+    Returns:
+        What was cut.
+
+    Raises:
+        ValueError: if an entry is none, or the network lacks what is named; nothing is changed then.
+        RuntimeError: if not exactly that is gone afterwards.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+        >>> [str(cut) for cut in repeat_cuts(net, [["0", "out", [1]], ["2", "in", [1]]])], net[2].in_channels
+        (['outputs of 0', 'inputs of 2'], 7)
+    """
+    entries = [_checked(entry) for entry in history]
     if any(isinstance(side, bool) for _, side, _ in entries):
-        raise ValueError("a history is either in Torch-Pruning's format or in the direct one, not in both")
-    model, cuts = groups.trace.model, _at_once(entries)
-    pruners = LayerPruners(model, groups.options.customized_pruners)
-    host = _explained(cuts, groups, pruners)
+        raise ValueError("a direct history has no entries [module name, is_out, positions] of Torch-Pruning's")
+    cuts, pruners = _at_once(entries), LayerPruners(model, customized_pruners)
     with settled(model), preserved(model):
         make_cuts(model, cuts, pruners)
-    return PruningHistory(entries, host)
+    return cuts
 
 
 def _checked(entry: Any) -> list[Any]:
