@@ -1,4 +1,4 @@
-"""Which function cuts a layer: Torch-Pruning's, the user's, or ours for what Torch-Pruning cannot cut or cuts in part."""
+"""Which function cuts a layer: Torch-Pruning's, the user's, or ours for what Torch-Pruning cannot cut, or in part."""
 
 from __future__ import annotations
 
