@@ -12,7 +12,6 @@ import numpy as np
 from torch import nn
 
 from .groups import ChannelGroup, Excluded, Kind, Member, PrunableGroups, Role
-from .labels.attributes import WIDTHS
 from .labels.ledger import Follower, Ledger
 from .labels.reasons import Index, Reason
 from .layer_kinds import CONV, is_depthwise
@@ -99,6 +98,7 @@ def strangers(groups: PrunableGroups, other: Trace) -> dict[str, list[str]]:
     places = _Layout(other, groups.options).places(other.labels, classes)
     places.sort(key=lambda p: (p.axis is not None, p.name))
     reasons = other.labels.reasons(classes, groups.options.choices)
+    outputs = {c for c, why in reasons.items() if any(kind == "output" for kind, _ in why)}
     at = {(p.name, p.role): p.classes for p in places}
     found = {}
     for group in groups:
@@ -107,7 +107,7 @@ def strangers(groups: PrunableGroups, other: Trace) -> dict[str, list[str]]:
         more = [p.name for p in places if (p.name, p.role) not in known and own & set(p.classes.tolist())]
         if more:
             found[group.name] = more
-        elif any(reason[0] in ("output", "mixed", "pinned") for c in own for reason in reasons.get(c, ())):
+        elif own & outputs:
             found[group.name] = ["an output"]
     return found
 
@@ -175,6 +175,8 @@ class _Layout:
         self._modules = dict(traced.model.named_modules())
         self._pruners = LayerPruners(traced.model, options.customized_pruners)
         self._users = users_layers(traced.model, options.customized_pruners)
+        named = dict(traced.model.named_parameters())
+        self._ignored_tensors = {n for n, p in named.items() if any(p is q for q in options.ignored_params)}
 
     def places(self, ledger: Ledger, classes: Index) -> list[_Place]:
         """All dimensions with labels, each once."""
@@ -218,18 +220,17 @@ class _Layout:
             return None
         if module is not None and self._pruners.of(module) is not None:
             return _Place(owner, "out", "passthrough", classes)
-        return _Place(name, "out", "passthrough", classes, axis)
+        return _Place(name, "out", "passthrough", classes, axis) if len(classes) > 1 else None
 
     def reasons_of(self, place: _Place, ignored: set[nn.Module]) -> Iterator[tuple[int, Reason]]:
         """Why classes must stay because of a layer."""
-        owner = place.name if place.axis is None else place.name.rpartition(".")[0]
-        module = self._modules.get(owner)
-        if module is None:
-            return
+        module = self._modules.get(place.name)
         reason: Reason | None = None
-        if place.role == "out" and module in ignored:
-            reason = ("ignored", f"{owner} is in ignored_layers")
-        fixed = self._computed(owner, module, place.role) if place.axis is None else None
+        if place.axis is not None and place.name in self._ignored_tensors:
+            reason = ("ignored", f"{place.name} is in ignored_layers")
+        if module is not None and place.role == "out" and module in ignored:
+            reason = ("ignored", f"{place.name} is in ignored_layers")
+        fixed = None if module is None else self._computed(place.name, module, place.role)
         if fixed:
             reason = ("computed", fixed)
         if reason is not None:
@@ -286,8 +287,7 @@ def _attended(ledger: Ledger, classes: Index, asked: Sequence[Index]) -> Iterato
 
 def _unique(ledger: Ledger, options: TraceOptions) -> list[Follower]:
     """One of the axes that every number counts: they agree, or nothing of them goes."""
-    followers = (f for f in ledger.following(options.choices) if f.name.rpartition(".")[2] not in WIDTHS)
-    return list({f.name: f for f in followers}.values())
+    return list({f.name: f for f in ledger.following(options.choices) if not f.kept}.values())
 
 
 def _contradictions(followers: Sequence[Follower], classes: Index) -> list[tuple[Index, Reason]]:

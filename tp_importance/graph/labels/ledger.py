@@ -41,11 +41,13 @@ class Follower:
         name: ``"<module>.<attribute>"``, with ``".<index>"`` inside of a list.
         value: now.
         labels: of the channels, shape (value,).
+        kept: whether the surgery of the layer keeps it up to date anyway.
     """
 
     name: str
     value: int
     labels: Index
+    kept: bool = False
 
 
 @dataclass(frozen=True)
