@@ -13,7 +13,7 @@ from torch import nn
 
 from .._compat import import_nni
 from .tracer import legacy_tracer_shim
-from .trial import OTHER_ENGINE, tensors_of
+from .trial import tensors_of
 
 __all__ = ["shrink"]
 
@@ -51,15 +51,14 @@ def shrink(trial: nn.Module, inputs: inspect.BoundArguments, masks: Any, compat_
             called = {node.target for node in run.graph_module.graph.nodes if node.op == "call_module"}
         except Exception as error:
             raise RuntimeError(
-                f"cannot trace {type(trial).__name__}: {type(error).__name__}: {error}. "
-                + ("" if compat_shim else "If its control flow depends on tensors, try compat_shim=True. ")
-                + OTHER_ENGINE
+                f"cannot trace {type(trial).__name__}: {type(error).__name__}: {error}"
+                + ("" if compat_shim else ". If its control flow depends on tensors, try compat_shim=True")
             ) from error
     unused = sorted(masks.keys() - called)
     if unused:
         raise RuntimeError(
             f"the forward pass does not call {unused} on the example inputs, so their masks cannot be removed; name "
-            f"the layers by their first name in model.named_modules(), and leave out unused ones. {OTHER_ENGINE}"
+            "the layers by their first name in model.named_modules(), and leave out unused ones"
         )
     # NNI's own test, "more values than samples", loses layers with a single output
     run.tensor_propagate_check = lambda t: t.numel() >= run.batch_size and t.numel() % run.batch_size == 0
@@ -69,7 +68,7 @@ def shrink(trial: nn.Module, inputs: inspect.BoundArguments, masks: Any, compat_
         run.speedup_model()
     except Exception as error:
         raise RuntimeError(
-            f"NNI's ModelSpeedup failed at {_layer_at_fault(error)}: {type(error).__name__}: {error}. {OTHER_ENGINE}"
+            f"NNI's ModelSpeedup failed at {_layer_at_fault(error)}: {type(error).__name__}: {error}"
         ) from error
     trial.eval()  # NNI's new modules are in train mode
     return [name for name, module in modules.items() if trial.get_submodule(name) is not module]
