@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,8 +22,8 @@ from .trial import run_trial, trial_copy
 
 __all__ = ["ENGINES", "Job", "Removal", "tried_removal"]
 
-ENGINES = {"nni": "NNI's ModelSpeedup", "groups": "removal of coupled groups"}
-"""What removes channels, in the order in which ``"auto"`` tries it."""
+ENGINES = ("nni", "groups")
+"""What removes channels, in the order in which ``"auto"`` tries it: NNI's ``ModelSpeedup``, and our own surgery."""
 
 
 @dataclass(frozen=True)
@@ -55,51 +57,66 @@ class Removal:
         engine: which has done it, of :data:`ENGINES`.
         changes: per module.
         difference: how the outputs of the copy differ from those of the masked network, if they do.
+        exact: whether removal is masking all the same: there is no difference once masked channels are also zero behind
+            batch norms and biases that the masks leave alone. Our own surgery has verified that beforehand.
     """
 
     engine: str
     changes: Sequence[Changes]
-    difference: str | None
+    difference: str | None = None
+    exact: bool = True
 
 
 def tried_removal(job: Job, engine: str) -> Removal:
-    """Try the removal on copies, by one engine or by the first that computes what the masked network computes.
+    """Try the removal on copies of the network.
 
     Args:
         job: what to remove.
-        engine: one of :data:`ENGINES`, or ``"auto"``.
+        engine: one of :data:`ENGINES`, or ``"auto"``: NNI's removal if it is exact, and else our own.
 
     Returns:
-        The first removal without a difference. Of our own surgery, or of an engine that was named, also one with a
-        difference.
+        The removal; of NNI's, if that was asked for, also one that is not exact.
 
     Raises:
         NNIUnavailableError: if NNI is the engine and cannot be imported.
-        RuntimeError: if the masked network does not run, or every engine fails; gives the reason of each.
+        RuntimeError: if the masked network does not run or the engine fails; with ``"auto"`` the reasons of both.
     """
     before = run_trial(job.masked(), job.inputs)
-    reasons: dict[str, str] = {}
-    for name in ENGINES if engine == "auto" else (engine,):
-        try:
-            removal = (_by_nni if name == "nni" else _by_groups)(job, before)
-        except RuntimeError as error:
-            if isinstance(error, NNIUnavailableError) and engine == "nni":
-                raise
-            reasons[name], cause = str(error), error
-        else:
-            if removal.difference is None or name == engine or name == "groups":
-                return removal
-            reasons[name], cause = removal.difference, None
-        LOGGER.info("%s does not do: %s", ENGINES[name], reasons[name])
-    remedy = 'Remedy: engine="auto", which also tries the removal of coupled groups. ' if engine == "nni" else ""
-    said = reasons[engine] if len(reasons) == 1 else ". ".join(f"{ENGINES[n]}: {why}" for n, why in reasons.items())
-    raise RuntimeError(f"{said}. {remedy}The model is unchanged.") from cause
+    if engine == "auto":
+        return _by_either(job, before)
+    try:
+        return _by_nni(job, before) if engine == "nni" else _by_groups(job, before)
+    except NNIUnavailableError:
+        raise
+    except RuntimeError as error:
+        remedy = "" if engine == "groups" else 'Remedy: engine="auto", which also tries our own surgery. '
+        raise RuntimeError(f"{error}. {remedy}The model is unchanged.") from error
+
+
+def _by_either(job: Job, before: list[Tensor]) -> Removal:
+    remedy = ""
+    try:
+        removal = _by_nni(job, before)
+        if removal.exact:
+            return removal
+        assert removal.difference is not None
+        problem, remedy = removal.difference, " engine='nni' takes its result as it is, with a warning."
+    except RuntimeError as error:
+        problem = str(error).rstrip(".")
+    LOGGER.info("our own surgery is tried, because of NNI's: %s", problem)
+    try:
+        return _by_groups(job, before)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "no engine can remove the masked channels, and each has its reason. "
+            f"engine='nni': {problem}.{remedy} engine='groups': {error}. The model is unchanged."
+        ) from error
 
 
 def _by_nni(job: Job, before: list[Tensor]) -> Removal:
     trial = job.masked()
     try:
-        replaced = shrink(trial, job.inputs, job.masks, job.compat_shim)
+        alive = shrink(trial, job.inputs, job.masks, job.compat_shim)
     except NNIUnavailableError:
         raise
     except RuntimeError as error:
@@ -108,8 +125,22 @@ def _by_nni(job: Job, before: list[Tensor]) -> Removal:
             raise
         raise RuntimeError(f"{error}. NNI knows parameters only: {'; '.join(found)}") from error
     check_widths(trial, job.masks)
-    difference = output_difference(before, run_trial(trial, job.inputs))
-    return Removal("nni", changes_of(job.model, trial, replaced), difference)
+    after = run_trial(trial, job.inputs)
+    difference = output_difference(before, after)
+    changes = changes_of(job.model, trial, list(alive))
+    if difference is None:
+        return Removal("nni", changes)
+    reference = job.masked()
+    for name, channels in alive.items():
+        reference.get_submodule(name).register_forward_hook(partial(_zeroed, channels))
+    exact = output_difference(run_trial(reference, job.inputs), after) is None
+    return Removal("nni", changes, difference, exact)
+
+
+def _zeroed(alive: Tensor, module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    """The output of a module, zero in the channels that NNI has found constant."""
+    dim = -1 if isinstance(module, nn.Linear) else 1
+    return output.index_fill(dim, (~alive).nonzero().flatten().to(output.device), 0.0)
 
 
 def _by_groups(job: Job, before: list[Tensor]) -> Removal:

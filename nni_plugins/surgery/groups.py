@@ -19,9 +19,7 @@ from .units import masked_axes, units_to_remove
 __all__ = ["remove_groups"]
 
 
-def remove_groups(
-    trial: nn.Module, inputs: inspect.BoundArguments, masks: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def remove_groups(trial: nn.Module, inputs: inspect.BoundArguments, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Remove the units whose channels are masked.
 
     The removal itself is verified beforehand: on copies, at the input of every layer and at the output.

@@ -51,8 +51,8 @@ def check_widths(trial: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) ->
                 wanted, left = int(keep.sum()), shape[dim] if dim < len(shape) else 0
                 if wanted < len(keep) and left != wanted:
                     raise RuntimeError(
-                        f"the surgery left {left} of {len(keep)} channels in dimension {dim} of '{name}.{target}', the "
-                        f"masks keep {wanted}. Usual causes: layers that share channels have different masks or none (sums, "
+                        f"it left {left} of {len(keep)} channels in dimension {dim} of '{name}.{target}', the masks "
+                        f"keep {wanted}. Usual causes: layers that share channels have different masks or none (sums, "
                         "products with a gate, depthwise and grouped convolutions; dependency_group_id sets them), a "
                         "batch norm is masked but not the layer before it, or the engine cannot shrink a "
                         f"{type(trial.get_submodule(name)).__name__}"

@@ -46,14 +46,16 @@ def speedup(
     model still has a constant ``β − γμ/σ`` there, and a warning says by how much the outputs differ (as an error, by
     ``warnings.simplefilter("error")``, it leaves the model unchanged).
 
-    Two engines can do it, on a copy first. ``"nni"`` is NNI's ``ModelSpeedup``: it follows zeros through a symbolic
+    Two engines can do it, on copies first. ``"nni"`` is NNI's ``ModelSpeedup``: it follows constants through a symbolic
     trace and replaces modules. ``"groups"`` is our own: a unit of the coupled groups of the network
-    (:func:`tp_importance.prunable_groups`) goes if all layers that make it mask its channels, or all that read it. It
-    demands that the masks of all layers that share channels agree, and removes nothing but what they mask. It needs
-    no symbolic trace, so it also serves where NNI fails: channel shuffles, convolutions that run twice, reshapes of
-    channels, layers with parametrised weights. Its groups are found anew, which takes a few forward passes.
-    ``"auto"``, the default, takes NNI's result if that computes what the masked network computes, and else our own.
-    Which one was used is logged (logger ``tp_importance``, level ``INFO``).
+    (:func:`tp_importance.prunable_groups`) goes if all layers that make it mask its channels, or all that read it, and
+    nothing but masked channels goes. It needs no symbolic trace and writes into no module's code, so it also serves
+    where NNI fails: channels that are reshaped or permuted, layers with parametrised weights, raw parameters,
+    transformer and ConvNeXt blocks. It demands that a removal is masking at the input of every layer, and that the
+    masks of all layers that share channels agree; of a grouped convolution every group loses the same positions, while NNI
+    lets each lose its own. ``"auto"``, the default, takes NNI's result if masked channels that are also zero behind
+    unmasked batch norms and biases give the same outputs, and else our own. Which one it was is logged (logger
+    ``tp_importance``, level ``INFO``).
 
     In a network of :class:`nni_plugins.ResConvPruner` whole layers go, which ``ModelSpeedup`` cannot do: every
     residual convolution whose mask of s is 0 is removed, its factor a folded into its neighbours, and the others are
@@ -72,9 +74,9 @@ def speedup(
             mask of zeros and ones has the parameter's shape or 1 in broadcast dimensions, e.g. ``C × 1 × 1 × 1``.
             For layers, ``{layer: {"s": mask of shape (1,)}}``.
         engine: ``"auto"``, ``"nni"`` or ``"groups"``, see above. Layers are removed by our own code in any case.
-        compat_shim: for NNI's engine: trace with NNI's concrete tracer under :func:`~nni_plugins.surgery.tracer.legacy_tracer_shim`, for
-            networks whose control flow ``torch.fx`` cannot trace. The branches taken on ``example_inputs`` are
-            assumed. NNI 3.0 only. Removing layers needs no such trace and takes no notice.
+        compat_shim: for NNI's engine: trace with NNI's concrete tracer under
+            :func:`~nni_plugins.surgery.tracer.legacy_tracer_shim`, for networks whose control flow ``torch.fx`` cannot
+            trace. The branches taken on ``example_inputs`` are assumed. NNI 3.0 only.
 
     Returns:
         ``model`` itself, smaller.
@@ -87,8 +89,7 @@ def speedup(
             are not made of zeros and ones, are not structured, remove a whole layer, or contradict each other; or
             ``engine`` is unknown.
         RuntimeError: the model still holds NNI wrappers, or the engine fails or leaves other widths than the masks ask
-            for; with ``"auto"``, both fail, or NNI's outputs are others and our own engine fails. The error gives the
-            reason of each.
+            for. With ``"auto"`` both engines have failed, or NNI's computes something else; the error says why each.
 
     Example:
         >>> model, masks = pruner.compress()  # doctest: +SKIP

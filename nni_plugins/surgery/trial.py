@@ -20,6 +20,7 @@ from tp_importance.core.guards import HOOKS
 
 __all__ = ["bound_inputs", "isolated", "run_trial", "tensors_of", "trial_copy"]
 
+
 @contextlib.contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
     """Fixed random numbers, silence, and NNI's new modules in the working precision; all undone on exit."""

@@ -141,7 +141,7 @@ def units_to_remove(groups: PrunableGroups, axes: Sequence[MaskedAxis]) -> dict[
     Raises:
         ValueError: if masks of coupled layers contradict each other, or masked channels cannot go; names the layers.
     """
-    removed = {g.name: sorted(units) for g in groups if (units := dead_units(g, axes))}
+    removed = {g.name: sorted(dead) for g in groups if (dead := dead_units(g, axes))}
     for axis in axes:
         gone = np.zeros(len(axis.masked), bool)
         for name, units in removed.items():
@@ -164,11 +164,11 @@ def _why_it_stays(
     what = f"the mask of {axis.tensor!r} takes channels {_listed(channels)}"
     for group in groups:
         for m in filter(axis.of, group.members):
-            units = set(m.units[np.isin(m.channels, channels)].tolist())
-            if not units:
+            wanted = set(m.units[np.isin(m.channels, channels)].tolist())
+            if not wanted:
                 continue
-            makers = {p.name for p in group.producers if units - _masked_whole(p, axes)}
-            readers = {c.name for c in group.consumers if units - _masked_whole(c, axes)}
+            makers = {p.name for p in group.producers if wanted - _masked_whole(p, axes)}
+            readers = {c.name for c in group.consumers if wanted - _masked_whole(c, axes)}
             keep = sorted(makers | (readers if axis.role == "in" else set()))
             each = f" ({group.unit_size} channels of it go at a time)" if group.unit_size > 1 else ""
             return (
