@@ -46,16 +46,16 @@ def speedup(
     model still has a constant ``β − γμ/σ`` there, and a warning says by how much the outputs differ (as an error, by
     ``warnings.simplefilter("error")``, it leaves the model unchanged).
 
-    Two engines can do it, on copies first. ``"nni"`` is NNI's ``ModelSpeedup``: it follows constants through a symbolic
-    trace and replaces modules. ``"groups"`` is our own: a unit of the coupled groups of the network
+    Two engines can do it, on copies first. ``"nni"`` is NNI's ``ModelSpeedup``: it follows constants through a
+    symbolic trace and replaces modules. ``"groups"`` is our own: a unit of the coupled groups of the network
     (:func:`tp_importance.prunable_groups`) goes if all layers that make it mask its channels, or all that read it, and
-    nothing but masked channels goes. It needs no symbolic trace and writes into no module's code, so it also serves
-    where NNI fails: channels that are reshaped or permuted, layers with parametrised weights, raw parameters,
-    transformer and ConvNeXt blocks. It demands that a removal is masking at the input of every layer, and that the
-    masks of all layers that share channels agree; of a grouped convolution every group loses the same positions, while NNI
-    lets each lose its own. ``"auto"``, the default, takes NNI's result if masked channels that are also zero behind
-    unmasked batch norms and biases give the same outputs, and else our own. Which one it was is logged (logger
-    ``tp_importance``, level ``INFO``).
+    nothing but masked channels goes. It needs no symbolic trace, so it also serves where NNI fails: control flow on
+    tensors, channels that are reshaped or permuted, raw and parametrised weights, transformer and ConvNeXt blocks. It
+    demands that this removal is masking at the input of every layer, and that the masks of all layers that share
+    channels agree; of a grouped convolution every group loses the same positions, while NNI lets each lose its own.
+    ``"auto"``, the default, takes NNI's result if masked channels that are also zero behind unmasked batch norms and
+    biases give the same outputs, and else our own. Which one it was is logged (logger ``tp_importance``, level
+    ``INFO``).
 
     In a network of :class:`nni_plugins.ResConvPruner` whole layers go, which ``ModelSpeedup`` cannot do: every
     residual convolution whose mask of s is 0 is removed, its factor a folded into its neighbours, and the others are
