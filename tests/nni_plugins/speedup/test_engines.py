@@ -40,7 +40,6 @@ from tp_importance.testing.networks import randomise_batchnorm  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # NNI's search for dependencies
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-NO_LABELS = pytest.mark.xfail(strict=True, reason="needs channel labels")
 
 
 def built(kind: Callable[[], nn.Module], x: Tensor = X) -> nn.Module:
@@ -70,15 +69,15 @@ INSIDE = {f"units.0.branch.{i}": [0, 3] for i in ("0.0", "0.1", "1", "2")}
 @pytest.mark.parametrize(
     ("kind", "removed", "width"),
     [
-        pytest.param(ShuffleNet, STREAM, ("units.1.branch.0.0", "in_channels", 6), marks=NO_LABELS),
+        (ShuffleNet, STREAM, ("units.1.branch.0.0", "in_channels", 6)),
         (ShuffleNet, INSIDE, ("units.0.branch.3.0", "in_channels", 6)),
         (Twice, {f"{n}.{i}": [1, 2] for n in ("stem", "shared") for i in (0, 1)}, ("tail", "in_channels", 6)),
         (SharedHead, {f"{n}.{i}": [1, 2] for n in ("fine", "coarse") for i in (0, 1)}, ("head.0", "in_channels", 6)),
         (SharedHead, {"head.0": [4], "head.1": [4]}, ("out", "in_channels", 7)),
-        pytest.param(SuperResolution, {"body": [0, 5]}, ("up", "in_channels", 6), marks=NO_LABELS),
-        pytest.param(SuperResolution, UPSAMPLED, ("tail", "in_channels", 2), marks=NO_LABELS),
-        pytest.param(channel_shuffle, {"0": [1, 5]}, ("3", "in_channels", 6), marks=NO_LABELS),
-        pytest.param(pixel_unshuffle, {"0": [1, 5]}, ("3", "in_channels", 24), marks=NO_LABELS),
+        (SuperResolution, {"body": [0, 5]}, ("up", "in_channels", 6)),
+        (SuperResolution, UPSAMPLED, ("tail", "in_channels", 2)),
+        (channel_shuffle, {"0": [1, 5]}, ("3", "in_channels", 6)),
+        (pixel_unshuffle, {"0": [1, 5]}, ("3", "in_channels", 24)),
         (ViT, {"blocks.0.up": [0, 5, 6], "blocks.1.up": [3]}, ("blocks.0.down", "in_features", 29)),
         (convnext, {"1.block.3": [0, 5, 6], "2.block.3": [3]}, ("1.block.5", "in_features", 61)),
         (Scaled, {"conv": [0, 3]}, ("tail", "in_channels", 6)),
