@@ -48,7 +48,7 @@ class Blame:
     """Knows which groups meet where.
 
     An input of a layer depends on nothing but the groups it reads, those that the layers and parameters before it make,
-    and those that these layers read in turn, because the inputs of *these* are set right (see :mod:`.comparison`).
+    and those that these layers read in turn, because the inputs of *these* are set right (see :mod:`.pruned_pass`).
 
     Args:
         groups: the groups.
@@ -86,9 +86,15 @@ class Blame:
         """
         return sorted(next(filter(None, self._tiers(finding, set(among))), ()), key=self._order.__getitem__)
 
-    def possible(self, finding: Finding, among: Collection[str]) -> set[str]:
-        """All groups of ``among`` that can have a part in it."""
-        return set[str]().union(*self._tiers(finding, set(among)))
+    def possible(self, finding: Finding, among: Collection[str], sound: Collection[str] = ()) -> set[str]:
+        """All groups of ``among`` that can have a part in it.
+
+        Args:
+            finding: what was found.
+            among: groups that lose units.
+            sound: layers whose weights are what is to be left of them.
+        """
+        return set[str]().union(*self._tiers(finding, set(among), sound))
 
     def meeting(self, finding: Finding, among: Collection[str]) -> set[str]:
         """The groups of ``among`` that are made or read there, without those that the layers before read."""
@@ -101,7 +107,7 @@ class Blame:
         """The groups that cut a module, or a number that it holds."""
         return self.readers(module) | self._makes.get(module, set()) | self._follows.get(module, set())
 
-    def _tiers(self, finding: Finding, among: set[str]) -> Iterator[set[str]]:
+    def _tiers(self, finding: Finding, among: set[str], sound: Collection[str] = ()) -> Iterator[set[str]]:
         """Suspects, the likeliest first."""
         makers, made = _owners(finding.sources), self._made(finding)
         if finding.kind == "error":
@@ -115,7 +121,7 @@ class Blame:
             yield made & among
             if wrong and finding.positions is not None:
                 makers = {name for name in makers if self._makes.get(name, set()) & wrong}
-        yield {g for name in makers for g in self.readers(name)} & among
+        yield {g for name in makers if name not in sound for g in self.readers(name)} & among
         if finding.kind == "error":
             known = (*self._makes, *self._reads, *self._follows)
             yield {g for m in known if module and m.startswith(f"{module}.") for g in self._at(m)} & among

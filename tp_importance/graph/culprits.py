@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ..core.progress import phase
 from .blame import Blame, Finding
-from .comparison import Outcome
+from .oracle import Outcome
 
 __all__ = ["Culprits"]
 
@@ -67,7 +67,7 @@ class Culprits:
     def _chosen(self, outcome: Outcome, among: Collection[str]) -> set[str]:
         """A group for every finding, as few as will do; and the reasons."""
         suspects = [(f, self._blame.first(f, among)) for f in outcome.findings]
-        self._history += [(f, self._blame.possible(f, among)) for f in outcome.findings]
+        self._history += [(f, self._blame.possible(f, among, outcome.sound)) for f in outcome.findings]
         chosen = {name for f, names in suspects if len(names) == 1 or f.kind == "error" for name in names}
         right = outcome.compared - {f.layer for f in outcome.findings}
         read = {name: sum(name in self._blame.readers(layer) for layer in right) for name in among}

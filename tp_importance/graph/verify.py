@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.devices import reference_tensor, to_model
-from ..core.forward import call_model
 from ..core.precision import full_precision
 from ..core.progress import Phase, phase
-from .blame import Blame, Finding, Namer
-from .comparison import Comparison, Outcome, scrambled_copy
-from .cost import CostModel
+from .blame import Blame, Namer
 from .culprits import Culprits
 from .groups import PrunableGroups
+from .oracle import Cut, Oracle, Outcome
 from .surgery import remove_units
 from .tracing import TraceOptions, trace
 
@@ -106,49 +104,12 @@ def _compare(
     dtype: torch.dtype | None,
 ) -> _Verdict:
     """One comparison, see :func:`masked_equals_removed`, in the precision of the model (float32 if it is less)."""
-    comparison = _comparison(groups, example_inputs, gated, tolerance, dtype)
-    found = _examined(groups, comparison, removed).findings
+    cut = _cutter(groups, example_inputs)
+    oracle = Oracle(groups, example_inputs, cut, gated=gated, tolerance=tolerance, dtype=dtype)
+    found = oracle.compare(removed).findings
     if not found:
         return _Verdict(None)
     return _Verdict(str(next((f for f in found if f.kind != "value"), found[0])), all(f.kind == "value" for f in found))
-
-
-def _comparison(
-    groups: PrunableGroups,
-    example_inputs: Any,
-    gated: PrunableGroups,
-    tolerance: float,
-    dtype: torch.dtype | None,
-    blame: Blame | None = None,
-) -> Comparison:
-    original = scrambled_copy(groups.trace.model, dtype)
-    inputs = to_model(original, example_inputs)  # the copies of half-precision networks are float32
-    run = groups.options.forward_fn or call_model
-
-    def cut(model: nn.Module, units: Mapping[str, list[int]]) -> None:
-        remove_units(same_groups(model, inputs, groups), units)
-
-    return Comparison(groups, original, inputs, run, cut, gated, tolerance, blame)
-
-
-def _examined(
-    groups: PrunableGroups, comparison: Comparison, removed: Mapping[str, list[int]], *, resume: bool = False
-) -> Outcome:
-    """A comparison; if nothing differs, of the cost, too."""
-    outcome = comparison.compare(removed, resume=resume)
-    if outcome.findings or outcome.pruned is None:
-        return outcome
-    subset = groups.exclude({name: "" for name in groups.names if name not in removed})
-    counted = outcome.macs, sum(p.numel() for p in outcome.pruned.parameters())
-    try:
-        sizes = {g.name: g.width - len(removed[g.name]) * g.unit_size for g in subset}
-        cost = CostModel.from_groups(subset).cost(sizes)
-    except ValueError as error:
-        return replace(outcome, findings=[Finding("", f"its cost cannot be told: {error}", "cost")])
-    if (cost.macs, cost.params) == counted:
-        return outcome
-    problem = f"the pruned copy costs {counted[0]} MACs and {counted[1]} params, the cost model says {cost}"
-    return replace(outcome, findings=[Finding("", problem, "cost")])
 
 
 @torch.inference_mode(False)
@@ -178,8 +139,9 @@ def verify_groups(
     """
     inputs = example_inputs[:2] if isinstance(example_inputs, Tensor) else example_inputs
     with phase("verifying", unit="test", groups=len(groups)) as running:
-        examiner = _Examiner(groups, inputs, sample_units(groups, seed), gated or groups, Blame(groups, suspects), running)
-        reasons = Culprits(groups.names, examiner, examiner.blame).find()
+        blame, units = Blame(groups, suspects), sample_units(groups, seed)
+        examiner = _Examiner(groups, inputs, units, gated or groups, blame, running)
+        reasons = Culprits(groups.names, examiner, blame).find()
         running.note(tests=examiner.tests, unsafe=len(reasons))
     return reasons
 
@@ -204,39 +166,61 @@ class _Examiner:
         self.blame, self.tests = blame, 0
         self._groups, self._inputs, self._units, self._gated = groups, example_inputs, units, gated
         self._running = running
-        self._comparison = self._in(None)
+        self._oracle = self._in(None)
         like = reference_tensor(groups.trace.model)
-        self._doubts = like is not None and like.dtype != torch.float64
+        self._exact = like is None or like.dtype == torch.float64
+        self._rough = False  # whether it does not run in float64
         self._unsteady: set[str] | None = None
 
     def __call__(self, names: Sequence[str]) -> Outcome:
-        outcome = self._compare(self._comparison, names)
+        outcome = self._compare(self._oracle, names)
         values = [f for f in outcome.findings if f.kind == "value"]
-        if not values or not self._doubts:
+        if not values or self._exact or outcome.reference is None:
             return outcome
         if self._unsteady is None:
-            self._unsteady = self._comparison.unsteady({n: self._units[n] for n in names}, NOISE)
+            self._unsteady = self._oracle.unsteady(outcome.reference, NOISE)
         sure = [f for f in outcome.findings if f.kind != "value" or f.where not in self._unsteady]
         if sure:
             return replace(outcome, findings=sure)
-        self._doubts = False
+        return (None if self._rough else self._again(names)) or replace(outcome, sound=frozenset())
+
+    def _again(self, names: Sequence[str]) -> Outcome | None:
+        """The same in float64, and from now on; ``None`` if the network does not run in it."""
+        self._rough = True
         try:
             exact = self._in(torch.float64)
-            again = self._compare(exact, names)
+            outcome = self._compare(exact, names)
         except Exception:  # no float64 on this device, or no memory for it
-            return outcome
-        if any(f.kind in ("error", "surgery") for f in again.findings):
-            return outcome
-        self._comparison = exact
-        return again
+            return None
+        if any(f.kind in ("error", "surgery") for f in outcome.findings):
+            return None
+        self._oracle, self._exact, self._rough = exact, True, False
+        return outcome
 
-    def _in(self, dtype: torch.dtype | None) -> Comparison:
-        return _comparison(self._groups, self._inputs, self._gated, TOLERANCE, dtype, self.blame)
+    def _in(self, dtype: torch.dtype | None) -> Oracle:
+        return Oracle(
+            self._groups,
+            self._inputs,
+            _cutter(self._groups, self._inputs),
+            gated=self._gated,
+            tolerance=TOLERANCE,
+            dtype=dtype,
+            blame=self.blame,
+        )
 
-    def _compare(self, comparison: Comparison, names: Sequence[str]) -> Outcome:
+    def _compare(self, oracle: Oracle, names: Sequence[str]) -> Outcome:
         self.tests += 1
         self._running.advance()
-        return _examined(self._groups, comparison, {n: self._units[n] for n in names}, resume=True)
+        return oracle.compare({n: self._units[n] for n in names}, resume=True)
+
+
+def _cutter(groups: PrunableGroups, example_inputs: Any) -> Cut:
+    """The surgery of copies."""
+
+    def cut(model: nn.Module, removed: Mapping[str, list[int]]) -> None:
+        remove_units(same_groups(model, to_model(model, example_inputs), groups), removed)
+
+    return cut
 
 
 def same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -> PrunableGroups:
@@ -245,5 +229,3 @@ def same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -
     options: TraceOptions = groups.options.on_copy(source, model)
     traced = trace(model, example_inputs, options)
     return PrunableGroups(groups.groups, [], traced, options)
-
-
