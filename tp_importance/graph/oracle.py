@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,7 +108,9 @@ class Oracle:
             noise: standard deviation, relative to the largest value of what each layer reads.
         """
         removal = reference.removal
-        with torch.no_grad(), masked_units(self._original, self._gated, removal.units):
+        with torch.no_grad(), ExitStack() as stack:
+            for groups in {id(g): g for g in (self._groups, self._gated)}.values():
+                stack.enter_context(masked_units(self._original, groups, removal.units))
             nothing = removal.without(removal.units)
             run = PrunedPass(
                 self._original, reference, self._run, self._blame, self._tolerance, left=nothing, noise=noise

@@ -13,6 +13,8 @@ from ..core.batches import tensors_in
 
 __all__ = ["Provenance"]
 
+_NOTHING = frozenset[str]()
+
 
 class Provenance(TorchFunctionMode):
     """Follow the names of parameters and layers through all functions of torch, as long as the block runs.
@@ -36,7 +38,7 @@ class Provenance(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.operation, self.read = "", frozenset[str]()
+        self.operation, self.read = "", _NOTHING
         self._names: dict[int, frozenset[str]] = {}
         self.know(model)
 
@@ -44,14 +46,13 @@ class Provenance(TorchFunctionMode):
         """Learn where the parameters and buffers of ``model`` lie; again after they were replaced."""
         found: dict[int, set[str]] = defaultdict(set)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if (place := _place(tensor)) is not None:
+            if place := _place(tensor):
                 found[place].add(name)
         self._names.update((place, frozenset(names)) for place, names in found.items())
 
     def of(self, value: Any) -> frozenset[str]:
         """The names behind all tensors in ``value``."""
-        places = {_place(t) for t in tensors_in(value)}
-        return frozenset().union(*(self._names.get(p, frozenset()) for p in places if p is not None))
+        return _NOTHING.union(*(self._names.get(p, _NOTHING) for p in map(_place, tensors_in(value))))
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a function that was seen has made ``tensor``."""
@@ -60,30 +61,40 @@ class Provenance(TorchFunctionMode):
     def assign(self, value: Any, names: Iterable[str]) -> None:
         """Let all tensors in ``value`` be made of ``names``, whatever they were made of."""
         names = frozenset(names)
-        self._names.update((p, names) for p in map(_place, tensors_in(value)) if p is not None)
+        self._names.update((p, names) for p in map(_place, tensors_in(value)) if p)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = tensors_in((args, kwargs))
-        self.operation, self.read = getattr(func, "__name__", str(func)).strip("_"), self.of(given)
-        read = self.read
+        name, given = getattr(func, "__name__", str(func)).strip("_"), _places((args, kwargs))
+        read = _NOTHING.union(*(self._names.get(p, _NOTHING) for p in given))
+        self.operation, self.read = name, read
         output = func(*args, **kwargs)
-        made = tensors_in(output)
-        if not made and self.operation == "setitem":
-            made = given[:1]
-        if made:
-            shared = {_place(t) for t in given}  # by views, and by what is written in place
-            for tensor in made:
-                place = _place(tensor)
-                if place is not None:
-                    self._names[place] = read | self._names.get(place, frozenset()) if place in shared else read
+        for place in _places(args[:1] if name == "setitem" else output):
+            # shared with what it has read: a view, or written in place
+            self._names[place] = read | self._names.get(place, _NOTHING) if place in given else read
         return output
 
 
-def _place(tensor: Tensor) -> int | None:
+def _place(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins; 0 if it has none of its own."""
     try:
-        return tensor.untyped_storage().data_ptr() or None
-    except (RuntimeError, NotImplementedError):  # sparse, or a subclass without memory of its own
-        return None
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, say
+        return 0
+
+
+def _places(value: Any) -> set[int]:
+    """The same of all tensors among arguments or results of a function of torch."""
+    found, left = set(), [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, Tensor):
+            found.add(_place(item))
+        elif isinstance(item, (tuple, list)):
+            left += item
+        elif isinstance(item, dict):
+            left += item.values()
+    found.discard(0)
+    return found
