@@ -45,11 +45,10 @@ class Culprits:
     def find(self) -> dict[str, str]:
         """Search, and return the reasons."""
         safe = self._narrowed(self._names)
-        if (again := self._doubtful()) and safe is not None:
-            grown = self._pardoned(safe, again)
-            if grown is not None:  # never compared by themselves
-                self._narrowed(grown)
-        return self.reasons
+        grown = self._pardoned(safe, self._doubtful())
+        if grown is not None:
+            self._narrowed(grown)
+        return {name: self.reasons[name] for name in self._sorted(self.reasons)}
 
     def _narrowed(self, names: Collection[str]) -> list[str]:
         """Leave groups out until nothing differs."""
@@ -84,31 +83,33 @@ class Culprits:
         proven = {next(iter(shared)) for _, names in self._history if len(shared := names & refused) == 1}
         return self._sorted(refused - proven)
 
-    def _pardoned(self, safe: list[str], doubtful: list[str]) -> list[str] | None:
+    def _pardoned(self, safe: Sequence[str], doubtful: Sequence[str]) -> list[str] | None:
         """Take back what does not fail beside ``safe``.
 
         Returns:
-            All that is right, if it has not been compared as it is.
+            All that is right, if it has not been compared together.
         """
-        safe, compared = list(safe), True
+        right, together = list(safe), True
         for _ in range(ROUNDS):
             if not doubtful:
-                return None if compared else safe
+                return None if together else right
             batch: list[str] = []
             for name in doubtful:
                 if not any(name in names and names & {*batch} for _, names in self._history):
                     batch.append(name)
             doubtful = [name for name in doubtful if name not in batch]
-            outcome = self._examine(self._sorted([*safe, *batch]))
+            outcome = self._examine(self._sorted([*right, *batch]))
             wrong = self._chosen(outcome, batch)
-            if outcome.findings and not wrong:
-                return self._halved(batch, safe) and None
-            right = [name for name in batch if name not in wrong]
-            for name in right:
+            if outcome.findings and not wrong:  # nothing points to any of them
+                doubtful = [*batch, *doubtful]
+                break
+            pardoned = [name for name in batch if name not in wrong]
+            for name in pardoned:
                 del self.reasons[name]
-            safe += right
-            compared = not outcome.findings or (compared and not right)
-        return self._halved(doubtful, safe) and None
+            right += pardoned
+            together = not outcome.findings or (together and not pardoned)
+        self._halved(doubtful, right)
+        return None
 
     def _halved(self, names: Sequence[str], base: Sequence[str]) -> list[str]:
         """Groups of ``names`` that may be pruned together with each other and with ``base``, by bisection."""

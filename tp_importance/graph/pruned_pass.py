@@ -124,7 +124,8 @@ class PrunedPass:
         stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         if self._cut is not None and name:  # taken back by untouched()
             whole = isinstance(module, COUNTED) or not module._modules
-            module.forward = self._noting(name, module.forward) if whole else self._repeating(name, module.forward)
+            wrap = self._noting if whole else self._repeating
+            vars(module)["forward"] = wrap(name, module.forward)
 
     def _arrive(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         x, call = layer_input(args, kwargs), self._calls[name]
