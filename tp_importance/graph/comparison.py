@@ -1,8 +1,7 @@
-"""What two networks that should compute the same are compared by: the inputs of all layers and the output."""
+"""What two networks that should compute the same are compared by."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,11 +9,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..core.copies import copied
-from ..core.forward import fresh_inputs, layer_input
-from ..core.untouched import untouched
-from .layer_kinds import COUNTED, is_batch_norm
+from .layer_kinds import is_batch_norm
 
-__all__ = ["difference", "layer_inputs", "scrambled_copy"]
+__all__ = ["StrongNeighbours", "difference", "scrambled_copy"]
 
 
 def scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -42,25 +39,7 @@ def scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mod
     return twin
 
 
-def layer_inputs(model: nn.Module, example_inputs: Any, run: Any) -> tuple[list[tuple[str, Tensor]], Any]:
-    """Inputs of every counted layer in call order, and the network's output."""
-    seen: list[tuple[str, Tensor]] = []
-    with untouched(model), ExitStack() as stack:
-        model.eval()
-        stack.enter_context(_StrongNeighbours())
-        for name, module in model.named_modules():
-            if isinstance(module, COUNTED) and not isinstance(module, nn.MultiheadAttention):
-                # after the masks, which are prepended
-                hook = module.register_forward_pre_hook(
-                    lambda _m, args, kwargs, n=name: seen.append((n, layer_input(args, kwargs).detach())),
-                    with_kwargs=True,
-                )
-                stack.callback(hook.remove)
-        output = run(model, fresh_inputs(example_inputs))
-    return seen, output
-
-
-class _StrongNeighbours(TorchFunctionMode):
+class StrongNeighbours(TorchFunctionMode):
     """Lets local response norms be felt: as usually set, neighbours move a channel by less than the tolerance."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

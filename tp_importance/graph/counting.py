@@ -112,6 +112,19 @@ class CallRecorder:
             del macs[name]
         return macs, uncounted
 
+    def per_sample(self, n: int) -> int:
+        """Multiply-accumulates of one sample of a batch of ``n``.
+
+        Raises:
+            ValueError: if they do not divide by the batch.
+        """
+        macs = sum(call.macs for call in self.calls) + sum(self.functional(n)[0].values())
+        if macs % n:
+            raise ValueError(
+                f"{macs} MACs do not divide by the batch of {n}: the first dimension of example_inputs is not the batch"
+            )
+        return macs // n
+
     def _enter(self, *_: Any) -> None:
         self._operations.inside += 1
 
@@ -174,13 +187,4 @@ def count_ops(
             recorder.run(model, fresh_inputs(example_inputs), forward_fn)
         finally:
             recorder.remove()
-    macs = sum(call.macs for call in recorder.calls) + sum(recorder.functional(n)[0].values())
-    return _per_sample(macs, n), sum(math.prod(p.shape) for p in model.parameters())
-
-
-def _per_sample(macs: int, n: int) -> int:
-    if macs % n:
-        raise ValueError(
-            f"{macs} MACs do not divide by the batch of {n}: the first dimension of example_inputs is not the batch"
-        )
-    return macs // n
+    return recorder.per_sample(n), sum(math.prod(p.shape) for p in model.parameters())

@@ -20,14 +20,31 @@ __all__ = ["masked_units"]
 
 @contextmanager
 def masked_units(model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[int]]) -> Iterator[None]:
-    """Zero the channels of ``removed`` units where they are produced and where they are read, inside the context."""
+    """Zero the channels of ``removed`` units where they are produced and where they are read, inside the context.
+
+    Weights that no layer owns (of ``F.conv2d(x, self.weight)``, say) have zeros there meanwhile.
+
+    Args:
+        model: the network.
+        groups: its groups.
+        removed: units, by group.
+    """
+    weights: list[tuple[Tensor, int, Index]] = []
     inputs: dict[str, list[Index]] = defaultdict(list)
     outputs: dict[str, list[Index]] = defaultdict(list)
     for name, units in removed.items():
         for member in groups[name].members:
-            if member.kind != "passthrough":
+            if member.axis is not None:
+                weights.append((_tensor(model, member.name), member.axis, member.positions(units)))
+            elif member.kind != "passthrough":
                 (inputs if member.role == "in" else outputs)[member.name].append(member.positions(units))
     with ExitStack() as stack:
+        for weight, axis, gone in weights:
+            one_per_channel = sum(size > 1 for size in weight.shape) < 2  # a scale, say: one may divide by it
+            if weight.is_floating_point() and not one_per_channel:
+                stack.callback(_put_back, weight, weight.detach().clone())
+                with torch.no_grad():
+                    weight.index_fill_(axis, torch.as_tensor(gone, device=weight.device), 0.0)
         for name, positions in inputs.items():
             module = model.get_submodule(name)
             pre = _zero_input(channel_dim(module), torch.as_tensor(np.concatenate(positions)))
@@ -37,6 +54,16 @@ def masked_units(model: nn.Module, groups: PrunableGroups, removed: Mapping[str,
             post = _zero_output(channel_dim(module), torch.as_tensor(np.concatenate(positions)))
             stack.callback(module.register_forward_hook(post, prepend=True).remove)
         yield
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(owner), key)
+
+
+def _put_back(tensor: Tensor, before: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(before)
 
 
 def _zero_input(dim: int, positions: Tensor) -> Any:

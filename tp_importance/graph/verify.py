@@ -9,28 +9,21 @@ first consumer, however small its trace in the output is.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import tensors_in
-from ..core.copies import copied
 from ..core.devices import reference_tensor, to_model
-from ..core.forward import call_model
 from ..core.precision import full_precision
-from ..core.progress import phase
-from .channel_axes import channel_dim
-from .comparison import difference, layer_inputs, scrambled_copy
-from .cost import CostModel
-from .counting import count_ops
-from .groups import Index, PrunableGroups
-from .layer_kinds import is_depthwise
-from .masking import masked_units
+from ..core.progress import Phase, phase
+from .blame import Blame, Namer
+from .culprits import Culprits
+from .groups import PrunableGroups
+from .oracle import Cut, Oracle, Outcome
 from .surgery import remove_units
 from .trace_options import TraceOptions
 from .tracing import trace
@@ -39,6 +32,9 @@ __all__ = ["masked_equals_removed", "same_groups", "sample_units", "verify_group
 
 TOLERANCE = 1e-3
 """Largest difference allowed at any layer input, relative to its largest value there (float32, then float64)."""
+
+NOISE = 1e-6
+"""Of the size of the rounding errors of float32, or a little larger."""
 
 
 def sample_units(groups: PrunableGroups, seed: int = 0) -> dict[str, list[int]]:
@@ -109,87 +105,123 @@ def _compare(
     dtype: torch.dtype | None,
 ) -> _Verdict:
     """One comparison, see :func:`masked_equals_removed`, in the precision of the model (float32 if it is less)."""
-    model, options = groups.trace.model, groups.options
-    original = scrambled_copy(model, dtype)
-    example_inputs = to_model(original, example_inputs)  # the copies of half-precision networks are float32
-    pruned = copied(original)
-    run = options.forward_fn or call_model
-    keep = _kept_positions(groups, removed)
-    try:
-        predicted = CostModel.from_groups(groups)
-        with torch.no_grad(), masked_units(original, gated, removed):
-            masked, masked_out = layer_inputs(original, example_inputs, run)
-        rebuilt = same_groups(pruned, example_inputs, groups)
-        remove_units(rebuilt, removed)
-        with torch.no_grad():
-            left, left_out = layer_inputs(pruned, example_inputs, run)
-        counted = count_ops(pruned, example_inputs, forward_fn=run)
-    except torch.OutOfMemoryError:  # says nothing about the groups
-        raise
-    except Exception as error:
-        said = str(error).splitlines()[0][:160] if str(error) else ""
-        return _Verdict(f"pruning a copy fails: {type(error).__name__}: {said}")
-    if [name for name, _ in masked] != [name for name, _ in left]:
-        return _Verdict("the pruned copy calls its layers in another order")
-    pairs = [
-        (f"input of {name}", _select(original.get_submodule(name), a, keep.get(name)), b)
-        for (name, a), (_, b) in zip(masked, left, strict=True)
-    ]
-    outputs = zip(tensors_in(masked_out), tensors_in(left_out), strict=True)
-    values = None
-    for where, a, b in [*pairs, *(("output of the network", a, b) for a, b in outputs)]:
-        if a.shape != b.shape:
-            return _Verdict(f"{where}: {difference(a, b, tolerance)}")
-        problem = difference(a, b, tolerance) if values is None else None
-        values = f"{where}: {problem}" if problem else values
-    sizes = {g.name: g.width - len(removed.get(g.name, ())) * g.unit_size for g in groups}
-    cost = predicted.cost(sizes)
-    if (cost.macs, cost.params) != counted:
-        return _Verdict(f"the pruned copy costs {counted[0]} MACs and {counted[1]} params, the cost model says {cost}")
-    return _Verdict(values, values is not None)
+    cut = _cutter(groups, example_inputs)
+    oracle = Oracle(groups, example_inputs, cut, gated=gated, tolerance=tolerance, dtype=dtype)
+    found = oracle.compare(removed).findings
+    if not found:
+        return _Verdict(None)
+    return _Verdict(str(next((f for f in found if f.kind != "value"), found[0])), all(f.kind == "value" for f in found))
 
 
-def verify_groups(groups: PrunableGroups, example_inputs: Any, *, seed: int = 0) -> dict[str, str]:
+@torch.inference_mode(False)
+@full_precision()
+def verify_groups(
+    groups: PrunableGroups,
+    example_inputs: Any,
+    *,
+    seed: int = 0,
+    gated: PrunableGroups | None = None,
+    suspects: Namer | None = None,
+) -> dict[str, str]:
     """Find the groups whose removal differs from masking.
 
-    All groups are tested at once, two passes in all; only if that fails are the culprits found by bisection.
+    All groups are tested at once, in two passes. Where these differ says which groups are to blame; the rest is tested
+    again, together, until it passes (see :class:`~tp_importance.graph.culprits.Culprits`).
+
+    Args:
+        groups: groups of the model as it is now.
+        example_inputs: inputs to compare on; of a tensor two samples.
+        seed: of the units that are removed.
+        gated: as for :func:`masked_equals_removed`.
+        suspects: names groups where the data flow does not; see :data:`~tp_importance.graph.blame.Namer`.
 
     Returns:
         reason per unsafe group; empty if all are safe.
     """
-    removed = sample_units(groups, seed)
     inputs = example_inputs[:2] if isinstance(example_inputs, Tensor) else example_inputs
-    reasons: dict[str, str] = {}
-
-    def test(names: list[str]) -> str | None:
-        subset = groups.exclude({n: "" for n in groups.names if n not in names})
-        problem = masked_equals_removed(subset, inputs, {n: removed[n] for n in names})
-        running.advance()
-        return problem
-
-    def safe(names: list[str]) -> list[str]:
-        problem = test(names) if names else None
-        if problem is None:
-            return names
-        if len(names) == 1:
-            reasons[names[0]] = f"removal is not masking: {problem}"
-            return []
-        half = len(names) // 2
-        first, second = safe(names[:half]), safe(names[half:])
-        if not first or not second or test(first + second) is None:
-            return first + second
-        for name in second:  # safe apart, not together: keep as many as go with the first half
-            problem = test([*first, name])
-            if problem is None:
-                first.append(name)
-            else:
-                reasons[name] = f"removal together with other groups is not masking: {problem}"
-        return first
-
     with phase("verifying", unit="test", groups=len(groups)) as running:
-        safe(groups.names)
-        running.note(unsafe=len(reasons))
+        blame, units = Blame(groups, suspects), sample_units(groups, seed)
+        examiner = _Examiner(groups, inputs, units, gated or groups, blame, running)
+        reasons = Culprits(groups.names, examiner, blame).find()
+        running.note(tests=examiner.tests, unsafe=len(reasons))
     return reasons
+
+
+class _Examiner:
+    """Compares any of the groups, and does not mistake rounding for a difference.
+
+    Places that differ in values only may be ill-conditioned. Whether they are is asked once, by a masked pass with a
+    little noise. If nothing but such places is left, the comparison is repeated in float64, and so are those after it;
+    where the network does not run in float64, these places count as different.
+    """
+
+    def __init__(
+        self,
+        groups: PrunableGroups,
+        example_inputs: Any,
+        units: Mapping[str, list[int]],
+        gated: PrunableGroups,
+        blame: Blame,
+        running: Phase,
+    ) -> None:
+        self.blame, self.tests = blame, 0
+        self._groups, self._inputs, self._units, self._gated = groups, example_inputs, units, gated
+        self._running = running
+        self._oracle = self._in(None)
+        like = reference_tensor(groups.trace.model)
+        self._exact = like is None or like.dtype == torch.float64
+        self._rough = False  # whether it does not run in float64
+        self._unsteady: set[str] | None = None
+
+    def __call__(self, names: Sequence[str]) -> Outcome:
+        outcome = self._compare(self._oracle, names)
+        values = [f for f in outcome.findings if f.kind == "value"]
+        if not values or self._exact or outcome.reference is None:
+            return outcome
+        if self._unsteady is None:
+            self._unsteady = self._oracle.unsteady(outcome.reference, NOISE)
+        sure = [f for f in outcome.findings if f.kind != "value" or f.where not in self._unsteady]
+        if sure:
+            return replace(outcome, findings=sure)
+        return (None if self._rough else self._again(names)) or replace(outcome, sound=frozenset())
+
+    def _again(self, names: Sequence[str]) -> Outcome | None:
+        """The same in float64, and from now on; ``None`` if the network does not run in it."""
+        self._rough = True
+        try:
+            exact = self._in(torch.float64)
+            outcome = self._compare(exact, names)
+        except Exception:  # no float64 on this device, or no memory for it
+            return None
+        if any(f.kind in ("error", "surgery") for f in outcome.findings):
+            return None
+        self._oracle, self._exact, self._rough = exact, True, False
+        return outcome
+
+    def _in(self, dtype: torch.dtype | None) -> Oracle:
+        return Oracle(
+            self._groups,
+            self._inputs,
+            _cutter(self._groups, self._inputs),
+            gated=self._gated,
+            tolerance=TOLERANCE,
+            dtype=dtype,
+            blame=self.blame,
+        )
+
+    def _compare(self, oracle: Oracle, names: Sequence[str]) -> Outcome:
+        self.tests += 1
+        self._running.advance()
+        return oracle.compare({n: self._units[n] for n in names}, resume=True)
+
+
+def _cutter(groups: PrunableGroups, example_inputs: Any) -> Cut:
+    """The surgery of copies."""
+
+    def cut(model: nn.Module, removed: Mapping[str, list[int]]) -> None:
+        remove_units(same_groups(model, to_model(model, example_inputs), groups), removed)
+
+    return cut
 
 
 def same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -> PrunableGroups:
@@ -198,19 +230,3 @@ def same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -
     options: TraceOptions = groups.options.on_copy(source, model)
     traced = trace(model, example_inputs, options)
     return PrunableGroups(groups.groups, [], traced, options)
-
-
-def _kept_positions(groups: PrunableGroups, removed: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    gone: dict[str, list[Index]] = defaultdict(list)
-    widths: dict[str, int] = {}
-    depthwise = {name for name, module in groups.trace.model.named_modules() if is_depthwise(module)}
-    for name, units in removed.items():
-        for m in groups[name].members:
-            if m.role == "in" or m.name in depthwise:
-                gone[m.name].append(m.positions(units))
-                widths[m.name] = m.width
-    return {n: torch.as_tensor(np.setdiff1d(np.arange(widths[n]), np.concatenate(p))) for n, p in gone.items()}
-
-
-def _select(module: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x.index_select(x.dim() + channel_dim(module), keep.to(x.device))
