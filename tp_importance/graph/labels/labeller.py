@@ -191,7 +191,21 @@ class Labeller(TorchDispatchMode):
                             self._note(tensor, layers, True)
                     else:
                         recurrence(self, module, given, where)
+        elif isinstance(module, _BARE_NORMS) and module.weight is None and args:
+            self._count_features(name, module, args[0])
         self._open.pop()
+
+    def _count_features(self, name: str, module: Any, x: Tensor) -> None:
+        """Nothing of a norm without tensors is cut, but the number of features that it was built for follows."""
+        if module.running_mean is not None or self._hidden:
+            return
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            axis = 1 if x.dim() > 2 or not isinstance(module, nn.modules.instancenorm._InstanceNorm) else 0
+            for layer in self.layers(x):
+                labels = compact(layer).flatten()
+                if axes_of(layer) == (axis,) and len(labels) == module.num_features:
+                    follower = Follower(f"{name}.num_features", len(labels), labels.cpu().numpy())
+                    self.ledger.followers.append(follower)
 
     def _where(self, name: str) -> str:
         layer = self._open[-1] if self._open else ""
