@@ -1,0 +1,154 @@
+"""Is a pruned network what is left of the dense one, and nothing else?
+
+A judge that knows no groups, so it serves for any host. Every tensor of the pruned network must be a part of the dense
+tensor of the same name; where the parts lie follows from their values. Put back in their places, with zeros around, they
+make the *masked* network: the dense one with the removed channels dead wherever they are made and wherever they are
+read. Both must give the same output. Norms over channels take their mean and variance over the channels that are left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tp_importance.core.batches import tensors_in
+
+EXACT, ROUNDED = 1e-5, 1e-3
+"""Largest difference allowed in float64, and in float32 where the network does not run in float64."""
+Kept = tuple[Tensor, ...]
+"""Positions that are left, along each axis."""
+
+
+class Foreign(ValueError):
+    """A tensor of the pruned network is no part of the dense one."""
+
+
+def difference(dense: nn.Module, pruned: nn.Module, run: Callable[[nn.Module], Any]) -> str | None:
+    """How the pruned network differs from the masked one; None if it does not.
+
+    Args:
+        dense: the network before, with values that are distinct within each tensor.
+        pruned: the network after; neither is changed.
+        run: ``run(model)`` gives its output; inputs may be asked for in the precision of the model.
+    """
+    try:
+        masked = embedded(dense, pruned)
+    except Foreign as error:
+        return str(error)
+    with torch.no_grad():
+        try:
+            outs = [tensors_in(run(copy.deepcopy(model).double())) for model in (masked, pruned)]
+            tolerance = EXACT
+        except Exception:  # some networks make float32 tensors on their way
+            outs = [tensors_in(run(model)) for model in (masked, pruned)]
+            tolerance = ROUNDED
+    return compared(*outs, tolerance)
+
+
+def compared(expected: list[Tensor], found: list[Tensor], tolerance: float) -> str | None:
+    """How outputs differ, relative to their largest value; None if they do not."""
+    if len(expected) != len(found):
+        return f"{len(found)} outputs instead of {len(expected)}"
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if a.shape != b.shape:
+            return f"output {i} has shape {tuple(b.shape)} instead of {tuple(a.shape)}"
+        if not a.numel():
+            continue
+        off = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-12))
+        if not off <= tolerance:  # NaN, too
+            return f"output {i} is off by {off:.2g} of its largest value"
+    return None
+
+
+def in_precision(inputs: Any, model: nn.Module) -> Any:
+    """Floating inputs in the precision of the model."""
+    like = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return tree_map(lambda v: v.to(like) if isinstance(v, Tensor) and v.is_floating_point() else v, inputs)
+
+
+def embedded(dense: nn.Module, pruned: nn.Module) -> nn.Module:
+    """A copy of the dense network with zeros for all that the pruned one has lost.
+
+    Raises:
+        Foreign: if it has other tensors, or values that are not found in order.
+    """
+    masked, left = copy.deepcopy(dense), dict(_tensors(pruned))
+    whole = dict(_tensors(masked))
+    if left.keys() != whole.keys():
+        raise Foreign(f"it has other tensors: {', '.join(sorted(left.keys() ^ whole.keys())[:3])}")
+    places = {name: _places(whole[name], left[name]) for name in whole if whole[name].shape != left[name].shape}
+    for name in [name for name, found in places.items() if found is None]:
+        places[name] = _as_sibling(name, whole, left, places)
+    with torch.no_grad():
+        for name, tensor in whole.items():
+            values, kept = left[name].detach().clone(), places.get(name)
+            if kept is None:
+                tensor.copy_(values)
+                continue
+            grid = torch.meshgrid(*kept, indexing="ij")
+            if not torch.equal(tensor[grid], values):
+                raise Foreign(f"{name} is no part of the dense tensor")
+            tensor.zero_()
+            tensor[grid] = values
+    _norms_over_kept(masked, pruned, places)
+    return masked
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _places(whole: Tensor, part: Tensor) -> Kept | None:
+    """Positions along each axis whose product holds the values of ``part``; None where values repeat themselves."""
+    if whole.ndim != part.ndim:
+        return None
+    values, order = whole.detach().flatten().sort()
+    wanted = part.detach().flatten()
+    at = torch.searchsorted(values, wanted).clamp(max=len(values) - 1)
+    after, before = (at + 1).clamp(max=len(values) - 1), (at - 1).clamp(min=0)
+    single = (values[at] == wanted) & ((values[after] != wanted) | (after == at)) & (values[before] != wanted)
+    single |= (at == 0) & (values[at] == wanted) & (values[after] != wanted)
+    found, kept = order[at], []
+    for axis in range(whole.ndim):
+        stride = whole.shape[axis + 1 :].numel()
+        index = torch.where(single, found // stride % whole.shape[axis], -1).reshape(part.shape)
+        kept.append(index.movedim(axis, 0).flatten(1).amax(1))
+    return None if any(bool((k < 0).any()) for k in kept) else tuple(kept)
+
+
+def _as_sibling(name: str, whole: dict[str, Tensor], left: dict[str, Tensor], places: dict[str, Kept | None]) -> Kept:
+    """The first axis of another tensor of the same module, for vectors whose values repeat themselves."""
+    module = name.rpartition(".")[0]
+    for other, kept in places.items():
+        same = other.rpartition(".")[0] == module and kept is not None and left[name].ndim == 1
+        if same and (len(whole[other]), len(left[other])) == (len(whole[name]), len(left[name])):
+            assert kept is not None
+            return kept[:1]
+    raise Foreign(f"the values of {name} are not found in the dense tensor")
+
+
+class KeptNorm(nn.Module):
+    """A norm over channels that only sees those that are left."""
+
+    def __init__(self, norm: nn.Module, kept: Tensor, dim: int) -> None:
+        super().__init__()
+        self.norm, self.dim = norm, dim
+        self.register_buffer("kept", kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_copy_(self.dim, self.kept, self.norm(x.index_select(self.dim, self.kept)))
+
+
+def _norms_over_kept(masked: nn.Module, pruned: nn.Module, places: dict[str, Kept | None]) -> None:
+    for name, norm in list(masked.named_modules()):
+        kept = places.get(f"{name}.weight")
+        if kept is None or not isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
+            continue
+        dim = 1 if isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__ else -1
+        masked.set_submodule(name, KeptNorm(copy.deepcopy(pruned.get_submodule(name)), kept[0], dim))
