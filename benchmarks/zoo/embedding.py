@@ -1,7 +1,7 @@
 """Is a pruned network what is left of the dense one, and nothing else?
 
 A judge that knows no groups, so it serves for any host. Every tensor of the pruned network must be a part of the dense
-tensor of the same name; where the parts lie follows from their values. Put back in their places, with zeros around, they
+tensor of the same name; where it lies follows from the values. Put back in their places, with zeros around, the parts
 make the *masked* network: the dense one with the removed channels dead wherever they are made and wherever they are
 read. Both must give the same output. Norms over channels take their mean and variance over the channels that are left.
 """
@@ -118,7 +118,7 @@ def _places(whole: Tensor, part: Tensor) -> Kept | None:
     for axis in range(whole.ndim):
         stride = whole.shape[axis + 1 :].numel()
         index = torch.where(single, found // stride % whole.shape[axis], -1).reshape(part.shape)
-        kept.append(index.movedim(axis, 0).flatten(1).amax(1))
+        kept.append(index.movedim(axis, 0).reshape(part.shape[axis], -1).amax(1))
     return None if any(bool((k < 0).any()) for k in kept) else tuple(kept)
 
 

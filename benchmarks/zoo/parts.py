@@ -110,8 +110,10 @@ def within_reach(groups: PrunableGroups) -> float:
     for call in groups.trace.calls:
         if isinstance(modules[call.name], LAYERS):
             macs[call.name] += call.macs
-    for name, count in groups.trace.functional.items():
-        macs[name] += count
+    for name, count in groups.trace.functional.items():  # of weights that functions read
+        owner = modules[name.rpartition(".")[0]]
+        if not isinstance(owner, (nn.RNNBase, nn.RNNCellBase)):
+            macs[name] += count
     reached = sum(count for name, count in macs.items() if _touched(name, members))
     return round(reached / max(macs.total(), 1), 4)
 

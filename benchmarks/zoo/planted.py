@@ -8,6 +8,7 @@ without knowing any group. L2 ranks dead channels last, and no live one goes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from benchmarks.zoo.entry import Network
 from tp_importance import Budget, BudgetPruner, prunable_groups
 from tp_importance.core.batches import tensors_in
 from tp_importance.graph.cost import CostModel
+from tp_importance.graph.groups import ChannelGroup
 from tp_importance.pruning.registry import find_importance
 
 TOLERANCE = 1e-5
@@ -26,22 +28,14 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn
 
 @torch.no_grad()
 def kill_odd_channels(model: nn.Module) -> None:
+    """Set weights and biases of all odd channels to zero."""
     for module in model.modules():
         if not isinstance(module, LAYERS):
             continue
         if isinstance(module.weight, nn.Parameter):
-            grouped = getattr(module, "groups", 1)
-            rows = module.weight
-            if getattr(module, "transposed", False):  # (in, out / groups, ...)
-                rows = rows.unflatten(0, (grouped, -1)).transpose(1, 2).flatten(0, 1)
-                dead = torch.zeros(len(rows), dtype=torch.bool)
-                dead[1::2] = True
-                rows = rows.clone()
-                rows[dead] = 0
-                inner = rows.unflatten(0, (grouped, -1)).transpose(1, 2).flatten(0, 1)
-                module.weight.copy_(inner)
-            else:
-                rows[1::2] = 0
+            # transposed convolutions have their channels on the second axis, one conv group after the other
+            by_column = getattr(module, "transposed", False) and module.weight.shape[1] > 1
+            (module.weight.transpose(0, 1) if by_column else module.weight)[1::2] = 0
         if isinstance(module.bias, nn.Parameter):
             module.bias[1::2] = 0
 
@@ -50,7 +44,7 @@ def planted(network: Network, model: nn.Module, inputs: Any) -> dict[str, Any]:
     """Prune a planted copy by L2 to half of the MACs, or to what is left without its dead channels if that is more.
 
     Returns:
-        ``off``: how the output differs, None if it does not; ``live``: units that went and were not dead, by group;
+        ``off``: how the output differs, None if it does not; ``live``: groups that lost units that were not dead;
         ``reached``: fraction of the MACs.
     """
     twin = copy.deepcopy(model)
@@ -69,7 +63,7 @@ def planted(network: Network, model: nn.Module, inputs: Any) -> dict[str, Any]:
         forward_fn=network.forward_fn,
     )
     plan = pruner.plan()
-    live = {name: len(units) for name, units in _live(pruner, plan.removed).items() if units}
+    live = [g.name for g in pruner.groups if _is_live(g, plan.removed.get(g.name, ()))]
     pruner.apply(plan)
     with torch.no_grad():
         after = tensors_in(network.run(twin.eval(), inputs))
@@ -82,13 +76,6 @@ def planted(network: Network, model: nn.Module, inputs: Any) -> dict[str, Any]:
     }
 
 
-def _live(pruner: BudgetPruner, removed: Any) -> dict[str, list[int]]:
-    """Units that are to go although a producer has something in them."""
-    found: dict[str, list[int]] = {}
-    for group in pruner.groups:
-        gone = set(removed.get(group.name, ()))
-        for member in group.producers:
-            channels = [int(c) for c, u in zip(member.channels, member.units, strict=True) if int(u) in gone]
-            if any(c % 2 == 0 for c in channels):
-                found.setdefault(group.name, []).extend(c for c in channels if c % 2 == 0)
-    return found
+def _is_live(group: ChannelGroup, units: Sequence[int]) -> bool:
+    """Whether a producer has something in one of the units."""
+    return any(bool((member.positions(units) % 2 == 0).any()) for member in group.producers)
