@@ -20,6 +20,8 @@ from tp_importance.core.batches import tensors_in
 
 EXACT, ROUNDED = 1e-5, 1e-3
 """Largest difference allowed in float64, and in float32 where the network does not run in float64."""
+TRIED = 16
+"""Entries of a tensor, until one stands alone in the dense one."""
 Kept = tuple[Tensor, ...]
 """Positions that are left, along each axis."""
 
@@ -90,11 +92,9 @@ def embedded(dense: nn.Module, pruned: nn.Module) -> nn.Module:
             if kept is None:
                 tensor.copy_(values)
                 continue
-            grid = torch.meshgrid(*kept, indexing="ij")
-            if not torch.equal(tensor[grid], values):
+            if not torch.equal(_selected(tensor, kept), values):
                 raise Foreign(f"{name} is no part of the dense tensor")
-            tensor.zero_()
-            tensor[grid] = values
+            tensor.copy_(_put_back(tensor, values, kept))
     _norms_over_kept(masked, pruned, places)
     return masked
 
@@ -104,22 +104,64 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+def _selected(whole: Tensor, kept: Kept) -> Tensor:
+    for axis, positions in enumerate(kept):
+        if len(positions) < whole.shape[axis]:
+            whole = whole.index_select(axis, positions)
+    return whole
+
+
+def _put_back(whole: Tensor, part: Tensor, kept: Kept) -> Tensor:
+    """``part`` in its places, zeros elsewhere."""
+    for axis, positions in enumerate(kept):
+        if len(positions) < whole.shape[axis]:
+            wider = part.new_zeros(*part.shape[:axis], whole.shape[axis], *part.shape[axis + 1 :])
+            part = wider.index_copy_(axis, positions, part)
+    return part
+
+
 def _places(whole: Tensor, part: Tensor) -> Kept | None:
-    """Positions along each axis whose product holds the values of ``part``; None where values repeat themselves."""
-    if whole.ndim != part.ndim:
+    """Positions along each axis whose product holds ``part``; None where values repeat themselves too often.
+
+    One entry of ``part`` is looked for everywhere, the others along the lines through it. Where a value stands in a line
+    twice, the slices behind it decide. That all other entries agree is for the caller to see.
+    """
+    whole, part = whole.detach(), part.detach()
+    origin = None if whole.ndim != part.ndim else _origin(whole, part)
+    if origin is None:
         return None
-    values, order = whole.detach().flatten().sort()
-    wanted = part.detach().flatten()
-    at = torch.searchsorted(values, wanted).clamp(max=len(values) - 1)
-    after, before = (at + 1).clamp(max=len(values) - 1), (at - 1).clamp(min=0)
-    single = (values[at] == wanted) & ((values[after] != wanted) | (after == at)) & (values[before] != wanted)
-    single |= (at == 0) & (values[at] == wanted) & (values[after] != wanted)
-    found, kept = order[at], []
+    here, there = origin
+    same = []  # per axis, (part, whole): whether a position of the one may be that of the other
     for axis in range(whole.ndim):
-        stride = whole.shape[axis + 1 :].numel()
-        index = torch.where(single, found // stride % whole.shape[axis], -1).reshape(part.shape)
-        kept.append(index.movedim(axis, 0).reshape(part.shape[axis], -1).amax(1))
-    return None if any(bool((k < 0).any()) for k in kept) else tuple(kept)
+        others = [[v for i, v in enumerate(at) if i != axis] for at in (here, there)]
+        lines = [t.movedim(axis, -1)[tuple(at)] for t, at in zip((part, whole), others, strict=True)]
+        same.append(lines[0][:, None] == lines[1][None, :])
+    for axis, table in enumerate(same):
+        for position in (table.sum(1) > 1).nonzero().flatten().tolist():
+            for candidate in table[position].nonzero().flatten().tolist():
+                table[position, candidate] = _slices_agree(whole, part, axis, candidate, position, same)
+    if not all(bool((table.sum(1) == 1).all()) for table in same):
+        return None
+    return tuple(table.int().argmax(1) for table in same)
+
+
+def _origin(whole: Tensor, part: Tensor) -> tuple[list[int], list[int]] | None:
+    """Coordinates of an entry of ``part``, in both tensors; None if none of the first ones stands alone."""
+    for entry in range(min(part.numel(), TRIED)):
+        found = (whole == part.flatten()[entry]).flatten().nonzero()
+        if len(found) == 1:
+            at = [torch.unravel_index(torch.tensor(i), t.shape) for i, t in ((entry, part), (int(found), whole))]
+            return [int(v) for v in at[0]], [int(v) for v in at[1]]
+    return None
+
+
+def _slices_agree(whole: Tensor, part: Tensor, axis: int, candidate: int, position: int, same: list[Tensor]) -> bool:
+    """Whether two slices are equal wherever the positions along the other axes are known."""
+    a, b = whole.select(axis, candidate), part.select(axis, position)
+    for i, table in enumerate(table for j, table in enumerate(same) if j != axis):
+        known = (table.sum(1) == 1).nonzero().flatten()
+        a, b = a.index_select(i, table[known].int().argmax(1)), b.index_select(i, known)
+    return a.ndim > 0 and torch.equal(a, b)
 
 
 def _as_sibling(name: str, whole: dict[str, Tensor], left: dict[str, Tensor], places: dict[str, Kept | None]) -> Kept:

@@ -2,7 +2,7 @@
 
 All odd channels of every convolution, linear layer and norm are set to zero. They stay zero through activations with
 f(0) = 0, sums, products, pools, concatenations of even width and depthwise convolutions, so that the network is planted
-without knowing any group. L2 ranks dead channels last, and no live one goes.
+without knowing any group. The L2 norm of the filters of its first layer ranks every dead unit last: no live one may go.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import nn
 
 from benchmarks.zoo.embedding import compared
@@ -20,7 +21,6 @@ from tp_importance import Budget, BudgetPruner, prunable_groups
 from tp_importance.core.batches import tensors_in
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.groups import ChannelGroup
-from tp_importance.pruning.registry import find_importance
 
 TOLERANCE = 1e-5
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -57,7 +57,7 @@ def planted(network: Network, model: nn.Module, inputs: Any) -> dict[str, Any]:
     target = max(0.5, min(1.0, without + 0.01))
     pruner = BudgetPruner(
         *(twin, inputs),
-        importance=find_importance("l2"),
+        importance=tp.importance.MagnitudeImportance(p=2, group_reduction="first"),
         budget=Budget(macs=target),
         allocator="uniform",
         forward_fn=network.forward_fn,

@@ -11,12 +11,12 @@ from torch import nn
 
 pytest.importorskip("torchvision")
 
-from benchmarks.experiments import zoo  # noqa: E402
-from benchmarks.zoo import parts, runner  # noqa: E402
-from benchmarks.zoo.catalogue import CATALOGUE, by_name, chosen  # noqa: E402
-from benchmarks.zoo.embedding import difference  # noqa: E402
-from benchmarks.zoo.planted import kill_odd_channels, planted  # noqa: E402
-from benchmarks.zoo.scramble import distinct, scramble  # noqa: E402
+from benchmarks.experiments import zoo
+from benchmarks.zoo import parts, runner
+from benchmarks.zoo.catalogue import CATALOGUE, by_name, chosen
+from benchmarks.zoo.embedding import difference
+from benchmarks.zoo.planted import kill_odd_channels, planted
+from benchmarks.zoo.scramble import distinct, scramble
 
 QUICK = (
     *("yolo11n", "swin_t", "retinanet_resnet50_fpn", "resnest14d", "res2net50_26w_4s", "ghostnet_100", "cspdarknet53"),

@@ -1,4 +1,4 @@
-"""Groups of networks of the zoo: how many there are, what is within reach, and one pruning that an own judge looks at."""
+"""Groups of zoo networks: how many there are, what is within reach, and one pruning that another judge looks at."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("torchvision")
 
-from benchmarks.zoo.catalogue import CATALOGUE  # noqa: E402
-from benchmarks.zoo.parts import Examination, half, verified  # noqa: E402
+from benchmarks.zoo.catalogue import CATALOGUE
+from benchmarks.zoo.parts import Examination, half, verified
 
 EXPECTED: dict[str, tuple[int, float]] = {
     "perceptron": (2, 1.0),
