@@ -123,8 +123,8 @@ def _put_back(whole: Tensor, part: Tensor, kept: Kept) -> Tensor:
 def _places(whole: Tensor, part: Tensor) -> Kept | None:
     """Positions along each axis whose product holds ``part``; None where values repeat themselves too often.
 
-    One entry of ``part`` is looked for everywhere, the others along the lines through it. Where a value stands twice in a
-    line, the slices behind it decide. That all other entries agree is for the caller to see.
+    One entry of ``part`` is looked for everywhere, the others along the lines through it. Where a value stands twice in
+    a line, the slices behind it decide. That all other entries agree is for the caller to see.
     """
     whole, part = whole.detach(), part.detach()
     origin = None if whole.ndim != part.ndim else _origin(whole, part)

@@ -33,8 +33,8 @@ class Worker:
             start_new_session=True,
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order))
-        self._process.stdin.close()
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()  # left open: the process ends when it is closed, so when this one ends
         self._lines: SimpleQueue[str | None] = SimpleQueue()
         Thread(target=self._read, daemon=True).start()
 

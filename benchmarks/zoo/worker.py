@@ -1,7 +1,8 @@
-"""The process that examines one network: ``python -m benchmarks.zoo.worker`` with a JSON order on its standard input.
+"""The process that examines one network: ``python -m benchmarks.zoo.worker``, with a line of JSON on its input.
 
 Every part that ends gives one line of JSON, ``{"part": name, "values": {...}}``; the first line, ``{"part": "ready"}``,
-says that the network has been built. Whatever else is printed goes to the standard error.
+says that the network has been built. Whatever else is printed goes to the standard error. Once its standard input is
+closed nobody waits for it any more, and it ends.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import warnings
+from threading import Thread
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ def main() -> None:
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.filterwarnings("ignore")
-    order = json.load(sys.stdin)
+    order = json.loads(sys.stdin.readline())
+    Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(order["threads"])
 
     def say(part: str, values: dict[str, Any]) -> None:
@@ -42,6 +45,11 @@ def main() -> None:
             values = {"error": said(error)}
         exam.known[part] = values
         say(part, values)
+
+
+def _end_with_the_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +186,30 @@ def test_real_processes_are_killed_and_report_how_they_die():
     worker = runner.Worker({"network": "perceptron"})  # an order without the rest
     assert "KeyError" in worker.values(120)["died"]
     worker.kill()
+
+
+def test_no_process_is_left_behind_by_a_run_that_is_killed():
+    code = (
+        "from benchmarks.zoo.runner import Worker; import os, sys, time\n"
+        "w = Worker({'network': 'perceptron', 'parts': ['forward'], 'known': {}, 'threads': 1, 'repeats': 10**9})\n"
+        "w.values(100); print(w._process.pid, flush=True); time.sleep(100)"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=runner.ROOT)
+    worker = int(run.stdout.readline())
+    os.kill(worker, 0)  # it is there
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 30
+    while _running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _running(worker)
+
+
+def _running(process):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
 
 
 def test_tables_say_what_failed():
