@@ -54,7 +54,7 @@ demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a
 BENCH = $(PY) benchmarks/run.py
 .PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
 	bench-recovery bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
-	bench-psap-overhead bench-latency bench-zoo bench-tables host-tests
+	bench-psap-overhead bench-latency bench-zoo zoo-venv bench-tables host-tests
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR
 	$(BENCH) cifar $(ARGS)
@@ -110,8 +110,21 @@ bench-psap-overhead: $(STAMP) ## what a training step costs under PSAP
 bench-latency: $(STAMP) ## prune to a predicted latency and measure it
 	$(BENCH) latency $(ARGS)
 
-bench-zoo: $(STAMP) ## prune the torchvision zoo
-	$(BENCH) zoo $(ARGS)
+# A thin venv that sees the packages of .venv: what the zoo adds changes nothing there.
+ZOO_VENV  := .venv-zoo
+ZOO_STAMP := $(ZOO_VENV)/.installed
+zoo-venv: $(ZOO_STAMP) ## create .venv-zoo, with timm and ultralytics on top of .venv
+
+$(ZOO_STAMP): $(STAMP) pyproject.toml
+	$(PY) -m venv --without-pip $(ZOO_VENV)
+	@below=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		own=$$($(ZOO_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		echo "import site; site.addsitedir('$$below')" > "$$own/below.pth"
+	$(ZOO_VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".[zoo]"
+	@touch $@
+
+bench-zoo: $(ZOO_STAMP) ## prune 120 networks of all kinds (ARGS="--only yolo11n,own,resnet*"; goes on where it stopped)
+	$(ZOO_VENV)/bin/python benchmarks/run.py zoo $(ARGS)
 
 bench-tables: $(STAMP) ## fill the tables of README.md and docs/ from benchmarks/results/
 	$(BENCH) --fill
@@ -119,6 +132,6 @@ bench-tables: $(STAMP) ## fill the tables of README.md and docs/ from benchmarks
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
 	$(BENCH) host-tests $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)
 
-clean: ## remove caches and build products (keeps .venv, data and outputs)
+clean: ## remove caches and build products (keeps .venv, .venv-zoo, data and outputs)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find . -name $(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -name $(VENV) -o -name $(ZOO_VENV) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.cells import ROOT
 
-DOCUMENTS = ("docs/benchmarks.md", "README.md", "docs/host-tests.md")
+DOCUMENTS = ("docs/benchmarks.md", "README.md", "docs/host-tests.md", "docs/zoo.md")
 MARKED = re.compile(r"^(<!-- table: ([\w-]+) ([\w-]+) -->\n).*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 Rows = list[dict[str, Any]]
 
