@@ -111,6 +111,7 @@ class _RawMember:
     channels: Index
     roots: Index
     width: int
+    axis: int | None
     blocks: int  # channels j, j + width/blocks, j + 2·width/blocks, ... must go together
     min_units: int
 
@@ -191,6 +192,7 @@ def _raw_member(traced: Trace, item: Any, role: Role, num_heads: Mapping[nn.Modu
         np.asarray(item.idxs, np.int64),
         np.asarray(item.root_idxs, np.int64),
         int(width or len(item.idxs)),
+        node.pruning_dim % module.dim() if isinstance(module, nn.Parameter) else None,
         math.lcm(conv_groups, heads),
         # at one unit out_channels == groups, which Torch-Pruning would take for a depthwise convolution
         2 if conv_groups > 1 and role == "out" else 1,
@@ -238,7 +240,7 @@ def _split_by_signature(
         for m in raw:
             at = local[units[m.roots]]
             if (at >= 0).any():
-                members.append(Member(m.name, m.role, m.kind, m.channels[at >= 0], at[at >= 0], m.width))
+                members.append(Member(m.name, m.role, m.kind, m.channels[at >= 0], at[at >= 0], m.width, m.axis))
         groups.append(
             ChannelGroup(
                 name,
