@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .groups import ChannelGroup, Index, Member, PrunableGroups, Role
 from .layer_pruners import ParametrisedPruner
 
-__all__ = ["GroupView", "HostGraph", "Selection", "group_items", "score_group"]
+__all__ = ["GroupView", "HostGraph", "Selection", "by_unit", "group_items", "score_group"]
 
 Dimension = tuple[str, Role, int | None]
 """Name of a module, parameter or buffer, role, and the axis if it is a tensor."""
@@ -72,17 +72,21 @@ class HostGraph(tp.DependencyGraph):
         """
         name, role, _ = dimension
         holder = self.holder(name)
-        pruner = self.get_pruner_of_module(holder)
+        pruner = self.plain_pruner(holder)
         if isinstance(pruner, ParametrisedPruner):
             kind = self.ops.OPTYPE.LINEAR if isinstance(holder, nn.Linear) else self.ops.OPTYPE.CONV
             pruner = self.REGISTERED_PRUNERS[kind]
         return pruner.prune_out_channels if role == "out" else pruner.prune_in_channels
 
-    def get_pruner_of_module(self, module: Any) -> Any:
+    def plain_pruner(self, module: Any) -> Any:
         """The pruning functions of a module, a parameter or a buffer."""
         if isinstance(module, Tensor):
             return self.REGISTERED_PRUNERS[self.ops.OPTYPE.PARAMETER]
-        return self.CUSTOMIZED_PRUNERS.get(module) or super().get_pruner_of_module(module)
+        return self.CUSTOMIZED_PRUNERS.get(module) or tp.DependencyGraph.get_pruner_of_module(self, module)
+
+    def get_pruner_of_module(self, module: Any) -> Any:
+        """The same, by Torch-Pruning's name."""
+        return self.plain_pruner(module)
 
     def get_out_channels(self, module_or_node: Any) -> int | None:
         """Present width of a module, or of a tensor along the axis of its node."""
@@ -98,7 +102,7 @@ class HostGraph(tp.DependencyGraph):
         if isinstance(module, Tensor):
             node = self.module2node[module] if node is None else node
             return int(module.shape[node.pruning_dim])
-        pruner = self.get_pruner_of_module(module)
+        pruner = self.plain_pruner(module)
         if isinstance(module, nn.LayerNorm):
             pruner.pruning_dim = -1  # Torch-Pruning's functions share one object, and it remembers the last axis
         width = pruner.get_out_channels(module) if role == "out" else pruner.get_in_channels(module)
@@ -144,14 +148,11 @@ def group_items(graph: HostGraph, root: Dimension, root_idxs: Index, chosen: Sel
     items = [_item(graph, trigger, trigger, source, source, root_idxs, root_idxs)]
     parts: dict[Dimension, list[tuple[Index, Index]]] = {}
     for group, units, roots in chosen:
-        row = np.full(group.n_units, -1, np.int64)
-        row[units] = np.arange(len(units))
         for member in group.members:
-            channels, at = _rows(member, row)
-            if len(channels):
-                dealt = np.arange(channels.shape[1]) * roots.shape[1] // channels.shape[1]
-                pair = channels.ravel(), roots[at][:, dealt].ravel()
-                parts.setdefault((member.name, member.role, member.axis), []).append(pair)
+            channels = by_unit(member, group)[units]
+            dealt = np.arange(channels.shape[1]) * roots.shape[1] // channels.shape[1]
+            pair = channels.ravel(), roots[:, dealt].ravel()
+            parts.setdefault((member.name, member.role, member.axis), []).append(pair)
     for dimension, pairs in parts.items():
         if dimension == root:
             continue
@@ -162,13 +163,9 @@ def group_items(graph: HostGraph, root: Dimension, root_idxs: Index, chosen: Sel
     return items
 
 
-def _rows(member: Member, row: Index) -> tuple[Index, Index]:
-    """Positions of a member per chosen unit, shape (n, m), ascending, and the rows of these units, shape (n,)."""
-    here = row[member.units] >= 0
-    channels, rows = member.channels[here], row[member.units[here]]
-    order = np.lexsort((channels, rows))
-    n = len(np.unique(rows))
-    return channels[order].reshape(n, -1) if n else channels.reshape(0, 0), np.unique(rows)
+def by_unit(member: Member, group: ChannelGroup) -> Index:
+    """Positions of a member per unit of its group, ascending, shape (U, m)."""
+    return member.channels[np.lexsort((member.channels, member.units))].reshape(group.n_units, -1)
 
 
 def _item(graph: HostGraph, trigger: Any, handler: Any, source: Any, target: Any, idxs: Index, roots: Index) -> Any:
