@@ -263,7 +263,7 @@ class LabelGraph(HostGraph):
             return self._of_stand_in(module, wanted)
         sides = self._sides(module, pruning_fn)
         name, width = self._name(module), sides[0][1].width
-        if not len(wanted) or wanted[0] < 0 or wanted[-1] >= width:
+        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < width:
             raise ValueError(f"{name} has channels 0..{width - 1}; {_listed(wanted)} cannot be pruned")
         chosen, closed = [], []
         for group, member in sides:
@@ -329,6 +329,8 @@ class LabelGraph(HostGraph):
             if ours.n_units - len(at) < ours.min_units:
                 raise ValueError(f"group {name} keeps at least {ours.min_units} of its {ours.n_units} units")
             removed[name] = at
+        if not removed:
+            return
         entry = self._entry(group, removed)
         tensors = {n: self.holder(n) for n in {m.name for name in removed for m in self.groups[name].members}}
         _cut(self.groups, removed, self.plain_pruner)
@@ -378,12 +380,12 @@ class LabelGraph(HostGraph):
 
     def _of_stand_in(self, module: _Channels, wanted: Index) -> LabelGroup:
         group, name = self.groups[module.group], self._name(module)
-        if not len(wanted) or wanted[0] < 0 or wanted[-1] >= module.width:
+        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < module.width:
             raise ValueError(f"{name} are 0..{module.width - 1}; {_listed(wanted)} cannot be pruned")
         units = np.unique(wanted % group.n_units)
         rows = units[:, None] + group.n_units * np.arange(group.unit_size)
         self._check_split(group, name, wanted, rows, units)
-        return self._group((name, "out", None), np.sort(rows.ravel()), [(group, units, rows)])
+        return self._group((name, "out", None), np.sort(rows.ravel()), [(group, units, rows)] if len(units) else [])
 
     def _group(self, root: Dimension, channels: Index, chosen: Sequence[tuple[ChannelGroup, Index, Index]]) -> LabelGroup:
         units = {group.name: self._numbers[group.name][units] for group, units, _ in chosen}
