@@ -13,6 +13,7 @@ from typing import Any
 
 import torch_pruning as tp
 
+from .graph.groups import Verifier
 from .graph.label_graph import LabelGraph
 
 __all__ = ["label_groups"]
@@ -24,11 +25,13 @@ _OPTIONS: ContextVar[Mapping[str, Any] | None] = ContextVar("tp_importance.label
 
 
 @contextmanager
-def label_groups(*, verify: bool = True, allow_stale: bool = False, progress: bool = False) -> Iterator[None]:
-    """Pruners of Torch-Pruning that are built inside the block work on the groups of :func:`prunable_groups`.
+def label_groups(
+    *, verify: bool | Verifier = True, allow_stale: bool = False, progress: bool = False
+) -> Iterator[None]:
+    """Pruners of Torch-Pruning that are built inside the block work on :func:`~tp_importance.prunable_groups`.
 
-    It is for networks on which Torch-Pruning's own search for coupled channels does not end, fails, or gives groups that
-    break the network. ``BasePruner`` and all pruners derived from it, importances, sparse training, iterative and
+    It is for networks on which Torch-Pruning's own search for coupled channels does not end, fails, or gives groups
+    that break the network. ``BasePruner`` and all pruners derived from it, importances, sparse training, iterative and
     interactive steps, and the pruning history work as usual, inside the block and after it. Layers, forward functions,
     pruning functions, heads and parameters that the pruner is given count. Channels that cannot be removed safely, the
     outputs of the network among them, are not offered: ``pruner.DG.excluded`` says which, and why.
@@ -36,8 +39,8 @@ def label_groups(*, verify: bool = True, allow_stale: bool = False, progress: bo
     Only this thread, and only the construction of pruners, is affected: ``tp.DependencyGraph`` is as before.
 
     Args:
-        verify: compare masked and pruned copies, and leave out groups for which they differ; see
-            :func:`prunable_groups`.
+        verify: compare masked and pruned copies, and leave out groups for which they differ, or ask a function
+            that knows; see :func:`~tp_importance.prunable_groups`.
         allow_stale: also offer channels that layers read in training mode only.
         progress: show progress bars.
 
@@ -92,7 +95,9 @@ def _constructor(original: Any) -> Any:
 
     The code is Torch-Pruning's; only the name by which it reaches ``DependencyGraph`` means something else in it.
     """
-    if not isinstance(original, FunctionType) or not {"dependency", "DependencyGraph"} <= set(original.__code__.co_names):
+    if not isinstance(original, FunctionType) or not {"dependency", "DependencyGraph"} <= set(
+        original.__code__.co_names
+    ):
         raise RuntimeError("label_groups knows Torch-Pruning 1.6, and this version builds its pruners in another way")
     signature = inspect.signature(original)
 

@@ -133,9 +133,9 @@ class GroupView(tp.dependency.Group):
 def group_items(graph: HostGraph, root: Dimension, root_idxs: Index, chosen: Selection) -> list[Any]:
     """The items of a group of Torch-Pruning, the root first, then all members in execution order.
 
-    Of every item local channel ``idxs[k]`` belongs to root channel ``root_idxs[k]``. Indices ascend, so that importances
-    that sort them do not unpair the two. Within a unit of several root channels the positions of a member are dealt out
-    in ascending order.
+    Of every item local channel ``idxs[k]`` belongs to root channel ``root_idxs[k]``. Indices ascend, so that
+    importances that sort them do not unpair the two. Within a unit of several root channels the positions of a member
+    are dealt out in ascending order.
 
     Args:
         graph: names and pruning functions.

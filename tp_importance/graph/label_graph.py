@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.guards import preserved
 from ..core.stale_optimizers import replacing
 from .discovery import prunable_groups
-from .groups import ChannelGroup, Excluded, Index, Member, PrunableGroups
+from .groups import ChannelGroup, Excluded, Index, Member, PrunableGroups, Verifier
 from .host_group import Dimension, GroupView, HostGraph, by_unit, group_items
 from .layer_pruners import channel_pruners
 from .narrowing import narrowed
@@ -151,7 +151,7 @@ class LabelGraph(HostGraph):
         *,
         ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
         num_heads: Mapping[nn.Module, int] | None = None,
-        verify: bool = True,
+        verify: bool | Verifier = True,
         allow_stale: bool = False,
         progress: bool = False,
     ) -> None:
@@ -276,7 +276,9 @@ class LabelGraph(HostGraph):
         channels = np.unique(np.concatenate([*closed, wanted[:0]]))
         missing = np.setdiff1d(wanted, channels)
         if len(missing):
-            raise ValueError(f"channels {_listed(missing)} of {name} are in no group that can be pruned{self._why(name)}")
+            raise ValueError(
+                f"channels {_listed(missing)} of {name} are in no group that can be pruned{self._why(name)}"
+            )
         return self._group(_dimension(sides[0][1]), channels, chosen)
 
     def check_pruning_group(self, group: Any) -> bool:
@@ -362,7 +364,12 @@ class LabelGraph(HostGraph):
         if isinstance(root.target.module, _Channels):
             maker = next((m for m in first.members if m.axis is None and m.role == "out"), first.members[0])
             name, role = maker.name, maker.role
-        found = [m.positions(at) for g, at in removed.items() for m in self.groups[g].members if (m.name, m.role) == (name, role)]
+        found = [
+            m.positions(at)
+            for g, at in removed.items()
+            for m in self.groups[g].members
+            if (m.name, m.role) == (name, role)
+        ]
         return [name, role == "out", np.unique(np.concatenate(found)).tolist()]
 
     # ------------------------------------------------------------------ groups of ours as groups of Torch-Pruning
@@ -387,7 +394,9 @@ class LabelGraph(HostGraph):
         self._check_split(group, name, wanted, rows, units)
         return self._group((name, "out", None), np.sort(rows.ravel()), [(group, units, rows)] if len(units) else [])
 
-    def _group(self, root: Dimension, channels: Index, chosen: Sequence[tuple[ChannelGroup, Index, Index]]) -> LabelGroup:
+    def _group(
+        self, root: Dimension, channels: Index, chosen: Sequence[tuple[ChannelGroup, Index, Index]]
+    ) -> LabelGroup:
         units = {group.name: self._numbers[group.name][units] for group, units, _ in chosen}
         return LabelGroup(self, group_items(self, root, channels, chosen), units)
 
@@ -396,7 +405,7 @@ class LabelGraph(HostGraph):
         split = ~np.isin(rows, wanted).all(1)
         if split.any() and group.n_units - len(units) < group.min_units:
             raise ValueError(
-                f"channels {_listed(np.intersect1d(rows, wanted))} of {name} split units of group {group.name}: channels "
+                f"channels {_listed(np.intersect1d(rows, wanted))} of {name} split units of group {group.name}: "
                 f"{_listed(rows[split][0])}, say, can only go together, and with all such units fewer than "
                 f"{group.min_units} of {group.n_units} units would be left"
             )
@@ -461,7 +470,7 @@ class LabelGraph(HostGraph):
         return list({id(hosts[name]): hosts[name] for name in self.groups.names}.values())
 
     def _blocks_at(self, name: str, family: Sequence[ChannelGroup]) -> int | None:
-        """In how many blocks Torch-Pruning ranks the outputs of a layer; ``None`` if it is no start for these groups."""
+        """In how many blocks the outputs of a layer are ranked; ``None`` if these groups cannot start there."""
         members = [m for g in family if (m := g.member(name, "out")) is not None and m.axis is None]
         if not family or len(members) < len(family) or self.get_out_channels(self.holder(name)) is None:
             return None

@@ -59,7 +59,9 @@ def _dimension(member: Member) -> _Dimension:
 def _narrowed(group: ChannelGroup, gone: Index, lost: Mapping[_Dimension, Index]) -> ChannelGroup:
     root = group.member(*group.root)
     at_root = (*group.root, None if root is None else root.axis)
-    if not len(gone) and not any(map(lost.__contains__, (at_root, *map(_dimension, (*group.members, *group.attributes))))):
+    if not len(gone) and not any(
+        map(lost.__contains__, (at_root, *map(_dimension, (*group.members, *group.attributes))))
+    ):
         return group
     stays = np.ones(group.n_units, bool)
     stays[gone] = False
