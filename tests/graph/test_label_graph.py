@@ -85,7 +85,7 @@ def test_what_would_leave_nothing_is_named():
 def test_what_is_left_out_is_named():
     model, _, graph = built("plain")
     classifier = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    with pytest.raises(ValueError, match="no output channels that can be pruned .*produces the network's output"):
+    with pytest.raises(ValueError, match=r"no output channels that can be pruned .*produces the network's output"):
         graph.get_pruning_group(classifier, tp.prune_linear_out_channels, [0])
     with pytest.raises(ValueError, match="Conv2d is no layer of Sequential"):
         graph.get_pruning_group(nn.Conv2d(3, 3, 1), tp.prune_conv_out_channels, [0])
@@ -98,7 +98,7 @@ def test_what_is_left_out_is_named():
 
 
 def test_all_groups_may_be_narrowed_down():
-    model, _, graph = built("flatten")
+    _, _, graph = built("flatten")
     roots = [group[0].dep.target.module for group in graph.get_all_groups()]
     assert [type(m).__name__ for m in roots] == ["Conv2d", "Conv2d", "Linear"]
     assert [g[0].dep.target.module for g in graph.get_all_groups(ignored_layers=[roots[0]])] == roots[1:]
