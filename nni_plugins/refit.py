@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tp_importance import Refit, prunable_groups
 from tp_importance.core.forward import ForwardFn
 from tp_importance.graph.groups import ChannelGroup, PrunableGroups
-from tp_importance.graph.host_groups import build_groups
+from tp_importance.graph.classes import build_groups
 from tp_importance.refitted_step import Removal
 from tp_importance.refitting.refit import refit_consumers
 from tp_importance.refitting.report import RefitReport

@@ -13,7 +13,7 @@ from tp_importance.core.batches import split_batch
 from tp_importance.core.devices import reference_tensor, to_model
 from tp_importance.core.loaders import iterate
 from tp_importance.graph.groups import ChannelGroup, PrunableGroups, Verifier
-from tp_importance.graph.host_groups import build_groups
+from tp_importance.graph.classes import build_groups
 from tp_importance.graph.reparametrised import computed_tensors
 from tp_importance.graph.verify import verify_groups
 

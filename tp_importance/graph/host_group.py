@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .groups import ChannelGroup, Index, Member, PrunableGroups, Role
-from .layer_pruners import ParametrisedPruner
+from .layer_pruners import ParametrisedPruner, WholeGroupPruner, loses_whole_groups
 
 __all__ = ["GroupView", "HostGraph", "Selection", "by_unit", "group_items", "score_group"]
 
@@ -34,8 +34,11 @@ class HostGraph(tp.DependencyGraph):
 
     def _attach(self, model: nn.Module, customized_pruners: Mapping[Any, Any] | None) -> None:
         self.model, self.verbose = model, False
+        self._whole_groups = WholeGroupPruner()
         for key, pruner in (customized_pruners or {}).items():
             self.register_customized_layer(key, pruner)
+        self._out_channel_pruning_fn.add(self._whole_groups.prune_out_channels)
+        self._in_channel_pruning_fn.add(self._whole_groups.prune_in_channels)
         self._module2name: dict[Any, str] = {module: name for name, module in model.named_modules()}
         self._layers: dict[str, Any] = dict(model.named_modules())
         self.module2node: dict[Any, Any] = {}
@@ -68,12 +71,13 @@ class HostGraph(tp.DependencyGraph):
     def function(self, dimension: Dimension) -> Any:
         """The pruning function by which importances know what happens to a dimension.
 
-        Parametrised layers have one of ours; they are shown as the plain layers that they are to an importance.
+        Parametrised layers have one of ours; they are shown as the plain layers that they are to an importance. So are
+        the outputs of convolutions with one input per group; importances would not find their inputs in the weight.
         """
         name, role, _ = dimension
         holder = self.holder(name)
         pruner = self.plain_pruner(holder)
-        if isinstance(pruner, ParametrisedPruner):
+        if isinstance(pruner, ParametrisedPruner) or (pruner is self._whole_groups and role == "out"):
             kind = self.ops.OPTYPE.LINEAR if isinstance(holder, nn.Linear) else self.ops.OPTYPE.CONV
             pruner = self.REGISTERED_PRUNERS[kind]
         return pruner.prune_out_channels if role == "out" else pruner.prune_in_channels
@@ -82,6 +86,8 @@ class HostGraph(tp.DependencyGraph):
         """The pruning functions of a module, a parameter or a buffer."""
         if isinstance(module, Tensor):
             return self.REGISTERED_PRUNERS[self.ops.OPTYPE.PARAMETER]
+        if {module, type(module)}.isdisjoint(self.CUSTOMIZED_PRUNERS) and loses_whole_groups(module):
+            return self._whole_groups
         return self.CUSTOMIZED_PRUNERS.get(module) or tp.DependencyGraph.get_pruner_of_module(self, module)
 
     def get_pruner_of_module(self, module: Any) -> Any:

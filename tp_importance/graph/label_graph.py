@@ -15,16 +15,33 @@ from torch import Tensor, nn
 
 from ..core.guards import preserved
 from ..core.stale_optimizers import replacing
+from .cuts import Cut, cuts_of, make_cuts
 from .discovery import prunable_groups
 from .groups import ChannelGroup, Excluded, Index, Member, PrunableGroups, Verifier
 from .host_group import Dimension, GroupView, HostGraph, by_unit, group_items
-from .layer_pruners import channel_pruners
+from .layer_pruners import LayerPruners, channel_pruners
 from .narrowing import narrowed
-from .surgery import settled
+from .surgery import checked_units, settled
 
 __all__ = ["LabelGraph", "LabelGroup"]
 
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
+
+
+class _AsBuilt(LayerPruners):
+    """The pruning functions that modules had at first.
+
+    A grouped convolution that is left with one input per group is taken for another kind of layer when it is seen for
+    the first time, with other units; in the groups that are at hand it is what it was.
+    """
+
+    def __init__(self, model: nn.Module, given: Mapping[Any, Any] | None = None) -> None:
+        super().__init__(model, given)
+        self._first = {module: super(_AsBuilt, self).of(module) for module in model.modules()}
+
+    def of(self, module: nn.Module) -> Any:
+        """Its pruning function; ``None`` if nobody knows one."""
+        return self._first[module]
 
 
 class LabelGroup(GroupView):
@@ -132,6 +149,8 @@ class LabelGraph(HostGraph):
 
     Attributes:
         groups: our groups of the network as it is now.
+        direct_history: all that was cut, to be repeated by :func:`.graph.history.repeat_cuts` on a network that nobody
+            has traced.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -157,7 +176,9 @@ class LabelGraph(HostGraph):
     ) -> None:
         tp.DependencyGraph.__init__(self)
         self._stand_ins: dict[type, Any] = {}
+        self.direct_history: list[list[Any]] = []
         self._blocks: dict[Any, int] = {}
+        self._first: dict[nn.Module, Any] = {}
         self._discover = partial(
             prunable_groups,
             ignored_layers=ignored_layers,
@@ -211,6 +232,7 @@ class LabelGraph(HostGraph):
             output_transform=output_transform,
         )
         self._attach(model, channel_pruners(model, customized_pruners))
+        self._pruners = _AsBuilt(model, customized_pruners)
         self.unwrapped_parameters = list(unwrapped_parameters or ())
         self.ignored_params = list(ignored_params or ())
         self._numbers = {group.name: np.arange(group.n_units) for group in self.groups}
@@ -335,7 +357,7 @@ class LabelGraph(HostGraph):
             return
         entry = self._entry(group, removed)
         tensors = {n: self.holder(n) for n in {m.name for name in removed for m in self.groups[name].members}}
-        _cut(self.groups, removed, self.plain_pruner)
+        cuts = _cut(self.groups, removed, self._pruners)
         self.groups = narrowed(self.groups, removed)
         for name, at in removed.items():
             self._numbers[name] = np.delete(self._numbers[name], at)
@@ -345,6 +367,7 @@ class LabelGraph(HostGraph):
         for name, old in tensors.items():
             if isinstance(old, Tensor):
                 self._replace(name, old)
+        self.direct_history += [[cut.name, cut.side, list(cut.positions)] for cut in cuts]
         if record_history:
             self._pruning_history.append(entry)
 
@@ -375,8 +398,12 @@ class LabelGraph(HostGraph):
     # ------------------------------------------------------------------ groups of ours as groups of Torch-Pruning
 
     def plain_pruner(self, module: Any) -> Any:
-        """The pruning functions of a module."""
-        return self._stand_ins.get(type(module)) or super().plain_pruner(module)
+        """The pruning functions that a module had at first."""
+        if isinstance(module, Tensor):
+            return super().plain_pruner(module)
+        if module not in self._first:
+            self._first[module] = self._stand_ins.get(type(module)) or super().plain_pruner(module)
+        return self._first[module]
 
     def _whole(self, host: _Host, groups: Sequence[ChannelGroup]) -> LabelGroup:
         if isinstance(host.root, _Channels):
@@ -498,62 +525,20 @@ def _listed(channels: Index) -> str:
     return f"[{shown}{', ...' if len(channels) > 8 else ''}]"
 
 
-def _cut(groups: PrunableGroups, removed: Mapping[str, Index], pruner_of: Callable[[Any], Any]) -> None:
+def _cut(groups: PrunableGroups, removed: Mapping[str, Index], pruners: LayerPruners) -> list[Cut]:
     """Cut units from every layer they are in; gradients are cut along, as Torch-Pruning does."""
     model = groups.trace.model
-    modules = dict(model.named_modules())
-    gone: dict[Dimension, list[Index]] = defaultdict(list)
-    attributes: dict[str, int] = defaultdict(int)
-    for name, units in removed.items():
-        for member in groups[name].members:
-            pruner = pruner_of(modules[member.name]) if member.name in modules else None
-            one = pruner is not None and pruner.prune_in_channels == pruner.prune_out_channels
-            gone[member.name, "out" if one else member.role, member.axis].append(member.positions(units))
-        for member in groups[name].attributes:
-            attributes[member.name] += len(member.positions(units))
-    gradients: dict[str, Tensor | None] = {}
+    cuts = cuts_of(checked_units(groups, {name: units.tolist() for name, units in removed.items()}), model, pruners)
+    before = dict(model.named_parameters())
     with replacing(model), preserved(model), torch.no_grad():
         with settled(model):
-            for (name, role, axis), positions in gone.items():
-                channels = np.unique(np.concatenate(positions))
-                if name in modules:
-                    pruner = pruner_of(modules[name])
-                    pruner.pruning_dim = -1  # Torch-Pruning shares one object, and another network may have set it
-                    fn = pruner.prune_out_channels if role == "out" else pruner.prune_in_channels
-                    fn(modules[name], channels.tolist())
-                else:
-                    _cut_tensor(model, name, axis or 0, channels)
+            make_cuts(model, cuts, pruners)
             gradients = {name: p.grad for name, p in model.named_parameters()}
+        for cut in cuts:
+            old = before.get(cut.name)
+            if old is not None and old.grad is not None and isinstance(cut.side, int):
+                keep = np.delete(np.arange(old.shape[cut.side]), cut.positions)
+                gradients[cut.name] = old.grad.index_select(cut.side, torch.from_numpy(keep).to(old.device))
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name]
-    for name, lost in attributes.items():
-        _lower(modules, name, lost)
-
-
-def _cut_tensor(model: nn.Module, name: str, axis: int, channels: Index) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    old: Tensor = getattr(owner, leaf)
-    keep = torch.from_numpy(np.setdiff1d(np.arange(old.shape[axis]), channels)).to(old.device)
-    new = old.detach().index_select(axis, keep)
-    if not isinstance(old, nn.Parameter):
-        setattr(owner, leaf, new)
-        return
-    parameter = nn.Parameter(new, old.requires_grad)
-    parameter.grad = None if old.grad is None else old.grad.index_select(axis, keep)
-    setattr(owner, leaf, parameter)
-
-
-def _lower(modules: Mapping[str, Any], name: str, lost: int) -> None:
-    """Lower a whole number that a module holds, in a list perhaps."""
-    path, rest = name, list[str]()
-    while path not in modules:
-        path, _, leaf = path.rpartition(".")
-        rest.insert(0, leaf)
-    owner, value = modules[path], getattr(modules[path], rest[0])
-    if len(rest) > 1:
-        entries = list(value)
-        entries[int(rest[1])] -= lost
-        setattr(owner, rest[0], type(value)(entries))
-    else:
-        setattr(owner, rest[0], value - lost)
+    return cuts

@@ -32,7 +32,8 @@ from .groups import Index, PrunableGroups
 from .layer_kinds import is_depthwise
 from .masking import masked_units
 from .surgery import remove_units
-from .tracing import TraceOptions, trace
+from .trace_options import TraceOptions
+from .tracing import trace
 
 __all__ = ["masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
 
