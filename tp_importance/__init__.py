@@ -14,6 +14,7 @@ from .errors import BudgetError
 from .graph.counting import count_ops
 from .graph.discovery import prunable_groups
 from .graph.layer_pruners import channel_pruners
+from .host_pruners import label_groups
 from .latency.measure import measure_latency
 from .latency.table import LatencyTable
 from .methods.catro import CATROImportance, CATROPruner
@@ -62,6 +63,7 @@ __all__ = [
     "convert_to_resconv",
     "count_ops",
     "fuse",
+    "label_groups",
     "load_pruned",
     "measure_latency",
     "prunable_groups",

@@ -16,6 +16,7 @@ LAYERS = {
         ["graph"],
         ["statistics"],
         ["latency"],
+        ["host_pruners"],
         ["allocation"],
         ["refitting"],
         ["pruning"],

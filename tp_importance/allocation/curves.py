@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from ..core.progress import track
 from ..core.types import Floats, Ints
 from ..graph.groups import ChannelGroup, PrunableGroups
-from ..graph.layer_pruners import in_terms_of_the_host
+from ..graph.host_group import score_group
 
 __all__ = ["Curve", "Curves", "convex_envelope", "curve_from_scores", "host_scores", "value_curves"]
 
@@ -113,16 +113,12 @@ def host_scores(importance: Any, groups: PrunableGroups, group: ChannelGroup) ->
 
     Negative scores (first-order criteria) are shifted up to zero: only differences within a group count.
     """
-    graph = groups.trace.graph
-    module = groups.trace.model.get_submodule(group.root[0])
-    pruner = graph.get_pruner_of_module(module)
-    fn = pruner.prune_out_channels if group.root[1] == "out" else pruner.prune_in_channels
-    width = graph.get_out_channels(module) if group.root[1] == "out" else graph.get_in_channels(module)
+    view, channels, units = score_group(groups, group)
     name = type(importance).__name__
     hint = f"if it reads gradients, give it some: GradientImportance({name}()), or call loss.backward() before"
     try:
         with torch.no_grad():
-            scores = importance(in_terms_of_the_host(graph.get_pruning_group(module, fn, list(range(width)))))
+            scores = importance(view)
     except Exception as error:
         if all(p.grad is None for p in groups.trace.model.parameters()):
             raise ValueError(f"{name} fails on group {group.name} ({type(error).__name__}: {error}); {hint}") from error
@@ -130,9 +126,9 @@ def host_scores(importance: Any, groups: PrunableGroups, group: ChannelGroup) ->
     if not isinstance(scores, torch.Tensor):
         raise ValueError(f"{name} gives no scores for group {group.name}; {hint}")
     values = scores.detach().double().cpu().numpy()
-    if values.shape != (width,):
-        raise ValueError(f"scores of group {group.name} have shape {values.shape}; ({width},) is needed")
+    if values.shape != (len(view[0].idxs),):
+        raise ValueError(f"scores of group {group.name} have shape {values.shape}; ({len(view[0].idxs)},) is needed")
     if not np.isfinite(values).all():
         raise ValueError(f"scores of group {group.name} are not finite; check the data and the gradients")
-    mean = np.bincount(group.root_units, values[group.root_channels], group.n_units) / group.unit_size
+    mean = np.bincount(units, values[channels], group.n_units) / group.unit_size
     return mean - min(mean.min(), 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ __all__ = [
     "LayerPruners",
     "channel_pruners",
     "has_channels",
-    "in_terms_of_the_host",
     "is_frozen_norm",
     "loses_whole_groups",
     "users_layers",
@@ -173,26 +171,6 @@ def _pruner(modules: list[nn.Module]) -> Any:
     if isinstance(module, LAYERS) and parametrize.is_parametrized(module) and getattr(module, "groups", 1) == 1:
         return ParametrisedPruner(modules)
     return None
-
-
-def in_terms_of_the_host(group: Any) -> Any:
-    """A group of Torch-Pruning in which parametrised layers look like others: its importances know its own functions.
-
-    Args:
-        group: to be looked at, not to be pruned; changed in place.
-
-    Returns:
-        The same group.
-    """
-    for i, item in enumerate(group):
-        if isinstance(getattr(item.dep.handler, "__self__", None), ParametrisedPruner):
-            kind = "linear" if isinstance(item.dep.target.module, nn.Linear) else "conv"
-            side = "out" if item.dep.handler.__name__ == "prune_out_channels" else "in"
-            dep = copy.copy(item.dep)
-            dep.handler = getattr(tp.pruner.function, f"prune_{kind}_{side}_channels")
-            group[i] = type(item)(dep, item.idxs)
-            group[i].root_idxs = item.root_idxs
-    return group
 
 
 class _PerChannel(tp.BasePruningFunc):
