@@ -172,7 +172,7 @@ def torch_pruning_entries(budget: tp_importance.Budget, x: Tensor, loader: Batch
 
 
 def nni_entries(budget: tp_importance.Budget, x: Tensor, loader: Batches) -> dict[str, Callable[..., None]]:
-    """Pruners that mask through NNI and let its ModelSpeedup remove the channels."""
+    """Pruners that mask through NNI, whose ModelSpeedup, or our own surgery where that fails, removes the channels."""
     nni, pruning = import_nni(), import_nni("nni.compression.pruning")
     config_list = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 

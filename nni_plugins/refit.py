@@ -1,4 +1,4 @@
-"""Refit for NNI's masks: refit the layers that read masked channels, before ``ModelSpeedup`` removes them."""
+"""Refit for NNI's masks: refit the layers that read masked channels, before ``speedup`` removes them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from tp_importance import Refit, prunable_groups
 from tp_importance.core.forward import ForwardFn
-from tp_importance.graph.groups import ChannelGroup, PrunableGroups
-from tp_importance.graph.host_groups import build_groups
+from tp_importance.graph.classes import build_groups
+from tp_importance.graph.groups import PrunableGroups
 from tp_importance.refitted_step import Removal
 from tp_importance.refitting.refit import refit_consumers
 from tp_importance.refitting.report import RefitReport
 from tp_importance.statistics.labels import LabelFn
 
 from .surgery.masks import checked_masks
+from .surgery.units import dead_units, made_in_part, masked_axes
 from .wrappers import require_unwrapped
 
 __all__ = ["refit_masks"]
@@ -38,10 +39,10 @@ def refit_masks(
 ) -> RefitReport:
     """Refit the consumers of masked channels, in place; then call :func:`nni_plugins.speedup` with the same masks.
 
-    For masks of any NNI pruner. A unit counts as removed if its rows are masked in *all* layers that make it, for then
-    ``ModelSpeedup`` takes it out. After the refit no layer weighs a removed channel any more, so that masked and
-    smaller network agree even where the masks of the batch norms were not aligned. Masked channels that stay, or of
-    groups for which removal is not masking, are reported and not made up for.
+    For masks of any NNI pruner. A unit counts as removed if its rows are masked in *all* layers that make it, or its
+    columns in all that read it, for then ``speedup`` takes it out. After the refit no layer weighs a removed channel
+    any more, so that masked and smaller network agree even where the masks of the batch norms were not aligned. Masked
+    channels that stay, or of groups for which removal is not masking, are reported and not made up for.
 
     Args:
         model: the network, after ``pruner.unwrap_model()``: its weights are the targets of the refit.
@@ -92,39 +93,22 @@ def refit_masks(
 
 def _removal(groups: PrunableGroups, masks: Mapping[str, Mapping[str, Tensor]]) -> Removal:
     result, model = Removal(), groups.trace.model
+    axes = masked_axes(model, masks)
     refused = {e.name: e.reason for e in groups.excluded}
     for group in build_groups(groups.trace, options=groups.options):  # those that were refused have consumers, too
-        some, everywhere = _masked(group, model, masks)
+        dead = dead_units(group, axes)
+        some = dead | made_in_part(group, axes)
         if not some:
             continue
         reason = ""
         if group.name not in groups.names:
             reason = f"it reads masked channels of {group.name}: {refused.get(group.name, 'not a group to prune')}"
-        elif some != everywhere:
+        elif some != dead:
             reason = f"not all layers that make the channels of {group.name} are masked, so they stay"
         if not reason:
-            result.units[group.name] = sorted(everywhere)
+            result.units[group.name] = sorted(dead)
         for m in group.consumers if reason else ():
             alive = np.ones(m.width, bool)
             alive[m.positions(some)] = False
             result.cannot_refit(reason, model.get_submodule(m.name), m.name, torch.from_numpy(alive))
     return result
-
-
-def _masked(
-    group: ChannelGroup, model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]
-) -> tuple[set[int], set[int]]:
-    """Units of which a layer that makes them masks something, and those that all these layers mask whole."""
-    some: set[int] = set()
-    everywhere = set(range(group.n_units))
-    for m in group.producers:
-        mask = masks.get(m.name, {}).get("weight")
-        kept = np.ones(m.width, bool)
-        if mask is not None:
-            dim = 1 if getattr(model.get_submodule(m.name), "transposed", False) else 0
-            rows = mask.transpose(0, dim).flatten(1).any(1).cpu().numpy()
-            kept = rows if len(rows) == m.width else kept
-        here = kept[m.channels]
-        some |= set(m.units[~here].tolist())
-        everywhere -= set(m.units[here].tolist())
-    return some, everywhere

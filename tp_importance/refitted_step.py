@@ -28,7 +28,7 @@ from .graph.patches import consumer_weight, feature_channels
 from .graph.remap import Survivors, named_tensors
 from .graph.reparametrised import computed_tensors, follows, weight_source
 from .graph.surgery import settled
-from .graph.tracing import TraceOptions
+from .graph.trace_options import TraceOptions
 from .pruning.pruner import BudgetPruner
 from .refitting.refit import refit_consumers
 from .refitting.report import RefitReport, RefitRow

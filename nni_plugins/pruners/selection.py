@@ -12,8 +12,8 @@ from tp_importance import Budget
 from tp_importance.core.batches import split_batch
 from tp_importance.core.devices import reference_tensor, to_model
 from tp_importance.core.loaders import iterate
+from tp_importance.graph.classes import build_groups
 from tp_importance.graph.groups import ChannelGroup, PrunableGroups, Verifier
-from tp_importance.graph.host_groups import build_groups
 from tp_importance.graph.reparametrised import computed_tensors
 from tp_importance.graph.verify import verify_groups
 
@@ -99,12 +99,17 @@ def left_out(groups: PrunableGroups, ratios: Mapping[str, float], num_heads: Any
 
 
 def maskable(verify: bool | Verifier) -> Verifier:
-    """``verify`` for groups all of whose layers have plain parameters: NNI masks nothing else and cuts nothing else."""
+    """``verify`` for groups whose channels plain parameters make and hand on: NNI masks nothing else."""
 
     def check(groups: PrunableGroups, example_inputs: Any) -> Mapping[str, str]:
         model = groups.trace.model
         layers = {n: found[0] for n, m in model.named_modules() if (found := computed_tensors(m))}
-        fixed = {g.name: layers[m.name].reason(m.name) for g in groups for m in g.members if m.name in layers}
+        fixed = {
+            g.name: layers[m.name].reason(m.name)
+            for g in groups
+            for m in g.members
+            if m.role == "out" and m.name in layers
+        }
         rest = groups.exclude(fixed)
         judge = verify if callable(verify) else verify_groups
         return {**(judge(rest, example_inputs) if verify and len(rest) else {}), **fixed}

@@ -1,1 +1,1 @@
-"""Smaller networks from masks: channels by NNI's ``ModelSpeedup``, layers by our own removal."""
+"""Smaller networks from masks: channels by NNI's ``ModelSpeedup`` or our own surgery, layers by ours."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 __all__ = ["Masks", "apply_masks", "as_masks", "checked_masks", "kept_positions"]
 
@@ -34,9 +35,8 @@ def checked_masks(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]
             raise ValueError(
                 f"masks name a module {name!r} that the model does not have; pass the model they were made on"
             )
-        parameters = dict(modules[name].named_parameters(recurse=False))
         full = {
-            target: _checked_mask(f"{name}.{target}", mask, parameters.get(target))
+            target: _checked_mask(f"{name}.{target}", mask, _maskable(modules[name], target))
             for target, mask in targets.items()
             if mask is not None and not _is_idle(mask, modules[name], target)
         }
@@ -55,6 +55,12 @@ def _is_idle(mask: Any, module: nn.Module, target: str) -> bool:
     if target in module._parameters:
         return module._parameters[target] is None
     return isinstance(mask, Tensor) and isinstance(getattr(module, target, None), Tensor) and bool((mask == 1).all())
+
+
+def _maskable(module: nn.Module, target: str) -> Tensor | None:
+    """The parameter, or what ``torch.nn.utils.parametrize`` computes in its place."""
+    computed = parametrize.is_parametrized(module, target)
+    return getattr(module, target).detach() if computed else module._parameters.get(target)
 
 
 def _checked_mask(name: str, mask: Tensor, parameter: Tensor | None) -> Tensor:
@@ -111,5 +117,20 @@ def apply_masks(trial: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> 
     """Zero what is masked in the parameters of a copy."""
     with torch.no_grad():
         for name, targets in masks.items():
+            module = trial.get_submodule(name)
             for target, mask in targets.items():
-                trial.get_submodule(name)._parameters[target].mul_(mask)  # type: ignore[union-attr]
+                if parametrize.is_parametrized(module, target):
+                    parametrize.register_parametrization(module, target, _Masked(mask), unsafe=True)
+                else:
+                    module._parameters[target].mul_(mask)  # type: ignore[union-attr]
+
+
+class _Masked(nn.Module):
+    """The last step of a parametrization: zero what is masked."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value * self.mask.to(value)

@@ -1,4 +1,4 @@
-"""Physically smaller networks from NNI's masks: a safe way to call ``ModelSpeedup`` of NNI 3.0.
+"""Physically smaller networks from NNI's masks: a safe way to call ``ModelSpeedup`` of NNI 3.0, and our own removal.
 
 NNI rewrites the model while it infers which channels are dead: it overwrites parameters with random numbers, draws
 from the global generator, puts new modules in train mode, edits the masks, prints, and stops halfway on errors. All
@@ -8,7 +8,8 @@ tensors put into the model.
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,20 +18,25 @@ from tp_importance.core.arguments import checked_model
 from tp_importance.core.guards import transaction
 from tp_importance.core.progress import phase
 from tp_importance.core.stale_optimizers import replacing
-from tp_importance.graph.reparametrised import computed_tensors
 from tp_importance.methods.resconv import resconv_layers
 
 from ..wrappers import wrapped_layer
-from .channels import shrink
+from .engines import ENGINES, Job, tried_removal
 from .layers import remove_masked_layers
-from .masks import Masks, apply_masks, as_masks, checked_masks
-from .result import changes_of, check_widths, compare_outputs
-from .trial import bound_inputs, isolated, run_trial, trial_copy
+from .masks import Masks, as_masks, checked_masks
+from .trial import bound_inputs, isolated
 
 __all__ = ["speedup"]
 
 
-def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim: bool = False) -> nn.Module:
+def speedup(
+    model: nn.Module,
+    example_inputs: Any,
+    masks: Masks,
+    *,
+    engine: Literal["auto", "nni", "groups"] = "auto",
+    compat_shim: bool = False,
+) -> nn.Module:
     """Remove the masked channels from the network, in place.
 
     A mask ``M`` of a parameter ``W`` keeps row ``c`` if any ``M[c, …] = 1``; with the masks of all coupled layers in
@@ -39,6 +45,17 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
     norm (and bias) of a removed channel is masked as well (``align`` in NNI's config_list); otherwise the masked
     model still has a constant ``β − γμ/σ`` there, and a warning says by how much the outputs differ (as an error, by
     ``warnings.simplefilter("error")``, it leaves the model unchanged).
+
+    Two engines can do it, on copies first. ``"nni"`` is NNI's ``ModelSpeedup``: it follows constants through a
+    symbolic trace and replaces modules. ``"groups"`` is our own: a unit of the coupled groups of the network
+    (:func:`tp_importance.prunable_groups`) goes if all layers that make it mask its channels, or all that read it, and
+    nothing but masked channels goes. It needs no symbolic trace, so it also serves where NNI fails: control flow on
+    tensors, channels that are reshaped or permuted, raw and parametrised weights, transformer and ConvNeXt blocks. It
+    demands that this removal is masking at the input of every layer, and that the masks of all layers that share
+    channels agree; of a grouped convolution every group loses the same positions, while NNI lets each lose its own.
+    ``"auto"``, the default, takes NNI's result if masked channels that are also zero behind unmasked batch norms and
+    biases give the same outputs, and else our own. Which one it was is logged (logger ``tp_importance``, level
+    ``INFO``).
 
     In a network of :class:`nni_plugins.ResConvPruner` whole layers go, which ``ModelSpeedup`` cannot do: every
     residual convolution whose mask of s is 0 is removed, its factor a folded into its neighbours, and the others are
@@ -56,21 +73,23 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
         masks: ``{module name: {parameter name: mask or None}}`` as returned by ``compress()`` of an NNI pruner; a
             mask of zeros and ones has the parameter's shape or 1 in broadcast dimensions, e.g. ``C × 1 × 1 × 1``.
             For layers, ``{layer: {"s": mask of shape (1,)}}``.
-        compat_shim: trace with NNI's concrete tracer under :func:`~nni_plugins.surgery.tracer.legacy_tracer_shim`, for
-            networks whose control flow ``torch.fx`` cannot trace. The branches taken on ``example_inputs`` are
-            assumed. NNI 3.0 only. Removing layers needs no such trace and takes no notice.
+        engine: ``"auto"``, ``"nni"`` or ``"groups"``, see above. Layers are removed by our own code in any case.
+        compat_shim: for NNI's engine: trace with NNI's concrete tracer under
+            :func:`~nni_plugins.surgery.tracer.legacy_tracer_shim`, for networks whose control flow ``torch.fx`` cannot
+            trace. The branches taken on ``example_inputs`` are assumed. NNI 3.0 only.
 
     Returns:
         ``model`` itself, smaller.
 
     Raises:
-        NNIUnavailableError: NNI cannot be imported.
+        NNIUnavailableError: NNI cannot be imported, and ``engine="nni"``.
         TypeError: ``example_inputs`` do not fit the signature of the model's ``forward``, ``masks`` are not a dict of
             dicts of tensors, or the model is compiled or wrapped (``DistributedDataParallel``, ...).
         ValueError: the masks are empty or remove nothing, name an unknown module or parameter, have a wrong shape,
-            are not made of zeros and ones, are not structured, remove a whole layer, or contradict each other.
-        RuntimeError: the model still holds NNI wrappers, cannot be traced, or NNI fails or leaves other widths than
-            the masks ask for.
+            are not made of zeros and ones, are not structured, remove a whole layer, or contradict each other; or
+            ``engine`` is unknown.
+        RuntimeError: the model still holds NNI wrappers, or the engine fails or leaves other widths than the masks ask
+            for. With ``"auto"`` both engines have failed, or NNI's computes something else; the error says why each.
 
     Example:
         >>> model, masks = pruner.compress()  # doctest: +SKIP
@@ -79,6 +98,10 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
 
     Source: ``nni/compression/speedup/model_speedup.py`` of NNI 3.0.
     """
+    if engine not in ("auto", *ENGINES):
+        raise ValueError(f"engine={engine!r} is unknown; choose 'auto', {', '.join(map(repr, ENGINES))}")
+    if compat_shim and engine == "groups":
+        raise ValueError("compat_shim repairs NNI's tracer, which engine='groups' does not use; leave one of them out")
     wrapped = wrapped_layer(checked_model(model))
     if wrapped is not None:
         raise RuntimeError(f"the model is still wrapped by NNI, at {wrapped!r}; call pruner.unwrap_model() first")
@@ -86,26 +109,16 @@ def speedup(model: nn.Module, example_inputs: Any, masks: Masks, *, compat_shim:
         with phase("removing layers"), replacing(model):
             return remove_masked_layers(model, example_inputs, as_masks(masks))
     full_masks = checked_masks(model, masks)
-    with phase("removing channels"), torch.inference_mode(False), torch.enable_grad(), isolated(model):
-        inputs = bound_inputs(model, example_inputs)
-        trial = trial_copy(model)
-        apply_masks(trial, full_masks)
-        before = run_trial(trial, inputs)
-        try:
-            replaced = shrink(trial, inputs, full_masks, compat_shim)
-        except RuntimeError as error:
-            found = [c.reason(name) for name, module in model.named_modules() for c in computed_tensors(module)]
-            if not found:
-                raise
-            raise RuntimeError(f"{error} NNI knows parameters only: {'; '.join(found)}") from error
-        check_widths(trial, full_masks)
-        compare_outputs(before, run_trial(trial, inputs))
-        changes = changes_of(model, trial, replaced)
+    with phase("removing channels") as running:
+        with torch.inference_mode(False), torch.enable_grad(), isolated(model):
+            job = Job(model, bound_inputs(model, example_inputs), full_masks, compat_shim)
+            removal = tried_removal(job, engine)
+        running.note(engine=removal.engine)
+    if removal.difference is not None:
+        warnings.warn(removal.difference, stacklevel=2)
     step = transaction(model)
     with step, replacing(model):
         step.commit()
-        for module, attributes, parameters, buffers in changes:
-            vars(module).update(attributes)
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+        for change in removal.changes:
+            change.make()
     return model

@@ -18,11 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tp_importance.core.copies import copy_memo
 from tp_importance.core.guards import HOOKS
 
-__all__ = ["OTHER_ENGINE", "bound_inputs", "isolated", "run_trial", "tensors_of", "trial_copy"]
-
-OTHER_ENGINE = (
-    "Remedy: prune with Torch-Pruning, whose graph surgery handles more architectures. The model is unchanged."
-)
+__all__ = ["bound_inputs", "isolated", "run_trial", "tensors_of", "trial_copy"]
 
 
 @contextlib.contextmanager
@@ -105,5 +101,5 @@ def run_trial(trial: nn.Module, inputs: inspect.BoundArguments) -> list[Tensor]:
         raise RuntimeError(
             f"{type(trial).__name__} does not run on the example inputs, masked or with the channels removed: "
             f"{type(error).__name__}: {error}. If it runs unmasked, an operation with fixed sizes or a raw parameter "
-            f"does not follow the masks. {OTHER_ENGINE}"
+            "does not follow the masks"
         ) from error

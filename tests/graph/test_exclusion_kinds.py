@@ -11,9 +11,9 @@ from torch import nn
 from tp_importance import Budget, BudgetPruner, prunable_groups
 from tp_importance.allocation.limits import require_reachable
 from tp_importance.allocation.space import WidthSpace
+from tp_importance.graph.classes import build_groups
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.groups import Excluded
-from tp_importance.graph.host_groups import build_groups
 from tp_importance.graph.tracing import trace
 from tp_importance.pruning.report import PruningReport
 

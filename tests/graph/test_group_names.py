@@ -9,8 +9,8 @@ import torch_pruning as tp
 from torch import nn
 
 from tp_importance import Budget, BudgetPruner
+from tp_importance.graph.classes import _named_apart, build_groups
 from tp_importance.graph.groups import PrunableGroups
-from tp_importance.graph.host_groups import _named_apart, build_groups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.tracing import trace
 from tp_importance.testing import TOPOLOGIES, make_network, topology

@@ -56,11 +56,20 @@ def test_zoo(name):
 
 def test_oracle_compares_the_cost():
     case = topology("plain")
-    wrong = copy.copy(case.groups)
-    first = case.groups["0.0"]
-    fewer = tuple(m for m in first.members if m.kind != "passthrough")  # forgets a batch norm
-    wrong.groups = [dataclasses.replace(first, members=fewer), *case.groups.groups[1:]]
+    wrong, traced = copy.copy(case.groups), case.groups.trace
+    twice = [dataclasses.replace(call, macs=2 * call.macs) for call in traced.calls]  # as if every layer ran twice
+    wrong.trace = dataclasses.replace(traced, calls=twice)
     assert "the cost model says" in masked_equals_removed(wrong, case.x, {"0.0": [1]})
+
+
+def test_oracle_notices_a_layer_that_was_forgotten():
+    case = topology("plain")
+    first = case.groups["0.0"]
+    for member in first.members:  # a convolution, its batch norm, the next convolution
+        wrong = copy.copy(case.groups)
+        fewer = tuple(m for m in first.members if m is not member)
+        wrong.groups = [dataclasses.replace(first, members=fewer), *case.groups.groups[1:]]
+        assert "pruning a copy fails" in masked_equals_removed(wrong, case.x, {"0.0": [1]})
 
 
 def test_oracle_removes_numbers_that_no_division_into_parts_can_share():

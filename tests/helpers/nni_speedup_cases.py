@@ -8,6 +8,8 @@ nni = pytest.importorskip("nni")
 
 from nni.compression.utils import auto_set_denpendency_group_ids  # noqa: E402
 
+from tp_importance.graph.groups import PrunableGroups  # noqa: E402
+
 Masks = dict[str, dict[str, Tensor]]
 
 
@@ -18,6 +20,19 @@ def masks_of(model: nn.Module, removed: dict[str, list[int]]) -> Masks:
         for target, parameter in model.get_submodule(name).named_parameters():
             masks.setdefault(name, {})[target] = torch.ones_like(parameter)
             masks[name][target][rows] = 0.0
+    return masks
+
+
+def masks_of_units(groups: PrunableGroups, removed: dict[str, list[int]]) -> Masks:
+    """Masks of everything that makes or hands on the channels of some units: weights and biases, row by row."""
+    model, masks = groups.trace.model, Masks()
+    for name, units in removed.items():
+        for m in groups[name].members:
+            module = dict(model.named_modules()).get(m.name)
+            for target, tensor in module.named_parameters(recurse=False) if m.role == "out" and module else ():
+                dim = 1 if target == "weight" and getattr(module, "transposed", False) else 0
+                mask = masks.setdefault(m.name, {}).setdefault(target, torch.ones_like(tensor))
+                mask.index_fill_(dim, torch.as_tensor(m.positions(units)), 0.0)
     return masks
 
 

@@ -7,6 +7,7 @@ import torch
 import torch_pruning as tp
 
 from tp_importance import Budget, BudgetPruner, CATROImportance
+from tp_importance.graph.history import PruningHistory
 from tp_importance.testing import LoaderError, PrunerContract
 
 
@@ -52,7 +53,8 @@ class DrawsNumbers(Sound):
 class ForgetsItsHistory(Sound):
     def apply(self, plan, **options):
         report = super().apply(plan, **options)
-        self.target._history = self.target._history[:1]
+        history = self.target._history
+        self.target._history = PruningHistory(history.direct[:1], history.host[:1])
         return report
 
 

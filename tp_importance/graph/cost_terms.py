@@ -154,6 +154,10 @@ class _Builder:
             k_in, a_in = _ONE
         else:
             k_in, a_in = self._side(name, "in", inputs)
+        self._add_product(field, total, (k_in, a_in), (k_out, a_out))
+
+    def _add_product(self, field: int, total: Fraction, first: _Affine, second: _Affine) -> None:
+        (k_in, a_in), (k_out, a_out) = first, second
         self.constant[field] += total * k_in * k_out
         for g, n in a_in.items():
             self.linear[field, g] += total * n * k_out
@@ -169,8 +173,15 @@ class _Builder:
         """A term proportional to the size of a parameter; ``total`` is its dense value."""
         if key.rpartition(".")[2] == "weight" and isinstance(module, (*CONV, nn.Linear)):
             self._add_layer(field, name, module, total)
+        elif (key, "out") in self.sides or (key, "in") in self.sides:  # cut along one axis or two
+            self._add_product(field, total, self._axis(key, "in"), self._axis(key, "out"))
         else:  # one entry (or row) per channel of the owner's output side
-            self._add_side(field, key if (key, "out") in self.sides else name, "out", parameter, total)
+            self._add_side(field, name, "out", parameter, total)
+
+    def _axis(self, key: str, role: str) -> _Affine:
+        """One axis of a tensor that is cut by itself."""
+        member = next((m for g in self.groups for m in g.members if m.name == key and m.role == role), None)
+        return _ONE if member is None else self._side(key, role, member.width)
 
     def _add_source(self, name: str, leaf: str, layer: nn.Module, parameter: nn.Parameter) -> None:
         """A parameter that the weight or bias of a layer is computed from."""

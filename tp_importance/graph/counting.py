@@ -70,7 +70,7 @@ def _first_tensor(value: Any) -> Tensor | None:
 
 def _call_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
     if isinstance(module, CONV):
-        per_position = module.weight[0].numel()
+        per_position = module.weight.numel() // module.weight.shape[0]
         return per_position * (x.numel() if module.transposed else out.numel())
     if isinstance(module, nn.Linear):
         return out.numel() * module.in_features

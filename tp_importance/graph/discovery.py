@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..core.progress import phase, shown
+from .classes import build_groups
 from .groups import PrunableGroups, Verifier
-from .host_groups import build_groups
 from .modes import read_in_training_only
-from .tracing import TraceOptions, trace
+from .trace_options import TraceOptions
+from .tracing import trace
 from .verify import verify_groups
 
 __all__ = ["prunable_groups"]

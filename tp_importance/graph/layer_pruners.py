@@ -1,4 +1,4 @@
-"""What Torch-Pruning cannot cut, or cuts in part: frozen batch norms, instance norms, parametrised layers."""
+"""Which function cuts a layer: Torch-Pruning's, the user's, or ours for what Torch-Pruning cannot cut, or in part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from torch.nn.utils import parametrize
 
 from .reparametrised import LAYERS, computed_tensors, follows, slice_layer
 
-__all__ = ["NEIGHBOURS", "channel_pruners", "has_channels", "in_terms_of_the_host", "is_frozen_norm"]
+__all__ = [
+    "NEIGHBOURS",
+    "LayerPruners",
+    "channel_pruners",
+    "has_channels",
+    "in_terms_of_the_host",
+    "is_frozen_norm",
+    "loses_whole_groups",
+    "users_layers",
+]
 
 NEIGHBOURS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 """Modules that divide every channel by what its neighbours hold."""
@@ -72,6 +81,83 @@ def channel_pruners(model: nn.Module, given: Mapping[Any, Any] | None = None) ->
             kinds.setdefault(type(module), []).append(module)
     ours = {kind: _pruner(modules) for kind, modules in kinds.items()}
     return {**{kind: pruner for kind, pruner in ours.items() if pruner is not None}, **theirs}
+
+
+class LayerPruners:
+    """The pruning function of every module of a network, found without a dependency graph.
+
+    Args:
+        model: the network, before anything is cut: a layer that is computed from others is tried out as it is now.
+        given: pruning functions of the user's, by type; see :func:`channel_pruners`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        >>> pruner = LayerPruners(net).of(net[0])
+        >>> pruner.prune_out_channels(net[0], [1, 2]).out_channels, LayerPruners(net).of(net[1])
+        (2, None)
+    """
+
+    def __init__(self, model: nn.Module, given: Mapping[Any, Any] | None = None) -> None:
+        self._known = channel_pruners(model, given)
+        self._host = tp.DependencyGraph()
+        for kind, pruner in self._known.items():
+            self._host.register_customized_layer(kind, pruner)
+
+    def of(self, module: nn.Module) -> Any:
+        """Its pruning function, a ``tp.BasePruningFunc``; ``None`` if nobody knows one."""
+        if type(module) not in self._known and loses_whole_groups(module):
+            return WholeGroupPruner()
+        pruner = self._host.get_pruner_of_module(module)
+        return None if type(module) not in self._known and isinstance(pruner, tp.ops.DummyPruner) else pruner
+
+    def on_one_side(self, module: nn.Module, role: str, positions: Sequence[int]) -> tuple[str, list[int]]:
+        """Side and positions of one call that cuts a module, where several names of a cut are the same one.
+
+        Args:
+            module: the module.
+            role: ``"out"`` or ``"in"``.
+            positions: what goes of that side.
+
+        Returns:
+            Both as they are where the sides are cut apart; else side ``"out"`` and the positions there.
+        """
+        pruner = self.of(module)
+        if isinstance(pruner, WholeGroupPruner):
+            return "out", pruner.outputs_of(module, pruner.groups_of(module, role, positions))
+        together = pruner is None or pruner.prune_in_channels == pruner.prune_out_channels
+        return "out" if together else role, list(map(int, positions))
+
+
+def users_layers(model: nn.Module, given: Mapping[Any, Any] | None) -> dict[str, Any]:
+    """Pruning functions of the user's, by qualified name of the outermost modules that they are for.
+
+    Args:
+        model: the network.
+        given: ``customized_pruners`` of Torch-Pruning, by type or module.
+    """
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        pruner = (given or {}).get(module, (given or {}).get(type(module)))
+        if pruner is not None and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = pruner
+    return found
+
+
+def loses_whole_groups(module: nn.Module) -> bool:
+    """Whether a convolution has one input channel per group and several outputs, or the reverse.
+
+    Its groups are its channels: what it loses are whole groups, on both sides at once.
+
+    Args:
+        module: any module.
+
+    Example:
+        >>> loses_whole_groups(nn.Conv2d(4, 8, 3, groups=4)), loses_whole_groups(nn.Conv2d(4, 8, 3, groups=2))
+        (True, False)
+    """
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.groups == 1:
+        return False
+    return module.groups == min(module.in_channels, module.out_channels) < max(module.in_channels, module.out_channels)
 
 
 def _pruner(modules: list[nn.Module]) -> Any:
@@ -192,6 +278,53 @@ class ParametrisedPruner(tp.BasePruningFunc):
                 f"a removed {role}put would change what the {type(layer).__name__} does to the others: "
                 f"{computed_tensors(layer)[0].reason('...')}"
             )
+
+
+class WholeGroupPruner(tp.BasePruningFunc):
+    """Convolutions that lose whole groups, see :func:`loses_whole_groups`; either side may be named."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        return self._cut(layer, self.groups_of(layer, "out", idxs))
+
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        return self._cut(layer, self.groups_of(layer, "in", idxs))
+
+    def get_out_channels(self, layer: Any) -> int:
+        return int(layer.out_channels)
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.in_channels)
+
+    def groups_of(self, layer: Any, role: str, idxs: Sequence[int]) -> list[int]:
+        """The groups that channels of one side make up.
+
+        Raises:
+            RuntimeError: if these are no whole groups.
+        """
+        size = (layer.out_channels if role == "out" else layer.in_channels) // layer.groups
+        groups = sorted({int(i) // size for i in idxs})
+        if len(set(map(int, idxs))) != size * len(groups):
+            raise RuntimeError(
+                f"a {type(layer).__name__} of {layer.groups} groups and {layer.in_channels} inputs loses whole groups "
+                f"only, which {role}put channels {sorted(map(int, idxs))} are not"
+            )
+        return groups
+
+    def outputs_of(self, layer: Any, groups: Sequence[int]) -> list[int]:
+        """The output channels of some groups."""
+        return self._channels(layer, layer.out_channels, groups)
+
+    def _channels(self, layer: Any, width: int, groups: Sequence[int]) -> list[int]:
+        return torch.arange(width).view(layer.groups, -1)[list(groups)].flatten().tolist()
+
+    def _cut(self, layer: Any, gone: Sequence[int]) -> nn.Module:
+        keep = _kept(layer.groups, gone).tolist()
+        outputs, inputs = self.outputs_of(layer, keep), self._channels(layer, layer.in_channels, keep)
+        layer.weight = self._prune_parameter_and_grad(layer.weight, inputs if layer.transposed else outputs, 0)
+        if layer.bias is not None:
+            layer.bias = self._prune_parameter_and_grad(layer.bias, outputs, 0)
+        layer.out_channels, layer.in_channels, layer.groups = len(outputs), len(inputs), len(keep)
+        return layer
 
 
 class _Passing(tp.BasePruningFunc):

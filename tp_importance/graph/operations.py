@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.batches import tensors_in
@@ -80,7 +81,8 @@ class Operations(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func)).strip("_")
-        self.follow(name, args, kwargs, output, opaque=name in UNKNOWN or _is_foreign(func))
+        with _disable_current_modes():  # what we ask the tensors is none of the network's operations
+            self.follow(name, args, kwargs, output, opaque=name in UNKNOWN or _is_foreign(func))
         return output
 
     def follow(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, *, opaque: bool) -> None:

@@ -13,10 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..checkpoints.content import integers
 from ..core.copies import copied
+from .cuts import make_cuts
 from .groups import PrunableGroups
-from .surgery import remove_units
-from .tracing import TraceOptions, trace
-from .verify import same_groups
+from .host_graph import host_graph
+from .surgery import planned_cuts
+from .trace_options import TraceOptions
 
 __all__ = ["Survivors", "check_optimizer", "named_tensors"]
 
@@ -39,20 +40,18 @@ class Survivors:
     shapes: dict[str, torch.Size]
 
     @classmethod
-    def of(cls, groups: PrunableGroups, removed: Mapping[str, Sequence[int]], example_inputs: Any) -> Survivors:
+    def of(cls, groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> Survivors:
         """Find out by the same surgery on a copy whose entries are their own positions.
 
-        So it holds for whatever Torch-Pruning does to a layer; nothing is derived twice.
+        So it holds for whatever a pruning function does to a layer; nothing is derived twice.
 
         Args:
             groups: groups of the model as it is now; it is not changed.
             removed: units to remove, per group name.
-            example_inputs: to trace the copy with.
         """
-        coded = copied(groups.trace.model)
-        rebuilt = same_groups(coded, example_inputs, groups)
+        coded, pruners, cuts = planned_cuts(groups, removed, copied(groups.trace.model))
         _code(coded)
-        remove_units(rebuilt, removed)
+        make_cuts(coded, cuts, pruners)
         return cls._read(groups.trace.model, coded)
 
     @classmethod
@@ -68,7 +67,7 @@ class Survivors:
             options: how the network is traced.
         """
         coded = copied(model)
-        graph = trace(coded, example_inputs, options.on_copy(model, coded)).graph
+        graph = host_graph(coded, example_inputs, options.on_copy(model, coded))
         _code(coded)
         graph.load_pruning_history([list(entry) for entry in history])
         return cls._read(model, coded)

@@ -1,8 +1,7 @@
-"""Physical removal of units, by Torch-Pruning's dependency graph."""
+"""Physical removal of units: every module that loses channels is cut by its pruning function, and nothing is traced."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -10,33 +9,61 @@ import torch
 from torch import Tensor, nn
 
 from ..core.guards import preserved
+from .cuts import Cut, cuts_of, make_cuts
 from .groups import ChannelGroup, PrunableGroups
+from .layer_pruners import LayerPruners
 
-__all__ = ["checked_units", "remove_units", "settled"]
+__all__ = ["checked_units", "planned_cuts", "remove_units", "settled"]
 
 
-def remove_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> None:
-    """Remove units from the traced model, in place.
+def remove_units(
+    groups: PrunableGroups, removed: Mapping[str, Sequence[int]], *, model: nn.Module | None = None
+) -> list[Cut]:
+    """Remove units, in place.
 
-    Parameters that are cut become new objects without a gradient, in the memory format of the old ones; all others keep
-    theirs. Training modes and ``requires_grad`` stay as they were (Torch-Pruning thaws
-    frozen parameters). Every call of Torch-Pruning's surgery adds one entry to its pruning history.
+    Every module side is cut once, by its pruning function (Torch-Pruning's, the user's or ours), every other parameter,
+    buffer or whole number that follows is set. Parameters that are cut become new objects without a gradient, in the
+    memory format of the old ones; all others keep theirs. What modules share stays shared. Training modes and
+    ``requires_grad`` stay as they were.
 
     Args:
         groups: the groups of the model as it is now.
         removed: units to remove, per group name; every group must keep at least ``min_units``.
+        model: what is cut instead of the model that the groups were found on: a copy of it in the same state.
+
+    Returns:
+        What was cut.
 
     Raises:
         ValueError: if a name or unit is unknown, or too few units would be left.
-        RuntimeError: if Torch-Pruning did not remove exactly what was asked for.
+        RuntimeError: if not exactly what was asked for is gone: the groups are of another network, say.
+
+    Example:
+        >>> from tp_importance import prunable_groups
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3))
+        >>> groups = prunable_groups(net, torch.zeros(1, 3, 8, 8))
+        >>> [str(cut) for cut in remove_units(groups, {"0": [1, 5]})], net[2].in_channels
+        (['outputs of 0', 'outputs of 1', 'inputs of 2'], 6)
     """
-    # groups that a split made of one dimension share a root, and its indices shift with the first removal
-    by_root: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for group, units in checked_units(groups, removed):
-        by_root[group.root] += group.removed_channels(units)
-    with settled(groups.trace.model), preserved(groups.trace.model):
-        for (name, role), channels in by_root.items():
-            _remove(groups, name, role, sorted(channels))
+    model, pruners, cuts = planned_cuts(groups, removed, model)
+    with settled(model), preserved(model):
+        make_cuts(model, cuts, pruners)
+    return cuts
+
+
+def planned_cuts(
+    groups: PrunableGroups, removed: Mapping[str, Sequence[int]], model: nn.Module | None = None
+) -> tuple[nn.Module, LayerPruners, list[Cut]]:
+    """What :func:`remove_units` would cut, with the model and its pruning functions; nothing is changed.
+
+    Raises:
+        ValueError: as there.
+    """
+    plan, source = checked_units(groups, removed), groups.trace.model
+    model = source if model is None else model
+    options = groups.options if model is source else groups.options.on_copy(source, model)
+    pruners = LayerPruners(model, options.customized_pruners)
+    return model, pruners, cuts_of(plan, model, pruners)
 
 
 def checked_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) -> list[tuple[ChannelGroup, list[int]]]:
@@ -57,22 +84,12 @@ def checked_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) 
     return plan
 
 
-def _remove(groups: PrunableGroups, name: str, role: str, channels: list[int]) -> None:
-    graph, module = groups.trace.graph, groups.trace.model.get_submodule(name)
-    pruner = graph.get_pruner_of_module(module)
-    fn = pruner.prune_out_channels if role == "out" else pruner.prune_in_channels
-    count = graph.get_out_channels if role == "out" else graph.get_in_channels
-    before = count(module)
-    graph.get_pruning_group(module, fn, channels).prune()
-    if count(module) != before - len(channels):
-        raise RuntimeError(f"Torch-Pruning left {count(module)} channels in {name}, not {before - len(channels)}")
-
-
 @contextmanager
 def settled(model: nn.Module) -> Iterator[None]:
     """Around a surgery: new parameters and buffers are laid out in memory as those they replace, and have no gradient.
 
-    Torch-Pruning gives contiguous ones, and cuts gradients along, which then look like those of the smaller network.
+    Torch-Pruning's functions give contiguous ones, and cut gradients along, which then look like those of the smaller
+    network.
 
     Args:
         model: the network.

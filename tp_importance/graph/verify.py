@@ -25,7 +25,8 @@ from .culprits import Culprits
 from .groups import PrunableGroups
 from .oracle import Cut, Oracle, Outcome
 from .surgery import remove_units
-from .tracing import TraceOptions, trace
+from .trace_options import TraceOptions
+from .tracing import trace
 
 __all__ = ["masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
 

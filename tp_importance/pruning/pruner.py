@@ -177,14 +177,21 @@ class BudgetPruner:
         """
         return self.target.limits(checked_budget(self.budget if budget is None else budget))
 
-    def pruning_history(self) -> list[Any]:
-        """Torch-Pruning's history ``[[module name, is_out, indices], ...]`` of all steps so far."""
-        return self.target.pruning_history()
+    def pruning_history(self, *, direct: bool = False) -> list[Any]:
+        """Torch-Pruning's history ``[[module name, is_out, positions], ...]`` of all steps so far.
+
+        Args:
+            direct: in our own format instead, see :meth:`~tp_importance.pruning.target.PruningTarget.pruning_history`.
+        """
+        return self.target.pruning_history(direct=direct)
 
     def load_pruning_history(self, history: Sequence[Any]) -> None:
         """Repeat the steps of a history on the model, which must be as it was when the history began.
 
         Fractions of later budgets still refer to the model as given at construction.
+
+        Args:
+            history: in either format of :meth:`pruning_history`.
 
         Raises:
             ValueError: if the history is of another network; the model is then as before.

@@ -12,9 +12,11 @@ from torch import nn
 
 from ..budget import Cost
 from ..core.optional import optional_import
-from ..graph.groups import Excluded
+from ..graph.cost import CostModel
+from ..graph.groups import Excluded, PrunableGroups
 from ..latency.times import LatencyTimes
 from ..refitting.report import RefitReport
+from .plan import Plan
 
 __all__ = ["CostReport", "GroupRow", "PruningReport", "bytes_per_parameter"]
 
@@ -131,6 +133,44 @@ class PruningReport(CostReport):
         if self.refit is not None:
             lines.append(str(self.refit))
         return "\n".join(lines)
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        groups: PrunableGroups,
+        initial: Mapping[str, int],
+        cost_model: CostModel,
+        dense: Cost,
+        criterion: str = "",
+    ) -> PruningReport:
+        """What a plan does to a network.
+
+        Args:
+            plan: what is to go.
+            groups: of the network before.
+            initial: channels per group of the network as given.
+            cost_model: of the network before.
+            dense: cost of the network as given.
+            criterion: who chose the units.
+        """
+        before, share = groups.widths, cost_model.shares()
+        return cls(
+            rows=[
+                GroupRow(g.name, initial.get(g.name, g.width), before[g.name], plan.widths[g.name], share[g.name])
+                for g in groups
+            ],
+            dense=dense,
+            before=cost_model.dense,
+            cost=plan.cost,
+            limits=plan.limits,
+            bytes_per_param=bytes_per_parameter(groups.trace.model),
+            excluded=list(groups.excluded),
+            constant={g: len(u) for g, u in plan.constant.items()},
+            criterion=criterion,
+            latency_ms=plan.latency_ms,
+            uncounted=dict(plan.uncounted),
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:

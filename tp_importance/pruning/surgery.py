@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..core.guards import transaction
-from ..graph.tracing import trace
 
 __all__ = ["Surgery"]
 
@@ -37,6 +35,3 @@ class Surgery(transaction):
             target = self._target
             vars(target).clear()
             vars(target).update(self._state)
-            # the host's surgery has changed the graph
-            traced = trace(target.model, target.example_inputs, target.groups.options)
-            target.groups = replace(target.groups, trace=traced)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,18 +17,18 @@ from ..allocation.registry import Allocator
 from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
 from ..core.arguments import checked_budget, checked_model
-from ..core.guards import preserved
 from ..core.options import hand_on, split_options
 from ..core.processes import levels_up, warned_once
 from ..core.progress import phase, shown, shows_progress
 from ..core.stale_optimizers import replacing
 from ..errors import BudgetError
+from ..graph.classes import build_groups
 from ..graph.cost import LATENCY, CostModel
 from ..graph.counting import count_ops
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups
-from ..graph.host_groups import build_groups
-from ..graph.surgery import remove_units, settled
+from ..graph.history import PruningHistory, repeat
+from ..graph.surgery import remove_units
 from ..graph.tracing import trace
 from ..latency.model import LatencyModel
 from ..latency.table import LatencyTable
@@ -41,9 +40,10 @@ from ..statistics.batchnorm import recalibrate_batchnorm
 from ..statistics.consumers import ConsumerStatistics
 from ..statistics.dense_reference import DenseReference
 from ..statistics.labels import LabelFn
-from ..statistics.running_statistics import has_batch_norm, is_calibrated
+from ..statistics.running_statistics import has_batch_norm
 from .plan import Plan
-from .report import GroupRow, PruningReport, bytes_per_parameter
+from .reference import reference_after
+from .report import PruningReport
 from .surgery import Surgery
 
 __all__ = ["PruningTarget"]
@@ -117,7 +117,7 @@ class PruningTarget:
         for name in (*self._min_widths, *self._max_widths, *ratios):
             self.groups[name]  # raises for an unknown one
         self.space  # noqa: B018 - checks the options
-        self._history: list[Any] = []
+        self._history = PruningHistory()
         self._reference: DenseReference | None = None
 
     # -- what it costs
@@ -301,7 +301,9 @@ class PruningTarget:
             return self._timed(report)
         solves = settings is not None and settings.solves
         follows = settings is not None and settings.follows and (not solves or has_batch_norm(self.model))
-        reference = None if loader is None else self._reference_after(plan.removed, needed=follows)
+        reference = None
+        if loader is not None:
+            reference = reference_after(self.model, self.groups, plan.removed, self._reference, needed=follows)
         step = self.surgery(self.model.parameters() if solves else ())
         with shown(self._progress), step, replacing(self.model), torch.inference_mode(False):
             if settings is not None and loader is not None and solves:
@@ -309,13 +311,13 @@ class PruningTarget:
                 made = self._refit(plan, loader, settings, label_fn, classes, known)
                 report = replace(report, refit=made)
             with phase("removing channels", before=self.cost_model.dense, after=plan.cost):
-                remove_units(self.groups, plan.removed)
+                cuts = remove_units(self.groups, plan.removed)
             counted = count_ops(self.model, self.example_inputs, forward_fn=run)
             if Cost(*counted) != plan.cost:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
             if follows and loader is not None:
                 recalibrate_batchnorm(self.model, loader, reference=reference, forward_fn=run)
-            state = self._adopting(self._retrace(), self.groups.trace.graph.pruning_history())
+            state = self._adopting(self._retrace(), PruningHistory.of(self.groups, plan.removed, cuts))
             if reference is not None:
                 state["_reference"] = reference.stamped(self.model)
             step.commit()
@@ -353,32 +355,42 @@ class PruningTarget:
         """
         return Surgery(self, values)
 
-    def pruning_history(self) -> list[Any]:
-        """Torch-Pruning's history ``[[module name, is_out, indices], ...]`` of all surgery so far."""
-        return [list(entry) for entry in self._history]
+    def pruning_history(self, *, direct: bool = False) -> list[Any]:
+        """All surgery so far, for :meth:`load_pruning_history`; see :mod:`tp_importance.graph.history`.
+
+        Args:
+            direct: in our own format, ``[[name, side, positions], ...]`` for every place that was cut, which needs no
+                graph to be repeated. Default: in Torch-Pruning's, ``[[module name, is_out, positions], ...]``.
+
+        Raises:
+            RuntimeError: if Torch-Pruning's format cannot say what a direct history has removed.
+        """
+        return self._history.entries(direct=direct)
 
     def load_pruning_history(self, history: Sequence[Any]) -> None:
-        """Repeat the steps of a history on the model, which must be as it was when the history began.
+        """Repeat a history on the model, which must be as it was when the history began.
 
         Fractions of later budgets still refer to the model as given at construction.
+
+        Args:
+            history: in either format, see :meth:`pruning_history`.
 
         Raises:
             ValueError: if the history is of another network; the model is then as before.
         """
-        entries = [list(entry) for entry in history]
         try:
+            entries = list(history)
             step = self.surgery()
             running = phase("repeating a history", steps=len(entries), progress=self._progress)
-            with preserved(self.model), running, step, replacing(self.model), torch.inference_mode(False):
-                groups = self.groups
-                for entry in entries:  # a fresh graph each: Torch-Pruning's keeps stale offsets behind a split
-                    with settled(self.model):
-                        groups.trace.graph.load_pruning_history([list(entry)])
-                    groups = self._retrace()
+            with running, step, replacing(self.model), torch.inference_mode(False):
+                # also what is left out now may have gone then
+                known = build_groups(self.groups.trace, None, self._num_heads, self.groups.options)
+                done = repeat(entries, known)
+                groups = self._retrace()
                 counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
                 if Cost(*counted) != CostModel.from_groups(groups).dense:
                     raise ValueError(f"after it the network costs {Cost(*counted)}, its widths say otherwise")
-                state = self._adopting(groups, entries)
+                state = self._adopting(groups, done)
                 step.commit()
                 vars(self).update(state)
         except Exception as error:
@@ -394,38 +406,15 @@ class PruningTarget:
         groups = build_groups(traced, self._ignored_layers, self._num_heads, options)
         return groups.exclude_again(self._left_out)
 
-    def _adopting(self, groups: PrunableGroups, history: Sequence[Any]) -> dict[str, Any]:
+    def _adopting(self, groups: PrunableGroups, history: PruningHistory) -> dict[str, Any]:
         """What changes in the target when it goes on with ``groups`` after a surgery."""
         latency = None if self._latency is None else self._latency.of(groups)
         return {
             "groups": groups,
             "cost_model": replace(CostModel.from_groups(groups), latency=latency),
             "_latency": latency,
-            "_history": [*self._history, *history],
+            "_history": self._history.then(history),
         }
-
-    def _reference_after(self, removed: Mapping[str, Sequence[int]], needed: bool) -> DenseReference | None:
-        """The network that batch norms are compared with, and what of it is left when ``removed`` has gone.
-
-        It is the network as given, or as somebody else, training say, has left it since the last step. A later step may
-        want it; so it is kept, if the network can be copied, where it is not ``needed`` now.
-        """
-        if not has_batch_norm(self.model):
-            return None
-        known = self._reference
-        if known is None or not known.is_of(self.model):
-            try:
-                known = DenseReference.of(self.model)
-            except Exception:
-                if needed:
-                    raise
-                return None
-        layers, gone = dict(self.model.named_modules()), defaultdict[str, list[int]](list)
-        for group in self.groups:
-            for m in group.members:
-                if m.kind == "passthrough" and m.role == "out" and is_calibrated(layers.get(m.name)):
-                    gone[m.name] += m.positions(removed.get(group.name, ())).tolist()
-        return known.after(gone)
 
     # -- report
 
@@ -436,25 +425,7 @@ class PruningTarget:
             plan: of this target.
             criterion: who chose the units.
         """
-        before, share = self.groups.widths, self.cost_model.shares()
-        return PruningReport(
-            rows=[
-                GroupRow(
-                    g.name, self.initial_widths.get(g.name, g.width), before[g.name], plan.widths[g.name], share[g.name]
-                )
-                for g in self.groups
-            ],
-            dense=self.dense,
-            before=self.cost_model.dense,
-            cost=plan.cost,
-            limits=plan.limits,
-            bytes_per_param=bytes_per_parameter(self.model),
-            excluded=list(self.groups.excluded),
-            constant={g: len(u) for g, u in plan.constant.items()},
-            criterion=criterion,
-            latency_ms=plan.latency_ms,
-            uncounted=dict(plan.uncounted),
-        )
+        return PruningReport.of(plan, self.groups, self.initial_widths, self.cost_model, self.dense, criterion)
 
     @shows_progress
     def _timed(self, report: PruningReport) -> PruningReport:

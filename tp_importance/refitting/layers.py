@@ -15,7 +15,6 @@ from ..graph.layer_kinds import CONV
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, set_consumer_weight
 from ..graph.reparametrised import computed_tensors
 from ..graph.surgery import checked_units
-from ..graph.tracing import Trace
 from ..maths.least_squares import refit
 from ..maths.ridge import choose_ridge
 from ..statistics.consumers import MAX_FEATURES
@@ -206,15 +205,8 @@ def refittable(
         if reason:
             skipped.append(RefitRow(name, int(kept.sum()), int((~kept).sum()), skipped=reason))
         elif downstream or not bool(kept.all()):
-            refits.append(LayerRefit(name, module, kept, outputs, _own_batch_norm(groups.trace, name)))
+            refits.append(LayerRefit(name, module, kept, outputs, groups.trace.batch_norm_behind(name, alone=True)))
     return refits, skipped
-
-
-def _own_batch_norm(trace: Trace, name: str) -> nn.Module | None:
-    """The batch norm behind a consumer if no other layer feeds it: then its mean is free to change."""
-    norm = trace.batch_norm_behind(name)
-    node = None if norm is None else trace.graph.module2node[norm]
-    return norm if node is not None and len({id(n) for n in node.inputs}) == 1 else None
 
 
 def _obstacle(module: nn.Module, owners: Counter[int]) -> str:

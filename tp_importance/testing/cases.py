@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph.classes import build_groups
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups
-from ..graph.host_groups import build_groups
 from ..graph.tracing import trace
 from .networks import make_network
 

@@ -20,20 +20,23 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:FutureWarning"
 )  # NNI's search for dependencies traces with it
 
+ENGINES = pytest.mark.parametrize("engine", ["nni", "groups"])
+
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "engine"),
     [
-        "plain",
-        "residual",
-        "depthwise",
-        "se",
-        "concat",
-        "grouped",
-        pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
+        *(
+            (name, engine)
+            for name in ("plain", "residual", "depthwise", "se", "concat")
+            for engine in ("nni", "groups")
+        ),
+        ("grouped", "nni"),
+        pytest.param("mobilenet_v3_small", "nni", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v3_small", "groups", marks=pytest.mark.slow),
     ],
 )
-def test_masks_of_an_nni_pruner_are_removed_exactly(name):
+def test_masks_of_an_nni_pruner_are_removed_exactly(name, engine):
     model, x = make_zoo_network(name) if name == "mobilenet_v3_small" else make_network(name)
     widths = {n: m.out_channels for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     pruner = L1NormPruner(model, config_list(model, x, 0.5))
@@ -44,7 +47,7 @@ def test_masks_of_an_nni_pruner_are_removed_exactly(name):
     modules = list(model.modules())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # would tell of a difference
-        assert speedup(model, x, masks) is model
+        assert speedup(model, x, masks, engine=engine) is model
     torch.testing.assert_close(model(x), masked, atol=1e-6, rtol=1e-5)
     assert [id(m) for m in model.modules()] == [id(m) for m in modules]
     for conv, width in widths.items():
@@ -54,30 +57,33 @@ def test_masks_of_an_nni_pruner_are_removed_exactly(name):
     model(x).sum().backward()
 
 
-def test_linear_layers_behind_flatten_follow():
+@ENGINES
+def test_linear_layers_behind_flatten_follow(engine):
     model, x = make_network("flatten")
     masks = masks_of(model, {"1.0": [0, 3], "1.1": [0, 3], "3": [5]})
     expected = masked_output(model, masks, x)
-    speedup(model, x, masks)
+    speedup(model, x, masks, engine=engine)
     torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
     assert model[3].weight.shape == (23, 10 * 16) and model[3].in_features == 160
     assert model[5].weight.shape == (4, 23)
 
 
-def test_input_channels_and_broadcast_masks():
+@ENGINES
+def test_input_channels_and_broadcast_masks(engine):
     model, x = make_network("plain")
     columns = torch.ones(1, 8, 1, 1)
     columns[:, [2, 5]] = 0.0
     expected = masked_output(model, {"1.0": {"weight": columns}}, x)
-    speedup(model, x, {"1.0": {"weight": columns, "bias": None}})
+    speedup(model, x, {"1.0": {"weight": columns, "bias": None}}, engine=engine)
     torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
     assert model[0][0].out_channels == model[0][1].num_features == model[1][0].in_channels == 6
 
 
-def test_a_batch_norm_that_is_not_aligned_is_reported():
+@ENGINES
+def test_a_batch_norm_that_is_not_aligned_is_reported(engine):
     model, x = make_network("concat")
     with pytest.warns(UserWarning, match="differ by .* align the masks of batch norms"):
-        speedup(model, x, masks_of(model, {"left.0": [0, 3]}))
+        speedup(model, x, masks_of(model, {"left.0": [0, 3]}), engine=engine)
     assert model.left[0].out_channels == model.left[1].num_features == 10
 
 
@@ -95,8 +101,13 @@ class Shuffle(nn.Module):
 def test_an_operation_that_moves_channels_is_reported():
     model, x = Shuffle(), torch.randn(2, 3, 8, 8)
     randomise_batchnorm(model, x)
+    masks = masks_of(model, {"conv": [0, 1, 2, 5], "bn": [0, 1, 2, 5]})
+    before = Snapshot(model)
+    with pytest.raises(RuntimeError, match=r"differ by .* takes its result as it is.*engine='groups': .*unchanged"):
+        speedup(model, x, masks)
+    before.check()
     with pytest.warns(UserWarning, match="channel shuffle"):
-        speedup(model, x, masks_of(model, {"conv": [0, 1, 2, 5], "bn": [0, 1, 2, 5]}))
+        speedup(model, x, masks, engine="nni")
 
 
 PLAIN = {"0.0": [1, 2], "0.1": [1, 2]}
@@ -178,12 +189,11 @@ def of(name: str, removed: dict[str, list[int]]) -> tuple[nn.Module, Tensor, Mas
         (zero_convolution, "ModelSpeedup failed at call_module '0.0': EmptyLayerError"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:masked and sped-up")
 def test_what_nni_cannot_remove_is_an_error_and_changes_nothing(case, message):
     model, x, masks = case()
     before = Snapshot(model)
-    with pytest.raises(RuntimeError, match=f"{message}.*The model is unchanged"):
-        speedup(model, x, masks)
+    with pytest.raises(RuntimeError, match=f'{message}.*engine="auto".*The model is unchanged'):
+        speedup(model, x, masks, engine="nni")
     before.check()
 
 
@@ -202,7 +212,7 @@ def test_layers_out_of_use_and_raw_parameters():
     with pytest.raises(RuntimeError, match=r"does not call \['unused'\]"):
         speedup(model, x, masks_of(model, {"unused": [0]}))
     with pytest.raises(RuntimeError, match=r"does not run on the example inputs.*size of tensor"):
-        speedup(model, x, masks_of(model, {"conv": [0]}))
+        speedup(model, x, masks_of(model, {"conv": [0]}), engine="nni")
     before.check()
 
 
@@ -251,24 +261,26 @@ class TwoInputs(nn.Module):
 X, Y = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
 
 
+@ENGINES
 @pytest.mark.parametrize(
     "inputs",
     [(X, Y), [X, Y], {"y": Y, "x": X}, {"y": Y, "x": X, "twice": True}, (X, Y, torch.ones(2, 1, 6, 6))],
     ids=["tuple", "list", "dict", "flag", "optional"],
 )
-def test_forms_of_example_inputs(inputs):
+def test_forms_of_example_inputs(inputs, engine):
     model = TwoInputs()
     call = inputs if isinstance(inputs, dict) else dict(zip(("x", "y", "mask"), inputs, strict=False))
     masks = masks_of(model, {"a": [0, 3], "b": [0, 3]})
     weights = {n: p * masks.get(n[0], {}).get(n[2:], 1.0) for n, p in model.named_parameters()}
     expected = torch.func.functional_call(model, weights, kwargs=call)["out"]
-    speedup(model, inputs, masks)
+    speedup(model, inputs, masks, engine=engine)
     torch.testing.assert_close(model(**call)["out"], expected, atol=1e-6, rtol=1e-5)
     assert model.c.in_channels == 6
 
 
+@ENGINES
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_everything_else_stays_as_it_was(context, capfd):
+def test_everything_else_stays_as_it_was(context, engine, capfd):
     model, x = make_network("plain")
     model.train()
     model[1].eval()
@@ -286,7 +298,7 @@ def test_everything_else_stays_as_it_was(context, capfd):
     level = logging.getLogger("nni.compression.speedup").level
 
     with context():
-        speedup(model, x, masks)
+        speedup(model, x, masks, engine=engine)
 
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
     assert [m.training for m in model.modules()] == training
@@ -300,18 +312,20 @@ def test_everything_else_stays_as_it_was(context, capfd):
     assert model[0][1].weight.grad is not None and model[0][0].weight.grad is None
 
 
+@ENGINES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_every_precision(dtype):
+def test_every_precision(dtype, engine):
     model, x = make_network("residual")
     model, x = model.to(dtype), x.to(dtype)
     masks = masks_of(model, {n: [0, 3] for n in ("0.0", "0.1", "1.body.1.0", "1.body.1.1")})
     kept = model[0][0].weight[[1, 2, 4, 5, 6, 7]].clone()
-    speedup(model, x, masks)
+    speedup(model, x, masks, engine=engine)
     assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {dtype}
     assert torch.equal(model[0][0].weight, kept)
 
 
-def test_flattening_by_size():
+@ENGINES
+def test_flattening_by_size(engine):
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -324,12 +338,13 @@ def test_flattening_by_size():
     model = Flat()
     masks = masks_of(model, {"conv": [0, 3]})
     expected = masked_output(model, masks, X)
-    speedup(model, X, masks)
+    speedup(model, X, masks, engine=engine)
     torch.testing.assert_close(model(X), expected)
     assert model.fc.in_features == 6 * 36
 
 
-def test_example_inputs_may_be_written_into():
+@ENGINES
+def test_example_inputs_may_be_written_into(engine):
     class Overwrites(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -341,14 +356,15 @@ def test_example_inputs_may_be_written_into():
     model, x = Overwrites(), X.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # masked and sped-up model must see the same input
-        speedup(model, x, masks_of(model, {"a": [0, 3]}))
+        speedup(model, x, masks_of(model, {"a": [0, 3]}), engine=engine)
     assert torch.equal(x, X)
 
 
-def test_a_head_with_one_output():
+@ENGINES
+def test_a_head_with_one_output(engine):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
     masks = masks_of(model, {"0": [0, 3]})
     expected = masked_output(model, masks, X)
-    speedup(model, X, masks)
+    speedup(model, X, masks, engine=engine)
     torch.testing.assert_close(model(X), expected)
     assert model[4].weight.shape == (1, 6)

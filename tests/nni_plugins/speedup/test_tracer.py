@@ -57,9 +57,9 @@ def test_control_flow_needs_the_shim():
     model, x, masks = branching()
     before, expected = Snapshot(model), masked_output(model, masks, x)
     with pytest.raises(RuntimeError, match=r"cannot trace Branching.*control flow.*try compat_shim=True"):
-        speedup(model, x, masks)
+        speedup(model, x, masks, engine="nni")
     before.check()
-    speedup(model, {"shift": True, "x": x}, masks, compat_shim=True)
+    speedup(model, {"shift": True, "x": x}, masks, engine="nni", compat_shim=True)
     torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
     assert model.fc.in_features == model.layers[1].in_channels == 10
 
@@ -70,7 +70,9 @@ def test_both_tracers_agree(name):
     pruner = L1NormPruner(model, config_list(model, x, 0.25))
     _, masks = pruner.compress()
     pruner.unwrap_model()
-    assert torch.equal(speedup(model, x, masks)(x), speedup(twin, x, masks, compat_shim=True)(x))
+    assert torch.equal(
+        speedup(model, x, masks, engine="nni")(x), speedup(twin, x, masks, engine="nni", compat_shim=True)(x)
+    )
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -122,5 +124,5 @@ def test_a_failing_import_names_reason_and_extra(monkeypatch):
     model, x = make_network("plain")
     before = Snapshot(model)
     with pytest.raises(NNIUnavailableError, match=r"cannot import 'nni\.compression\.speedup'"):
-        speedup(model, x, masks_of(model, {"0.0": [1, 2], "0.1": [1, 2]}))
+        speedup(model, x, masks_of(model, {"0.0": [1, 2], "0.1": [1, 2]}), engine="nni")
     before.check()

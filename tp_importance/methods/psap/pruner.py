@@ -192,7 +192,7 @@ class PSAPPruner:
         self.target.example_inputs = to_model(self.model, self.target.example_inputs)  # it may have moved
         paused, step = self._soft.paused(), self.target.surgery()
         with shown(self._progress), paused, torch.inference_mode(False), step, replacing(self.model):
-            survivors = Survivors.of(self.groups, removed, self.target.example_inputs)
+            survivors = Survivors.of(self.groups, removed)
             for each in averages:
                 survivors.require_fit(each)
             plan = self.target.plan(removed, self._soft.limits)
@@ -249,9 +249,13 @@ class PSAPPruner:
         """What every prune step did; ``.to_frame()`` and ``.plot()``."""
         return self._soft.history
 
-    def pruning_history(self) -> list[Any]:
-        """Torch-Pruning's history of the surgery, as :meth:`~tp_importance.BudgetPruner.pruning_history`."""
-        return self.target.pruning_history()
+    def pruning_history(self, *, direct: bool = False) -> list[Any]:
+        """Torch-Pruning's history of the surgery, as :meth:`~tp_importance.BudgetPruner.pruning_history`.
+
+        Args:
+            direct: in our own format instead.
+        """
+        return self.target.pruning_history(direct=direct)
 
     # -- state
 

@@ -14,8 +14,8 @@ from torch import nn
 from ...core.arguments import checked_model
 from ...core.guards import transaction
 from ...core.stale_optimizers import replacing
+from ...graph.classes import ignored_modules
 from ...graph.dataflow import Flow, is_batchnorm, record
-from ...graph.host_groups import ignored_modules
 from ...graph.reparametrised import computed_tensors
 from .block import ResConv2d, conv_problem, replace_module, resconv_layers
 

@@ -9,11 +9,11 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._compat import import_nni
 from .tracer import legacy_tracer_shim
-from .trial import OTHER_ENGINE, tensors_of
+from .trial import tensors_of
 
 __all__ = ["shrink"]
 
@@ -34,8 +34,21 @@ class _Tracer(torch.fx.Tracer):
         return lambda root: root_fn(root, *bound.args, **bound.kwargs), [self.root]
 
 
-def shrink(trial: nn.Module, inputs: inspect.BoundArguments, masks: Any, compat_shim: bool) -> list[str]:
-    """Run ``ModelSpeedup`` on the trial; the names of the modules it replaced."""
+def shrink(trial: nn.Module, inputs: inspect.BoundArguments, masks: Any, compat_shim: bool) -> dict[str, Tensor]:
+    """Run ``ModelSpeedup`` on the trial.
+
+    Args:
+        trial: the masked copy.
+        inputs: of :func:`.trial.bound_inputs`.
+        masks: of :func:`.masks.checked_masks`.
+        compat_shim: as for :func:`nni_plugins.speedup`.
+
+    Returns:
+        The output channels that NNI has found alive, bool, shape (C,), per module that it has replaced.
+
+    Raises:
+        RuntimeError: if it fails; names the layer.
+    """
     engine = import_nni("nni.compression.speedup").ModelSpeedup
     modules = dict(trial.named_modules())
     silent = logging.Logger("nni", logging.CRITICAL + 1)
@@ -51,15 +64,14 @@ def shrink(trial: nn.Module, inputs: inspect.BoundArguments, masks: Any, compat_
             called = {node.target for node in run.graph_module.graph.nodes if node.op == "call_module"}
         except Exception as error:
             raise RuntimeError(
-                f"cannot trace {type(trial).__name__}: {type(error).__name__}: {error}. "
-                + ("" if compat_shim else "If its control flow depends on tensors, try compat_shim=True. ")
-                + OTHER_ENGINE
+                f"cannot trace {type(trial).__name__}: {type(error).__name__}: {error}"
+                + ("" if compat_shim else ". If its control flow depends on tensors, try compat_shim=True")
             ) from error
     unused = sorted(masks.keys() - called)
     if unused:
         raise RuntimeError(
             f"the forward pass does not call {unused} on the example inputs, so their masks cannot be removed; name "
-            f"the layers by their first name in model.named_modules(), and leave out unused ones. {OTHER_ENGINE}"
+            "the layers by their first name in model.named_modules(), and leave out unused ones"
         )
     # NNI's own test, "more values than samples", loses layers with a single output
     run.tensor_propagate_check = lambda t: t.numel() >= run.batch_size and t.numel() % run.batch_size == 0
@@ -69,10 +81,19 @@ def shrink(trial: nn.Module, inputs: inspect.BoundArguments, masks: Any, compat_
         run.speedup_model()
     except Exception as error:
         raise RuntimeError(
-            f"NNI's ModelSpeedup failed at {_layer_at_fault(error)}: {type(error).__name__}: {error}. {OTHER_ENGINE}"
+            f"NNI's ModelSpeedup failed at {_layer_at_fault(error)}: {type(error).__name__}: {error}"
         ) from error
     trial.eval()  # NNI's new modules are in train mode
-    return [name for name, module in modules.items() if trial.get_submodule(name) is not module]
+    replaced = [name for name, module in modules.items() if trial.get_submodule(name) is not module]
+    return {name: _alive(run, name, modules[name]) for name in replaced}
+
+
+def _alive(run: Any, name: str, module: nn.Module) -> Tensor:
+    """The output channels that are no constants, in any call of the module."""
+    outputs = [i.output_masks for node, i in run.node_infos.items() if node.op == "call_module" and node.target == name]
+    dim = -1 if isinstance(module, nn.Linear) else 1
+    alive = [mask.transpose(0, dim).flatten(1).any(1) for mask in outputs if isinstance(mask, Tensor)]
+    return torch.stack(alive).any(0) if alive else torch.ones(0, dtype=torch.bool)
 
 
 def _layer_at_fault(error: Exception) -> str:

@@ -1,0 +1,349 @@
+"""Coupled groups from the labels of a network: classes of channels, put together by the layers that they touch."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, filterfalse
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .groups import ChannelGroup, Excluded, Kind, Member, PrunableGroups, Role
+from .labels.ledger import Follower, Ledger
+from .labels.reasons import Index, Reason
+from .layer_kinds import CONV, is_depthwise
+from .layer_pruners import LayerPruners, ParametrisedPruner, loses_whole_groups, users_layers
+from .reparametrised import computed_tensors
+from .trace_options import TraceOptions
+from .tracing import Trace
+
+__all__ = ["build_groups", "ignored_modules", "strangers"]
+
+
+_AT_MINIMUM: Reason = ("minimum", "at its smallest width")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One dimension of a module or tensor, and the class of every position; -1 where it has no label."""
+
+    name: str
+    role: Role
+    kind: Kind
+    classes: Index
+    axis: int | None = None
+    attribute: bool = False
+
+
+def build_groups(
+    traced: Trace,
+    ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
+    num_heads: Mapping[nn.Module, int] | None = None,
+    options: TraceOptions = TraceOptions(),
+) -> PrunableGroups:
+    """Groups of a traced network, without verification; see :func:`~tp_importance.prunable_groups`."""
+    ledger = traced.labels
+    ignored, order = ignored_modules(traced.model, ignored_layers), traced.first_call()
+    layout = _Layout(traced, options)
+    heads, asked, problems = _heads(traced, ledger, num_heads or {})
+    classes = ledger.classes(options.choices, heads)
+    reasons = ledger.reasons(classes, options.choices)
+    for labels, reason in [
+        *_attended(ledger, classes, asked),
+        *problems,
+        *_contradictions(ledger.following(options.choices), classes),
+    ]:
+        for c in np.unique(classes[labels]).tolist():
+            reasons.setdefault(c, []).append(reason)
+    places = layout.places(ledger, classes)
+    late = len(order)
+    places.sort(key=lambda p: (order.get(p.name, late), p.name, p.role))
+    for place in places:
+        for c, reason in layout.reasons_of(place, ignored):
+            reasons.setdefault(c, []).append(reason)
+    followers = [
+        _Place(f.name, "out", "passthrough", classes[f.labels], attribute=True) for f in _unique(ledger, options)
+    ]
+    found = list(_groups([*places, *followers], reasons, traced.model))
+    groups: list[ChannelGroup] = []
+    excluded: list[Excluded] = []
+    for group, why in _named_apart(found, order):
+        why = list(why)
+        if not group.consumers:
+            why.append(_AT_MINIMUM if group.width == 1 else ("unread", "nothing with weights reads it"))
+        elif group.n_units <= group.min_units:
+            why.append(_AT_MINIMUM)
+        if why:  # what was asked for comes last: "ignored" says that the group could be pruned otherwise
+            kind, reason = next((r for r in why if r[0] != "ignored"), why[0])
+            excluded.append(Excluded.of(group, reason, kind))
+        else:
+            groups.append(group)
+    return PrunableGroups(groups, excluded, traced, options)
+
+
+def strangers(groups: PrunableGroups, other: Trace) -> dict[str, list[str]]:
+    """What else the channels of groups touch in another trace of the same network.
+
+    Args:
+        groups: the groups.
+        other: of the network in another mode.
+
+    Returns:
+        By name of the group the layers, or ``"an output"``; groups that touch nothing else are left out.
+    """
+    classes = other.labels.classes(groups.options.choices)
+    places = _Layout(other, groups.options).places(other.labels, classes)
+    places.sort(key=lambda p: (p.axis is not None, p.name))
+    reasons = other.labels.reasons(classes, groups.options.choices)
+    outputs = {c for c, why in reasons.items() if any(kind == "output" for kind, _ in why)}
+    at = {(p.name, p.role): p.classes for p in places}
+    found = {}
+    for group in groups:
+        own = {int(c) for m in group.members if (m.name, m.role) in at for c in at[m.name, m.role][m.channels]}
+        known = {(m.name, m.role) for m in group.members}
+        more = [p.name for p in places if (p.name, p.role) not in known and own & set(p.classes.tolist())]
+        if more:
+            found[group.name] = more
+        elif own & outputs:
+            found[group.name] = ["an output"]
+    return found
+
+
+def _groups(
+    places: Sequence[_Place], reasons: Mapping[int, list[Reason]], model: nn.Module
+) -> Iterator[tuple[ChannelGroup, list[Reason]]]:
+    """Classes that take as many positions of the same places, and stay or go for the same reasons, form a group."""
+    per_class: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for number, place in enumerate(places):
+        known = place.classes[place.classes >= 0]
+        for c, n in zip(*np.unique(known, return_counts=True), strict=True):
+            per_class[int(c)].append((number, int(n)))
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for c, signature in per_class.items():
+        if any(places[number].kind == "producer" for number, _ in signature):
+            why = tuple(dict.fromkeys(reasons.get(c, ())))[:4]
+            alike[tuple(signature), tuple(sorted({kind for kind, _ in why}))].append(c)
+    modules = dict(model.named_modules())
+    for (signature, _), mine in alike.items():
+        first = next(number for number, _ in signature if places[number].kind == "producer")
+        root = places[first]
+        unit_of = np.full(int(max(p.classes.max(initial=0) for p in places)) + 2, -1, np.int64)
+        unit_of[_in_order(mine, root.classes)] = np.arange(len(mine))
+        members = [_member(places[number], unit_of) for number, _ in signature]
+        at = unit_of[root.classes]
+        group = ChannelGroup(
+            root.name,
+            int((at >= 0).sum()),
+            int((at >= 0).sum()) // len(mine),
+            tuple(m for m, (number, _) in zip(members, signature, strict=True) if not places[number].attribute),
+            (root.name, "out"),
+            np.flatnonzero(at >= 0),
+            at[at >= 0],
+            max((_fewest(modules.get(m.name), m) for m in members), default=1),
+            tuple(m for m, (number, _) in zip(members, signature, strict=True) if places[number].attribute),
+        )
+        why = [r for c in mine for r in reasons.get(c, ())]
+        yield group, list(dict.fromkeys(why))
+
+
+def _in_order(mine: Sequence[int], classes: Index) -> Index:
+    """The classes by their first position at the root."""
+    known, first = np.unique(classes, return_index=True)
+    position = dict(zip(known.tolist(), first.tolist(), strict=True))
+    return np.array(sorted(mine, key=position.__getitem__), np.int64)
+
+
+def _member(place: _Place, unit_of: Index) -> Member:
+    units = unit_of[place.classes]  # -1 reads the last entry, which is never used
+    at = np.flatnonzero(units >= 0)
+    return Member(place.name, place.role, place.kind, at, units[at], len(place.classes), place.axis)
+
+
+def _fewest(module: nn.Module | None, member: Member) -> int:
+    """At one unit out_channels == groups, which Torch-Pruning would take for a depthwise convolution."""
+    grouped = isinstance(module, CONV) and member.kind == "producer" and member.role == "out"
+    return 2 if grouped and module is not None and module.groups > 1 else 1
+
+
+class _Layout:
+    """Which dimension of which module an axis of a parameter or buffer is."""
+
+    def __init__(self, traced: Trace, options: TraceOptions) -> None:
+        self._modules = dict(traced.model.named_modules())
+        self._pruners = LayerPruners(traced.model, options.customized_pruners)
+        self._users = users_layers(traced.model, options.customized_pruners)
+        named = dict(traced.model.named_parameters())
+        self._ignored_tensors = {n for n, p in named.items() if any(p is q for q in options.ignored_params)}
+
+    def places(self, ledger: Ledger, classes: Index) -> list[_Place]:
+        """All dimensions with labels, each once."""
+        found: dict[tuple[str, str], _Place] = {}
+        for site in ledger.sites:
+            own = classes[site.first : site.first + site.size]
+            place = self._place(site.name, site.axis, own)
+            if place is None:
+                continue
+            key = (place.name, place.role)
+            if key in found and place.axis is not None and found[key].axis != place.axis:
+                place = replace(place, role="in")
+                key = (place.name, "in")
+            found.setdefault(key, place)
+            module: Any = self._modules.get(place.name)
+            if place.role == "out" and module is not None and loses_whole_groups(module):
+                whole = place.classes.reshape(module.groups, -1)[:, 0]
+                inputs = np.repeat(whole, module.in_channels // module.groups)
+                found.setdefault((place.name, "in"), replace(place, role="in", classes=inputs))
+        return list(found.values())
+
+    def _place(self, name: str, axis: int, classes: Index) -> _Place | None:
+        owner, _, key = name.rpartition(".")
+        module: Any = self._modules.get(owner)
+        if owner in self._users:
+            return _Place(owner, "in" if key == "in" else "out", "passthrough", classes)
+        if isinstance(module, (*CONV, nn.Linear)):
+            if key == "bias":
+                return _Place(owner, "out", _kind(module, "out"), classes)
+            if key == "weight":
+                role: Role = "out" if axis == int(getattr(module, "transposed", False)) else "in"
+                transposed, groups = getattr(module, "transposed", False), getattr(module, "groups", 1)
+                if loses_whole_groups(module) or is_depthwise(module):  # axis 0 tells of both sides
+                    if axis:
+                        return None
+                    whole = np.repeat(classes.reshape(groups, -1)[:, 0], module.out_channels // groups)
+                    return _Place(owner, "out", "passthrough", whole)
+                if groups > 1 and (role == "in") != transposed:
+                    classes = np.tile(classes, groups)
+                return _Place(owner, role, _kind(module, role), classes)
+            return None
+        if module is not None and self._pruners.of(module) is not None:
+            return _Place(owner, "out", "passthrough", classes)
+        return _Place(name, "out", "passthrough", classes, axis) if len(classes) > 1 else None
+
+    def reasons_of(self, place: _Place, ignored: set[nn.Module]) -> Iterator[tuple[int, Reason]]:
+        """Why classes must stay because of a layer."""
+        module = self._modules.get(place.name)
+        reason: Reason | None = None
+        if place.axis is not None and place.name in self._ignored_tensors:
+            reason = ("ignored", f"{place.name} is in ignored_layers")
+        if module is not None and place.role == "out" and module in ignored:
+            reason = ("ignored", f"{place.name} is in ignored_layers")
+        fixed = None if module is None else self._computed(place.name, module, place.role)
+        if fixed:
+            reason = ("computed", fixed)
+        if reason is not None:
+            for c in np.unique(place.classes[place.classes >= 0]).tolist():
+                yield c, reason
+
+    def _computed(self, name: str, module: nn.Module, role: Role) -> str | None:
+        """Why a module cannot lose channels because of what its tensors are computed from, if that is so."""
+        found = computed_tensors(module)
+        if not found or name in self._users:
+            return None
+        dense = isinstance(module, (*CONV, nn.Linear)) and not is_depthwise(module)
+        found = [c for c in found if c.leaf == "weight" or role == "out" or not dense]  # inputs have no biases
+        pruner = self._pruners.of(module)
+        possible = not found or (isinstance(pruner, ParametrisedPruner) and pruner.follows[role])
+        return None if possible else found[0].reason(name)
+
+
+def _kind(module: Any, role: Role) -> Kind:
+    if is_depthwise(module) or loses_whole_groups(module):
+        return "passthrough"
+    return "producer" if role == "out" else "consumer"
+
+
+def _heads(
+    traced: Trace, ledger: Ledger, num_heads: Mapping[nn.Module, int]
+) -> tuple[list[Index], list[Index], list[tuple[Index, Reason]]]:
+    """Ties of the outputs of a layer, the same dimension of every head; its labels; where that is impossible."""
+    ties, asked, problems = [], [], []
+    sites = {(site.name, site.axis): site for site in ledger.sites}
+    for module, heads in num_heads.items():
+        name = traced.names.get(module)
+        site = sites.get((f"{name}.weight", 0))
+        if site is None:
+            continue
+        labels = np.arange(site.first, site.first + site.size)
+        asked.append(labels)
+        if site.size % heads:
+            text = f"{name}: {site.size} channels do not divide into {heads} conv groups or heads"
+            problems.append((labels, ("mixed", text)))
+            continue
+        blocks = labels.reshape(heads, -1)
+        ties.append(np.stack([np.broadcast_to(blocks[0], blocks.shape).ravel(), blocks.ravel()]))
+    return ties, asked, problems
+
+
+def _attended(ledger: Ledger, classes: Index, asked: Sequence[Index]) -> Iterator[tuple[Index, Reason]]:
+    """Labels that take part in attention stay, but for those of layers whose heads the user has named."""
+    named = np.unique(classes[np.concatenate([np.zeros(0, np.int64), *asked])])
+    for labels, where in ledger.attended:
+        left = labels[~np.isin(classes[labels], named)]
+        yield left, ("mixed", f"{where}: its channels take part in attention")
+
+
+def _unique(ledger: Ledger, options: TraceOptions) -> list[Follower]:
+    """One of the axes that every number counts: they agree, or nothing of them goes."""
+    return list({f.name: f for f in ledger.following(options.choices) if not f.kept}.values())
+
+
+def _contradictions(followers: Sequence[Follower], classes: Index) -> list[tuple[Index, Reason]]:
+    """Numbers that count several axes whose channels do not go together."""
+    counted: dict[str, Index] = {}
+    found = []
+    for f in followers:
+        own = np.sort(classes[f.labels])
+        known = counted.setdefault(f.name, own)
+        if len(known) != len(own) or (known != own).any():
+            text = f"{f.name} sets the width of channels that are not coupled"
+            first = next(g.labels for g in followers if g.name == f.name)
+            found.append((np.concatenate([f.labels, first]), ("pinned", text)))
+    return found
+
+
+def _named_apart(
+    found: Sequence[tuple[ChannelGroup, list[Reason]]], order: Mapping[str, int]
+) -> Iterator[tuple[ChannelGroup, list[Reason]]]:
+    """The groups in execution order; those that share their first producer are numbered.
+
+    Numbers follow from the layers that the channels reach, in execution order, and only for the same layers from the
+    positions. Removing channels changes neither, so that a network that is traced again has the same names.
+    """
+    late = len(order)
+
+    def place(entry: tuple[ChannelGroup, list[Reason]]) -> Any:
+        group = entry[0]
+        reached = [(order.get(m.name, late), m.name, m.role, len(m.channels) // group.n_units) for m in group.members]
+        first = next((int(m.channels.min()) for m in group.members if m.name == group.name and m.role == "out"), 0)
+        return order.get(group.name, late), group.name, reached, first
+
+    shared = Counter(group.name for group, _ in found)
+    free = {name: filterfalse(order.__contains__, map(f"{name}/{{}}".format, count())) for name in shared}
+    for group, why in sorted(found, key=place):
+        yield (group if shared[group.name] == 1 else replace(group, name=next(free[group.name]))), why
+
+
+def ignored_modules(
+    model: nn.Module, ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None
+) -> set[nn.Module]:
+    """Every module that ``ignored_layers`` names, with everything inside.
+
+    Raises:
+        TypeError: for an entry that is neither module, parameter nor type.
+    """
+    ignored: set[nn.Module] = set()
+    for layer in ignored_layers or ():
+        if isinstance(layer, nn.Module):
+            ignored.update(layer.modules())
+        elif isinstance(layer, type):
+            for module in model.modules():
+                if isinstance(module, layer):
+                    ignored.update(module.modules())
+        elif isinstance(layer, nn.Parameter):
+            ignored.update(m for m in model.modules() if any(p is layer for p in m.parameters(recurse=False)))
+        else:
+            raise TypeError(f"ignored_layers takes modules, parameters or module types, not {layer!r}")
+    return ignored

@@ -1,0 +1,112 @@
+"""Whole numbers that a module keeps and its code slices by: they carry their name through one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["WIDTHS", "Named", "WatchedSizes", "named_sizes"]
+
+
+WIDTHS = ("in_channels", "out_channels", "in_features", "out_features", "num_features")
+"""Of torch's own layers; surgery keeps them up to date."""
+
+
+class Named(int):
+    """A whole number that knows which attribute it was computed from."""
+
+    origin: tuple[str, int]
+
+    @classmethod
+    def of(cls, value: int, name: str, start: int) -> Named:
+        """``value``, computed from attribute ``name``, whose own value is ``start``."""
+        new = cls(value)
+        new.origin = (name, start)
+        return new
+
+    def _computed(self, value: Any) -> Any:
+        return Named.of(value, *self.origin) if type(value) is int else value
+
+
+def _carrying(name: str) -> Callable[..., Any]:
+    plain = getattr(int, name)
+
+    def method(self: Named, other: Any) -> Any:
+        return self._computed(plain(self, other))
+
+    return method
+
+
+for _name in ("mul", "rmul", "floordiv", "add", "radd", "sub", "rsub"):
+    setattr(Named, f"__{_name}__", _carrying(f"__{_name}__"))
+
+
+@contextmanager
+def named_sizes(model: nn.Module) -> Iterator[None]:
+    """Inside the block the whole numbers that modules keep are :class:`Named`; of torch's own layers, their widths.
+
+    Args:
+        model: the network; as before afterwards.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for path, module in model.named_modules():
+            layer = type(module).__module__.startswith("torch.nn.")
+            for key, value in list(vars(module).items()):
+                if key.startswith("_") or (layer and key not in WIDTHS):
+                    continue
+                new = _named(value, f"{path}.{key}".lstrip("."))
+                if new is not value:
+                    before.append((vars(module), key, value))
+                    vars(module)[key] = new
+        yield
+    finally:
+        for attributes, key, value in before:
+            if type(attributes.get(key)) in (Named, list, tuple):
+                attributes[key] = value
+
+
+def _named(value: Any, name: str) -> Any:
+    if type(value) is int and value > 1:
+        return Named.of(value, name, value)
+    if type(value) in (list, tuple) and value and all(type(v) is int for v in value):
+        return type(value)(_named(v, f"{name}.{i}") for i, v in enumerate(value))
+    return value
+
+
+class WatchedSizes(TorchFunctionMode):
+    """Keeps the :class:`Named` numbers among the arguments of the function that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function, self.sizes = "", list[Named]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.function = getattr(func, "__name__", str(func)).strip("_")
+        self.sizes = list(_sizes_in((args, kwargs)))
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.function, self.sizes = "", []
+
+
+def _sizes_in(value: Any) -> Iterator[Named]:
+    if isinstance(value, Named):
+        yield value
+    elif isinstance(value, torch.Tensor):
+        return
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _sizes_in(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _sizes_in(part)
+    elif isinstance(value, slice):
+        for part in (value.start, value.stop, value.step):
+            yield from _sizes_in(part)

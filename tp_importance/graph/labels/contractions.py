@@ -1,0 +1,215 @@
+"""Labels through operations that sum products over channels: convolutions, matrix products, embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .calls import Call, Layers, Run
+from .layers import along, axes_of, compact, on_axis, pairs_of
+
+__all__ = ["RULES", "consumed"]
+
+
+def consumed(run: Run, tensor: Tensor, axis: int) -> Tensor | None:
+    """Labels that are summed over, per index of an axis, shape (C,); what meets at one index is tied.
+
+    Returns:
+        ``None`` if nothing has labels there.
+    """
+    found: Tensor | None = None
+    for layer in run.layers(tensor):
+        if axis in axes_of(layer):
+            labels, pairs = along(layer, axis)
+            run.ledger.tie(pairs)
+            if found is not None:
+                run.ledger.tie(pairs_of(found, labels))
+                labels = torch.where(found != 0, found, labels)
+            found = labels
+    return found
+
+
+def match(run: Run, data: Tensor | None, weight: Tensor | None, where: str) -> None:
+    """Channels of data are multiplied by those of a weight and summed over; both have shape (C,)."""
+    for a, b in ((data, weight), (weight, data)):
+        if a is not None:
+            alone = a if b is None else torch.where(b == 0, a, 0)
+            run.flag(alone, "pinned", f"{where}: its channels meet values that belong to no channel")
+    if data is not None and weight is not None:
+        run.ledger.tie(pairs_of(data, weight))
+
+
+def convolution(run: Run, call: Call) -> list[Layers]:
+    """``convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)``.
+
+    The weight is (outputs, inputs of one group, ...), transposed (inputs, outputs of one group, ...).
+    """
+    x, weight, bias = call.args[:3]
+    transposed, groups = call.args[6], call.args[8]
+    out = call.outputs[0]
+    data, rows = consumed(run, x, 1), consumed(run, weight, 0)
+    columns = consumed(run, weight, 1) if weight.shape[1] > 1 else None
+    within, produced = (rows, columns) if transposed else (columns, rows)
+    if x.shape[1] == groups > 1:  # every channel has filters of its own, and goes with all of them
+        per_input = out.shape[1] // groups
+        if transposed:
+            match(run, data, rows, call.where)
+            if columns is not None:
+                run.flag(columns, "pinned", f"{call.where}: every group has all of these outputs")
+            produced = None if rows is None else rows.repeat_interleave(per_input)
+        else:
+            match(run, None if data is None else data.repeat_interleave(per_input), rows, call.where)
+    elif out.shape[1] == groups > 1:  # every filter has channels of its own
+        if transposed:
+            match(run, data, rows, call.where)
+        else:
+            match(run, data, None if rows is None else rows.repeat_interleave(x.shape[1] // groups), call.where)
+        if transposed and rows is not None:
+            _tie_within(run, rows, groups)
+            produced = rows[:: x.shape[1] // groups]
+        elif columns is not None:
+            run.flag(columns, "pinned", f"{call.where}: every group has all of these inputs")
+    else:
+        if groups > 1 and transposed and produced is not None:
+            produced = produced.repeat(groups)
+        elif groups > 1 and within is not None and not transposed:
+            within = within.repeat(groups)
+        if x.shape[1] > 1:
+            match(run, data, within, call.where)
+        for labels in (data, produced) if groups > 1 else ():
+            _tie_blocks(run, labels, groups)
+    kept = [] if produced is None else [on_axis(produced, 1, out.shape)]
+    kept += _through(run, call, x, weight)
+    if bias is not None and run.layers(bias):
+        labels = run.layers(bias)[0]
+        return [run.combine([(out, tuple(kept)), (bias, (on_axis(labels, 1, out.shape),))], out.shape, call.where)]
+    return [tuple(kept)]
+
+
+def _tie_within(run: Run, labels: Tensor, groups: int) -> None:
+    """All channels of a group go together."""
+    blocks = labels.view(groups, -1)
+    run.ledger.tie(pairs_of(blocks[:, :1].expand_as(blocks), blocks))
+
+
+def _tie_blocks(run: Run, labels: Tensor | None, groups: int) -> None:
+    """The j-th channel of every group goes with the j-th of all others."""
+    if labels is not None:
+        blocks = labels.view(groups, -1)
+        run.ledger.tie(pairs_of(blocks[:1].expand_as(blocks), blocks))
+
+
+def _through(run: Run, call: Call, x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Layers of other axes: those of samples stay, those of pixels too if the kernel sees one at a time."""
+    kept, out = [], call.outputs[0]
+    pointwise = weight.shape[2:].numel() == 1 and out.shape[2:] == x.shape[2:]
+    for layer in run.layers(x):
+        axes = set(axes_of(layer))
+        if 1 in axes:
+            continue
+        if axes == {0} or pointwise:
+            kept.append(compact(layer).expand(out.shape))
+        else:
+            run.flag(layer, "mixed", f"{call.where} mixes its channels")
+    return kept
+
+
+def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
+    """Layers of the matrix product of a, shape (..., n, k), and b, shape (..., k, m)."""
+    la, lb = run.layers(a), run.layers(b)
+    if run.depends(a) and run.depends(b):
+        for layer in (*la, *lb):
+            run.ledger.attend(compact(layer), where)
+    summed = [layer for layer in la if a.dim() - 1 in axes_of(layer)]
+    other = [layer for layer in lb if max(b.dim() - 2, 0) in axes_of(layer)]
+    if a.shape[-1] > 1:
+        _match_products(run, a, b, summed, other, where)
+    kept = []
+    for layer in la:
+        if not any(layer is s for s in summed):
+            if a.dim() == out.dim():
+                kept.append(compact(layer)[..., :1].expand(out.shape))
+            else:
+                kept.append(layer.select(-1, 0).expand(out.shape))
+    for layer in lb:
+        if not any(layer is s for s in other):
+            if b.dim() == out.dim():
+                kept.append(layer.narrow(-2, 0, 1).expand(out.shape))
+            elif b.dim() == 2:
+                kept.append(layer.select(-2, 0).expand(out.shape))
+    return tuple(kept)
+
+
+def _match_products(run: Run, a: Tensor, b: Tensor, summed: list[Tensor], other: list[Tensor], where: str) -> None:
+    """Tie what is summed over, within every matrix of a batch."""
+    sides = []
+    for layers, dim in ((summed, -1), (other, -2 if b.dim() > 1 else -1)):
+        found: Tensor | None = None
+        for layer in layers:
+            rows = dim - 1 if dim == -1 else -1
+            if layer.dim() > 1 and rows % layer.dim() in axes_of(layer):  # labels of a channel vary over rows
+                small = compact(layer)
+                most = small.amax(rows, keepdim=True)
+                run.ledger.tie(pairs_of(most.expand_as(small), small))
+                layer = most
+            elif layer.dim() > 1:
+                layer = layer.narrow(rows, 0, 1)
+            layer = layer.movedim(dim, -1).squeeze(-2) if layer.dim() > 1 else layer
+            found = layer if found is None else run.meet(found, layer, where)
+        sides.append(found)
+    left, right = sides
+    if left is not None and right is not None:
+        run.meet(*torch.broadcast_tensors(compact(left), compact(right)), where)
+        return
+    for labels in (left, right):
+        if labels is not None:
+            run.flag(labels, "pinned", f"{where}: its channels meet values that belong to no channel")
+
+
+def product(run: Run, call: Call) -> list[Layers]:
+    """``mm``, ``bmm``, ``mv``, ``dot``."""
+    return [_product(run, call.args[0], call.args[1], call.outputs[0], call.where)]
+
+
+def added_product(run: Run, call: Call) -> list[Layers]:
+    """``addmm(bias, a, b)`` and ``baddbmm``."""
+    bias, a, b = call.args[:3]
+    out = call.outputs[0]
+    own = _product(run, a, b, out, call.where)
+    return [run.combine([(out, own), (bias, run.layers(bias))], out.shape, call.where)]
+
+
+def linear(run: Run, call: Call) -> list[Layers]:
+    """``linear(x, weight, bias)``, where it arrives as one operation."""
+    x, weight, bias = call.args[0], call.args[1], call.argument(2, "bias")
+    out = call.outputs[0]
+    if x.shape[-1] > 1:
+        match(run, consumed(run, x, x.dim() - 1), consumed(run, weight, 1), call.where)
+    kept = [layer[..., :1].expand(out.shape) for layer in run.layers(x) if x.dim() - 1 not in axes_of(layer)]
+    produced = consumed(run, weight, 0)
+    if produced is not None:
+        kept.append(on_axis(produced, out.dim() - 1, out.shape))
+    operands = [(out, tuple(kept))] + ([] if bias is None else [(bias, run.layers(bias))])
+    return [run.combine(operands, out.shape, call.where)]
+
+
+def embedding(run: Run, call: Call) -> list[Layers]:
+    """``embedding(weight, indices)``: rows are chosen by the data, columns are channels."""
+    weight, out = call.args[0], call.outputs[0]
+    kept = []
+    for layer in run.layers(weight):
+        if 0 in axes_of(layer):
+            run.flag(layer, "pinned", f"{call.where}: the data chooses among its rows")
+        else:
+            kept.append(on_axis(layer[0], out.dim() - 1, out.shape))
+    return [tuple(kept)]
+
+
+RULES = {
+    "convolution": convolution,
+    "_convolution": convolution,
+    **dict.fromkeys(("mm", "bmm", "mv", "dot", "matmul"), product),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv"), added_product),
+    "linear": linear,
+    "embedding": embedding,
+}

@@ -1,0 +1,109 @@
+"""Channels that the code cuts into pieces, by ``chunk``, ``split`` or slices: what can still go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .attributes import WIDTHS, Named, WatchedSizes
+from .calls import Call
+from .ledger import Follower, Option, Question
+from .reasons import Index
+
+__all__ = ["Pieces", "followers_of"]
+
+
+@dataclass
+class _Cut:
+    """All cuts through one axis of one tensor."""
+
+    labels: Index
+    where: str
+    bounds: list[tuple[int, int]] = field(default_factory=list)
+    followers: list[Follower] = field(default_factory=list)
+    whole: bool = False  # cut into pieces that together are the axis
+
+
+class Pieces:
+    """Collects cuts during a pass; several slices of one tensor are judged together."""
+
+    def __init__(self) -> None:
+        self._of: Any = WeakTensorKeyDictionary()
+        self._cuts: list[_Cut] = []
+
+    def add(
+        self,
+        tensor: Tensor,
+        axis: int,
+        labels: Tensor,
+        bounds: Sequence[tuple[int, int]],
+        sizes: WatchedSizes,
+        call: Call,
+    ) -> None:
+        """Note a cut.
+
+        Args:
+            tensor: what is cut.
+            axis: along this axis.
+            labels: on that axis, shape (C,).
+            bounds: first index of every piece, and index behind its last.
+            sizes: of the running function.
+            call: the operation.
+        """
+        known = self._of.setdefault(tensor, {})
+        if axis not in known:
+            known[axis] = _Cut(labels.cpu().numpy(), call.where)
+            self._cuts.append(known[axis])
+        cut = known[axis]
+        cut.bounds += bounds
+        cut.whole |= len(bounds) > 1
+        found = [labels[s:e] for s, e in bounds] + [labels[:s] for s, e in bounds if s]
+        cut.followers += followers_of(sizes.sizes, [*found, labels])
+
+    def questions(self) -> Iterable[Question]:
+        """What is open about all cuts."""
+        for cut in self._cuts:
+            labels, n = cut.labels, len(cut.labels)
+            ends = sorted({0, n, *(b for bound in cut.bounds for b in bound)})
+            sizes = set(np.diff(ends).tolist())
+            followers = tuple({f.name: f for f in cut.followers}.values())
+            options = []
+            if followers and len(followers) == len(cut.bounds) and cut.whole:  # every piece has a size of its own
+                options += [Option("every piece has a size that follows", followers=followers)]
+            if len(sizes) == 1:
+                blocks = labels.reshape(-1, sizes.pop())
+                pairs = np.stack([np.broadcast_to(blocks[0], blocks.shape).ravel(), blocks.ravel()])
+                ties = pairs[:, (pairs > 0).all(0)]
+                options += [Option("the pieces shrink alike", ties, followers=followers)]
+                if followers:
+                    options += [Option("the pieces shrink alike, by themselves", ties)]
+            elif followers and not options:
+                options += [Option("the sizes follow", followers=followers)]
+            if not cut.whole:
+                first = labels[: max(e for e in ends if e < n)]
+                options += [Option("the code slices at a fixed channel", pinned=first[first > 0])]
+            options += [Option("the code cuts channels at fixed places", pinned=labels[labels > 0])]
+            yield Question(cut.where, labels[labels > 0], tuple(options))
+
+
+def followers_of(sizes: Sequence[Named], axes: Sequence[Tensor]) -> list[Follower]:
+    """Numbers that modules keep and that gave the length of an axis, with the labels that they count.
+
+    Args:
+        sizes: numbers among the arguments of a function, computed from attributes.
+        axes: labels of axes whose lengths may have been given.
+    """
+    found = []
+    for size in sizes:
+        name, value = size.origin
+        labels = next((a for a in axes if len(a) == int(size)), None)
+        if labels is None or value % len(labels) or not bool((labels > 0).any()):
+            continue
+        kept = name.rpartition(".")[2] in WIDTHS
+        found.append(Follower(name, value, labels.repeat(value // len(labels)).cpu().numpy(), kept))
+    return found

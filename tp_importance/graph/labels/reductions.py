@@ -1,0 +1,185 @@
+"""Labels through operations that sum over axes: reductions, softmax, norms over channels, pooling."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .calls import Call, Layers, Run
+from .elementwise import batch_norm
+from .layers import axes_of, compact, pairs_of
+
+__all__ = ["RULES"]
+
+
+def reduction(run: Run, call: Call) -> list[Layers]:
+    """Over axes without labels they stay; see :func:`fold`."""
+    x, out = call.inputs[0], call.outputs[0]
+    dims = _dims(call, x.dim())
+    kept = []
+    for layer in run.layers(x):
+        folded = fold(run, layer, dims, call.where)
+        if folded is None:
+            continue
+        if out.dim() != x.dim():
+            for axis in sorted(dims, reverse=True):
+                folded = folded.select(axis, 0)
+        kept.append(folded.expand(out.shape))
+    return [tuple(kept)] * len(call.outputs)
+
+
+def fold(run: Run, layer: Tensor, dims: Iterable[int], where: str) -> Tensor | None:
+    """A layer with the axes ``dims`` reduced to one entry: labels that coincide there are tied.
+
+    Where no other axis has labels, all channels are mixed, and nothing is left.
+    """
+    axes = set(axes_of(layer))
+    over = [d for d in dims if d in axes]
+    if over and not axes - set(over):
+        run.flag(layer, "mixed", f"{where} mixes its channels")
+        return None
+    for axis in over:
+        small = compact(layer)
+        most = small.amax(axis, keepdim=True)
+        run.ledger.tie(pairs_of(most.expand_as(small), small))
+        shape = list(layer.shape)
+        shape[axis] = 1
+        layer = most.expand(shape)
+    for axis in dims:
+        layer = layer.narrow(axis, 0, 1)
+    return layer
+
+
+def _dims(call: Call, n: int) -> list[int]:
+    given: Any = call.kwargs.get("dim", call.args[_DIM_AT.get(call.name, 1)] if _has_dim(call) else None)
+    if given is None or given == []:
+        return list(range(n))
+    return [d % n for d in ([given] if isinstance(given, int) else given)] if n else []
+
+
+_DIM_AT = {"norm": 2, "linalg_vector_norm": 2}
+
+
+def _has_dim(call: Call) -> bool:
+    at = _DIM_AT.get(call.name, 1)
+    names = [a.name for a in call.func._schema.arguments]
+    return len(call.args) > at and names[at] == "dim"
+
+
+def along_axis(run: Run, call: Call) -> list[Layers]:
+    """Softmax, cumulative sums, sorting: every entry along the axis may depend on every other."""
+    x = call.inputs[0]
+    at = next((a for a in call.func._schema.arguments if a.name == "dim"), None)
+    dim = call.kwargs.get("dim", -1)
+    if at is not None:
+        position = [a.name for a in call.func._schema.arguments].index("dim")
+        dim = call.argument(position, "dim", at.default_value if at.default_value is not None else -1)
+    kept = []
+    for layer in run.layers(x):
+        shape = layer.shape
+        folded = fold(run, layer, [dim % x.dim()], call.where)
+        if folded is not None and call.outputs[0].dim() == x.dim():
+            kept.append(
+                folded.expand([*shape[: dim % x.dim()], call.outputs[0].shape[dim], *shape[dim % x.dim() + 1 :]])
+            )
+    return [tuple(kept)] * len(call.outputs)
+
+
+def over_last(run: Run, call: Call) -> list[Layers]:
+    """Layer norm and RMS norm: a channel that goes changes the others."""
+    x = call.args[0]
+    normalised = range(x.dim() - len(call.args[1]), x.dim())
+    own = run.layers(x)
+    for layer in own:
+        if set(axes_of(layer)) & set(normalised):
+            run.flag(layer, "mixed", f"{call.where} normalises over its channels")
+    return [run.combine([(t, run.layers(t)) for t in call.inputs], x.shape, call.where)]
+
+
+def group_norm(run: Run, call: Call) -> list[Layers]:
+    """Every channel of a group changes the others."""
+    x, groups = call.args[0], call.args[6]
+    if groups < x.shape[1]:
+        for layer in run.layers(x):
+            if 1 in axes_of(layer):
+                run.flag(layer, "mixed", f"{call.where} normalises over its channels")
+    return batch_norm(run, call)
+
+
+def pooling(run: Run, call: Call) -> list[Layers]:
+    """Windows of pixels: labels of a channel must not vary over them."""
+    x, out = call.inputs[0], call.outputs[0]
+    found = re.search(r"(\d)d", call.name)
+    n = int(found.group(1)) if found else x.dim() - 2
+    spatial = range(x.dim() - n, x.dim())
+    kept = []
+    for layer in run.layers(x):
+        folded = fold(run, layer, spatial, call.where)
+        if folded is not None:
+            kept.append(folded.expand(out.shape))
+    return [tuple(kept)] * len(call.outputs)
+
+
+def attention(run: Run, call: Call) -> list[Layers]:
+    """Scaled dot products: queries and keys are compared by all their channels, values are weighted sums."""
+    query, key, value = call.args[:3]
+    out = call.outputs[0]
+    for tensor in (query, key, value):
+        for layer in run.layers(tensor):
+            run.ledger.attend(compact(layer), call.where)
+    for a in run.layers(query):
+        for b in run.layers(key):
+            if axes_of(a) == axes_of(b) and not set(axes_of(a)) & {query.dim() - 2}:
+                run.meet(a.narrow(-2, 0, 1), b.narrow(-2, 0, 1), call.where)
+    kept = []
+    for layer in run.layers(value):
+        if value.dim() - 2 in axes_of(layer):
+            run.flag(layer, "mixed", f"{call.where} mixes its channels")
+        else:
+            kept.append(compact(layer).expand(out.shape))
+    return [tuple(kept)]
+
+
+def weight_norm(run: Run, call: Call) -> list[Layers]:
+    """A filter is divided by its norm: an input that goes changes every filter."""
+    v, g, dim = call.args[0], call.args[1], call.argument(2, "dim", 0)
+    kept: Layers = ()
+    for layer in run.layers(v):
+        if dim in axes_of(layer):
+            kept = (layer,)
+        else:
+            run.flag(layer, "mixed", f"{call.where} divides filters by their norm")
+    return [run.combine([(v, kept), (g, run.layers(g))], v.shape, call.where)]
+
+
+_REDUCTIONS = (
+    *("mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "var_mean", "std_mean", "norm", "all", "any"),
+    *("linalg_vector_norm", "logsumexp", "argmax", "argmin", "median", "nansum", "aminmax"),
+)
+_ALONG = ("_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "argsort", "kthvalue")
+_POOLS = (
+    *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
+    *(f"_adaptive_avg_pool{n}d" for n in (2, 3)),
+    *(f"max_pool{n}d_with_indices" for n in (2, 3)),
+    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d")),
+    *("upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_2d"),
+    *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
+)
+_ATTENTION = (
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "scaled_dot_product_attention"),
+    *("_scaled_dot_product_attention_math", "_scaled_dot_product_fused_attention_overrideable"),
+)
+
+RULES = {
+    **dict.fromkeys(_REDUCTIONS, reduction),
+    **dict.fromkeys(_ALONG, along_axis),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), over_last),
+    **dict.fromkeys(_POOLS, pooling),
+    **dict.fromkeys(_ATTENTION, attention),
+    "native_group_norm": group_norm,
+    "_weight_norm_interface": weight_norm,
+}
