@@ -228,7 +228,7 @@ def test_layers_called_by_keyword_and_a_boolean_output():
 def test_verification_runs_in_full_precision(monkeypatch):
     """TensorFloat-32, on by default on GPUs, once made deep groups look unsafe."""
     seen = []
-    monkeypatch.setattr(verify, "remove_units", lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(verify, "remove_units", lambda *_, **__: seen.append(torch.backends.cudnn.allow_tf32))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     model, x = make_network("plain")
     verify.verify_groups(prunable_groups(model, x, verify=False), x)

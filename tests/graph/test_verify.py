@@ -162,7 +162,7 @@ def test_the_first_verdict_stands_where_float64_does_not_run():
 def test_failures_are_not_repeated(monkeypatch):
     seen, compare, case = [], verify._compare, topology("plain")
 
-    def fails(*_):
+    def fails(*_, **__):
         raise IndexError("out of range")
 
     monkeypatch.setattr(verify, "_compare", lambda *args: seen.append(args[-1]) or compare(*args))

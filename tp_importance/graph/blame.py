@@ -20,7 +20,8 @@ class Finding:
     """One place where the pruned copy is not the masked network.
 
     Attributes:
-        where: the place, for people: ``"input of layer1.0.conv2"``, ``"output of the network"``, ``"view in 3.attn"``.
+        where: the place, for people: ``"input of layer1.0.conv2"``, ``"output of the network"``, ``"pruning a copy
+            fails at view in layer1.0"``.
         problem: how it differs.
         kind: ``value`` (right shape, wrong numbers), ``shape``, ``error`` (an operation raised), ``surgery`` (no copy
             could be pruned), ``calls`` (other layers are called) or ``cost`` (all is equal, but costs something else).

@@ -24,8 +24,8 @@ class Provenance(TorchFunctionMode):
     by a script or a kernel of somebody's own, can bear stale names.
 
     Attributes:
-        operation: name of the function that ran last, or raised.
-        read: the names behind its arguments.
+        read: the names behind the arguments of the function that ran last.
+        raised: what a function has raised last, the name of that function, and the names behind its arguments.
 
     Example:
         >>> import torch
@@ -38,7 +38,8 @@ class Provenance(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.operation, self.read = "", _NOTHING
+        self.read = _NOTHING
+        self.raised: tuple[Exception, str, frozenset[str]] | None = None
         self._names: dict[int, frozenset[str]] = {}
         self.know(model)
 
@@ -69,8 +70,12 @@ class Provenance(TorchFunctionMode):
         kwargs = kwargs or {}
         name, given = getattr(func, "__name__", str(func)).strip("_"), _places((args, kwargs))
         read = _NOTHING.union(*(self._names.get(p, _NOTHING) for p in given))
-        self.operation, self.read = name, read
-        output = func(*args, **kwargs)
+        self.read = read
+        try:
+            output = func(*args, **kwargs)
+        except Exception as error:
+            self.raised = (error, name, read)
+            raise
         for place in _places(args[:1] if name == "setitem" else output):
             # shared with what it has read: a view, or written in place
             self._names[place] = read | self._names.get(place, _NOTHING) if place in given else read

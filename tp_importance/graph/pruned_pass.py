@@ -122,8 +122,8 @@ class PrunedPass:
             stack.callback(module.register_forward_pre_hook(arrive, with_kwargs=True).remove)
         leave = partial(self._leave, name, read)
         stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
-        if self._cut is not None and name:  # taken back by untouched()
-            whole = isinstance(module, COUNTED) or not module._modules
+        if name:  # taken back by untouched()
+            whole = self._cut is None or isinstance(module, COUNTED) or not module._modules
             wrap = self._noting if whole else self._repeating
             vars(module)["forward"] = wrap(name, module.forward)
 
@@ -219,9 +219,11 @@ class PrunedPass:
         if error is self._noted:
             return
         self._noted = error
-        operation = self._names.operation
-        where, problem = f"{operation} in {name}" if name else operation, f"fails with {said(error)}"
-        finding = Finding(where, problem, "error", name, None, self._names.read)
+        operation, read, raised = "", self._names.read, self._names.raised
+        if raised is not None and raised[0] is error:  # not in Python code of the network
+            operation, read = f" at {raised[1]}", raised[2]
+        where = f"pruning a copy fails{operation} in {name or 'the network'}"
+        finding = Finding(where, said(error), "error", name, None, read)
         self._found["error", len(self._found)] = finding
         suspects = self._blame.first(finding, self._left.units)
         if self._cut is not None and suspects:
