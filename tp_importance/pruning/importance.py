@@ -215,13 +215,10 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         groups, graph = self.groups, group._DG
         if not self._ranks:
             self._ranks = self._rank(groups)
-        # the root, unless that only stands for the channels of several layers
-        layers = {name for name, _ in graph.model.named_modules()}
-        item = next((i for i in group if graph._module2name.get(i.dep.target.module) in layers), group[0])
-        node = item.dep.target
-        name = graph._module2name.get(node.module)
-        role: Role = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-        width = graph.get_out_channels(node) if role == "out" else graph.get_in_channels(node)
+        root = group[0].dep.target
+        name = graph._module2name.get(root.module)
+        role: Role = "out" if graph.is_out_channel_pruning_fn(group[0].dep.handler) else "in"
+        width = graph.get_out_channels(root) if role == "out" else graph.get_in_channels(root)
         score = np.full(width or 0, np.nan)
         for ours in groups:
             member = ours.member(str(name), role)
@@ -230,15 +227,18 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             if member.width != width:
                 raise StaleStatisticsError(_stale(str(name), member.width, width))
             score[member.channels] = self._ranks[ours.name][member.units]
-        chosen = score[np.asarray(item.idxs, np.int64)] if len(score) else score
-        if item is not group[0]:
-            place = {root: i for i, root in enumerate(group[0].idxs)}
-            chosen, found = np.full(len(place), np.nan), chosen
-            chosen[[place[root] for root in item.root_idxs]] = found
+        chosen = score[np.asarray(group[0].idxs, np.int64)] if len(score) else score
         if not len(chosen) or np.isnan(chosen).any():
             return None
-        parameter = next(iter(node.module.parameters()), None) if isinstance(node.module, nn.Module) else node.module
+        if isinstance(graph, tp.DependencyGraph) and not agrees(group, groups, self._units_at(groups)):
+            return None  # the host would cut what does not belong together
+        parameter = next(iter(root.module.parameters()), None) if isinstance(root.module, nn.Module) else root.module
         return torch.tensor(chosen, dtype=torch.float32, device=None if parameter is None else parameter.device)
+
+    def _units_at(self, groups: PrunableGroups) -> UnitsAt:
+        if self._units is None or self._units[0] is not groups:
+            self._units = (groups, units_at(groups))
+        return self._units[1]
 
     def _rank(self, groups: PrunableGroups) -> dict[str, Floats]:
         """Step of the greedy sequence at which a unit comes in, as a fraction; the floor is on top."""
