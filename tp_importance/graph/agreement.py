@@ -1,4 +1,4 @@
-"""Whether a group of Torch-Pruning's couples the channels that labels couple: where it does not, it would cut wrongly."""
+"""Whether a group of Torch-Pruning couples the channels that labels couple: else it would cut wrongly."""
 
 from __future__ import annotations
 

@@ -71,14 +71,13 @@ def build_groups(
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
-        why = list(why)
         if not group.consumers:
             why.append(_AT_MINIMUM if group.width == 1 else ("unread", "nothing with weights reads it"))
         elif group.n_units <= group.min_units:
             why.append(_AT_MINIMUM)
         if why:  # what was asked for comes last: "ignored" says that the group could be pruned otherwise
-            kind, reason = next((r for r in why if r[0] != "ignored"), why[0])
-            excluded.append(Excluded.of(group, reason, kind))
+            kind, text = next((r for r in why if r[0] != "ignored"), why[0])
+            excluded.append(Excluded.of(group, text, kind))
         else:
             groups.append(group)
     return PrunableGroups(groups, excluded, traced, options)
@@ -145,8 +144,7 @@ def _groups(
             max((_fewest(modules.get(m.name), m) for m in members), default=1),
             tuple(m for m, (number, _) in zip(members, signature, strict=True) if places[number].attribute),
         )
-        why = [r for c in mine for r in reasons.get(c, ())]
-        yield group, list(dict.fromkeys(why))
+        yield group, list(dict.fromkeys(r for c in mine for r in reasons.get(c, ())))
 
 
 def _in_order(mine: Sequence[int], classes: Index) -> Index:
@@ -164,8 +162,8 @@ def _member(place: _Place, unit_of: Index) -> Member:
 
 def _fewest(module: nn.Module | None, member: Member) -> int:
     """At one unit out_channels == groups, which Torch-Pruning would take for a depthwise convolution."""
-    grouped = isinstance(module, CONV) and member.kind == "producer" and member.role == "out"
-    return 2 if grouped and module is not None and module.groups > 1 else 1
+    groups = getattr(module, "groups", 1) if isinstance(module, CONV) else 1
+    return 2 if groups > 1 and member.kind == "producer" and member.role == "out" else 1
 
 
 class _Layout:
@@ -212,7 +210,7 @@ class _Layout:
                 if loses_whole_groups(module) or is_depthwise(module):  # axis 0 tells of both sides
                     if axis:
                         return None
-                    whole = np.repeat(classes.reshape(groups, -1)[:, 0], module.out_channels // groups)
+                    whole = np.repeat(classes.reshape(groups, -1)[:, 0], getattr(module, "out_channels", 0) // groups)
                     return _Place(owner, "out", "passthrough", whole)
                 if groups > 1 and (role == "in") != transposed:
                     classes = np.tile(classes, groups)
@@ -259,7 +257,9 @@ def _heads(
     traced: Trace, ledger: Ledger, num_heads: Mapping[nn.Module, int]
 ) -> tuple[list[Index], list[Index], list[tuple[Index, Reason]]]:
     """Ties of the outputs of a layer, the same dimension of every head; its labels; where that is impossible."""
-    ties, asked, problems = [], [], []
+    ties: list[Index] = []
+    asked: list[Index] = []
+    problems: list[tuple[Index, Reason]] = []
     sites = {(site.name, site.axis): site for site in ledger.sites}
     for module, heads in num_heads.items():
         name = traced.names.get(module)
@@ -293,7 +293,7 @@ def _unique(ledger: Ledger, options: TraceOptions) -> list[Follower]:
 def _contradictions(followers: Sequence[Follower], classes: Index) -> list[tuple[Index, Reason]]:
     """Numbers that count several axes whose channels do not go together."""
     counted: dict[str, Index] = {}
-    found = []
+    found: list[tuple[Index, Reason]] = []
     for f in followers:
         own = np.sort(classes[f.labels])
         known = counted.setdefault(f.name, own)

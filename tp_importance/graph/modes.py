@@ -85,9 +85,10 @@ def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[s
         first = next(
             (n for n in touched if n in added or any(f"{n}.{k}" in added for k in ("weight", "bias"))), touched[0]
         )
-        read = f"{first}.weight" if f"{first}.weight" in added and first not in runs else ""
+        if f"{first}.weight" in added and first not in runs:
+            first = f"a function of {first}.weight"
         reasons[group] = (
-            f"{f'a function of {read}' if read else first} reads it in training mode only and would keep its old width; "
+            f"{first} reads it in training mode only and would keep its old width; "
             "take that out of the model, or pass allow_stale=True if it is never to run again"
         )
     return reasons

@@ -19,7 +19,6 @@ from ..errors import TracingError
 from .counting import Call, CallRecorder, batch_size
 from .dataflow import Flow, record
 from .following import batch_norm_behind, feeds_alone
-from .host_graph import host_graph
 from .labels.discover import labels_of
 from .labels.ledger import Ledger
 from .layer_pruners import users_layers
@@ -57,10 +56,6 @@ class Trace:
         for i, call in enumerate(self.calls):
             order.setdefault(call.name, i)
         return order
-
-    @cached_property
-    def graph(self) -> Any:
-        return host_graph(self.model, self.example_inputs, self.options)
 
     @cached_property
     def flow(self) -> Flow:

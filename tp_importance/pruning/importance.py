@@ -20,6 +20,7 @@ from ..core.loaders import WholeBatches
 from ..core.progress import shown
 from ..core.types import Floats
 from ..errors import NotCollectedError, StaleStatisticsError
+from ..graph.agreement import UnitsAt, agrees, units_at
 from ..graph.cost import CostModel
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups, Role
@@ -63,6 +64,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         self._groups: PrunableGroups | None = None
         self._cached_curves: dict[str, Curve] = {}
         self._ranks: dict[str, Floats] = {}
+        self._known_units: tuple[PrunableGroups, UnitsAt] | None = None
 
     @abc.abstractmethod
     def watches(self, groups: PrunableGroups) -> list[Watch]:
@@ -236,9 +238,9 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         return torch.tensor(chosen, dtype=torch.float32, device=None if parameter is None else parameter.device)
 
     def _units_at(self, groups: PrunableGroups) -> UnitsAt:
-        if self._units is None or self._units[0] is not groups:
-            self._units = (groups, units_at(groups))
-        return self._units[1]
+        if self._known_units is None or self._known_units[0] is not groups:
+            self._known_units = (groups, units_at(groups))
+        return self._known_units[1]
 
     def _rank(self, groups: PrunableGroups) -> dict[str, Floats]:
         """Step of the greedy sequence at which a unit comes in, as a fraction; the floor is on top."""

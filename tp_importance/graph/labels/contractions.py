@@ -159,7 +159,8 @@ def _match_products(run: Run, a: Tensor, b: Tensor, summed: list[Tensor], other:
         sides.append(found)
     left, right = sides
     if left is not None and right is not None:
-        run.meet(*torch.broadcast_tensors(compact(left), compact(right)), where)
+        a, b = torch.broadcast_tensors(compact(left), compact(right))
+        run.meet(a, b, where)
         return
     for labels in (left, right):
         if labels is not None:

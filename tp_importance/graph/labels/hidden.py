@@ -70,7 +70,7 @@ def customized(
                 run.flag(layer, "mixed", f"{where} has no inputs that its pruning function can cut")
         else:
             match(run, consumed(run, tensor, axis), inputs.to(tensor.device), where)
-    found = []
+    found: list[tuple[Tensor, Layers]] = []
     for tensor in made[:1]:
         axis = _channel_axis(tensor, len(sites["out"]) if "out" in sites else None)
         if axis is not None:

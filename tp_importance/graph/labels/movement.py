@@ -107,13 +107,10 @@ def _concatenated(run: Run, parts: list[Tensor], dim: int, out: Tensor, *, new_a
             if new_axis:
                 shape.insert(dim, 1)
             small = [s if k in varying else 1 for k, s in enumerate(shape)]
-            layer = found.get(i)
-            if layer is None:
+            if i not in found:
                 pieces.append(torch.zeros(small, dtype=torch.int64, device=out.device))
             else:
-                for k in range(layer.dim()):
-                    layer = layer if k in varying else layer.narrow(k, 0, 1)
-                pieces.append(layer)
+                pieces.append(found[i][tuple(slice(None) if k in varying else slice(1) for k in range(len(small)))])
         joined = tight(torch.cat(pieces, dim).expand(out.shape))
         if joined is not None:
             made.append(joined)
@@ -126,7 +123,7 @@ def padded(run: Run, call: Call) -> list[Layers]:
     kept = []
     for layer in run.layers(x):
         small = compact(layer)
-        own = []
+        own: list[int] = []
         for k in range(x.dim() - 1, x.dim() - 1 - len(pad) // 2, -1):
             amount = pad[2 * (x.dim() - 1 - k) : 2 * (x.dim() - 1 - k) + 2]
             own += amount if small.shape[k] > 1 else [0, 0]
