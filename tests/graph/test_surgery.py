@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tp_importance.graph.classes import build_groups
 
 from tp_importance import prunable_groups
+from tp_importance.graph.classes import build_groups
 from tp_importance.graph.cuts import Cut, make_cuts
 from tp_importance.graph.groups import ChannelGroup, Member, PrunableGroups
 from tp_importance.graph.layer_pruners import LayerPruners
