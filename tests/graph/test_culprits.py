@@ -94,11 +94,10 @@ def test_wrong_channels_at_a_consumer(name):
     assert reasons[name].startswith(f"removal is not masking: input of {last.name}: differs by")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet"])
-def test_ten_wrong_groups_among_many(name, seed):
+def test_ten_wrong_groups_among_many(name):
     groups = zoo(name).groups
-    bad = np.random.default_rng(seed).choice(groups.names, 10, replace=False)
+    bad = np.random.default_rng(0).choice(groups.names, 10, replace=False)
     reasons, passes = found(groups, zoo(name).x, gated=planted(groups, bad))
     assert set(reasons) == set(bad) and passes <= 9
 
