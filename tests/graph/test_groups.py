@@ -85,7 +85,7 @@ def test_what_torch_pruning_traces_wrongly_is_right(name):
     assert not [e for e in case.groups.excluded if e.kind == "unverified"]
     graph = host_graph(case.model, case.x)
     first = case.groups.groups[0]
-    module = case.model.get_submodule(first.name)
+    module = case.model.get_submodule(first.root[0])
     theirs = graph.get_pruning_group(module, tp.prune_conv_out_channels, list(range(module.out_channels)))
     assert not agrees(theirs, case.groups, units_at(case.groups))  # else it would not be one of these networks
     assert masked_equals_removed(case.groups, case.x, sample_units(case.groups)) is None

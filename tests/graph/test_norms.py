@@ -237,7 +237,8 @@ def test_batch_norms_without_a_part_pass_through(options):
 @pytest.mark.parametrize("norm", [nn.LocalResponseNorm(3), nn.CrossMapLRN2d(3)])
 def test_local_response_norms_look_at_neighbours(norm):
     found = reasons(between(norm), X)
-    assert found["0"].startswith(f"1 ({type(norm).__name__}, ") and found["0"].endswith("mixes its channels")
+    found = {name.split("/")[0]: reason for name, reason in found.items()}
+    assert found["0"].startswith(f"1 ({type(norm).__name__}, ") and "mixes its channels" in found["0"]
     assert "3" not in found
 
 
