@@ -16,7 +16,7 @@ from .attributes import WatchedSizes
 from .calls import Call, Layers
 from .hidden import RECURRENT, customized, recurrence
 from .layers import axes_of, compact, on_axis, pairs_of, tight
-from .ledger import Ledger
+from .ledger import Follower, Ledger
 from .pieces import Pieces, followers_of
 from .reasons import ExclusionKind
 from .rules import rule_of
