@@ -14,7 +14,7 @@ from torch import nn
 from .groups import ChannelGroup, Excluded, Kind, Member, PrunableGroups, Role
 from .labels.ledger import Follower, Ledger
 from .labels.reasons import Index, Reason
-from .layer_kinds import CONV, is_depthwise
+from .layer_kinds import CONV, is_depthwise, is_passthrough
 from .layer_pruners import LayerPruners, ParametrisedPruner, loses_whole_groups, users_layers
 from .reparametrised import computed_tensors
 from .trace_options import TraceOptions
@@ -141,7 +141,7 @@ def _groups(
             (root.name, "out"),
             np.flatnonzero(at >= 0),
             at[at >= 0],
-            max((_fewest(modules.get(m.name), m) for m in members), default=1),
+            max((_fewest(modules.get(m.name)) for m in members), default=1),
             tuple(m for m, (number, _) in zip(members, signature, strict=True) if places[number].attribute),
         )
         yield group, list(dict.fromkeys(r for c in mine for r in reasons.get(c, ())))
@@ -160,10 +160,12 @@ def _member(place: _Place, unit_of: Index) -> Member:
     return Member(place.name, place.role, place.kind, at, units[at], len(place.classes), place.axis)
 
 
-def _fewest(module: nn.Module | None, member: Member) -> int:
-    """At one channel per group on either side a grouped convolution turns into one that loses whole groups."""
-    groups = getattr(module, "groups", 1) if isinstance(module, CONV) else 1
-    return 2 if groups > 1 and member.kind != "passthrough" else 1
+def _fewest(module: nn.Module | None) -> int:
+    """With one unit left a convolution would change its kind: its groups would become channels, or be one.
+
+    Other channels would be coupled then, and the history would not repeat on the dense network.
+    """
+    return 2 if isinstance(module, CONV) and module.groups > 1 and not is_depthwise(module) else 1
 
 
 class _Layout:
@@ -207,7 +209,7 @@ class _Layout:
             if key == "weight":
                 role: Role = "out" if axis == int(getattr(module, "transposed", False)) else "in"
                 transposed, groups = getattr(module, "transposed", False), getattr(module, "groups", 1)
-                if loses_whole_groups(module) or is_depthwise(module):  # axis 0 tells of both sides
+                if is_passthrough(module):  # axis 0 tells of both sides
                     if axis:
                         return None
                     whole = np.repeat(classes.reshape(groups, -1)[:, 0], getattr(module, "out_channels", 0) // groups)
@@ -240,7 +242,7 @@ class _Layout:
         found = computed_tensors(module)
         if not found or name in self._users:
             return None
-        dense = isinstance(module, (*CONV, nn.Linear)) and not is_depthwise(module)
+        dense = isinstance(module, (*CONV, nn.Linear)) and not is_passthrough(module)
         found = [c for c in found if c.leaf == "weight" or role == "out" or not dense]  # inputs have no biases
         pruner = self._pruners.of(module)
         possible = not found or (isinstance(pruner, ParametrisedPruner) and pruner.follows[role])
@@ -248,7 +250,7 @@ class _Layout:
 
 
 def _kind(module: Any, role: Role) -> Kind:
-    if is_depthwise(module) or loses_whole_groups(module):
+    if is_passthrough(module):
         return "passthrough"
     return "producer" if role == "out" else "consumer"
 
