@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.zoo.drawn.checks import examine_network
-from benchmarks.zoo.scramble import scramble
 from torch import nn
 
+from benchmarks.zoo.drawn.checks import examine_network
+from benchmarks.zoo.scramble import scramble
 from tp_importance import prunable_groups
 
 

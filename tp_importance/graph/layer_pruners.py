@@ -17,9 +17,9 @@ __all__ = [
     "NEIGHBOURS",
     "LayerPruners",
     "channel_pruners",
+    "grouped_pruner",
     "has_channels",
     "is_frozen_norm",
-    "grouped_pruner",
     "loses_whole_groups",
     "users_layers",
 ]

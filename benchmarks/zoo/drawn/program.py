@@ -30,11 +30,11 @@ SIDE = {1: 8, 2: 6, 3: 4}
 
 @dataclass(frozen=True)
 class Node:
-    """One line of the network: a layer by its name or a function, what it reads (tensors by number, parameters by name).
+    """One line of the network: a layer by its name or a function, and what it reads.
 
     Attributes:
         what: layer or function.
-        reads: tensors and parameters.
+        reads: tensors by number, parameters by name.
         makes: numbers of the tensors that it makes.
     """
 

@@ -116,9 +116,10 @@ class Labeller(TorchDispatchMode):
                 else:
                     result.append(layer)
         for layer in result if len(spread) > 1 else ():
-            for axis in axes_of(layer):
-                for tensor, layers in spread:
-                    if not any(axis in axes_of(other) for other in layers):
+            mine = set(axes_of(layer))
+            for tensor, layers in spread:
+                if not any(mine & set(axes_of(other)) for other in layers):  # else they have met
+                    for axis in mine:
                         self._meets_values(layer, axis - len(shape), tensor, where)
         return tuple(result)
 
