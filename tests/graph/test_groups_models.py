@@ -193,11 +193,12 @@ def test_heads_lose_the_same_dimensions(heads):
     torch.manual_seed(0)
     model, x = Attention(heads).eval(), torch.randn(2, 6, 32)
     groups = prunable_groups(model, x, num_heads={model.q: heads, model.k: heads, model.v: heads})
-    assert whole(groups) == {"embed": 24, "q": 24 if heads == 1 else (24, heads, 1)}
-    assert groups["q"].removed_channels([1]) == [1 + 24 // heads * h for h in range(heads)]
-    assert masked_equals_removed(groups, x, {"q": [0, 3]}) is None
-    remove_units(groups, {"q": [0, 3]})
-    assert model.q.out_features == model.v.out_features == 24 - 2 * heads
+    assert whole(groups) == {"embed": 24, "v": 24 if heads == 1 else (24, heads, 1)}
+    assert {e.name: e.kind for e in groups.excluded}["q"] == "unread"  # no weights read what queries and keys make
+    assert groups["v"].removed_channels([1]) == [1 + 24 // heads * h for h in range(heads)]
+    assert masked_equals_removed(groups, x, {"v": [0, 3]}) is None
+    remove_units(groups, {"v": [0, 3]})
+    assert model.v.out_features == model.proj.in_features == 24 - 2 * heads and model.q.out_features == 24
     assert count_ops(model, x)[1] == sum(p.numel() for p in model.parameters())
 
 
@@ -211,7 +212,9 @@ def test_heads_that_were_not_named_are_refused():
 def test_fused_projections_are_never_pruned_wrongly(heads):
     torch.manual_seed(0)
     model, x = Attention(heads, fused=True).eval(), torch.randn(2, 6, 32)
-    assert prunable_groups(model, x, num_heads={model.qkv: heads}).names == ["embed"]
+    groups = prunable_groups(model, x, num_heads={model.qkv: heads})
+    assert groups.names == ["embed", "qkv"] and groups["qkv"].unit_size % (3 * heads) == 0
+    assert masked_equals_removed(groups, x, sample_units(groups)) is None
 
 
 def test_width_that_does_not_divide_into_heads():

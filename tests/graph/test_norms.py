@@ -237,7 +237,8 @@ def test_batch_norms_without_a_part_pass_through(options):
 @pytest.mark.parametrize("norm", [nn.LocalResponseNorm(3), nn.CrossMapLRN2d(3)])
 def test_local_response_norms_look_at_neighbours(norm):
     found = reasons(between(norm), X)
-    assert found["0"] == f"1 ({type(norm).__name__}) mixes the channels: none can go exactly"
+    found = {name.split("/")[0]: reason for name, reason in found.items()}
+    assert found["0"].startswith(f"1 ({type(norm).__name__}, ") and "mixes its channels" in found["0"]
     assert "3" not in found
 
 
@@ -251,7 +252,7 @@ def test_local_response_norm_as_a_function():
             return self.c(F.relu(self.b(F.local_response_norm(self.a(x), 3))))
 
     found = reasons(Net(), 10 * X)
-    assert found["a"].startswith("removal is not masking: input of b") and "b" not in found
+    assert found["a"] == "Net (local_response_norm) mixes its channels" and "b" not in found
 
 
 @pytest.mark.parametrize("layer", [nn.LazyBatchNorm2d(), nn.LazyInstanceNorm2d(affine=True)])

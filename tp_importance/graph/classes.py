@@ -161,9 +161,9 @@ def _member(place: _Place, unit_of: Index) -> Member:
 
 
 def _fewest(module: nn.Module | None, member: Member) -> int:
-    """At one unit out_channels == groups, which Torch-Pruning would take for a depthwise convolution."""
+    """At one channel per group on either side a grouped convolution turns into one that loses whole groups."""
     groups = getattr(module, "groups", 1) if isinstance(module, CONV) else 1
-    return 2 if groups > 1 and member.kind == "producer" and member.role == "out" else 1
+    return 2 if groups > 1 and member.kind != "passthrough" else 1
 
 
 class _Layout:

@@ -105,6 +105,8 @@ class LayerPruners:
         """Its pruning function, a ``tp.BasePruningFunc``; ``None`` if nobody knows one."""
         if type(module) not in self._known and loses_whole_groups(module):
             return WholeGroupPruner()
+        if type(module) not in self._known and _is_grouped_transposed(module):
+            return GroupedTransposedPruner()
         pruner = self._host.get_pruner_of_module(module)
         return None if type(module) not in self._known and isinstance(pruner, tp.ops.DummyPruner) else pruner
 
@@ -303,6 +305,42 @@ class WholeGroupPruner(tp.BasePruningFunc):
             layer.bias = self._prune_parameter_and_grad(layer.bias, outputs, 0)
         layer.out_channels, layer.in_channels, layer.groups = len(outputs), len(inputs), len(keep)
         return layer
+
+
+def _is_grouped_transposed(module: nn.Module) -> bool:
+    conv = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    return conv and 1 < getattr(module, "groups", 1) < getattr(module, "out_channels", 0)
+
+
+class GroupedTransposedPruner(tp.BasePruningFunc):
+    """Transposed convolutions of several groups, whose weight is (inputs, outputs of one group, ...).
+
+    Torch-Pruning's takes the groups on the wrong axis. Every group loses the same of its channels.
+    """
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        keep = _kept(layer.out_channels, idxs).tolist()
+        size = layer.out_channels // layer.groups
+        first = [i for i in keep if i < size]
+        if len(first) * layer.groups != len(keep):
+            raise RuntimeError(f"a {type(layer).__name__} of {layer.groups} groups loses the same channels in each")
+        layer.weight = self._prune_parameter_and_grad(layer.weight, first, 1)
+        if layer.bias is not None:
+            layer.bias = self._prune_parameter_and_grad(layer.bias, keep, 0)
+        layer.out_channels = len(keep)
+        return layer
+
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        keep = _kept(layer.in_channels, idxs).tolist()
+        layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
+        layer.in_channels = len(keep)
+        return layer
+
+    def get_out_channels(self, layer: Any) -> int:
+        return int(layer.out_channels)
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.in_channels)
 
 
 class _Passing(tp.BasePruningFunc):

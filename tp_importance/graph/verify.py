@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.devices import reference_tensor, to_model
+from ..core.devices import reference_tensor
 from ..core.precision import full_precision
 from ..core.progress import Phase, phase
 from .blame import Blame, Namer
@@ -25,10 +25,8 @@ from .culprits import Culprits
 from .groups import PrunableGroups
 from .oracle import Cut, Oracle, Outcome
 from .surgery import remove_units
-from .trace_options import TraceOptions
-from .tracing import trace
 
-__all__ = ["masked_equals_removed", "same_groups", "sample_units", "verify_groups"]
+__all__ = ["masked_equals_removed", "sample_units", "verify_groups"]
 
 TOLERANCE = 1e-3
 """Largest difference allowed at any layer input, relative to its largest value there (float32, then float64)."""
@@ -52,7 +50,7 @@ def sample_units(groups: PrunableGroups, seed: int = 0) -> dict[str, list[int]]:
     return removed
 
 
-@torch.inference_mode(False)  # the copies are traced
+@torch.inference_mode(False)  # surgery makes parameters
 @full_precision()  # rounding must not look like a difference
 def masked_equals_removed(
     groups: PrunableGroups,
@@ -105,7 +103,7 @@ def _compare(
     dtype: torch.dtype | None,
 ) -> _Verdict:
     """One comparison, see :func:`masked_equals_removed`, in the precision of the model (float32 if it is less)."""
-    cut = _cutter(groups, example_inputs)
+    cut = _cutter(groups)
     oracle = Oracle(groups, example_inputs, cut, gated=gated, tolerance=tolerance, dtype=dtype)
     found = oracle.compare(removed).findings
     if not found:
@@ -202,7 +200,7 @@ class _Examiner:
         return Oracle(
             self._groups,
             self._inputs,
-            _cutter(self._groups, self._inputs),
+            _cutter(self._groups),
             gated=self._gated,
             tolerance=TOLERANCE,
             dtype=dtype,
@@ -215,18 +213,10 @@ class _Examiner:
         return oracle.compare({n: self._units[n] for n in names}, resume=True)
 
 
-def _cutter(groups: PrunableGroups, example_inputs: Any) -> Cut:
+def _cutter(groups: PrunableGroups) -> Cut:
     """The surgery of copies."""
 
     def cut(model: nn.Module, removed: Mapping[str, list[int]]) -> None:
-        remove_units(same_groups(model, to_model(model, example_inputs), groups), removed)
+        remove_units(groups, removed, model=model)
 
     return cut
-
-
-def same_groups(model: nn.Module, example_inputs: Any, groups: PrunableGroups) -> PrunableGroups:
-    """The groups of ``groups`` on a copy of their model."""
-    source = groups.trace.model
-    options: TraceOptions = groups.options.on_copy(source, model)
-    traced = trace(model, example_inputs, options)
-    return PrunableGroups(groups.groups, [], traced, options)

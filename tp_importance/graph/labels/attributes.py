@@ -10,23 +10,30 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WIDTHS", "Named", "WatchedSizes", "named_sizes"]
+__all__ = ["Named", "WatchedSizes", "named_sizes"]
 
 
-WIDTHS = ("in_channels", "out_channels", "in_features", "out_features", "num_features")
+_WIDTHS = ("in_channels", "out_channels", "in_features", "out_features", "num_features")
 """Of torch's own layers; surgery keeps them up to date."""
 
 
 class Named(int):
     """A whole number that knows which attribute it was computed from."""
 
-    origin: tuple[str, int]
+    origin: tuple[str, int, bool]
 
     @classmethod
-    def of(cls, value: int, name: str, start: int) -> Named:
-        """``value``, computed from attribute ``name``, whose own value is ``start``."""
+    def of(cls, value: int, name: str, start: int, kept: bool) -> Named:
+        """``value``, computed from attribute ``name``, whose own value is ``start``.
+
+        Args:
+            value: the number.
+            name: qualified name of the attribute.
+            start: its value.
+            kept: whether surgery of the layer that it belongs to keeps it up to date.
+        """
         new = cls(value)
-        new.origin = (name, start)
+        new.origin = (name, start, kept)
         return new
 
     def _computed(self, value: Any) -> Any:
@@ -58,9 +65,9 @@ def named_sizes(model: nn.Module) -> Iterator[None]:
         for path, module in model.named_modules():
             layer = type(module).__module__.startswith("torch.nn.")
             for key, value in list(vars(module).items()):
-                if key.startswith("_") or (layer and key not in WIDTHS):
+                if key.startswith("_") or (layer and key not in _WIDTHS):
                     continue
-                new = _named(value, f"{path}.{key}".lstrip("."))
+                new = _named(value, f"{path}.{key}".lstrip("."), layer)
                 if new is not value:
                     before.append((vars(module), key, value))
                     vars(module)[key] = new
@@ -71,11 +78,11 @@ def named_sizes(model: nn.Module) -> Iterator[None]:
                 attributes[key] = value
 
 
-def _named(value: Any, name: str) -> Any:
+def _named(value: Any, name: str, kept: bool) -> Any:
     if type(value) is int and value > 1:
-        return Named.of(value, name, value)
+        return Named.of(value, name, value, kept)
     if type(value) in (list, tuple) and value and all(type(v) is int for v in value):
-        return type(value)(_named(v, f"{name}.{i}") for i, v in enumerate(value))
+        return type(value)(_named(v, f"{name}.{i}", kept) for i, v in enumerate(value))
     return value
 
 

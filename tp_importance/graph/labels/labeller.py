@@ -16,7 +16,7 @@ from .attributes import WatchedSizes
 from .calls import Call, Layers
 from .hidden import RECURRENT, customized, recurrence
 from .layers import axes_of, compact, on_axis, pairs_of, tight
-from .ledger import Follower, Ledger
+from .ledger import Ledger
 from .pieces import Pieces, followers_of
 from .reasons import ExclusionKind
 from .rules import rule_of
@@ -116,9 +116,10 @@ class Labeller(TorchDispatchMode):
                 else:
                     result.append(layer)
         for layer in result if len(spread) > 1 else ():
-            for axis in axes_of(layer):
-                for tensor, layers in spread:
-                    if not any(axis in axes_of(other) for other in layers):
+            mine = set(axes_of(layer))
+            for tensor, layers in spread:
+                if not any(mine & set(axes_of(other)) for other in layers):  # else they have met
+                    for axis in mine:
                         self._meets_values(layer, axis - len(shape), tensor, where)
         return tuple(result)
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .attributes import WIDTHS, Named, WatchedSizes
+from .attributes import Named, WatchedSizes
 from .calls import Call
 from .ledger import Follower, Option, Question
 from .reasons import Index
@@ -100,10 +100,9 @@ def followers_of(sizes: Sequence[Named], axes: Sequence[Tensor]) -> list[Followe
     """
     found = []
     for size in sizes:
-        name, value = size.origin
+        name, value, kept = size.origin
         labels = next((a for a in axes if len(a) == int(size)), None)
         if labels is None or value % len(labels) or not bool((labels > 0).any()):
             continue
-        kept = name.rpartition(".")[2] in WIDTHS
         found.append(Follower(name, value, labels.repeat(value // len(labels)).cpu().numpy(), kept))
     return found
