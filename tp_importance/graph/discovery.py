@@ -34,13 +34,14 @@ def prunable_groups(
 ) -> PrunableGroups:
     """Find the coupled channel groups of any network, and keep only those that can be pruned safely.
 
-    The groups come from Torch-Pruning's dependency graph. Left out, each with its reason, are: the network's
-    outputs; groups with an ignored layer; groups whose channels are normalised together (LayerNorm, GroupNorm);
-    groups of a single unit; groups that some layer reads in training mode only (an auxiliary head, which the surgery
-    would not follow); and every group for which removal is not the same as masking. The last test
-    (``verify``, ours) prunes a copy and compares it, at every convolution and linear layer and at the output,
-    with the masked original: Torch-Pruning traces some constructions wrongly and prunes them without an error
-    (channel padding, uneven chunks).
+    The network runs once, and labels run along that say which channel an entry of a tensor belongs to: what moves
+    data moves them, what sums over channels or adds tensors ties them. Left out, each with its reason, are: the
+    network's outputs; groups with an ignored layer; channels that are normalised or attended together (LayerNorm,
+    GroupNorm, attention), or mixed by an operation that nobody knows; channels that meet padding, constants or the
+    network's input, which stay as they are; groups of a single unit; groups that some layer reads in training mode only
+    (an auxiliary head, which the surgery would not follow); and every group for which removal is not the same as
+    masking. The last test (``verify``) prunes a copy and compares it, at every convolution and linear layer and at the
+    output, with the masked original: no pass tells whether code such as ``x[:, :32]`` follows a smaller tensor.
 
     Args:
         model: the network; it is not changed.
