@@ -54,7 +54,7 @@ def prunable_groups(
         output_transform: applied to the network's output before tracing.
         allow_stale: also offer channels that layers read in training mode only. These layers keep their old width, and
             the network fails in training mode once it is pruned.
-        verify: compare masked and pruned copies (default). Costs one deep copy, one more trace and two passes. Or a
+        verify: compare masked and pruned copies (default). Costs two deep copies and two passes. Or a
             function that knows the verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
         progress: show progress bars.
 
