@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..core.progress import phase, shown
-from .classes import build_groups
+from .classes import build_groups, other_answers
 from .groups import PrunableGroups, Verifier
 from .modes import read_in_training_only
 from .trace_options import TraceOptions
@@ -16,6 +17,9 @@ from .tracing import trace
 from .verify import verify_groups
 
 __all__ = ["prunable_groups"]
+
+MAX_ANSWERS = 3
+"""How often other answers to what one pass leaves open are tried, each at the cost of a verification."""
 
 
 def prunable_groups(
@@ -81,11 +85,33 @@ def prunable_groups(
         [p for p in ignored_layers or () if isinstance(p, nn.Parameter)],
     )
     with phase("tracing", progress=progress) as running:
-        groups = build_groups(trace(model, example_inputs, options), ignored_layers, num_heads, options)
-        if not allow_stale and len(groups):
-            groups = groups.exclude(read_in_training_only(groups, example_inputs), "training")
+        traced = trace(model, example_inputs, options)
+
+        def answered(choices: tuple[int, ...]) -> PrunableGroups:
+            chosen = replace(options, choices=choices)
+            groups = build_groups(traced, ignored_layers, num_heads, chosen)
+            if allow_stale or not len(groups):
+                return groups
+            return groups.exclude(read_in_training_only(groups, example_inputs), "training")
+
+        groups = answered(())
         running.note(groups=len(groups), left_out=len(groups.excluded))
     if not verify or not len(groups):
         return groups
     with shown(progress):
-        return groups.exclude((verify if callable(verify) else verify_groups)(groups, example_inputs))
+        if callable(verify):
+            return groups.exclude(verify(groups, example_inputs))
+        return _verified(groups, example_inputs, answered)
+
+
+def _verified(
+    groups: PrunableGroups, example_inputs: Any, answered: Callable[[tuple[int, ...]], PrunableGroups]
+) -> PrunableGroups:
+    """The groups that stand the test; where one fails that an open question is about, the next answer is tried."""
+    for _ in range(MAX_ANSWERS):
+        refused = verify_groups(groups, example_inputs)
+        choices = other_answers(groups, refused)
+        if choices is None:
+            return groups.exclude(refused)
+        groups = answered(choices)
+    return groups.exclude(verify_groups(groups, example_inputs))
