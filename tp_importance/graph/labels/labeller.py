@@ -168,11 +168,11 @@ class Labeller(TorchDispatchMode):
         return hook
 
     def _find_weights(self, module: Any, _args: Any) -> None:
-        """Computed weights and biases are tensors of their own."""
+        """Computed weights and biases are tensors of their own, unless a hook puts one over a parameter for the time."""
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             for leaf in ("weight", "bias"):
-                tensor = getattr(module, leaf, None)
-                if isinstance(tensor, Tensor) and id(tensor) not in self._owned:
+                tensor, own = getattr(module, leaf, None), module._parameters.get(leaf)
+                if own is None and isinstance(tensor, Tensor) and id(tensor) not in self._owned:
                     self._owned[id(tensor)] = (tensor, f"{self._open[-1]}.{leaf}".lstrip("."))
                     self._kernels.add(id(tensor))
 
