@@ -25,7 +25,12 @@ EXPECTED = {
     "shared_input": {"stem.0": 12, "a.0": 16, "c.0": 8},
     "transposed": {"encoder.0": 8, "bottom.0": 24, "up.0": 12, "tail.0.0": 16},
     "transformer_mlp": {"blocks.0.mlp.1": 40, "blocks.1.mlp.1": 48},
-    "padded_shortcut": {"features.0.0": 8, "features.1.body.0.0": 8, "features.2.body.0.0": 12, "features.3.body.0.0": 16},
+    "padded_shortcut": {
+        "features.0.0": 8,
+        "features.1.body.0.0": 8,
+        "features.2.body.0.0": 12,
+        "features.3.body.0.0": 16,
+    },
     "no_bn": {"0": 8, "2": 12, "5": 16},
     "preact": {"0": 8, "1.conv1": 12, "2.shortcut": 24, "2.conv1": 16},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, filterfalse
 from typing import Any
@@ -20,7 +20,7 @@ from .reparametrised import computed_tensors
 from .trace_options import TraceOptions
 from .tracing import Trace
 
-__all__ = ["build_groups", "ignored_modules", "strangers"]
+__all__ = ["build_groups", "ignored_modules", "other_answers", "strangers"]
 
 
 _AT_MINIMUM: Reason = ("minimum", "at its smallest width")
@@ -81,6 +81,31 @@ def build_groups(
         else:
             groups.append(group)
     return PrunableGroups(groups, excluded, traced, options)
+
+
+def other_answers(groups: PrunableGroups, refused: Iterable[str]) -> tuple[int, ...] | None:
+    """The next answers to the open questions that some groups hang on.
+
+    Args:
+        groups: the groups, found with the answers that are in their options.
+        refused: names of groups that these answers made wrong.
+
+    Returns:
+        An answer per question; ``None`` if no group hangs on a question with an answer left that lets channels go.
+    """
+    ledger, choices = groups.trace.labels, groups.options.choices
+    if not ledger.questions:
+        return None
+    classes = ledger.classes(choices)
+    places = _Layout(groups.trace, groups.options).places(ledger, classes)
+    at = {(p.name, p.role): p.classes for p in places}
+    wrong = {int(c) for name in refused for m in groups[name].members for c in at[m.name, m.role][m.channels]}
+    now = [*choices, *[0] * (len(ledger.questions) - len(choices))]
+    new = [
+        n + 1 if n + 2 < len(question.options) and wrong & set(classes[question.labels].tolist()) else n
+        for n, question in zip(now, ledger.questions, strict=True)
+    ]
+    return None if new == now else tuple(new)
 
 
 def strangers(groups: PrunableGroups, other: Trace) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .groups import ChannelGroup, Index, Member, PrunableGroups, Role
-from .layer_pruners import ParametrisedPruner, WholeGroupPruner, loses_whole_groups
+from .layer_pruners import GROUPED_PRUNERS, ParametrisedPruner, WholeGroupPruner, grouped_pruner
 
 __all__ = ["GroupView", "HostGraph", "Selection", "by_unit", "group_items", "score_group"]
 
@@ -34,11 +34,11 @@ class HostGraph(tp.DependencyGraph):
 
     def _attach(self, model: nn.Module, customized_pruners: Mapping[Any, Any] | None) -> None:
         self.model, self.verbose = model, False
-        self._whole_groups = WholeGroupPruner()
         for key, pruner in (customized_pruners or {}).items():
             self.register_customized_layer(key, pruner)
-        self._out_channel_pruning_fn.add(self._whole_groups.prune_out_channels)
-        self._in_channel_pruning_fn.add(self._whole_groups.prune_in_channels)
+        for pruner in GROUPED_PRUNERS:
+            self._out_channel_pruning_fn.add(pruner.prune_out_channels)
+            self._in_channel_pruning_fn.add(pruner.prune_in_channels)
         self._module2name: dict[Any, str] = {module: name for name, module in model.named_modules()}
         self._layers: dict[str, Any] = dict(model.named_modules())
         self.module2node: dict[Any, Any] = {}
@@ -73,11 +73,13 @@ class HostGraph(tp.DependencyGraph):
 
         Parametrised layers have one of ours; they are shown as the plain layers that they are to an importance. So are
         the outputs of convolutions with one input per group; importances would not find their inputs in the weight.
+        Outputs of transposed ones are for :func:`score_group`.
         """
         name, role, _ = dimension
         holder = self.holder(name)
         pruner = self.plain_pruner(holder)
-        if isinstance(pruner, ParametrisedPruner) or (pruner is self._whole_groups and role == "out"):
+        rows = isinstance(pruner, WholeGroupPruner) and role == "out" and not holder.transposed
+        if isinstance(pruner, ParametrisedPruner) or rows:
             kind = self.ops.OPTYPE.LINEAR if isinstance(holder, nn.Linear) else self.ops.OPTYPE.CONV
             pruner = self.REGISTERED_PRUNERS[kind]
         return pruner.prune_out_channels if role == "out" else pruner.prune_in_channels
@@ -86,8 +88,9 @@ class HostGraph(tp.DependencyGraph):
         """The pruning functions of a module, a parameter or a buffer."""
         if isinstance(module, Tensor):
             return self.REGISTERED_PRUNERS[self.ops.OPTYPE.PARAMETER]
-        if {module, type(module)}.isdisjoint(self.CUSTOMIZED_PRUNERS) and loses_whole_groups(module):
-            return self._whole_groups
+        if {module, type(module)}.isdisjoint(self.CUSTOMIZED_PRUNERS):
+            if (ours := grouped_pruner(module)) is not None:
+                return ours
         return self.CUSTOMIZED_PRUNERS.get(module) or tp.DependencyGraph.get_pruner_of_module(self, module)
 
     def get_pruner_of_module(self, module: Any) -> Any:
@@ -217,4 +220,25 @@ def score_group(groups: PrunableGroups, group: ChannelGroup) -> tuple[GroupView,
     member = group.member(*group.root)
     items = group_items(graph, (*group.root, None if member is None else member.axis), channels, chosen)
     items[0].root_idxs = list(range(len(channels)))
+    for item in items:
+        layer = item.dep.target.module
+        if grouped_pruner(layer) is not None and layer.transposed and graph.is_out_channel_pruning_fn(item.dep.handler):
+            item.dep.target = tp.dependency.Node(_in_rows(layer), None, item.dep.target.name)
+            item.dep.handler = graph.REGISTERED_PRUNERS[graph.ops.OPTYPE.CONV].prune_out_channels
     return GroupView(graph, items), np.searchsorted(channels, group.root_channels), group.root_units
+
+
+def _in_rows(layer: Any) -> nn.Module:
+    """A grouped transposed convolution as a plain one with a row per output: what importances take for its filters."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[layer.weight.dim() - 3]
+
+    def rows(tensor: Tensor) -> Tensor:
+        blocks = tensor.view(layer.groups, -1, *tensor.shape[1:]).transpose(1, 2)
+        return blocks.reshape(layer.out_channels, -1, *tensor.shape[2:])
+
+    shape = layer.in_channels // layer.groups, layer.out_channels, layer.kernel_size
+    twin = kind(*shape, bias=layer.bias is not None, device="meta")
+    twin.weight, twin.bias = nn.Parameter(rows(layer.weight.detach())), layer.bias
+    if layer.weight.grad is not None:
+        twin.weight.grad = rows(layer.weight.grad)
+    return twin

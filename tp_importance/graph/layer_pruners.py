@@ -13,9 +13,11 @@ from torch.nn.utils import parametrize
 from .reparametrised import LAYERS, computed_tensors, follows, slice_layer
 
 __all__ = [
+    "GROUPED_PRUNERS",
     "NEIGHBOURS",
     "LayerPruners",
     "channel_pruners",
+    "grouped_pruner",
     "has_channels",
     "is_frozen_norm",
     "loses_whole_groups",
@@ -103,10 +105,8 @@ class LayerPruners:
 
     def of(self, module: nn.Module) -> Any:
         """Its pruning function, a ``tp.BasePruningFunc``; ``None`` if nobody knows one."""
-        if type(module) not in self._known and loses_whole_groups(module):
-            return WholeGroupPruner()
-        if type(module) not in self._known and _is_grouped_transposed(module):
-            return GroupedTransposedPruner()
+        if type(module) not in self._known and (ours := grouped_pruner(module)) is not None:
+            return ours
         pruner = self._host.get_pruner_of_module(module)
         return None if type(module) not in self._known and isinstance(pruner, tp.ops.DummyPruner) else pruner
 
@@ -138,7 +138,8 @@ def users_layers(model: nn.Module, given: Mapping[Any, Any] | None) -> dict[str,
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         pruner = (given or {}).get(module, (given or {}).get(type(module)))
-        if pruner is not None and not any(name.startswith(f"{outer}.") for outer in found):
+        ours = type(pruner).__module__ == __name__  # handed on by channel_pruners
+        if pruner is not None and not ours and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = pruner
     return found
 
@@ -158,6 +159,23 @@ def loses_whole_groups(module: nn.Module) -> bool:
     if not isinstance(module, nn.modules.conv._ConvNd) or module.groups == 1:
         return False
     return module.groups == min(module.in_channels, module.out_channels) < max(module.in_channels, module.out_channels)
+
+
+def grouped_pruner(module: Any) -> Any:
+    """Pruning function for a grouped convolution that Torch-Pruning's would cut wrongly, whatever its type.
+
+    Args:
+        module: any module.
+
+    Returns:
+        One of two shared objects, or ``None``.
+    """
+    if loses_whole_groups(module):
+        return _WHOLE_GROUPS
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    return (
+        _GROUPED_TRANSPOSED if transposed and 1 < module.groups < min(module.in_channels, module.out_channels) else None
+    )
 
 
 def _pruner(modules: list[nn.Module]) -> Any:
@@ -307,30 +325,26 @@ class WholeGroupPruner(tp.BasePruningFunc):
         return layer
 
 
-def _is_grouped_transposed(module: nn.Module) -> bool:
-    conv = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    return conv and 1 < getattr(module, "groups", 1) < getattr(module, "out_channels", 0)
-
-
 class GroupedTransposedPruner(tp.BasePruningFunc):
-    """Transposed convolutions of several groups, whose weight is (inputs, outputs of one group, ...).
+    """Transposed convolutions with groups of several inputs and outputs; Torch-Pruning takes them for dense ones.
 
-    Torch-Pruning's takes the groups on the wrong axis. Every group loses the same of its channels.
+    Every group loses as many channels; of outputs the same ones, for all groups share an axis of the weight.
     """
 
     def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
-        keep = _kept(layer.out_channels, idxs).tolist()
-        size = layer.out_channels // layer.groups
-        first = [i for i in keep if i < size]
-        if len(first) * layer.groups != len(keep):
-            raise RuntimeError(f"a {type(layer).__name__} of {layer.groups} groups loses the same channels in each")
-        layer.weight = self._prune_parameter_and_grad(layer.weight, first, 1)
+        gone = self._by_group(layer, "out", layer.out_channels, idxs)
+        if not bool((gone == gone[0]).all()):
+            raise RuntimeError(f"output channels {sorted(idxs)} are not the same ones of all {layer.groups} groups")
+        columns = (~gone[0]).nonzero().flatten().tolist()
+        layer.weight = self._prune_parameter_and_grad(layer.weight, columns, 1)
         if layer.bias is not None:
-            layer.bias = self._prune_parameter_and_grad(layer.bias, keep, 0)
-        layer.out_channels = len(keep)
+            kept = _kept(layer.out_channels, idxs).tolist()
+            layer.bias = self._prune_parameter_and_grad(layer.bias, kept, 0)
+        layer.out_channels = layer.groups * len(columns)
         return layer
 
     def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        self._by_group(layer, "in", layer.in_channels, idxs)
         keep = _kept(layer.in_channels, idxs).tolist()
         layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
         layer.in_channels = len(keep)
@@ -341,6 +355,23 @@ class GroupedTransposedPruner(tp.BasePruningFunc):
 
     def get_in_channels(self, layer: Any) -> int:
         return int(layer.in_channels)
+
+    def _by_group(self, layer: Any, role: str, width: int, idxs: Sequence[int]) -> Tensor:
+        """Which channels go, shape (groups, channels of one group)."""
+        gone = torch.zeros(width, dtype=torch.bool)
+        gone[list(map(int, idxs))] = True
+        rows = gone.view(layer.groups, -1)
+        if not bool((rows.sum(1) == rows[0].sum()).all()):
+            raise RuntimeError(
+                f"every group of a {type(layer).__name__} of {layer.groups} groups must lose as many {role}put "
+                f"channels, which {sorted(map(int, idxs))} does not do"
+            )
+        return rows
+
+
+_WHOLE_GROUPS, _GROUPED_TRANSPOSED = WholeGroupPruner(), GroupedTransposedPruner()
+GROUPED_PRUNERS = (_WHOLE_GROUPS, _GROUPED_TRANSPOSED)
+"""What :func:`grouped_pruner` may return."""
 
 
 class _Passing(tp.BasePruningFunc):

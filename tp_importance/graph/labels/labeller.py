@@ -194,19 +194,28 @@ class Labeller(TorchDispatchMode):
                         recurrence(self, module, given, where)
         elif isinstance(module, _BARE_NORMS) and module.weight is None and args:
             self._count_features(name, module, args[0])
+        elif isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels and args:
+            numbers = ["num_groups"] if module.affine else ["num_groups", "num_channels"]
+            self._count(name, numbers, module.num_channels, args[0], 1)
         self._open.pop()
 
     def _count_features(self, name: str, module: Any, x: Tensor) -> None:
         """Nothing of a norm without tensors is cut, but the number of features that it was built for follows."""
-        if module.running_mean is not None or self._hidden:
+        if module.running_mean is not None:
+            return
+        axis = 1 if x.dim() > 2 or not isinstance(module, nn.modules.instancenorm._InstanceNorm) else 0
+        self._count(name, ["num_features"], module.num_features, x, axis)
+
+    def _count(self, name: str, attributes: Sequence[str], value: int, x: Tensor, axis: int) -> None:
+        """Attributes of a module, all of this value, count the channels of a tensor."""
+        if self._hidden:
             return
         with torch._C.DisableTorchFunction(), _disable_current_modes():
-            axis = 1 if x.dim() > 2 or not isinstance(module, nn.modules.instancenorm._InstanceNorm) else 0
             for layer in self.layers(x):
                 labels = compact(layer).flatten()
-                if axes_of(layer) == (axis,) and len(labels) == module.num_features:
-                    follower = Follower(f"{name}.num_features", len(labels), labels.cpu().numpy())
-                    self.ledger.followers.append(follower)
+                if axes_of(layer) == (axis,) and len(labels) == value:
+                    found = [Follower(f"{name}.{key}", value, labels.cpu().numpy()) for key in attributes]
+                    self.ledger.followers += found
 
     def _where(self, name: str) -> str:
         layer = self._open[-1] if self._open else ""

@@ -75,6 +75,22 @@ def _ask_which_factor(run: Run, call: Call, layer: Tensor) -> None:
     run.ledger.ask(Question(call.where, labels, tuple(options)))
 
 
+def shuffled(run: Run, call: Call) -> list[Layers]:
+    """``channel_shuffle`` and ``pixel_shuffle``: what lies beside one another stays a whole block of channels.
+
+    Shuffled in g groups, the j-th channel of every group goes with the j-th of all others; of pixels, the r × r
+    channels that become one.
+    """
+    x, factor = call.inputs[0], call.args[1]
+    axis = x.dim() - 3 if call.name.startswith("pixel") else 1
+    for layer in run.layers(x):
+        if axes_of(layer) == (axis,):
+            labels = compact(layer).flatten()
+            rows = labels.view(factor, -1).T if call.name == "channel_shuffle" else labels.view(-1, factor**2)
+            run.ledger.tie(pairs_of(rows[:, :1].expand_as(rows), rows))
+    return moved(run, call)
+
+
 def concatenated(run: Run, call: Call) -> list[Layers]:
     """``cat``: layers of the parts that vary along the same other axes belong together."""
     parts, dim, out = call.args[0], call.argument(1, "dim", 0), call.outputs[0]
@@ -263,7 +279,8 @@ RULES = {
     **dict.fromkeys(("select", "unbind"), selected),
     **dict.fromkeys(("index", "index_select"), indexed),
     **dict.fromkeys(("roll", "flip"), over_axes),
-    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "unfold", "gather"), moved),
+    **dict.fromkeys(("pixel_unshuffle", "im2col", "unfold", "gather"), moved),
+    **dict.fromkeys(("pixel_shuffle", "channel_shuffle", "native_channel_shuffle"), shuffled),
     **dict.fromkeys(("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"), moved),
     **dict.fromkeys(("reflection_pad3d", "replication_pad3d", "tril", "triu"), moved),
     "cat": concatenated,

@@ -106,6 +106,10 @@ def group_norm(run: Run, call: Call) -> list[Layers]:
         for layer in run.layers(x):
             if 1 in axes_of(layer):
                 run.flag(layer, "mixed", f"{call.where} normalises over its channels")
+    else:  # as many groups as channels: their number follows, where a module keeps it
+        for layer in run.layers(x):
+            if axes_of(layer) == (1,):
+                run.follow(compact(layer).flatten(), groups)
     return batch_norm(run, call)
 
 

@@ -1,0 +1,126 @@
+"""What must hold for every network that is drawn."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo.drawn.program import Program
+from benchmarks.zoo.embedding import difference, in_precision
+from tp_importance import Budget, BudgetError, count_ops, prunable_groups, prune
+from tp_importance.graph.cost import CostModel
+from tp_importance.graph.groups import PrunableGroups
+from tp_importance.graph.history import PruningHistory, repeat
+from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.verify import masked_equals_removed
+
+__all__ = ["examine", "examine_network"]
+
+
+def examine(program: Program) -> dict[str, Any]:
+    """Examine the network of a program, see :func:`examine_network`."""
+    return examine_network(*program.network())
+
+
+def examine_network(model: nn.Module, x: Tensor) -> dict[str, Any]:
+    """Find the groups of a network, prune copies of it, and compare with what was promised.
+
+    Args:
+        model: the network, in eval mode, with values that are distinct within each of its tensors.
+        x: example inputs.
+
+    Returns:
+        What was found: groups, kinds of those left out, whether a budget was met.
+
+    Raises:
+        AssertionError: if a promise is not kept.
+        Exception: what the package raises.
+    """
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    groups = prunable_groups(model, x)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "the network has changed"
+    failed = [f"{e.name}: {e.reason}" for e in groups.excluded if e.kind == "unverified"]
+    assert not failed, f"labels offered what verification refused: {'; '.join(failed)}"
+    rng = np.random.default_rng(0)
+    result: dict[str, Any] = {"groups": len(groups), "excluded": sorted({e.kind for e in groups.excluded})}
+    if not len(groups):
+        return result
+    for _ in range(2):
+        units = {g.name: int(rng.integers(g.min_units, g.n_units + 1)) for g in groups}
+        removed = {g.name: sorted(rng.permutation(g.n_units)[units[g.name] :].tolist()) for g in groups}
+        _surgery(model, x, groups, removed)
+    return {**result, **_budget(model, x, groups, float(rng.choice([0.3, 0.5, 0.8])))}
+
+
+def _surgery(model: nn.Module, x: Tensor, groups: PrunableGroups, removed: Mapping[str, list[int]]) -> None:
+    """Cost, values, history and names after one removal."""
+    problem = masked_equals_removed(groups, x, dict(removed))
+    assert problem is None, f"masked is not removed: {problem}"
+    twin = copy.deepcopy(model)
+    again = prunable_groups(twin, x, verify=False)
+    cuts = remove_units(again, removed)
+    sizes = {g.name: g.width - len(removed[g.name]) * g.unit_size for g in groups}
+    predicted = CostModel.from_groups(groups).cost(sizes)
+    counted = tuple(count_ops(twin, x))
+    assert (predicted.macs, predicted.params) == counted, f"predicted {predicted}, counted {counted}"
+    _same_output(model, twin, x)
+    history = PruningHistory.of(again, removed, cuts)
+    for direct in (True, False):
+        fresh = copy.deepcopy(model)
+        repeat(history.entries(direct=direct), prunable_groups(fresh, x, verify=False))
+        _equal(twin, fresh, f"the history (direct={direct})")
+    _names_stay(groups, prunable_groups(twin, x, verify=False), sizes)
+
+
+def _same_output(model: nn.Module, pruned: nn.Module, x: Tensor) -> None:
+    """As the judge sees it that knows no groups; where it cannot tell places by values it says nothing."""
+    problem = difference(model, pruned, lambda m: m(in_precision(x, m)))
+    assert problem is None, f"it is not what is left of the network: {problem}"
+
+
+def _equal(expected: nn.Module, found: nn.Module, what: str) -> None:
+    a, b = expected.state_dict(), found.state_dict()
+    assert a.keys() == b.keys()
+    wrong = [k for k in a if a[k].shape != b[k].shape or not torch.equal(a[k], b[k])]
+    assert not wrong, f"{what} gives other tensors: {', '.join(wrong[:4])}"
+
+
+def _names_stay(groups: PrunableGroups, after: PrunableGroups, sizes: Mapping[str, int]) -> None:
+    """Every group is found again, at its new width; one at its least may be left out, for that reason."""
+    widths = {**{e.name: e.width for e in after.excluded if e.kind == "minimum"}, **after.widths}
+    wrong = [f"{n}: {widths.get(n)} instead of {s}" for n, s in sizes.items() if widths.get(n) != s]
+    assert not wrong, f"groups of the pruned network are not those of before: {'; '.join(wrong[:4])}"
+
+
+def _budget(model: nn.Module, x: Tensor, groups: PrunableGroups, fraction: float) -> dict[str, Any]:
+    """Met, to the operation, or refused with the cost of all groups at their least width."""
+    cost = CostModel.from_groups(groups)
+    limit, dense = fraction * cost.dense.macs, cost.dense.macs
+    least = cost.cost({g.name: g.min_units * g.unit_size for g in groups}).macs
+    twin = copy.deepcopy(model)
+    try:
+        done = prune(twin, x, [x], budget=Budget(macs=fraction), method="l2", refit=None, samples=None)
+    except BudgetError as error:
+        named = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", str(error))]
+        assert least > limit and least in named, f"refused though {least} of {limit} MACs can be reached: {error}"
+        smallest = copy.deepcopy(model)
+        again = prunable_groups(smallest, x, verify=False)
+        remove_units(again, {g.name: list(range(g.min_units, g.n_units)) for g in groups})
+        assert count_ops(smallest, x)[0] == least, "the least cost is not that of all groups at their least width"
+        _equal(model, twin, "a refused budget")
+        return {"budget": "refused", "least": round(least / dense, 4)}
+    spent = done.report.cost
+    assert least <= spent.macs <= limit, f"{spent.macs} MACs for a budget of {limit}, {least} at least"
+    assert (spent.macs, spent.params) == tuple(count_ops(twin, x)), "the report names another cost"
+    _same_output(model, twin, x)
+    for direct in (True, False):
+        fresh = copy.deepcopy(model)
+        repeat(done.pruner.pruning_history(direct=direct), prunable_groups(fresh, x, verify=False))
+        _equal(twin, fresh, f"pruning_history(direct={direct})")
+    return {"budget": "met", "reached": round(spent.macs / dense, 4)}

@@ -1,0 +1,528 @@
+"""A program is a list of steps; every list makes a network, so that whatever is left out of it, one is left.
+
+A step is the name of an operation and four small numbers, whose meaning depends on the tensors there are when it is
+reached: which tensors it reads, how wide it is. A step that fits none of them does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo.drawn import functions as f
+from benchmarks.zoo.scramble import scramble
+
+Numbers = tuple[int, int, int, int]
+Step = tuple[str, Numbers]
+CHANNELS, ENTRIES = 48, 1536
+"""No tensor becomes wider than this, or holds more entries per sample."""
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BATCH_NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+SIDE = {1: 8, 2: 6, 3: 4}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One line of the network: a layer by its name or a function, and what it reads.
+
+    Attributes:
+        what: layer or function.
+        reads: tensors by number, parameters by name.
+        makes: numbers of the tensors that it makes.
+    """
+
+    what: str | Callable[..., Any]
+    reads: tuple[int | str, ...]
+    makes: tuple[int, ...]
+
+
+class Drawn(nn.Module):
+    """The network of a program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.scales = nn.ParameterDict()
+        self.nodes: list[Node] = []
+        self.results: list[int] = []
+
+    def forward(self, x: Tensor) -> Any:
+        values = {0: x}
+        for node in self.nodes:
+            made = self.apply_node(node, [values[r] for r in node.reads if isinstance(r, int)])
+            values.update(zip(node.makes, made, strict=True))
+        found = [values[r] for r in self.results]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def apply_node(self, node: Node, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What a node makes."""
+        given = iter(values)
+        reads = [self.scales[r] if isinstance(r, str) else next(given) for r in node.reads]
+        work = self.layers[int(node.what)] if isinstance(node.what, str) else node.what
+        made = work(*reads)
+        return tuple(made) if isinstance(made, (tuple, list)) else (made,)
+
+    def __str__(self) -> str:
+        lines = []
+        for node in self.nodes:
+            what = node.what
+            if isinstance(what, str):
+                text = f"layers.{what}: {self.layers[int(what)]}".replace("\n", "")
+            elif isinstance(what, partial):
+                text = ", ".join([what.func.__name__, *(f"{k}={v}" for k, v in what.keywords.items())])
+            else:
+                text = what.__name__
+            reads = ", ".join(r if isinstance(r, str) else f"v{r}" for r in node.reads)
+            lines.append(f"{', '.join(f'v{i}' for i in node.makes)} = [{text}]({reads})")
+        return "\n".join([*lines, f"return {', '.join(f'v{i}' for i in self.results)}"])
+
+
+class Split(nn.Module):
+    """A split whose sizes the module keeps."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(self.sizes, 1)
+
+
+class Builder:
+    """Runs steps on a tensor, and writes down what they do."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.net, self.values = Drawn(), [x]
+        self.read: set[int] = set()
+
+    def take(self, number: int, fits: Callable[[Tensor], bool] = lambda _: True) -> int | None:
+        """A tensor that fits: mostly the latest, with higher numbers an earlier one."""
+        found = [i for i in reversed(range(len(self.values))) if fits(self.values[i])]
+        return found[max(0, number - 4) % len(found)] if found else None
+
+    def emit(self, what: str | nn.Module | Callable[..., Any], *reads: int | str) -> int:
+        """Add a node; returns the number of its last tensor, or of its first input if what it makes is too large."""
+        if isinstance(what, nn.Module):
+            what = self.layer(what)
+        numbers = [r for r in reads if isinstance(r, int)]
+        made = self.net.apply_node(Node(what, reads, ()), [self.values[i] for i in numbers])
+        first = len(self.values)
+        self.net.nodes.append(Node(what, reads, tuple(range(first, first + len(made)))))
+        self.values += made
+        self.read.update(numbers)
+        return len(self.values) - 1
+
+    def layer(self, module: nn.Module) -> str:
+        self.net.layers.append(module.eval())
+        return str(len(self.net.layers) - 1)
+
+    def parameter(self, value: Tensor) -> str:
+        name = f"p{len(self.net.scales)}"
+        self.net.scales[name] = nn.Parameter(value)
+        return name
+
+
+def dims(x: Tensor) -> int:
+    """Axes of pixels."""
+    return x.dim() - 2
+
+
+def is_map(x: Tensor) -> bool:
+    return x.dim() > 2
+
+
+def pixels(x: Tensor) -> int:
+    return x.shape[2:].numel()
+
+
+def fits(channels: int, n: int) -> bool:
+    """Whether a tensor with so many channels and pixels is small enough."""
+    return 0 < channels <= CHANNELS and channels * n <= ENTRIES
+
+
+def divisors(n: int) -> list[int]:
+    """All but one, ascending."""
+    return [d for d in range(2, n + 1) if n % d == 0]
+
+
+# -- operations: each takes the builder and four numbers
+
+
+def conv(b: Builder, n: Numbers) -> None:
+    i = b.take(n[0], is_map)
+    if i is None:
+        return
+    x, out, kernel = b.values[i], 2 + n[1], 1 + 2 * (n[2] % 2)
+    stride = 2 if n[3] in (5, 6) and min(x.shape[2:]) > 3 else 1
+    if fits(out, pixels(x)):
+        b.emit(CONV[dims(x)](x.shape[1], out, kernel, stride, kernel // 2, bias=n[3] % 2 == 0), i)
+
+
+def grouped_conv(b: Builder, n: Numbers) -> None:
+    """Groups of several inputs and outputs."""
+    i = b.take(n[0], lambda x: is_map(x) and len(divisors(x.shape[1])) > 1)
+    if i is None:
+        return
+    x = b.values[i]
+    groups = divisors(x.shape[1])[:-1]
+    g = groups[n[2] % len(groups)]
+    if fits(g * (2 + n[1] % 3), pixels(x)):
+        b.emit(CONV[dims(x)](x.shape[1], g * (2 + n[1] % 3), 1 + 2 * (n[3] % 2), padding=n[3] % 2, groups=g), i)
+
+
+def depthwise(b: Builder, n: Numbers) -> None:
+    """Every input has one filter or, with a multiplier, several."""
+    i = b.take(n[0], lambda x: is_map(x) and x.shape[1] > 1)
+    if i is None:
+        return
+    x, times = b.values[i], (1, 1, 2, 3)[n[1] % 4]
+    c = x.shape[1]
+    if fits(c * times, pixels(x)):
+        b.emit(CONV[dims(x)](c, c * times, 3, padding=1, groups=c, bias=n[2] % 2 == 0), i)
+
+
+def gathering(b: Builder, n: Numbers) -> None:
+    """Every filter has several inputs of its own."""
+    i = b.take(n[0], lambda x: is_map(x) and len(divisors(x.shape[1])) > 1)
+    if i is None:
+        return
+    x = b.values[i]
+    groups = divisors(x.shape[1])[:-1]
+    g = groups[n[1] % len(groups)]
+    b.emit(CONV[dims(x)](x.shape[1], g, 3, padding=1, groups=g), i)
+
+
+def transposed(b: Builder, n: Numbers) -> None:
+    i = b.take(n[0], is_map)
+    if i is None:
+        return
+    x = b.values[i]
+    c, stride = x.shape[1], 1 + n[3] % 2
+    choices = [1, *divisors(c)]
+    g = choices[(0, 0, 0, 1, -1)[n[2] % 5] % len(choices)]
+    out = g * (1 + n[1] % 4) if g > 1 else 2 + n[1]
+    if fits(out, pixels(x) * stride ** dims(x)):
+        b.emit(TRANSPOSED[dims(x)](c, out, stride, stride, groups=g, bias=n[2] % 2 == 0), i)
+
+
+def linear(b: Builder, n: Numbers) -> None:
+    """On features, or on the channels of a map, moved to the end."""
+    i = b.take(n[0])
+    assert i is not None
+    x, out = b.values[i], 2 + n[1]
+    if not fits(out, pixels(x)):
+        return
+    if not is_map(x):
+        b.emit(nn.Linear(x.shape[1], out, bias=n[2] % 2 == 0), i)
+    else:
+        b.emit(f.channels_first, b.emit(nn.Linear(x.shape[1], out), b.emit(f.channels_last, i)))
+
+
+def norm(b: Builder, n: Numbers) -> None:
+    i = b.take(n[0])
+    assert i is not None
+    x = b.values[i]
+    if n[1] < 6:
+        b.emit(BATCH_NORM[dims(x)](x.shape[1], affine=n[1] != 5), i)
+    elif is_map(x) and pixels(x) > 1:
+        b.emit(INSTANCE_NORM[dims(x)](x.shape[1], affine=n[2] % 2 == 0), i)
+
+
+def activation(b: Builder, n: Numbers) -> None:
+    i = b.take(n[0])
+    assert i is not None
+    c = b.values[i].shape[1]
+    makes = (nn.ReLU, nn.Hardswish, nn.Sigmoid, nn.SiLU, nn.PReLU, partial(nn.PReLU, c), partial(nn.PReLU, c))
+    b.emit(makes[n[1] % len(makes)](), i)
+
+
+def layer_scale(b: Builder, n: Numbers) -> None:
+    """A raw parameter, of shape (C,) or (1, C, 1, ...), that is multiplied or added."""
+    i = b.take(n[0])
+    assert i is not None
+    x = b.values[i]
+    c = x.shape[1]
+    if n[1] % 3 == 0:
+        b.emit(f.scale, i, b.parameter(torch.rand(c) + 0.5))
+    else:
+        ones = [1] * dims(x)
+        shape = [c, *ones] if n[2] % 2 else [1, c, *ones]
+        b.emit(f.multiply if n[1] % 3 == 1 else f.add, i, b.parameter(torch.rand(shape) + 0.5))
+
+
+def summed(b: Builder, n: Numbers) -> None:
+    i = b.take(n[0])
+    assert i is not None
+    shape = b.values[i].shape
+    others = [k for k in range(len(b.values)) if k != i and b.values[k].shape == shape]
+    if others:
+        how = (f.add, f.add, f.add_in_place, f.multiply)[n[2] % 4]
+        b.emit(how, i, others[-1 - n[1] % len(others)])
+
+
+def residual(b: Builder, n: Numbers) -> None:
+    """A convolution that does not change the shape, with the identity beside it."""
+    i = b.take(n[0], is_map)
+    if i is None:
+        return
+    x = b.values[i]
+    j = b.emit(CONV[dims(x)](x.shape[1], x.shape[1], 3, padding=1, bias=n[1] % 2 == 0), i)
+    if n[2] % 2 == 0:
+        j = b.emit(BATCH_NORM[dims(x)](x.shape[1]), j)
+    b.emit(f.add, i, j)
+
+
+def concatenated(b: Builder, n: Numbers) -> None:
+    i = b.take(n[0])
+    assert i is not None
+    x = b.values[i]
+    others = [
+        k for k in range(1, len(b.values)) if b.values[k].dim() == x.dim() and b.values[k].shape[2:] == x.shape[2:]
+    ]
+    if not others:
+        return
+    parts = [i, others[-1 - n[1] % len(others)]]
+    if n[3] > 4:
+        parts.append(others[-1 - n[2] % len(others)])
+    if n[3] % 2:
+        parts.reverse()
+    if fits(sum(b.values[k].shape[1] for k in parts), pixels(x)):
+        b.emit(f.concatenate, *parts)
+
+
+def divided(b: Builder, n: Numbers) -> None:
+    """Chunk, split at fixed places or at sizes that a module keeps, slices."""
+    i = b.take(n[0], lambda x: x.shape[1] > 3)
+    if i is None:
+        return
+    c = b.values[i].shape[1]
+    at, pieces = 1 + n[2] % (c - 1), next((p for p in (2 + n[2] % 3, 2, 3) if c % p == 0), 2)
+    how = n[1]
+    if how < 3:
+        b.emit(partial(f.chunk, pieces=pieces), i)
+    elif how == 3:
+        b.emit(Split([at, c - at]), i)
+    elif how == 4:
+        b.emit(partial(f.split_at, sizes=[at, c - at]), i)
+    elif how == 5:
+        b.emit(f.halves, i)
+    elif how == 6:
+        b.emit(partial(f.slice_of, start=None, stop=at), i)
+        b.emit(partial(f.slice_of, start=at, stop=None), i)
+    else:
+        b.emit(partial(f.slice_of, start=at if n[3] % 2 else None, stop=None if n[3] % 2 else at), i)
+
+
+def shuffled(b: Builder, n: Numbers) -> None:
+    i = b.take(n[0], lambda x: len(divisors(x.shape[1])) > 1)
+    if i is None:
+        return
+    x = b.values[i]
+    groups = divisors(x.shape[1])[:-1]
+    g = groups[n[1] % len(groups)]
+    if n[2] < 5 or not is_map(x):
+        b.emit(partial(f.shuffle, groups=g), i)
+    elif n[2] == 5 and dims(x) > 1:
+        b.emit(nn.ChannelShuffle(g), i)
+    else:
+        b.emit(f.flip, i)
+
+
+def squeeze_excite(b: Builder, n: Numbers) -> None:
+    i = b.take(n[0], is_map)
+    if i is None:
+        return
+    x, inner = b.values[i], 2 + n[1]
+    c, d = x.shape[1], dims(x)
+    if n[2] % 2:
+        j = b.emit(CONV[d](c, inner, 1), b.emit(f.pooled_map, i))
+        j = b.emit(CONV[d](inner, c, 1), b.emit(nn.ReLU(), j))
+    else:
+        j = b.emit(nn.Linear(c, inner), b.emit(f.pooled, i))
+        j = b.emit(nn.Linear(inner, c), b.emit(nn.ReLU(), j))
+        j = b.emit(partial(f.as_map, dims=d), j)
+    b.emit(f.gate, i, j)
+
+
+def spatial_gate(b: Builder, n: Numbers) -> None:
+    """One value per pixel for all channels."""
+    i = b.take(n[0], is_map)
+    if i is None:
+        return
+    x = b.values[i]
+    if n[1] < 5:
+        j = b.emit(CONV[dims(x)](x.shape[1], 1, 3, padding=1), i)
+    else:
+        j = b.emit(CONV[dims(x)](1, 1, 3, padding=1), b.emit(f.channel_mean, i))
+    b.emit(f.gate, i, j)
+
+
+def pixel_shuffled(b: Builder, n: Numbers) -> None:
+    if n[1] % 2 == 0:
+        i = b.take(n[0], lambda x: dims(x) == 2 and x.shape[1] % 4 == 0)
+        if i is not None:
+            b.emit(nn.PixelShuffle(2), i)
+    else:
+        i = b.take(n[0], lambda x: dims(x) == 2 and x.shape[2] % 2 == x.shape[3] % 2 == 0 and fits(4 * x.shape[1], 1))
+        if i is not None:
+            b.emit(nn.PixelUnshuffle(2), i)
+
+
+def padded(b: Builder, n: Numbers) -> None:
+    """Channels of zeros, as in the shortcuts of ResNets for CIFAR."""
+    i = b.take(n[0])
+    assert i is not None
+    x, before, after = b.values[i], n[1] % 3, 1 + n[2] % 4
+    if fits(x.shape[1] + before + after, pixels(x)):
+        b.emit(partial(f.pad_channels, before=before, after=after), i)
+
+
+def flattened(b: Builder, n: Numbers) -> None:
+    """To features, or the axes of pixels to one."""
+    i = b.take(n[0], is_map)
+    if i is None:
+        return
+    x = b.values[i]
+    if n[1] == 6 and dims(x) > 1:
+        b.emit(f.merge_pixels, i)
+    elif n[1] > 3:
+        b.emit(f.pooled, i)
+    elif x[0].numel() <= 4 * CHANNELS:
+        b.emit(f.flatten, i)
+    else:
+        b.emit(f.flatten, b.emit(nn.AdaptiveAvgPool2d(2) if dims(x) == 2 else partial(reduced, dims=dims(x)), i))
+
+
+def reduced(x: Tensor, dims: int) -> Tensor:
+    """To two pixels along every axis."""
+    return (nn.functional.adaptive_avg_pool1d if dims == 1 else nn.functional.adaptive_avg_pool3d)(x, 2)
+
+
+def unflattened(b: Builder, n: Numbers) -> None:
+    """Features to a map, made wide enough by a linear layer where they are not."""
+    i = b.take(n[0], lambda x: not is_map(x))
+    if i is None:
+        return
+    x, shape = b.values[i], ((2, 2), (2,), (2, 2, 2), (4,), (2, 1))[n[1] % 5]
+    c, side = x.shape[1], torch.Size(shape).numel()
+    if n[2] % 3 == 2 or c % side or c == side:
+        c = (2 + n[2]) * side
+        i = b.emit(nn.Linear(x.shape[1], c), i)
+    if n[3] < 5:
+        b.emit(partial(f.to_map, pixels=shape), i)
+    else:
+        b.emit(partial(f.to_fixed_map, channels=c // side, pixels=shape), i)
+
+
+def resized(b: Builder, n: Numbers) -> None:
+    i = b.take(n[0], is_map)
+    if i is None:
+        return
+    x = b.values[i]
+    if n[1] > 3 and fits(x.shape[1], pixels(x) * 2 ** dims(x)):
+        b.emit(f.upsample, i)
+    elif min(x.shape[2:]) > 1:
+        b.emit(f.average_pool if n[1] % 2 else f.maximum_pool, i)
+
+
+def again(b: Builder, n: Numbers) -> None:
+    """A layer is called a second time."""
+    calls = [(node.what, node.reads[0]) for node in b.net.nodes if isinstance(node.what, str)]
+    calls = [(w, r) for w, r in calls if not isinstance(b.net.layers[int(w)], Split)]
+    if not calls:
+        return
+    what, read = calls[-1 - n[1] % len(calls)]
+    assert isinstance(read, int)
+    old = b.values[read]
+    i = b.take(n[0], lambda x: x.dim() == old.dim() and x.shape[1] == old.shape[1])
+    if i is not None and (not is_map(old) or min(b.values[i].shape[2:]) >= min(old.shape[2:])):
+        b.emit(what, i)
+
+
+def mixing(b: Builder, n: Numbers) -> None:
+    """What no channel can be pruned through, in every fourth step: group norm, softmax, layer norm of features."""
+    i = b.take(n[0], lambda x: x.shape[1] > 1)
+    if i is None or n[3] > 1:
+        return
+    x = b.values[i]
+    groups = divisors(x.shape[1])
+    if n[1] % 2:
+        b.emit(f.softmax, i)
+    elif is_map(x):
+        b.emit(nn.GroupNorm(groups[n[2] % len(groups)], x.shape[1]), i)
+    else:
+        b.emit(nn.LayerNorm(x.shape[1]), i)
+
+
+OPERATIONS: dict[str, Callable[[Builder, Numbers], None]] = {
+    "conv": conv,
+    "norm": norm,
+    "activation": activation,
+    "sum": summed,
+    "residual": residual,
+    "cat": concatenated,
+    "divide": divided,
+    "shuffle": shuffled,
+    "depthwise": depthwise,
+    "grouped": grouped_conv,
+    "gathering": gathering,
+    "transposed": transposed,
+    "linear": linear,
+    "squeeze-excite": squeeze_excite,
+    "spatial gate": spatial_gate,
+    "scale": layer_scale,
+    "pixel shuffle": pixel_shuffled,
+    "pad": padded,
+    "flatten": flattened,
+    "unflatten": unflattened,
+    "resize": resized,
+    "again": again,
+    "mixing": mixing,
+}
+"""The simplest first: a program shrinks towards it."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a network is made from.
+
+    Attributes:
+        dims: axes of pixels of the input.
+        channels: of the input.
+        steps: in order.
+        outputs: 0: all tensors that nothing reads go through a linear layer, and are summed; 1: each is an output by
+            itself then; 2: the last one is an output as it is.
+    """
+
+    dims: int
+    channels: int
+    steps: tuple[Step, ...]
+    outputs: int = 0
+
+    @torch.no_grad()
+    def network(self) -> tuple[Drawn, Tensor]:
+        """The network in eval mode, with random values in all of its tensors, and example inputs."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            x = torch.randn(2, self.channels, *[SIDE[self.dims]] * self.dims)
+            b = Builder(x)
+            stem = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.dims]
+            b.emit(stem(self.channels, 8, 3, padding=1), 0)
+            for name, numbers in self.steps:
+                OPERATIONS[name](b, numbers)
+            unread = [i for i in range(1, len(b.values)) if i not in b.read]
+            last = unread.pop() if self.outputs == 2 else None
+            heads = [b.emit(nn.Linear(b.values[i].shape[1], 3), b.emit(f.pooled, i)) for i in unread]
+            if self.outputs == 0 and len(heads) > 1:
+                heads = [b.emit(f.total, *heads)]
+            b.net.results = heads if last is None else [*heads, last]
+            net = b.net.eval()
+            scramble(net, lambda: net(x), torch.Generator().manual_seed(0))
+        return net, x

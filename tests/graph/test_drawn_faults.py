@@ -1,0 +1,51 @@
+"""Small networks that a drawn one shrank to, because the groups that were found in it could not be pruned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.zoo.drawn.checks import examine_network
+from benchmarks.zoo.scramble import scramble
+from tp_importance import prunable_groups
+
+
+def examined(model: nn.Module, x: torch.Tensor) -> dict[str, tuple[int, int]]:
+    """Width and units of every group; what is found is pruned, and compared with what was promised."""
+    scramble(model.eval(), lambda: model(x), torch.Generator().manual_seed(0))
+    examine_network(model, x)
+    return {g.name: (g.width, g.n_units) for g in prunable_groups(model, x, verify=False)}
+
+
+def between(*layers: nn.Module, features: int) -> nn.Sequential:
+    """Layers between a convolution with eight outputs and a linear layer."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *layers, nn.Flatten(), nn.Linear(features, 3))
+
+
+IMAGES = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(
+    ("outputs", "groups", "expected"),
+    [
+        (2, 2, {"0": (8, 2)}),  # every filter has four inputs of its own
+        (16, 8, {"0": (8, 8)}),  # every input has two filters
+        (12, 2, {"0": (8, 4), "1": (12, 6)}),  # the same channel of every group goes
+        (8, 8, {"0": (8, 8)}),
+    ],
+)
+def test_grouped_convolutions_of_every_kind(kind, outputs, groups, expected):
+    model = between(kind(8, outputs, 1, groups=groups), features=outputs * 16)
+    assert examined(model, IMAGES) == expected
+
+
+def test_native_shuffles_keep_whole_blocks():
+    assert examined(between(nn.ChannelShuffle(2), features=128), IMAGES) == {"0": (8, 4)}
+    assert examined(between(nn.PixelShuffle(2), nn.PixelUnshuffle(2), features=128), IMAGES) == {"0": (8, 2)}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_group_norm_with_as_many_groups_as_channels(affine):
+    assert examined(between(nn.GroupNorm(8, 8, affine=affine), features=128), IMAGES) == {"0": (8, 8)}
