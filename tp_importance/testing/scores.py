@@ -57,7 +57,7 @@ class ScoreTests(ImportanceCase):
     def test_scores_of_every_root(self, name: str) -> None:
         """Right shape and dtype; no two units alike; a unit scores the same wherever Torch-Pruning starts.
 
-        Where Torch-Pruning couples other channels than those of the unit, the group gets ``None``, and the score is that
+        Where Torch-Pruning couples other channels than those of a unit, the group gets ``None``; then the score is that
         of the group from labels.
         """
         importance, model, x = self.collected(name)
@@ -71,6 +71,7 @@ class ScoreTests(ImportanceCase):
                     assert name in MISTRACED
                     channels = member.channels.tolist()
                     scores = importance(host_group(labels, layer, member.role, channels))
+                assert scores is not None
                 self.assert_scores(scores, len(channels))
                 scored = dict(zip(channels, scores.tolist(), strict=True))
                 for channel, unit in zip(member.channels, member.units, strict=True):

@@ -168,7 +168,7 @@ class Labeller(TorchDispatchMode):
         return hook
 
     def _find_weights(self, module: Any, _args: Any) -> None:
-        """Computed weights and biases are tensors of their own, unless a hook puts one over a parameter for the time."""
+        """Computed weights and biases are tensors of their own, but for those that a hook puts over a parameter."""
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             for leaf in ("weight", "bias"):
                 tensor, own = getattr(module, leaf, None), module._parameters.get(leaf)
