@@ -97,7 +97,8 @@ def bake_weights(
             not call what was put in. The model is then as before.
 
     Example:
-        >>> net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+        >>> net = nn.Sequential(normed, nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> bake_weights(net, torch.randn(1, 3, 8, 8)).baked, type(net[0]).__name__
         ({'0': 'parametrization WeightNorm'}, 'Conv2d')
     """
@@ -111,8 +112,8 @@ def bake_weights(
             raise
         except Exception as error:
             raise TracingError(
-                f"{type(model).__name__} does not run on example_inputs: {type(error).__name__}: {error}. Check device, "
-                "dtype and shape; give forward_fn for unusual signatures"
+                f"{type(model).__name__} does not run on example_inputs: {type(error).__name__}: {error}. Check "
+                "device, dtype and shape; give forward_fn for unusual signatures"
             ) from error
     report = baker.report()
     if not report.baked:
@@ -182,7 +183,7 @@ class _Baker:
         self.names: dict[nn.Module, str] = {m: name for name, m in model.named_modules()}
         computed = {m: computed_tensors(m) for m in self.names if isinstance(m, LAYERS) and m not in ignored}
         # the weight of a class of torch without any of this is its parameter
-        self._by = {
+        self._by: dict[nn.Module, str] = {
             m: " and ".join(dict.fromkeys(c.by for c in found))
             for m, found in computed.items()
             if found or type(m) not in _PLAIN
@@ -204,7 +205,9 @@ class _Baker:
 
     def report(self) -> BakeReport:
         baked = {self.names[m]: self._what(m) for m in self.names if m in self.plain}
-        never = {m: "the pass on the example inputs does not call it" for m, by in self._by.items() if by}
+        never: dict[nn.Module, str] = {
+            m: "the pass on the example inputs does not call it" for m, by in self._by.items() if by
+        }
         left = never | self._left
         done = self._fine | set(self.plain)
         return BakeReport(baked, {self.names[m]: reason for m, reason in left.items() if m not in done})
