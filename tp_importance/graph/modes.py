@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.batches import tensors_in
 from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
+from ..errors import TracingError
 from .classes import strangers
 from .dataflow import function_name, is_question, made_tensors
 from .groups import PrunableGroups
@@ -38,6 +39,7 @@ def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[s
         Reason per group, naming the layer; empty if all groups are the same in both modes.
 
     Raises:
+        TracingError: if the network does not run a second time in eval mode.
         ValueError: if the network does not run in training mode on the example inputs and has layers that eval mode
             does not run: what they would read is unknown then.
 
@@ -58,7 +60,15 @@ def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[s
     """
     model, run = groups.trace.model, groups.options.forward_fn or call_model
     owners = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-    usual, called = _reads(model, example_inputs, run, owners, training=False)
+    try:
+        usual, called = _reads(model, example_inputs, run, owners, training=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise TracingError(
+            f"{type(model).__name__} could be traced, but does not run a second time on the same inputs: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     try:
         training, trained = _reads(model, example_inputs, run, owners, training=True)
         more = {key for key, count in training.items() if count > usual[key]}

@@ -118,7 +118,10 @@ class Oracle:
         return {finding.where for finding in run.findings}
 
     def _run(self, model: nn.Module) -> Any:
-        return run_model(model, self._inputs, self._groups.options.forward_fn)
+        """What counts as the output: what the user leaves out may change its shape."""
+        options = self._groups.options
+        output = run_model(model, self._inputs, options.forward_fn)
+        return output if options.output_transform is None else options.output_transform(output)
 
     def _pruned(self, removal: Removal) -> nn.Module:
         with torch._C.DisableTorchFunction():  # of the pass that is running
