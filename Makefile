@@ -52,7 +52,7 @@ demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a
 
 # One line each: `make bench-cifar ARGS="--networks resnet20"`, or ARGS=--help; `python benchmarks/run.py` lists all.
 BENCH = $(PY) benchmarks/run.py
-.PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
+.PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-option-a bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
 	bench-recovery bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
 	bench-psap-overhead bench-latency bench-zoo zoo-venv bench-tables host-tests
 
@@ -67,6 +67,9 @@ bench-refit: $(STAMP) ## what a least-squares refit is worth to every criterion 
 
 bench-widths: $(STAMP) ## uniform or greedy widths by default, on CIFAR
 	$(BENCH) default-widths $(ARGS)
+
+bench-option-a: $(STAMP) ## prune or keep residual stages behind padded shortcuts, on CIFAR
+	$(BENCH) option-a $(ARGS)
 
 bench-batchnorm: $(STAMP) ## compare what to do with batch norms after pruning
 	$(BENCH) batchnorm $(ARGS)

@@ -108,7 +108,8 @@ class Arm:
 
     def pruner(self, task: Task, model: nn.Module, batches: Batches, macs: float, **options: Any) -> BudgetPruner:
         """Of a copy of the task's network, whose groups are verified once."""
-        options = {"allocator": self.allocator, "verify": task.verified, **options}
+        found = {"verify": task.verified, "ignored_layers": task.kept_in(model), "keep_padded": False}
+        options = {"allocator": self.allocator, **found, **options}
         if self.widths is not None:
             widths = Arm(self.widths, self.allocator).pruner(task, model, batches, macs).plan().widths
             options |= {"min_widths": widths, "max_widths": widths}

@@ -32,10 +32,12 @@ class Task:
         inputs: two images.
         stages: layers whose outputs a teacher may be compared in.
         layout: memory format to train in.
+        kept: layers whose outputs stay; :attr:`whole` is the same task without this.
     """
 
     inputs: Tensor
     stages: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     layout = torch.contiguous_format
     fresh: Callable[[], nn.Module]
     draw: Callable[[int, int], Batches]
@@ -60,7 +62,20 @@ class Task:
 
     @cached_property
     def groups(self) -> PrunableGroups:
-        return prunable_groups(self.model, self.inputs)
+        return prunable_groups(self.model, self.inputs, ignored_layers=self.kept_in(self.model))
+
+    def kept_in(self, model: nn.Module) -> list[nn.Module]:
+        """What :attr:`kept` names, for ``ignored_layers=`` of a copy."""
+        return [model.get_submodule(name) for name in self.kept]
+
+    @cached_property
+    def whole(self) -> Task:
+        """The task in which every channel that can go may go."""
+        if not self.kept:
+            return self
+        other = type(self)(self.name, self.run)
+        other.kept = ()
+        return other
 
     def verified(self, found: PrunableGroups, _x: Any) -> dict[str, str]:
         """The verdict on :attr:`groups`, for ``verify=`` of pruners of other copies."""
@@ -84,11 +99,11 @@ class Task:
     def copy(self) -> tuple[nn.Module, PrunableGroups]:
         """A fresh network and its groups."""
         model = self.fresh()
-        return model, prunable_groups(model, self.inputs, verify=self.verified)
+        return model, prunable_groups(model, self.inputs, ignored_layers=self.kept_in(model), verify=self.verified)
 
 
 class Cifar(Task):
-    """A CIFAR-10 ResNet."""
+    """A CIFAR-10 ResNet; padded shortcuts: only channels inside the blocks may go (experiment option-a)."""
 
     stages = ("layer1", "layer2", "layer3")
     layout = torch.channels_last
@@ -96,6 +111,7 @@ class Cifar(Task):
     def __init__(self, name: str, run: Any) -> None:
         super().__init__(name, run)
         self.inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(self.device)
+        self.kept = ("conv1",) if name in networks.PRETRAINED else ()
 
     @cached_property
     def data(self) -> Cifar10:

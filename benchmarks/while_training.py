@@ -42,7 +42,8 @@ def prune(arm: str, job: Training, task: Task, kept: float) -> dict[str, Any]:
 
 def _psap(job: Training, task: Task, kept: float, options: dict[str, Any]) -> dict[str, Any]:
     budget = Budget(macs=kept)
-    pruner = PSAPPruner(job.model, task.inputs, budget=budget, schedule=SCHEDULE, verify=task.verified, **options)
+    groups = {"verify": task.verified, "ignored_layers": task.kept_in(job.model)}
+    pruner = PSAPPruner(job.model, task.inputs, budget=budget, schedule=SCHEDULE, **groups, **options)
     pruner.start(job.optimizer, total_steps=job.total)
     while not pruner.frozen:
         job.run(1, after=pruner.step)

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .budget import Budget
 from .checkpoints.checkpoint import load_pruned, save_pruned
 from .errors import BudgetError
+from .graph.baking import bake_weights
 from .graph.counting import count_ops
 from .graph.discovery import prunable_groups
 from .graph.layer_pruners import channel_pruners
@@ -59,6 +60,7 @@ __all__ = [
     "ResConvPruner",
     "StatisticalImportance",
     "__version__",
+    "bake_weights",
     "channel_pruners",
     "convert_to_resconv",
     "count_ops",

@@ -13,7 +13,7 @@ __all__ = [
 
 
 class TracingError(RuntimeError):
-    """The network could not be traced into a dependency graph."""
+    """The network could not be traced."""
 
 
 class BudgetError(ValueError):

@@ -21,7 +21,7 @@ from .core.stale_optimizers import replacing
 from .core.untouched import untouched
 from .graph.discovery import prunable_groups
 from .graph.groups import ChannelGroup, PrunableGroups
-from .graph.layer_kinds import CONV, is_depthwise
+from .graph.layer_kinds import CONV, is_passthrough
 from .graph.layer_pruners import channel_pruners
 from .graph.modes import read_in_training_only
 from .graph.patches import consumer_weight, feature_channels
@@ -264,7 +264,7 @@ def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
         The :class:`Removal`.
     """
     result, model = Removal(), groups.trace.model
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear)) and not is_depthwise(m)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear)) and not is_passthrough(m)}
     left = {n: consumer_weight(m, alive(n)) for n, m in layers.items() if weight_source(m)}
     inputs = {n: _channels(layers[n], table) for n, table in left.items()}
     outputs = {n: table.any(2).flatten() for n, table in left.items()}

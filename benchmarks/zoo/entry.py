@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo.scramble import scramble
+from tp_importance import bake_weights
 from tp_importance.core.forward import ForwardFn, run_model
 
 Inputs = Callable[[torch.Generator], Any]
@@ -28,6 +29,7 @@ class Network:
         note: what is special about it, for the reader of the table.
         quick: whether finding its groups must take no longer than ten forward passes and two seconds.
         planted: whether the test with dead channels is run on it: the parity of a channel must survive all moves.
+        baked: whether computed weights are made plain parameters first.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Network:
     note: str = ""
     quick: bool = False
     planted: bool = False
+    baked: bool = False
 
     def ready(self, seed: int = 0) -> tuple[nn.Module, Any]:
         """The network in eval mode with nothing in it that is trivially equal, and its inputs."""
@@ -46,6 +49,8 @@ class Network:
             model = self.build().eval()
             inputs = self.inputs(torch.Generator().manual_seed(seed))
             scramble(model, lambda: self.run(model, inputs), torch.Generator().manual_seed(seed))
+            if self.baked:
+                bake_weights(model, inputs, forward_fn=self.forward_fn)
         return model, inputs
 
     def run(self, model: nn.Module, inputs: Any) -> Any:

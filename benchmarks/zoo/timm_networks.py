@@ -74,7 +74,11 @@ SIZES: dict[str, int] = {
     "xception41": 299,
 }
 OPTIONS: dict[str, dict[str, Any]] = {"nasnetalarge": {"stem_size": 32, "num_features": 1056}}
-NOTES = {"nasnetalarge": "with the widths of NASNet-A mobile"}
+BAKED = ("nf_regnet_b0", "nf_resnet50")
+NOTES = {
+    "nasnetalarge": "with the widths of NASNet-A mobile",
+    **dict.fromkeys(BAKED, "standardised weights, baked by `bake_weights`"),
+}
 QUICK = ("resnest14d", "res2net50_26w_4s", "ghostnet_100", "cspdarknet53", "skresnet18", "nf_regnet_b0")
 PLANTED = ("repvgg_a0", "lcnet_050", "legacy_seresnet18")
 
@@ -92,4 +96,5 @@ def networks() -> Iterator[Network]:
             note=NOTES.get(name, ""),
             quick=name in QUICK,
             planted=name in PLANTED,
+            baked=name in BAKED,
         )

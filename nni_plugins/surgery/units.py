@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tp_importance.graph.groups import ChannelGroup, Member, PrunableGroups, Role
-from tp_importance.graph.layer_kinds import CONV, is_depthwise
+from tp_importance.graph.layer_kinds import CONV, is_passthrough
 from tp_importance.graph.reparametrised import weight_axis
 
 from .masks import kept_positions
@@ -81,8 +81,8 @@ def _axes(name: str, module: nn.Module, target: str, mask: Tensor) -> Iterator[M
         role: Role | None = "out" if mask.dim() == 1 else None
         if weight and isinstance(module, nn.Embedding):
             role = "out" if axis == 1 else None
-        elif weight and is_depthwise(module):
-            role = "out" if axis == 0 else None
+        elif weight and is_passthrough(module):
+            role = None if axis else "in" if getattr(module, "transposed", False) else "out"
         elif weight and isinstance(module, (*CONV, nn.Linear)):
             role = "out" if axis == weight_axis(module, "out") else "in"
             # axis 1 holds the channels of one convolution group

@@ -18,7 +18,18 @@ from tp_importance import LatencyTable
 from tp_importance.latency.measure import Latency
 from tp_importance.pruning.registry import METHODS
 
-ACCURACY = ("cifar", "exponent", "refit", "batchnorm", "subtask", "imagenette", "itpruner", "recovery", "psap")
+ACCURACY = (
+    "cifar",
+    "exponent",
+    "refit",
+    "option-a",
+    "batchnorm",
+    "subtask",
+    "imagenette",
+    "itpruner",
+    "recovery",
+    "psap",
+)
 COST = ("resconv-latency", "automl", "automl-pareto", "scoring", "one-shot-cost", "itpruner-cost", "psap-overhead")
 NEEDS = {"scoring": "torchvision", "automl": "optuna", "automl-pareto": "optuna"}
 

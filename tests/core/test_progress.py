@@ -205,7 +205,7 @@ def test_the_log_at_info_has_durations_and_key_numbers(caplog):
     assert all(r.levelno == logging.INFO for r in caplog.records)
     seconds = r"\d+\.\d\d s"
     for name, rest in {
-        "verifying": "groups 4, unsafe 0",
+        "verifying": "groups 4, tests 1, unsafe 0",
         "collecting": "batches 4, samples 64",
         "ordering channels": "groups 4",
         "allocating": r"cost .* MACs, .* params",

@@ -196,6 +196,18 @@ ODD = {
         lambda: nn.Sequential(conv_bn_relu(3, 16), nn.Conv2d(16, 32, 3, groups=8), nn.ReLU(), head(32)),
         (3, 8, 8),
     ),
+    "one input per group": (
+        lambda: nn.Sequential(conv_bn_relu(3, 8), nn.Conv2d(8, 24, 3, groups=8), nn.ReLU(), head(24)),
+        (3, 8, 8),
+    ),
+    "one output per group": (
+        lambda: nn.Sequential(conv_bn_relu(3, 24), nn.Conv2d(24, 8, 3, groups=8), nn.ReLU(), head(8)),
+        (3, 8, 8),
+    ),
+    "one input per group, transposed": (
+        lambda: nn.Sequential(conv_bn_relu(3, 8), nn.ConvTranspose2d(8, 16, 3, groups=8), nn.ReLU(), head(16)),
+        (3, 8, 8),
+    ),
     "group norm": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), conv_bn_relu(8, 6), head(6)),
         (3, 8, 8),

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from tp_importance import prunable_groups
 from tp_importance.graph.channel_axes import scale_inputs, scale_outputs
 from tp_importance.graph.gates import ChannelGates
 from tp_importance.graph.groups import PrunableGroups
@@ -201,3 +202,16 @@ def test_factors_over_weights(groups, transposed):
     with torch.no_grad():
         conv.weight.mul_(scale_inputs(conv, a)).mul_(scale_outputs(conv, b))
     torch.testing.assert_close(conv(x), expected)
+
+
+def test_groups_under_gates_are_the_same_and_closed_gates_hold_them():
+    case = topology("residual").copy()
+    held = ChannelGates(case.groups)
+    assert prunable_groups(case.model, case.x).names == case.groups.names
+    held.set(masks(case.groups, sample_units(case.groups)))
+    groups = prunable_groups(case.model, case.x)
+    excluded = {e.name: e for e in groups.excluded if e.kind != "output"}
+    assert not groups.names and set(excluded) == set(case.groups.names)
+    assert all(e.kind == "pinned" and "mul): its channels meet values" in e.reason for e in excluded.values())
+    held.remove()
+    assert prunable_groups(case.model, case.x).names == case.groups.names

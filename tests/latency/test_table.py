@@ -83,3 +83,16 @@ def test_conditions_know_the_memory_format():
     table = LatencyTable(measure=measure).use(conditions_of(net, last))
     table.time(timed_layer(net, Call("a", (2, 4, 5, 5), (2, 4, 3, 3), 1)), 3, 2)
     assert seen == [True]
+
+
+@pytest.mark.parametrize("inputs, outputs", [(4, 12), (12, 4), (4, 4)])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_convolutions_whose_groups_are_channels_are_timed_as_they_are_cut(kind, inputs, outputs):
+    layer = kind(inputs, outputs, 3, groups=4)
+    timed = timed_layer(layer, Call("c", (1, inputs, 8, 8), tuple(layer(torch.zeros(1, inputs, 8, 8)).shape), 1))
+    assert (timed.inputs, timed.outputs, timed.multiple) == (1, outputs, outputs // 4)
+    half, shape = timed.build(1, outputs // 2)
+    assert (half.in_channels, half.out_channels, half.groups) == (inputs // 2, outputs // 2, 2)
+    assert shape == (1, inputs // 2, 8, 8) and half(torch.zeros(shape)).shape[1] == outputs // 2
+    plain = timed_layer(kind(4, 4, 3, groups=4), Call("c", (1, inputs, 8, 8), (1, 4, 6, 6), 1))
+    assert (timed.key == plain.key) == (inputs == outputs)

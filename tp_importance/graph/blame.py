@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from .groups import Index, PrunableGroups
-from .layer_kinds import is_channelwise
+from .layer_kinds import is_depthwise
 
 __all__ = ["Blame", "Finding", "Namer"]
 
@@ -67,7 +67,7 @@ class Blame:
             for m in group.members:
                 if m.role == "out":
                     self._makes[m.name].add(group.name)
-                if m.role == "in" or (m.name in modules and is_channelwise(modules[m.name])):
+                if m.role == "in" or (m.name in modules and is_depthwise(modules[m.name])):
                     self._reads[m.name].append((group.name, m.channels))
             for a in group.attributes:
                 name = a.name.rpartition(".")[0] if a.name.rpartition(".")[2].isdigit() else a.name

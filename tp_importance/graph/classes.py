@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, filterfalse
 from typing import Any
@@ -14,13 +14,13 @@ from torch import nn
 from .groups import ChannelGroup, Excluded, Kind, Member, PrunableGroups, Role
 from .labels.ledger import Follower, Ledger
 from .labels.reasons import Index, Reason
-from .layer_kinds import CONV, is_depthwise
+from .layer_kinds import CONV, is_depthwise, is_passthrough
 from .layer_pruners import LayerPruners, ParametrisedPruner, loses_whole_groups, users_layers
 from .reparametrised import computed_tensors
 from .trace_options import TraceOptions
 from .tracing import Trace
 
-__all__ = ["build_groups", "ignored_modules", "strangers"]
+__all__ = ["build_groups", "ignored_modules", "other_answers", "strangers"]
 
 
 _AT_MINIMUM: Reason = ("minimum", "at its smallest width")
@@ -83,6 +83,31 @@ def build_groups(
     return PrunableGroups(groups, excluded, traced, options)
 
 
+def other_answers(groups: PrunableGroups, refused: Iterable[str]) -> tuple[int, ...] | None:
+    """The next answers to the open questions that some groups hang on.
+
+    Args:
+        groups: the groups, found with the answers that are in their options.
+        refused: names of groups that these answers made wrong.
+
+    Returns:
+        An answer per question; ``None`` if no group hangs on a question with an answer left that lets channels go.
+    """
+    ledger, choices = groups.trace.labels, groups.options.choices
+    if not ledger.questions:
+        return None
+    classes = ledger.classes(choices)
+    places = _Layout(groups.trace, groups.options).places(ledger, classes)
+    at = {(p.name, p.role): p.classes for p in places}
+    wrong = {int(c) for name in refused for m in groups[name].members for c in at[m.name, m.role][m.channels]}
+    now = [*choices, *[0] * (len(ledger.questions) - len(choices))]
+    new = [
+        n + 1 if n + 2 < len(question.options) and wrong & set(classes[question.labels].tolist()) else n
+        for n, question in zip(now, ledger.questions, strict=True)
+    ]
+    return None if new == now else tuple(new)
+
+
 def strangers(groups: PrunableGroups, other: Trace) -> dict[str, list[str]]:
     """What else the channels of groups touch in another trace of the same network.
 
@@ -141,7 +166,7 @@ def _groups(
             (root.name, "out"),
             np.flatnonzero(at >= 0),
             at[at >= 0],
-            max((_fewest(modules.get(m.name), m) for m in members), default=1),
+            max((_fewest(modules.get(m.name)) for m in members), default=1),
             tuple(m for m, (number, _) in zip(members, signature, strict=True) if places[number].attribute),
         )
         yield group, list(dict.fromkeys(r for c in mine for r in reasons.get(c, ())))
@@ -160,10 +185,12 @@ def _member(place: _Place, unit_of: Index) -> Member:
     return Member(place.name, place.role, place.kind, at, units[at], len(place.classes), place.axis)
 
 
-def _fewest(module: nn.Module | None, member: Member) -> int:
-    """At one channel per group on either side a grouped convolution turns into one that loses whole groups."""
-    groups = getattr(module, "groups", 1) if isinstance(module, CONV) else 1
-    return 2 if groups > 1 and member.kind != "passthrough" else 1
+def _fewest(module: nn.Module | None) -> int:
+    """With one unit left a convolution would change its kind: its groups would become channels, or be one.
+
+    Other channels would be coupled then, and the history would not repeat on the dense network.
+    """
+    return 2 if isinstance(module, CONV) and module.groups > 1 and not is_depthwise(module) else 1
 
 
 class _Layout:
@@ -207,7 +234,7 @@ class _Layout:
             if key == "weight":
                 role: Role = "out" if axis == int(getattr(module, "transposed", False)) else "in"
                 transposed, groups = getattr(module, "transposed", False), getattr(module, "groups", 1)
-                if loses_whole_groups(module) or is_depthwise(module):  # axis 0 tells of both sides
+                if is_passthrough(module):  # axis 0 tells of both sides
                     if axis:
                         return None
                     whole = np.repeat(classes.reshape(groups, -1)[:, 0], getattr(module, "out_channels", 0) // groups)
@@ -240,7 +267,7 @@ class _Layout:
         found = computed_tensors(module)
         if not found or name in self._users:
             return None
-        dense = isinstance(module, (*CONV, nn.Linear)) and not is_depthwise(module)
+        dense = isinstance(module, (*CONV, nn.Linear)) and not is_passthrough(module)
         found = [c for c in found if c.leaf == "weight" or role == "out" or not dense]  # inputs have no biases
         pruner = self._pruners.of(module)
         possible = not found or (isinstance(pruner, ParametrisedPruner) and pruner.follows[role])
@@ -248,7 +275,7 @@ class _Layout:
 
 
 def _kind(module: Any, role: Role) -> Kind:
-    if is_depthwise(module) or loses_whole_groups(module):
+    if is_passthrough(module):
         return "passthrough"
     return "producer" if role == "out" else "consumer"
 

@@ -13,8 +13,7 @@ from torch import nn
 
 from ..core.types import Ints
 from .groups import Excluded, PrunableGroups
-from .layer_kinds import CONV, is_depthwise
-from .layer_pruners import loses_whole_groups
+from .layer_kinds import CONV, is_passthrough
 from .reparametrised import owner_of, sliced_sides
 
 __all__ = ["COST_FIELDS", "CostTerms", "LeftOut", "channels_per_unit", "cost_terms"]
@@ -151,7 +150,7 @@ class _Builder:
             self.constant[field] += total
             return
         k_out, a_out = self._side(name, "out", outputs)
-        if is_depthwise(module) or loses_whole_groups(module):  # what one side costs is a multiple of the groups
+        if is_passthrough(module):
             k_in, a_in = _ONE
         else:
             k_in, a_in = self._side(name, "in", inputs)

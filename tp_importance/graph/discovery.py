@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..core.progress import phase, shown
-from .classes import build_groups
+from .classes import build_groups, other_answers
 from .groups import PrunableGroups, Verifier
 from .modes import read_in_training_only
 from .trace_options import TraceOptions
@@ -16,6 +17,9 @@ from .tracing import trace
 from .verify import verify_groups
 
 __all__ = ["prunable_groups"]
+
+MAX_ANSWERS = 3
+"""How often other answers to what one pass leaves open are tried, each at the cost of a verification."""
 
 
 def prunable_groups(
@@ -34,13 +38,14 @@ def prunable_groups(
 ) -> PrunableGroups:
     """Find the coupled channel groups of any network, and keep only those that can be pruned safely.
 
-    The groups come from Torch-Pruning's dependency graph. Left out, each with its reason, are: the network's
-    outputs; groups with an ignored layer; groups whose channels are normalised together (LayerNorm, GroupNorm);
-    groups of a single unit; groups that some layer reads in training mode only (an auxiliary head, which the surgery
-    would not follow); and every group for which removal is not the same as masking. The last test
-    (``verify``, ours) prunes a copy and compares it, at every convolution and linear layer and at the output,
-    with the masked original: Torch-Pruning traces some constructions wrongly and prunes them without an error
-    (channel padding, uneven chunks).
+    The network runs once, and labels run along that say which channel an entry of a tensor belongs to: what moves
+    data moves them, what sums over channels or adds tensors ties them. Left out, each with its reason, are: the
+    network's outputs; groups with an ignored layer; channels that are normalised or attended together (LayerNorm,
+    GroupNorm, attention), or mixed by an operation that nobody knows; channels that meet padding, constants or the
+    network's input, which stay as they are; groups of a single unit; groups that some layer reads in training mode only
+    (an auxiliary head, which the surgery would not follow); and every group for which removal is not the same as
+    masking. The last test (``verify``) prunes a copy and compares it, at every convolution and linear layer and at the
+    output, with the masked original: no pass tells whether code such as ``x[:, :32]`` follows a smaller tensor.
 
     Args:
         model: the network; it is not changed.
@@ -53,7 +58,7 @@ def prunable_groups(
         output_transform: applied to the network's output before tracing.
         allow_stale: also offer channels that layers read in training mode only. These layers keep their old width, and
             the network fails in training mode once it is pruned.
-        verify: compare masked and pruned copies (default). Costs one deep copy, one more trace and two passes. Or a
+        verify: compare masked and pruned copies (default). Costs two deep copies and two passes. Or a
             function that knows the verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
         progress: show progress bars.
 
@@ -80,11 +85,33 @@ def prunable_groups(
         [p for p in ignored_layers or () if isinstance(p, nn.Parameter)],
     )
     with phase("tracing", progress=progress) as running:
-        groups = build_groups(trace(model, example_inputs, options), ignored_layers, num_heads, options)
-        if not allow_stale and len(groups):
-            groups = groups.exclude(read_in_training_only(groups, example_inputs), "training")
+        traced = trace(model, example_inputs, options)
+
+        def answered(choices: tuple[int, ...]) -> PrunableGroups:
+            chosen = replace(options, choices=choices)
+            groups = build_groups(traced, ignored_layers, num_heads, chosen)
+            if allow_stale or not len(groups):
+                return groups
+            return groups.exclude(read_in_training_only(groups, example_inputs), "training")
+
+        groups = answered(())
         running.note(groups=len(groups), left_out=len(groups.excluded))
     if not verify or not len(groups):
         return groups
     with shown(progress):
-        return groups.exclude((verify if callable(verify) else verify_groups)(groups, example_inputs))
+        if callable(verify):
+            return groups.exclude(verify(groups, example_inputs))
+        return _verified(groups, example_inputs, answered)
+
+
+def _verified(
+    groups: PrunableGroups, example_inputs: Any, answered: Callable[[tuple[int, ...]], PrunableGroups]
+) -> PrunableGroups:
+    """The groups that stand the test; where one fails that an open question is about, the next answer is tried."""
+    for _ in range(MAX_ANSWERS):
+        refused = verify_groups(groups, example_inputs)
+        choices = other_answers(groups, refused)
+        if choices is None:
+            return groups.exclude(refused)
+        groups = answered(choices)
+    return groups.exclude(verify_groups(groups, example_inputs))

@@ -191,6 +191,35 @@ class PrunableGroups:
         """Width of every group, in channels."""
         return {g.name: g.width for g in self.groups}
 
+    @property
+    def padded(self) -> list[str]:
+        """Groups of residual stages that padded shortcuts widen: all channels of one layer, some of another.
+
+        The others of that layer meet the padding and stay (``pinned``).
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from tp_importance import prunable_groups
+            >>> class Net(nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+            ...     def forward(self, x):
+            ...         y = self.a(x)
+            ...         return self.c(nn.functional.pad(y, (0, 0, 0, 0, 1, 1)) + self.b(y))
+            >>> groups = prunable_groups(Net(), torch.randn(1, 3, 8, 8))
+            >>> groups.widths, groups.padded
+            ({'a': 4}, ['a'])
+        """
+        pinned = {layer for e in self.excluded if e.kind == "pinned" for layer in e.layers}
+
+        def widened(group: ChannelGroup) -> bool:
+            whole = [len(m.channels) == m.width for m in group.producers]
+            return any(whole) and any(not w and m.name in pinned for w, m in zip(whole, group.producers, strict=True))
+
+        return [g.name for g in self.groups if widened(g)]
+
     def require_some(self) -> None:
         """Refuse a network without a prunable group.
 

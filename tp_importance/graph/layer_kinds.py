@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from .layer_pruners import is_frozen_norm
+from .layer_pruners import is_frozen_norm, loses_whole_groups
 
-__all__ = ["CONV", "COUNTED", "is_batch_norm", "is_channelwise", "is_depthwise"]
+__all__ = ["CONV", "COUNTED", "is_batch_norm", "is_depthwise", "is_passthrough"]
 
 CONV = (nn.modules.conv._ConvNd,)
 
@@ -19,11 +19,18 @@ def is_batch_norm(module: nn.Module | None) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or (module is not None and is_frozen_norm(module))
 
 
-def is_channelwise(module: nn.Module) -> bool:
-    """Whether a convolution has one input and one output per group, so that one position says all of a channel."""
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution with one input and one output channel per group."""
     return isinstance(module, CONV) and module.groups == module.in_channels == module.out_channels > 1
 
 
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether Torch-Pruning treats ``module`` as depthwise (each channel its own group)."""
-    return isinstance(module, CONV) and module.groups == module.out_channels > 1
+def is_passthrough(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution that hands channels on: its inputs and outputs go together.
+
+    Example:
+        >>> is_passthrough(nn.Conv2d(4, 4, 3, groups=4)), is_passthrough(nn.Conv2d(4, 8, 3, groups=4))
+        (True, True)
+        >>> is_passthrough(nn.Conv2d(4, 8, 3, groups=2))
+        False
+    """
+    return is_depthwise(module) or loses_whole_groups(module)

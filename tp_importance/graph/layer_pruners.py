@@ -138,7 +138,8 @@ def users_layers(model: nn.Module, given: Mapping[Any, Any] | None) -> dict[str,
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         pruner = (given or {}).get(module, (given or {}).get(type(module)))
-        if pruner is not None and not any(name.startswith(f"{outer}.") for outer in found):
+        ours = type(pruner).__module__ == __name__  # handed on by channel_pruners
+        if pruner is not None and not ours and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = pruner
     return found
 

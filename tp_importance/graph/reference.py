@@ -19,7 +19,7 @@ from ..core.untouched import untouched
 from .channel_axes import channel_dim
 from .comparison import StrongNeighbours
 from .groups import Index, PrunableGroups
-from .layer_kinds import CONV, COUNTED, is_channelwise
+from .layer_kinds import CONV, COUNTED, is_depthwise
 from .masking import masked_units
 
 __all__ = ["MEMORY", "Reference", "Removal", "masked_pass", "read_layers"]
@@ -51,7 +51,7 @@ class Removal:
         for name, units in self.units.items():
             for m in self.groups[name].members:
                 if m.axis is None and m.name in modules:
-                    for role in ("in", "out") if is_channelwise(modules[m.name]) else (m.role,):
+                    for role in ("in", "out") if is_depthwise(modules[m.name]) else (m.role,):
                         gone[m.name, role].append(m.positions(units))
                         self.widths[m.name, role] = m.width
         for side, positions in gone.items():

@@ -51,7 +51,9 @@ class Computed:
         """What stands in the way at the layer of qualified name ``name``, and the line that removes it."""
         what = f"{name}{'.' * bool(name)}{self.leaf} is computed ({self.by})"
         if not self.remove:
-            return f"{what}; make it a parameter"
+            return (
+                f"{what}; make it a parameter, by bake_weights(model, example_inputs) if nothing sets it from outside"
+            )
         return f"{what}; make it a parameter: {self.remove.format(layer=f'model.get_submodule({name!r})')}"
 
 

@@ -18,7 +18,7 @@ from ..core.devices import reference_tensor
 from ..core.files import json_digest, written_at_once
 from ..core.processes import warn_of_processes
 from ..graph.counting import Call
-from ..graph.layer_kinds import CONV, is_depthwise
+from ..graph.layer_kinds import CONV, is_passthrough
 from ..maths.latency import Grid, knots, stair
 from .measure import Latency, device_name, least_latency, measure_latency
 
@@ -239,7 +239,9 @@ def timed_layer(module: nn.Module, call: Call, dim: int = 1) -> TimedLayer | Non
 def _conv(module: Any, call: Call) -> TimedLayer:
     kind = f"Conv{'Transpose' if module.transposed else ''}{len(module.kernel_size)}d"
     lead, space = call.in_shape[: -len(module.kernel_size) - 1], call.in_shape[-len(module.kernel_size) :]
-    depthwise = is_depthwise(module)
+    depthwise = is_passthrough(module)
+    made = module.out_channels // module.groups if depthwise else 1  # per input, and read per output
+    read = module.in_channels // module.groups if depthwise else 1
     options: dict[str, Any] = {
         "kernel_size": module.kernel_size,
         "stride": module.stride,
@@ -250,20 +252,21 @@ def _conv(module: Any, call: Call) -> TimedLayer:
     }
     if module.transposed:
         options["output_padding"] = module.output_padding
-    ratio = module.in_channels // module.out_channels if depthwise else 0
 
     def build(i: int, o: int) -> tuple[nn.Module, tuple[int, ...]]:
-        i, groups = (o * ratio, o) if depthwise else (i, module.groups)
+        i, groups = (o // made * read, o // made) if depthwise else (i, module.groups)
         return getattr(nn, kind)(i, o, groups=groups, **options), (*lead, i, *space)
 
-    groups = "depthwise" if depthwise else f"groups={module.groups}"
+    groups = f"groups={module.groups}"
+    if depthwise:
+        groups = "depthwise" if made == read else f"depthwise {read}:{made}"
     pointwise = all(k == 1 for k in module.kernel_size)
     return TimedLayer(
         f"{kind} {groups} {' '.join(f'{k}={v}' for k, v in options.items())} {lead} {space}",
         f"{kind} {groups} {'pointwise' if pointwise else 'spatial'}",
         1 if depthwise else module.in_channels,
         module.out_channels,
-        1 if depthwise else module.groups,
+        made if depthwise else module.groups,
         build,
     )
 

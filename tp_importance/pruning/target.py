@@ -13,6 +13,7 @@ from torch import nn
 
 from ..allocation.allocate import allocate
 from ..allocation.curves import Curve
+from ..allocation.proportional import uniform
 from ..allocation.registry import Allocator
 from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
@@ -63,6 +64,10 @@ class PruningTarget:
         max_pruning_ratio: fraction of the initial channels of any group that may go, or one per group name.
         min_widths: fewest channels per group name.
         max_widths: most channels per group name.
+        keep_padded: whether residual stages that padded shortcuts widen (``groups.padded``, as in the CIFAR ResNets
+            with option-A shortcuts) keep their widths. Default: under uniform widths they do, as long as the budget can
+            be met without them; all other allocators weigh them against the other groups. Measured in
+            docs/benchmarks.md.
         latency_table: layer times for latency budgets, or the file to keep them in; default: measured afresh.
         progress: show a progress bar for every phase, see :mod:`tp_importance.core.progress`.
         **options: see :func:`~tp_importance.prunable_groups`.
@@ -95,6 +100,7 @@ class PruningTarget:
         max_pruning_ratio: float | Mapping[str, float] = 1.0,
         min_widths: Mapping[str, int] | None = None,
         max_widths: Mapping[str, int] | None = None,
+        keep_padded: bool | None = None,
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         progress: bool = False,
         **options: Any,
@@ -106,6 +112,7 @@ class PruningTarget:
         self._latency: LatencyModel | None = None
         self._round_to, self._max_pruning_ratio = round_to, max_pruning_ratio
         self._min_widths, self._max_widths = dict(min_widths or {}), dict(max_widths or {})
+        self._keep_padded = keep_padded
         self._ignored_layers, self._num_heads = options.get("ignored_layers"), options.get("num_heads")
         self.groups: PrunableGroups = prunable_groups(model, example_inputs, progress=progress, **for_groups)
         _warn_of_uncounted(self.groups)
@@ -130,14 +137,27 @@ class PruningTarget:
     @property
     def space(self) -> WidthSpace:
         """Admissible widths of the model as it is now."""
+        return self._space(bool(self._keep_padded))
+
+    def _space(self, keep_padded: bool) -> WidthSpace:
+        padded = self.groups.padded if keep_padded else ()
+        kept = {n: w for n, w in self.groups.widths.items() if n in padded and n not in self._max_widths}
         return WidthSpace.of(
             self.groups.groups,
             round_to=self._round_to,
             max_pruning_ratio=self._max_pruning_ratio,
             initial_widths=self.initial_widths,
-            min_widths=self._min_widths,
+            min_widths=self._min_widths | kept,
             max_widths=self._max_widths,
         )
+
+    def _space_of(self, allocator: Allocator, limits: Mapping[str, float]) -> WidthSpace:
+        """Admissible widths for an allocator: uniform ones leave padded stages as they are, if they can."""
+        if allocator is uniform and self._keep_padded is None and self.groups.padded:
+            space = self._space(True)
+            if self.cost_model.within(space.floor, limits):
+                return space
+        return self.space
 
     @warned_once()
     def measure_latency(self) -> LatencyModel:
@@ -230,7 +250,7 @@ class PruningTarget:
         """
         cost = self.cost_model
         with phase("allocating", progress=self._progress) as running:
-            units = allocate(allocator, curves, cost, self.space, limits)
+            units = allocate(allocator, curves, cost, self._space_of(allocator, limits), limits)
             running.note(cost=cost.cost(cost.widths(units)))
         removed = {n: curves[n].removed(int(u)) for n, u in zip(cost.names, units, strict=True)}
         certificate = getattr(allocator, "certificate", {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -88,8 +89,8 @@ def permuted(case: Case, name: str, order: Tensor) -> nn.Module:
     return model
 
 
-def host_group(graph: Any, module: nn.Module, role: str = "out") -> Any:
-    """The ``tp.Group`` that removes all channels of a layer, at its outputs or its inputs ("in")."""
+def host_group(graph: Any, module: nn.Module, role: str = "out", channels: Iterable[int] | None = None) -> Any:
+    """The ``tp.Group`` that removes channels of a layer, all by default, at its outputs or its inputs ("in")."""
     pruner = graph.get_pruner_of_module(module)
     out = role == "out"
     fn, width = (
@@ -97,4 +98,4 @@ def host_group(graph: Any, module: nn.Module, role: str = "out") -> Any:
         if out
         else (pruner.prune_in_channels, graph.get_in_channels(module))
     )
-    return graph.get_pruning_group(module, fn, list(range(width)))
+    return graph.get_pruning_group(module, fn, list(range(width) if channels is None else map(int, channels)))

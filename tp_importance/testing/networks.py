@@ -338,7 +338,7 @@ TOPOLOGIES: dict[str, Callable[[], nn.Module]] = {
 """What builds each network."""
 
 MISTRACED = frozenset({"padded_shortcut", "split_swapped"})
-"""In one group of these, Torch-Pruning removes the wrong channels without an error: it must be refused."""
+"""In the first group of these, Torch-Pruning removes the wrong channels without an error."""
 
 
 def make_network(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:

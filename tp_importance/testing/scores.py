@@ -13,6 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ..graph.groups import PrunableGroups
+from ..graph.label_graph import LabelGraph
 from ..pruning.importance import StatisticalImportance
 from .cases import SEVERAL, host_group, permuted, topology
 from .data import loader_for
@@ -54,19 +55,27 @@ class ScoreTests(ImportanceCase):
 
     @pytest.mark.parametrize("name", SEVERAL)
     def test_scores_of_every_root(self, name: str) -> None:
-        """Right shape and dtype; no two units alike; a unit scores the same wherever Torch-Pruning starts."""
+        """Right shape and dtype; no two units alike; a unit scores the same wherever Torch-Pruning starts.
+
+        Where Torch-Pruning couples other channels than those of a unit, the group gets ``None``; then the score is that
+        of the group from labels.
+        """
         importance, model, x = self.collected(name)
-        graph = tp.DependencyGraph().build_dependency(model, x)
+        graph, labels = (g.build_dependency(model, x) for g in (tp.DependencyGraph(), LabelGraph(verify=False)))
         for group in importance.groups:
             ranks: dict[int, set[float]] = defaultdict(set)
             for member in group.members:
-                scores = importance(host_group(graph, model.get_submodule(member.name), member.role))
-                if scores is None:  # the dimension holds channels of groups that are left alone
+                layer, channels = model.get_submodule(member.name), range(member.width)
+                scores = importance(host_group(graph, layer, member.role))
+                if scores is None:
                     assert name in MISTRACED
-                    continue
-                self.assert_scores(scores, member.width)
+                    channels = member.channels.tolist()
+                    scores = importance(host_group(labels, layer, member.role, channels))
+                assert scores is not None
+                self.assert_scores(scores, len(channels))
+                scored = dict(zip(channels, scores.tolist(), strict=True))
                 for channel, unit in zip(member.channels, member.units, strict=True):
-                    ranks[int(unit)].add(float(scores[int(channel)]))
+                    ranks[int(unit)].add(scored[int(channel)])
             assert all(len(found) == 1 for found in ranks.values())
             values = [found.pop() for found in ranks.values()]
             assert len(set(values)) == len(values) == group.n_units

@@ -24,6 +24,7 @@ from .rules import rule_of
 __all__ = ["Labeller"]
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_BAKE = "bake_weights(model, example_inputs) makes its weight a plain parameter"
 _BARE_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -58,6 +59,7 @@ class Labeller(TorchDispatchMode):
             self._owned[id(tensor)] = (tensor, name)
         weighted = [m for m in model.modules() if isinstance(m, _WEIGHTED)]
         self._kernels = {id(p) for m in weighted for p in m.parameters(recurse=False)}
+        self._layers = {name for name, m in model.named_modules() if isinstance(m, _WEIGHTED)}
         self._labelled: dict[int, Layers] = {}
         self._open: list[str] = []
         self._types: dict[str, str] = {}
@@ -91,7 +93,19 @@ class Labeller(TorchDispatchMode):
 
     def flag(self, layer: Tensor, kind: ExclusionKind, text: str) -> None:
         """The labels of a layer must stay."""
-        self.ledger.flag(compact(layer), kind, text)
+        labels = compact(layer)
+        if kind == "mixed" and self._of_own_weight(labels):
+            text = f"{text}; {_BAKE}"
+        self.ledger.flag(labels, kind, text)
+
+    def _of_own_weight(self, labels: Tensor) -> bool:
+        """Whether the convolution or linear layer that runs computes its weight from what has these labels."""
+        if not self._open or self._open[-1] not in self._layers:
+            return False
+        most, own = int(labels.max()), f"{self._open[-1]}.".lstrip(".")
+        return any(
+            site.first <= most < site.first + site.size for site in self.ledger.sites if site.name.startswith(own)
+        )
 
     def meet(self, a: Tensor, b: Tensor, where: str) -> Tensor:
         """Tie two layers of one shape, entry by entry; what has a label in one alone is pinned."""
@@ -168,11 +182,11 @@ class Labeller(TorchDispatchMode):
         return hook
 
     def _find_weights(self, module: Any, _args: Any) -> None:
-        """Computed weights and biases are tensors of their own."""
+        """Computed weights and biases are tensors of their own, but for those that a hook puts over a parameter."""
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             for leaf in ("weight", "bias"):
-                tensor = getattr(module, leaf, None)
-                if isinstance(tensor, Tensor) and id(tensor) not in self._owned:
+                tensor, own = getattr(module, leaf, None), module._parameters.get(leaf)
+                if own is None and isinstance(tensor, Tensor) and id(tensor) not in self._owned:
                     self._owned[id(tensor)] = (tensor, f"{self._open[-1]}.{leaf}".lstrip("."))
                     self._kernels.add(id(tensor))
 
