@@ -164,6 +164,7 @@ class Labeller(TorchDispatchMode):
                 self.flag(layer, "output", "produces the network's output")
         for question in self._cuts.questions():
             self.ledger.ask(question)
+        self.ledger.put_in_order()
 
     def watch(self, stack: ExitStack, model: nn.Module) -> None:
         """Keep track of the module that runs; inside of recurrent layers labels are not followed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -71,11 +71,13 @@ class Question:
         where: layer and operation.
         labels: all labels it is about.
         options: the answers.
+        factors: whether the answers but the last say which factor of a reshaped axis shrinks.
     """
 
     where: str
     labels: Index
     options: tuple[Option, ...]
+    factors: bool = False
 
 
 @dataclass
@@ -124,6 +126,17 @@ class Ledger:
         """Leave something open."""
         self.questions.append(question)
 
+    def put_in_order(self) -> None:
+        """Of the factors of a reshaped axis, try first the one that leaves most units, by all other ties."""
+        if not any(q.factors for q in self.questions):
+            return
+        classes = _connected(self._ties, self.size)
+        for i, question in enumerate(self.questions):
+            if question.factors:
+                *factors, last = question.options
+                factors.sort(key=lambda option: -_count(classes, question.labels, option.ties))  # noqa: B023
+                self.questions[i] = replace(question, options=(*factors, last))
+
     def option(self, number: int, choices: Sequence[int]) -> Option:
         """The answer to question ``number``; the first one where nothing is chosen."""
         options = self.questions[number].options
@@ -136,10 +149,8 @@ class Ledger:
             choices: option per question.
             ties: further pairs, shape (2, m) each.
         """
-        pairs = [*self._ties, *ties, *(self.option(q, choices).ties for q in range(len(self.questions)))]
-        a, b = np.concatenate([np.zeros((2, 0), np.int64), *pairs], axis=1)
-        graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.size, self.size))
-        return connected_components(graph, directed=False)[1].astype(np.int64)
+        chosen = (self.option(q, choices).ties for q in range(len(self.questions)))
+        return _connected([*self._ties, *ties, *chosen], self.size)
 
     def following(self, choices: Sequence[int] = ()) -> list[Follower]:
         """All numbers that follow."""
@@ -157,3 +168,18 @@ class Ledger:
             for c in np.unique(classes[labels]).tolist():
                 found.setdefault(c, []).append(reason)
         return found
+
+
+def _connected(pairs: Iterable[Index], size: int) -> Index:
+    """Class of each of ``size`` labels."""
+    a, b = np.concatenate([np.zeros((2, 0), np.int64), *pairs], axis=1)
+    graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(size, size))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _count(classes: Index, labels: Index, ties: Index) -> int:
+    """Classes that some labels are in when further ones are tied."""
+    known, place = np.unique(classes[labels], return_inverse=True)
+    at = dict(zip(labels.tolist(), place.tolist(), strict=True))
+    pairs = np.array([[at[a] for a in side] for side in ties.tolist()], np.int64).reshape(2, -1)
+    return int(_connected([pairs], len(known)).max(initial=-1)) + 1

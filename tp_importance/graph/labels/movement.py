@@ -64,15 +64,15 @@ def reshaped(run: Run, call: Call) -> list[Layers]:
 def _ask_which_factor(run: Run, call: Call, layer: Tensor) -> None:
     """Channels were split into factors, a × b say: the code keeps one of them, the other can shrink."""
     axes, small = axes_of(layer), compact(layer)
-    labels = torch.unique(small).cpu().numpy()
+    labels = torch.unique(small[small > 0]).cpu().numpy()
     options = []
     for axis in reversed(axes):
         rows = small.movedim(axis, 0).reshape(small.shape[axis], -1)
         most = rows.amax(1, keepdim=True)
         ties = pairs_of(most.expand_as(rows), rows).cpu().numpy()
         options.append(Option(f"axis {axis} of {tuple(layer.shape)} shrinks", ties))
-    options.append(Option("the code reshapes to fixed sizes", pinned=labels[labels > 0]))
-    run.ledger.ask(Question(call.where, labels, tuple(options)))
+    options.append(Option("the code reshapes to fixed sizes", pinned=labels))
+    run.ledger.ask(Question(call.where, labels, tuple(options), factors=True))
 
 
 def shuffled(run: Run, call: Call) -> list[Layers]:
