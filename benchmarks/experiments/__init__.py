@@ -15,6 +15,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "itpruner_cost": ("itpruner-cost",),
     "latency": ("latency",),
     "zoo": ("zoo",),
+    "random_graphs": ("random-graphs",),
     "host_tests": ("host-tests",),
 }
 """Names of the experiments of each module."""

@@ -72,7 +72,7 @@ def test_accuracy(name, tmp_path, capsys):
     assert name == "batchnorm" or pruned
 
 
-@pytest.mark.parametrize("name", [*COST, "zoo"])
+@pytest.mark.parametrize("name", [*COST, "zoo", "random-graphs"])
 def test_cost_and_searches(name, tmp_path, capsys):
     for module in {"sklearn", NEEDS.get(name, "torchvision")}:
         pytest.importorskip(module)

@@ -1,0 +1,58 @@
+"""Random graphs: exact costs, masked = removed, budgets met or rightly refused, histories that repeat, names that stay.
+
+All 500 of them are in `make bench-zoo`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+from benchmarks.zoo.drawn.checks import examine
+from benchmarks.zoo.drawn.program import OPERATIONS, Program
+from benchmarks.zoo.drawn.strategy import each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [100, 101, 102])
+def test_random_graphs(start):
+    each(examine, number=10, start=start)
+
+
+def test_every_operation_makes_a_node():
+    """What a step adds to a program is in the network, and the network runs as it did when it was built."""
+    numbers = [(0, 0, 0, 0), (0, 1, 1, 1), (0, 6, 2, 0), (0, 4, 0, 6), (5, 3, 5, 3)]
+    before = (("conv", (0, 6, 0, 0)), ("conv", (0, 6, 0, 0)))
+    fewest = len(Program(2, 3, before).network()[0].nodes)
+    for name in OPERATIONS:
+        first = (("flatten", (0, 0, 0, 0)),) if name == "unflatten" else ()
+        made = []
+        for n in numbers:
+            net, x = Program(2, 3, (*before, *first, (name, n))).network()
+            made.append(len(net.nodes))
+            assert net(x).shape == (2, 3)
+        assert max(made) > fewest, name
+
+
+def test_the_same_seed_draws_the_same_programs():
+    drawn: list[list[Program]] = [[], []]
+    for programs in drawn:
+        each(programs.append, number=5, start=3)
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) > 2
+
+
+def test_a_fault_shrinks():
+    """Any list of steps is a program, so that what does not matter is left out."""
+    seen: list[Program] = []
+
+    def refuse(program: Program) -> None:
+        if any(name == "grouped" for name, _ in program.steps):
+            seen.append(program)
+            raise AssertionError("a grouped convolution")
+
+    with pytest.raises(AssertionError, match="a grouped convolution"):
+        each(refuse, number=100, start=0)
+    names = [name for name, _ in seen[-1].steps]
+    assert names.count("grouped") == 1 and set(names) <= {"grouped", "conv"}
+    assert all(numbers == (0, 0, 0, 0) for _, numbers in seen[-1].steps)
