@@ -111,7 +111,8 @@ def test_what_is_not_masking_is_reported_and_left_as_the_host_left_it(mode):
     report = refitted_step(pruner_of(model, x), x, class_loader(32), mode)
     pruner_of(plain, x).step()
     skipped = {r.name: r.skipped for r in report.rows if r.skipped}
-    assert skipped and all("cannot be accounted for" in reason and "masking" in reason for reason in skipped.values())
+    parts = "it loses channels that cannot be accounted for (only parts of units of features.0.0 go, "
+    assert skipped and all(reason.startswith(parts) for reason in skipped.values())
     for layer in skipped:
         assert torch.equal(model.get_submodule(layer).weight, plain.get_submodule(layer).weight)
     for row in report.rows:

@@ -9,6 +9,7 @@ from torch import nn
 from benchmarks.zoo.drawn.checks import examine_network
 from benchmarks.zoo.scramble import scramble
 from tp_importance import prunable_groups
+from tp_importance.graph.surgery import remove_units
 
 
 def examined(model: nn.Module, x: torch.Tensor) -> dict[str, tuple[int, int]]:
@@ -49,3 +50,10 @@ def test_native_shuffles_keep_whole_blocks():
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_group_norm_with_as_many_groups_as_channels(affine):
     assert examined(between(nn.GroupNorm(8, 8, affine=affine), features=128), IMAGES) == {"0": (8, 8)}
+
+
+def test_a_prelu_of_which_one_channel_is_left():
+    model = between(nn.PReLU(8), features=128)
+    groups = prunable_groups(model, IMAGES)
+    remove_units(groups, {"0": list(range(1, 8))})
+    assert model[1].weight.shape == (1,) and model(IMAGES).shape == (2, 3)

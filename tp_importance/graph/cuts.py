@@ -116,6 +116,8 @@ class _ModuleCall:
         function = self.pruner.prune_out_channels if cut.side == "out" else self.pruner.prune_in_channels
         function(self.owner, list(cut.positions))
         after = self.width()
+        if after is None and isinstance(self.owner, nn.PReLU):  # of a single parameter Torch-Pruning says no width
+            after = self.owner.num_parameters
         if before is not None and after != before - len(cut.positions):
             raise RuntimeError(f"{after} {cut} are left, not {before - len(cut.positions)}")
 

@@ -24,6 +24,7 @@ from ..graph.agreement import UnitsAt, agrees, units_at
 from ..graph.cost import CostModel
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups, Role
+from ..graph.host_group import HostGraph
 from ..statistics.labels import LabelFn
 from ..statistics.observe import Observed, Watch, observe
 
@@ -217,10 +218,11 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         groups, graph = self.groups, group._DG
         if not self._ranks:
             self._ranks = self._rank(groups)
-        root = group[0].dep.target
-        name = graph._module2name.get(root.module)
-        role: Role = "out" if graph.is_out_channel_pruning_fn(group[0].dep.handler) else "in"
-        width = graph.get_out_channels(root) if role == "out" else graph.get_in_channels(root)
+        item = _first_layer(group)
+        node = item.dep.target
+        name = graph._module2name.get(node.module)
+        role: Role = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+        width = graph.get_out_channels(node) if role == "out" else graph.get_in_channels(node)
         score = np.full(width or 0, np.nan)
         for ours in groups:
             member = ours.member(str(name), role)
@@ -229,12 +231,17 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             if member.width != width:
                 raise StaleStatisticsError(_stale(str(name), member.width, width))
             score[member.channels] = self._ranks[ours.name][member.units]
-        chosen = score[np.asarray(group[0].idxs, np.int64)] if len(score) else score
+        chosen = score[np.asarray(item.idxs, np.int64)] if len(score) else score
+        if item is not group[0]:
+            place = {root: i for i, root in enumerate(group[0].idxs)}
+            chosen, found = np.full(len(place), np.nan), chosen
+            chosen[[place[root] for root in item.root_idxs]] = found
         if not len(chosen) or np.isnan(chosen).any():
             return None
-        if isinstance(graph, tp.DependencyGraph) and not agrees(group, groups, self._units_at(groups)):
+        theirs = isinstance(graph, tp.DependencyGraph) and not isinstance(graph, HostGraph)
+        if theirs and not agrees(group, groups, self._units_at(groups)):
             return None  # the host would cut what does not belong together
-        parameter = next(iter(root.module.parameters()), None) if isinstance(root.module, nn.Module) else root.module
+        parameter = next(iter(node.module.parameters()), None) if isinstance(node.module, nn.Module) else node.module
         return torch.tensor(chosen, dtype=torch.float32, device=None if parameter is None else parameter.device)
 
     def _units_at(self, groups: PrunableGroups) -> UnitsAt:
@@ -254,6 +261,13 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             curve = self._cached_curves[cost.names[g]]
             ranks[cost.names[g]][curve.order[len(curve.order) - units]] = (total - step) / (total + 1)
         return ranks
+
+
+def _first_layer(group: Any) -> Any:
+    """The root item of a ``tp.Group``, or the first of a layer if the root only stands for channels of several."""
+    root = group[0].dep.target.module
+    layers = set(group._DG.model.modules()) if isinstance(root, nn.Module) else {root}
+    return group[0] if root in layers else next((i for i in group if i.dep.target.module in layers), group[0])
 
 
 def _stale(name: str, known: int | None, now: int | None) -> str:
