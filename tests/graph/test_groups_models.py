@@ -224,3 +224,27 @@ def test_width_that_does_not_divide_into_heads():
     assert {e.name: e.reason for e in groups.excluded}[
         "q"
     ] == "q: 24 channels do not divide into 5 conv groups or heads"
+
+
+SIZED = {
+    "the tensor's shape": (lambda t: t * t.new_ones(t.shape), True),
+    "the tensor's width": (lambda t: t * t.new_full((1, t.shape[1], 1, 1), 2.0), True),
+    "one axis": (lambda t: t + t.new_zeros(t.shape[1])[None, :, None, None], True),
+    "written afterwards": (lambda t: t.new_empty(t.shape).copy_(t), True),
+    "a literal": (lambda t: t * t.new_ones((2, 8, 6, 6)), False),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_tensors_made_in_a_size(name):
+    """They hold no channels; what matters is whether their size follows."""
+    made, follows = SIZED[name]
+
+    class Between(nn.Sequential):
+        def forward(self, x):
+            return self[1](made(self[0](x)))
+
+    model = Between(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    groups = prunable_groups(model.eval(), torch.randn(2, 3, 8, 8))
+    assert groups.names == (["0"] if follows else [])
+    assert {e.name: e.kind for e in groups.excluded} == {"1": "output"} | ({} if follows else {"0": "unverified"})

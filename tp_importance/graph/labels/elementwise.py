@@ -71,7 +71,10 @@ _ENTRYWISE = (
     "complex",
 )
 _UNARY = ("rrelu_with_noise", "bernoulli")
-_LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_empty_strided")
+_LIKE = (
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"),
+)
 _BATCH_NORMS = (
     *("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "batch_norm_with_update"),
     *("_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_impl_index"),
