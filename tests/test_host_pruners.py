@@ -76,7 +76,7 @@ WAYS = {
     "limited": {"global_pruning": True, "max_pruning_ratio": 0.6, "iterative_steps": 2, "steps": 2},
     "one layer": {
         "pruning_ratio": 0.2,
-        "pruning_ratio_dict": lambda model: {[m for m in model.modules() if isinstance(m, nn.Conv2d)][1]: 0.6},
+        "pruning_ratio_dict": lambda model: {[m for m in model.modules() if isinstance(m, nn.Conv2d)][1]: 0.5},
     },
 }
 
@@ -234,6 +234,22 @@ def test_all_the_pruner_was_given_counts():
         for group in pruner.DG.get_all_groups()
         for item in group
     )
+
+
+def test_a_grouped_convolution_that_would_keep_one_channel_per_group_is_left_alone():
+    model, x = make_network("grouped")
+    inputs = model[1].body[0][0]
+    with label_groups(verify=False):
+        pruner = pruner_of(tp.pruner.BasePruner, model, x, pruning_ratio_dict={inputs: 0.6})
+    pruner.step()  # to 4 of 16 channels, in 4 groups; all other layers to half
+    assert (inputs.out_channels, model[1].body[1][0].out_channels, model[2][0].out_channels) == (16, 8, 12)
+    ask = partial(pruner.DG.get_pruning_group, inputs, tp.prune_conv_out_channels)
+    whole = [i for i in range(16) if i % 4 < 3]
+    assert not pruner.DG.check_pruning_group(ask(whole)) and pruner.DG.check_pruning_group(ask([0, 1]))
+    with pytest.raises(ValueError, match=r"group 1\.body\.0\.0 keeps at least 2 of its 4 units"):
+        ask(whole).prune()
+    with pytest.raises(ValueError, match="with all such units fewer than 2 of 4 units would be left"):
+        ask([0, 1, 2])
 
 
 def test_interactive_steps():

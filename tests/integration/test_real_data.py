@@ -43,12 +43,17 @@ def fresh():
 
 @pytest.fixture(scope="module")
 def verify():
-    """The verdict on the groups of the network, found once."""
+    """The verdict on the groups of the network, found once; only channels inside the blocks go, as in the tables."""
     groups = prunable_groups(fresh(), X)
     # the padded shortcuts couple the stages; Torch-Pruning would prune them wrongly, without an error
-    assert "conv1" in {e.name for e in groups.excluded}
-    assert all(g.name.endswith("conv1") and g.name.startswith("layer") for g in groups)
-    return lambda found, _: {e.name: e.reason for e in groups.excluded if e.name in found.names}
+    assert groups.padded == ["conv1"] and groups["conv1"].width == 16
+    assert {(e.name, e.width) for e in groups.excluded if e.kind == "pinned"} == {
+        ("layer2.0.conv2", 16),
+        ("layer3.0.conv2", 32),
+    }
+    inside = groups.exclude({"conv1": "it runs through all stages"})
+    assert len(inside) == 9 and all(g.name.endswith("conv1") and g.name.startswith("layer") for g in inside)
+    return lambda found, _: {e.name: e.reason for e in inside.excluded if e.name in found.names}
 
 
 def test_consumer_scatter_beats_magnitude_and_the_literal_form(data, verify, tmp_path):

@@ -28,22 +28,6 @@ __all__ = ["LabelGraph", "LabelGroup"]
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
 
 
-class _AsBuilt(LayerPruners):
-    """The pruning functions that modules had at first.
-
-    A grouped convolution that is left with one input per group is taken for another kind of layer when it is seen for
-    the first time, with other units; in the groups that are at hand it is what it was.
-    """
-
-    def __init__(self, model: nn.Module, given: Mapping[Any, Any] | None = None) -> None:
-        super().__init__(model, given)
-        self._first = {module: super(_AsBuilt, self).of(module) for module in model.modules()}
-
-    def of(self, module: nn.Module) -> Any:
-        """Its pruning function; ``None`` if nobody knows one."""
-        return self._first[module]
-
-
 class LabelGroup(GroupView):
     """A group of Torch-Pruning that is removed as a whole, from every layer it is in.
 
@@ -232,7 +216,7 @@ class LabelGraph(HostGraph):
             output_transform=output_transform,
         )
         self._attach(model, channel_pruners(model, customized_pruners))
-        self._pruners = _AsBuilt(model, customized_pruners)
+        self._pruners = LayerPruners(model, customized_pruners)
         self.unwrapped_parameters = list(unwrapped_parameters or ())
         self.ignored_params = list(ignored_params or ())
         self._numbers = {group.name: np.arange(group.n_units) for group in self.groups}
