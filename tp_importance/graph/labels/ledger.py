@@ -134,7 +134,7 @@ class Ledger:
         for i, question in enumerate(self.questions):
             if question.factors:
                 *factors, last = question.options
-                factors.sort(key=lambda option: -_count(classes, question.labels, option.ties))  # noqa: B023
+                factors.sort(key=lambda option: -_count(classes, question.labels, option.ties))
                 self.questions[i] = replace(question, options=(*factors, last))
 
     def option(self, number: int, choices: Sequence[int]) -> Option:
