@@ -31,7 +31,7 @@ IMAGES = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("outputs", "groups", "expected"),
     [
-        (2, 2, {"0": (8, 2)}),  # every filter has four inputs of its own
+        (4, 4, {"0": (8, 4)}),  # every filter has two inputs of its own
         (16, 8, {"0": (8, 8)}),  # every input has two filters
         (12, 2, {"0": (8, 4), "1": (12, 6)}),  # the same channel of every group goes
         (8, 8, {"0": (8, 8)}),

@@ -35,6 +35,11 @@ def test_every_operation_makes_a_node():
         assert max(made) > fewest, name
 
 
+def test_numbers_of_channels_that_the_code_names_are_refused_by_the_verification():
+    program = Program(2, 3, (("flatten", (0, 0, 0, 0)), ("unflatten", (0, 0, 0, 6))))
+    assert program.network()[0].fixes_sizes and examine(program) == {"groups": 0, "excluded": ["output", "unverified"]}
+
+
 def test_the_same_seed_draws_the_same_programs():
     drawn: list[list[Program]] = [[], []]
     for programs in drawn:

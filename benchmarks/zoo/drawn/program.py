@@ -69,6 +69,12 @@ class Drawn(nn.Module):
         made = work(*reads)
         return tuple(made) if isinstance(made, (tuple, list)) else (made,)
 
+    @property
+    def fixes_sizes(self) -> bool:
+        """Whether the code names numbers of channels, which one pass does not show; verification refuses them then."""
+        fixed = (f.to_fixed_map, f.split_at)
+        return any(isinstance(node.what, partial) and node.what.func in fixed for node in self.nodes)
+
     def __str__(self) -> str:
         lines = []
         for node in self.nodes:
