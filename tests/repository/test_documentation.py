@@ -13,6 +13,7 @@ from torch import nn
 
 from helpers.paths import ROOT
 from tp_importance import LatencyTable, count_ops
+from tp_importance.graph.surgery import remove_units
 from tp_importance.latency.measure import Latency
 from tp_importance.testing import class_loader
 from tp_importance.testing.networks import Residual, conv_bn_relu, head
@@ -174,6 +175,13 @@ def inherits(names, dense):
         getattr(contract(), name)()
 
 
+def coupled(names, dense):
+    remove_units(names["groups"], {"stem": [0]})
+    net = names["groups"].trace.model
+    assert (net.stem.out_channels, net.left.in_channels, net.left.out_channels, net.head.in_channels) == (14, 7, 7, 14)
+    assert net(torch.randn(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+
+
 CHECKS = {
     "prune(model, x, loader, budget=Budget(macs=0.5)": meets(0.5),
     "Distiller(": fine_tuned,
@@ -183,6 +191,7 @@ CHECKS = {
     "ITPruner(": swept,
     "config_list": pruned,
     "Budget(latency=0.6), importance": within_latency,
+    'groups["stem"]': coupled,
     "pruner.regularize(optimizer)": meets(0.5),
     "pruner.start(optimizer": meets(0.2),
     "optuna_objective(": studied,
