@@ -54,10 +54,10 @@ def test_budget_with_rounding_and_floors(name, round_to, max_pruning_ratio):
 
 
 def test_levels():
-    groups = topology("grouped").groups  # 12×1, 4 units of 4, 4 units of 4 (at least 2), 24×1
+    groups = topology("grouped").groups  # 12×1, twice 4 units of 4 (at least 2), 24×1
     levels = [lv.tolist() for lv in WidthSpace.of(groups.groups, round_to=8).levels]
     assert levels == [[8, 12], [2, 4], [2, 4], [8, 16, 24]]
-    assert [lv[0] for lv in WidthSpace.of(groups.groups).levels] == [1, 1, 2, 1]
+    assert [lv[0] for lv in WidthSpace.of(groups.groups).levels] == [1, 2, 2, 1]
     assert [lv[0] for lv in WidthSpace.of(groups.groups, max_pruning_ratio=0.7).levels] == [4, 2, 2, 8]
     later = WidthSpace.of(groups.groups, max_pruning_ratio=0.5, initial_widths={"0.0": 24, "1.body.0.0": 16})
     assert [lv[0] for lv in later.levels] == [12, 2, 2, 12]  # relative to what there was at first
