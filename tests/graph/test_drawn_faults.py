@@ -57,3 +57,22 @@ def test_a_prelu_of_which_one_channel_is_left():
     groups = prunable_groups(model, IMAGES)
     remove_units(groups, {"0": list(range(1, 8))})
     assert model[1].weight.shape == (1,) and model(IMAGES).shape == (2, 3)
+
+
+class Halves(nn.Module):
+    """Slices at half of the width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, width, 3), nn.Linear(width // 2, 3), nn.Linear(width - width // 2, 3)
+
+    def forward(self, x):
+        y = self.a(x).mean((2, 3))
+        half = y.shape[1] // 2
+        return self.b(y[:, :half]) + self.c(y[:, half:])
+
+
+def test_slices_at_the_half_of_an_odd_width():
+    """Of seven channels one may go, then the halves are as long as before; with three they are not."""
+    assert examined(Halves(8), IMAGES) == {"a": (8, 4)}
+    assert prunable_groups(Halves(7).eval(), IMAGES).names == []

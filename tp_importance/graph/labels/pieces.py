@@ -84,7 +84,8 @@ class Pieces:
                     options += [Option("the pieces shrink alike, by themselves", ties)]
             elif followers and not options:
                 options += [Option("the sizes follow", followers=followers)]
-            if not cut.whole:
+            rounded = n % 2 == 1 and not {n // 2, n // 2 + 1}.isdisjoint(ends)  # half of the channels, it seems
+            if not cut.whole and not rounded:
                 first = labels[: max(e for e in ends if e < n)]
                 options += [Option("the code slices at a fixed channel", pinned=first[first > 0])]
             options += [Option("the code cuts channels at fixed places", pinned=labels[labels > 0])]
