@@ -9,7 +9,6 @@ from tp_importance.core.copies import copied
 from tp_importance.graph.groups import ChannelGroup, Member, PrunableGroups
 from tp_importance.graph.narrowing import narrowed
 from tp_importance.graph.surgery import remove_units
-from tp_importance.graph.verify import same_groups
 from tp_importance.testing.networks import TOPOLOGIES, make_network
 
 
@@ -36,7 +35,7 @@ def test_as_found_anew(name):
     assert sum(map(len, removed.values()))
     left = narrowed(groups, removed)
     pruned = copied(model)
-    remove_units(same_groups(pruned, x, groups), removed)
+    remove_units(groups, removed, model=pruned)
     anew = prunable_groups(pruned, x, verify=lambda *_: {e.name: e.reason for e in groups.excluded})
     large = set(anew.names)
     assert large and said(left, large) == said(anew, large)

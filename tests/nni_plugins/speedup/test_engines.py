@@ -50,6 +50,14 @@ def built(kind: Callable[[], nn.Module], x: Tensor = X) -> nn.Module:
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def heard(monkeypatch):
+    """Whatever another test, or NNI, has done to the logger."""
+    logger = logging.getLogger("tp_importance")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "disabled", False)
+
+
 def used(caplog: pytest.LogCaptureFixture) -> str:
     """The engine that the log names."""
     (line,) = (r.getMessage() for r in caplog.records if r.getMessage().startswith("removing channels:"))
