@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import tp_importance
+from helpers.logs import fresh_logging  # noqa: F401 - a fixture
 from helpers.paths import ROOT
 from helpers.resconv_cases import X32, Basic
 from tp_importance import (
@@ -31,7 +32,6 @@ from tp_importance import (
     refitted_step,
 )
 from tp_importance.automl import prune_trial
-from tp_importance.core import progress
 from tp_importance.core.progress import LOGGER, phase, shown, track
 from tp_importance.latency.measure import Latency
 from tp_importance.testing import class_loader, make_network
@@ -42,18 +42,7 @@ FIRST = ["tracing", "verifying"]
 REST = ["ordering channels", "allocating", "removing channels"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_logging(monkeypatch):
-    """Other libraries' set-ups, in tests that ran before in this process, switch loggers off or leave phases open."""
-    logger = logging.getLogger("tp_importance")
-    monkeypatch.setattr(logger, "disabled", False)
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
-    logger.manager._clear_cache()
-    depth, shown_before = progress._DEPTH.set(0), progress._SHOWN.set(False)
-    yield
-    progress._DEPTH.reset(depth)
-    progress._SHOWN.reset(shown_before)
+pytestmark = pytest.mark.usefixtures("fresh_logging")
 
 
 def residual():

@@ -15,6 +15,7 @@ nni = pytest.importorskip("nni")
 
 from nni.compression.pruning import L1NormPruner  # noqa: E402
 
+from helpers.logs import fresh_logging  # noqa: E402, F401 - a fixture
 from helpers.nni_engine_cases import (  # noqa: E402
     Branching,
     Scaled,
@@ -42,20 +43,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # NN
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
+pytestmark = pytest.mark.usefixtures("fresh_logging")
+
+
 def built(kind: Callable[[], nn.Module], x: Tensor = X) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind()
     randomise_batchnorm(model, x)
     return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def heard(monkeypatch):
-    """Whatever another test, or NNI, has done to the logger."""
-    logger = logging.getLogger("tp_importance")
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger, "disabled", False)
 
 
 def used(caplog: pytest.LogCaptureFixture) -> str:
