@@ -327,13 +327,13 @@ def divided(b: Builder, n: Numbers) -> None:
 
 
 def shuffled(b: Builder, n: Numbers) -> None:
-    i = b.take(n[0], lambda x: len(divisors(x.shape[1])) > 1)
+    i = b.take(n[0], lambda x: is_map(x) and len(divisors(x.shape[1])) > 1)
     if i is None:
         return
     x = b.values[i]
     groups = divisors(x.shape[1])[:-1]
     g = groups[n[1] % len(groups)]
-    if n[2] < 5 or not is_map(x):
+    if n[2] < 5:
         b.emit(partial(f.shuffle, groups=g), i)
     elif n[2] == 5 and dims(x) > 1:
         b.emit(nn.ChannelShuffle(g), i)
@@ -447,7 +447,8 @@ def again(b: Builder, n: Numbers) -> None:
     what, read = calls[-1 - n[1] % len(calls)]
     assert isinstance(read, int)
     old = b.values[read]
-    i = b.take(n[0], lambda x: x.dim() == old.dim() and x.shape[1] == old.shape[1])
+    axis = -1 if isinstance(b.net.layers[int(what)], nn.Linear) else 1
+    i = b.take(n[0], lambda x: x.dim() == old.dim() and x.shape[axis] == old.shape[axis])
     if i is not None and (not is_map(old) or min(b.values[i].shape[2:]) >= min(old.shape[2:])):
         b.emit(what, i)
 
