@@ -151,10 +151,11 @@ def _groups(
             why = tuple(dict.fromkeys(reasons.get(c, ())))[:4]
             alike[tuple(signature), tuple(sorted({kind for kind, _ in why}))].append(c)
     modules = dict(model.named_modules())
+    last = int(max((p.classes.max(initial=0) for p in places), default=0))
     for (signature, _), mine in alike.items():
         first = next(number for number, _ in signature if places[number].kind == "producer")
         root = places[first]
-        unit_of = np.full(int(max(p.classes.max(initial=0) for p in places)) + 2, -1, np.int64)
+        unit_of = np.full(last + 2, -1, np.int64)
         unit_of[_in_order(mine, root.classes)] = np.arange(len(mine))
         members = [_member(places[number], unit_of) for number, _ in signature]
         at = unit_of[root.classes]

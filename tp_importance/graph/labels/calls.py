@@ -30,7 +30,6 @@ class Call:
         kwargs: keyword arguments.
         outputs: tensors it returned.
         where: module that ran, and the operation, for people.
-        function: what the code called, ``chunk`` say, where this is one step of it.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Call:
     kwargs: dict[str, Any]
     outputs: list[Tensor]
     where: str
-    function: str = ""
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -71,13 +69,8 @@ class Run(Protocol):
     def combine(self, operands: Sequence[tuple[Tensor, Layers]], shape: Sequence[int], where: str) -> Layers:
         """Layers of what is computed entry by entry from tensors that are broadcast to one shape."""
 
-    def follow(self, labels: Tensor, size: int) -> None:
-        """An axis of this size was asked for; where the size is that of an attribute, the attribute counts its labels.
-
-        Args:
-            labels: of the axis, shape (size,).
-            size: as it was given.
-        """
+    def follow(self, labels: Tensor) -> None:
+        """An axis with these labels was asked for; where an attribute gave its size, the attribute counts them."""
 
     def pieces(self, tensor: Tensor, layer: Tensor, axis: int, bounds: Sequence[tuple[int, int]], call: Call) -> None:
         """The labelled axis of a tensor is cut into pieces, given by first index and index behind the last."""

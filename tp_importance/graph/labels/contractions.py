@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Layers, Run
-from .layers import along, axes_of, compact, on_axis, pairs_of
+from .layers import along, axes_of, compact, merged, on_axis, pairs_of
 
 __all__ = ["RULES", "consumed"]
 
@@ -88,15 +88,13 @@ def convolution(run: Run, call: Call) -> list[Layers]:
 
 def _tie_within(run: Run, labels: Tensor, groups: int) -> None:
     """All channels of a group go together."""
-    blocks = labels.view(groups, -1)
-    run.ledger.tie(pairs_of(blocks[:, :1].expand_as(blocks), blocks))
+    run.ledger.tie(merged(labels.view(groups, -1), 1)[1])
 
 
 def _tie_blocks(run: Run, labels: Tensor | None, groups: int) -> None:
     """The j-th channel of every group goes with the j-th of all others."""
     if labels is not None:
-        blocks = labels.view(groups, -1)
-        run.ledger.tie(pairs_of(blocks[:1].expand_as(blocks), blocks))
+        run.ledger.tie(merged(labels.view(groups, -1), 0)[1])
 
 
 def _through(run: Run, call: Call, x: Tensor, weight: Tensor) -> list[Tensor]:
@@ -127,10 +125,7 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
     kept = []
     for layer in la:
         if not any(layer is s for s in summed):
-            if a.dim() == out.dim():
-                kept.append(compact(layer)[..., :1].expand(out.shape))
-            else:
-                kept.append(layer.select(-1, 0).expand(out.shape))
+            kept.append((layer[..., :1] if a.dim() == out.dim() else layer[..., 0]).expand(out.shape))
     for layer in lb:
         if not any(layer is s for s in other):
             if b.dim() == out.dim():
@@ -148,10 +143,8 @@ def _match_products(run: Run, a: Tensor, b: Tensor, summed: list[Tensor], other:
         for layer in layers:
             rows = dim - 1 if dim == -1 else -1
             if layer.dim() > 1 and rows % layer.dim() in axes_of(layer):  # labels of a channel vary over rows
-                small = compact(layer)
-                most = small.amax(rows, keepdim=True)
-                run.ledger.tie(pairs_of(most.expand_as(small), small))
-                layer = most
+                layer, pairs = merged(layer, rows)
+                run.ledger.tie(pairs)
             elif layer.dim() > 1:
                 layer = layer.narrow(rows, 0, 1)
             layer = layer.movedim(dim, -1).squeeze(-2) if layer.dim() > 1 else layer

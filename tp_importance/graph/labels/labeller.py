@@ -144,8 +144,8 @@ class Labeller(TorchDispatchMode):
         if not bool((tensor == tensor.narrow(axis, 0, 1)).all()):
             self.flag(layer, "pinned", f"{where}: its channels meet values that belong to no channel")
 
-    def follow(self, labels: Tensor, size: int) -> None:
-        """An axis of this size was asked for; an attribute that gave the size counts the labels."""
+    def follow(self, labels: Tensor) -> None:
+        """An axis with these labels was asked for; an attribute that gave its size counts them."""
         self.ledger.followers += followers_of(self._sizes.sizes, [labels])
 
     def pieces(self, tensor: Tensor, layer: Tensor, axis: int, bounds: Sequence[tuple[int, int]], call: Call) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["along", "axes_of", "compact", "on_axis", "pairs_of", "tight", "unique_pairs"]
+__all__ = ["along", "axes_of", "compact", "merged", "on_axis", "pairs_of", "tight"]
 
 
 def axes_of(layer: Tensor) -> tuple[int, ...]:
@@ -53,6 +53,18 @@ def on_axis(labels: Tensor, axis: int, shape: Sequence[int]) -> Tensor:
     return labels.view(ones).expand(tuple(shape))
 
 
+def merged(layer: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """One label along an axis, whose size becomes 1, for all that are there; and pairs of those that differ, (2, m).
+
+    Entries without a label do not count where others have one.
+    """
+    small = compact(layer)
+    most = small.amax(axis, keepdim=True)
+    shape = list(layer.shape)
+    shape[axis] = 1
+    return most.expand(shape), pairs_of(most.expand_as(small), small)
+
+
 def along(layer: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Labels per index of an axis, shape (C,), and what meets there besides: pairs of labels, shape (2, m).
 
@@ -60,10 +72,10 @@ def along(layer: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """
     rows = compact(layer).movedim(axis, 0)
     rows = rows.reshape(rows.shape[0], -1).expand(layer.shape[axis], -1)
-    most = rows.amax(1) if rows.shape[1] > 1 else rows[:, 0]
     if rows.shape[1] == 1:
-        return most, most.new_zeros(2, 0)
-    return most, pairs_of(most[:, None].expand_as(rows), rows)
+        return rows[:, 0], rows.new_zeros(2, 0)
+    most, pairs = merged(rows, 1)
+    return most[:, 0], pairs
 
 
 def pairs_of(a: Tensor, b: Tensor) -> Tensor:
@@ -71,10 +83,10 @@ def pairs_of(a: Tensor, b: Tensor) -> Tensor:
     meet = (a != b) & (a != 0) & (b != 0)
     if not bool(meet.any()):
         return a.new_zeros(2, 0)
-    return unique_pairs(torch.stack([a[meet], b[meet]]))
+    return _unique_pairs(torch.stack([a[meet], b[meet]]))
 
 
-def unique_pairs(pairs: Tensor) -> Tensor:
+def _unique_pairs(pairs: Tensor) -> Tensor:
     """Every pair once; pairs have shape (2, m)."""
     if pairs.shape[1] < 2:
         return pairs

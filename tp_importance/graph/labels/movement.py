@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Layers, Run
-from .layers import axes_of, compact, pairs_of, tight
+from .layers import along, axes_of, compact, merged, tight
 from .ledger import Option, Question
 
 __all__ = ["RULES"]
@@ -39,11 +39,6 @@ def moved(run: Run, call: Call) -> list[Layers]:
     return [tuple(r) for r in results]
 
 
-def viewed(run: Run, call: Call) -> list[Layers]:
-    """Views whose strides are those of the tensor: permutations, slices of whole axes."""
-    return moved(run, call)
-
-
 def reshaped(run: Run, call: Call) -> list[Layers]:
     """``view`` and the like: an axis that is split can lose whole slices only."""
     x, shape = call.inputs[0], call.outputs[0].shape
@@ -55,8 +50,7 @@ def reshaped(run: Run, call: Call) -> list[Layers]:
         if len(axes_of(made)) > len(axes_of(layer)):
             _ask_which_factor(run, call, made)
         elif len(axes_of(made)) == 1:
-            axis = axes_of(made)[0]
-            run.follow(compact(made).flatten(), shape[axis])
+            run.follow(compact(made).flatten())
         kept.append(made)
     return [tuple(kept)]
 
@@ -67,9 +61,7 @@ def _ask_which_factor(run: Run, call: Call, layer: Tensor) -> None:
     labels = torch.unique(small[small > 0]).cpu().numpy()
     options = []
     for axis in reversed(axes):
-        rows = small.movedim(axis, 0).reshape(small.shape[axis], -1)
-        most = rows.amax(1, keepdim=True)
-        ties = pairs_of(most.expand_as(rows), rows).cpu().numpy()
+        ties = along(small, axis)[1].cpu().numpy()
         options.append(Option(f"axis {axis} of {tuple(layer.shape)} shrinks", ties))
     options.append(Option("the code reshapes to fixed sizes", pinned=labels))
     run.ledger.ask(Question(call.where, labels, tuple(options), factors=True))
@@ -87,7 +79,7 @@ def shuffled(run: Run, call: Call) -> list[Layers]:
         if axes_of(layer) == (axis,):
             labels = compact(layer).flatten()
             rows = labels.view(factor, -1).T if call.name == "channel_shuffle" else labels.view(-1, factor**2)
-            run.ledger.tie(pairs_of(rows[:, :1].expand_as(rows), rows))
+            run.ledger.tie(merged(rows, 1)[1])
     return moved(run, call)
 
 
@@ -273,7 +265,7 @@ def unchanged(run: Run, call: Call) -> list[Layers]:
 RULES = {
     **dict.fromkeys(_SAME, unchanged),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"), reshaped),
-    **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "squeeze", "diagonal", "movedim", "numpy_T"), viewed),
+    **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "squeeze", "diagonal", "movedim", "numpy_T"), moved),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"), split),
     **dict.fromkeys(("slice", "narrow"), sliced),
     **dict.fromkeys(("select", "unbind"), selected),

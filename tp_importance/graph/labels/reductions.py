@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .calls import Call, Layers, Run
 from .elementwise import batch_norm
-from .layers import axes_of, compact, pairs_of
+from .layers import axes_of, compact, merged
 
 __all__ = ["RULES"]
 
@@ -42,12 +42,8 @@ def fold(run: Run, layer: Tensor, dims: Iterable[int], where: str) -> Tensor | N
         run.flag(layer, "mixed", f"{where} mixes its channels")
         return None
     for axis in over:
-        small = compact(layer)
-        most = small.amax(axis, keepdim=True)
-        run.ledger.tie(pairs_of(most.expand_as(small), small))
-        shape = list(layer.shape)
-        shape[axis] = 1
-        layer = most.expand(shape)
+        layer, pairs = merged(layer, axis)
+        run.ledger.tie(pairs)
     for axis in dims:
         layer = layer.narrow(axis, 0, 1)
     return layer
@@ -109,7 +105,7 @@ def group_norm(run: Run, call: Call) -> list[Layers]:
     else:  # as many groups as channels: their number follows, where a module keeps it
         for layer in run.layers(x):
             if axes_of(layer) == (1,):
-                run.follow(compact(layer).flatten(), groups)
+                run.follow(compact(layer).flatten())
     return batch_norm(run, call)
 
 
