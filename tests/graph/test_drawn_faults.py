@@ -72,6 +72,36 @@ class Halves(nn.Module):
         return self.b(y[:, :half]) + self.c(y[:, half:])
 
 
+class Front(nn.Module):
+    """The first channels are cut off at a number that the code computes from how many there are."""
+
+    def __init__(self, width, cut):
+        super().__init__()
+        self.cut = cut
+        self.a, self.b = nn.Conv2d(3, width, 3, padding=1), nn.Linear(cut(width), 3)
+        self.c = nn.Linear(width - cut(width), 3)
+
+    def forward(self, x):
+        y = self.a(x).mean((2, 3))
+        front = self.cut(y.shape[1])
+        return self.b(y[:, :front]) + self.c(y[:, front:])
+
+
+@pytest.mark.parametrize(
+    ("width", "cut", "expected"),
+    [
+        (16, lambda c: 4, {"a/1": 12}),
+        (7, lambda c: 1, {"a/1": 6}),
+        (16, lambda c: c // 4, {}),  # one channel less, and the front is shorter
+        (7, lambda c: c // 4, {}),  # with six and with four channels it is as long as before
+        (12, lambda c: min(3, c // 2), {}),  # so it is until the half of all has gone
+    ],
+    ids=["fixed", "fixed, narrow", "a quarter", "a quarter, narrow", "half, but at most three"],
+)
+def test_slices_at_a_computed_channel(width, cut, expected):
+    assert prunable_groups(Front(width, cut).eval(), IMAGES).widths == expected
+
+
 def test_slices_at_the_half_of_an_odd_width():
     """Of seven channels one may go, then the halves are as long as before; with three they are not."""
     assert examined(Halves(8), IMAGES) == {"a": (8, 4)}

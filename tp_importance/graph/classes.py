@@ -20,7 +20,7 @@ from .reparametrised import computed_tensors
 from .trace_options import TraceOptions
 from .tracing import Trace
 
-__all__ = ["build_groups", "ignored_modules", "other_answers", "strangers"]
+__all__ = ["build_groups", "ignored_modules", "other_answers", "strangers", "taken_for_fixed"]
 
 
 _AT_MINIMUM: Reason = ("minimum", "at its smallest width")
@@ -97,15 +97,39 @@ def other_answers(groups: PrunableGroups, refused: Iterable[str]) -> tuple[int, 
     if not ledger.questions:
         return None
     classes = ledger.classes(choices)
-    places = _Layout(groups.trace, groups.options).places(ledger, classes)
-    at = {(p.name, p.role): p.classes for p in places}
-    wrong = {int(c) for name in refused for m in groups[name].members for c in at[m.name, m.role][m.channels]}
+    classes_of = _classes_of(groups, classes)
+    wrong = set().union(*(classes_of[name] for name in refused))
     now = [*choices, *[0] * (len(ledger.questions) - len(choices))]
     new = [
         n + 1 if n + 2 < len(question.options) and wrong & set(classes[question.labels].tolist()) else n
         for n, question in zip(now, ledger.questions, strict=True)
     ]
     return None if new == now else tuple(new)
+
+
+def taken_for_fixed(groups: PrunableGroups) -> list[str]:
+    """Groups that are offered because the code is believed to slice at a fixed channel in front of them.
+
+    ``x[:, :16]`` and ``x[:, : x.shape[1] // 4]`` look alike in one pass, and in a second one if few channels are gone.
+    """
+    ledger, choices = groups.trace.labels, groups.options.choices
+    believed = [
+        question.labels
+        for number, question in enumerate(ledger.questions)
+        if (option := ledger.option(number, choices)) is not question.options[-1] and len(option.pinned)
+    ]
+    if not believed:
+        return []
+    classes = ledger.classes(choices)
+    sliced = {int(c) for labels in believed for c in classes[labels]}
+    return [name for name, own in _classes_of(groups, classes).items() if own & sliced]
+
+
+def _classes_of(groups: PrunableGroups, classes: Index) -> dict[str, set[int]]:
+    """The classes of labels that the channels of every group are in."""
+    places = _Layout(groups.trace, groups.options).places(groups.trace.labels, classes)
+    at = {(p.name, p.role): p.classes for p in places}
+    return {g.name: {int(c) for m in g.members for c in at[m.name, m.role][m.channels]} for g in groups}
 
 
 def strangers(groups: PrunableGroups, other: Trace) -> dict[str, list[str]]:
