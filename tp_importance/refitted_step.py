@@ -23,7 +23,7 @@ from .graph.discovery import prunable_groups
 from .graph.groups import ChannelGroup, PrunableGroups
 from .graph.layer_kinds import CONV, is_passthrough
 from .graph.layer_pruners import channel_pruners
-from .graph.modes import read_in_training_only
+from .graph.modes import training_pass
 from .graph.patches import consumer_weight, feature_channels
 from .graph.remap import Survivors, named_tensors
 from .graph.reparametrised import computed_tensors, follows, weight_source
@@ -225,7 +225,7 @@ def _groups(
 
 def _require_no_stale(groups: PrunableGroups, x: Any, what: Removal) -> None:
     """Refuse a step that took channels which a layer reads in training mode only: the host does not follow it."""
-    reasons = read_in_training_only(groups, x)
+    reasons = training_pass(groups.trace.model, x, groups.options).reasons(groups)
     lost = {group: reasons[group] for group in what.units if group in reasons}
     if lost:
         layers = sorted({m.name for group in lost for m in groups[group].producers})

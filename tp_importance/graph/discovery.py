@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from ..core.progress import phase, shown
 from .classes import build_groups, other_answers
 from .groups import PrunableGroups, Verifier
-from .modes import read_in_training_only
+from .modes import training_pass
 from .trace_options import TraceOptions
 from .tracing import trace
 from .verify import verify_groups
@@ -86,13 +87,14 @@ def prunable_groups(
     )
     with phase("tracing", progress=progress) as running:
         traced = trace(model, example_inputs, options)
+        in_training = cache(lambda: training_pass(model, example_inputs, options))
 
         def answered(choices: tuple[int, ...]) -> PrunableGroups:
             chosen = replace(options, choices=choices)
             groups = build_groups(traced, ignored_layers, num_heads, chosen)
             if allow_stale or not len(groups):
                 return groups
-            return groups.exclude(read_in_training_only(groups, example_inputs), "training")
+            return groups.exclude(in_training().reasons(groups), "training")
 
         groups = answered(())
         running.note(groups=len(groups), left_out=len(groups.excluded))

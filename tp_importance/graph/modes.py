@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +19,45 @@ from ..errors import TracingError
 from .classes import strangers
 from .dataflow import function_name, is_question, made_tensors
 from .groups import PrunableGroups
-from .tracing import set_mode, trace
+from .trace_options import TraceOptions
+from .tracing import Trace, set_mode, trace
 
-__all__ = ["read_in_training_only"]
+__all__ = ["TrainingPass", "training_pass"]
 
 
-def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[str, str]:
-    """Find the groups whose channels are read, in training mode, by layers that eval mode does not run on them.
+@dataclass(frozen=True)
+class TrainingPass:
+    """What a network reads in training mode and not in eval mode.
+
+    Attributes:
+        trace: of the network in training mode; ``None`` if it reads nothing more there.
+        added: parameters and buffers that it reads more often.
+        runs: modules that are called.
+    """
+
+    trace: Trace | None = None
+    added: frozenset[str] = frozenset()
+    runs: frozenset[str] = frozenset()
+
+    def reasons(self, groups: PrunableGroups) -> dict[str, str]:
+        """Why groups must stay that touch, in training mode, what they do not touch in eval mode."""
+        found = {}
+        for group, touched in strangers(groups, self.trace).items() if self.trace else ():
+            first = next(
+                (n for n in touched if n in self.added or any(f"{n}.{k}" in self.added for k in ("weight", "bias"))),
+                touched[0],
+            )
+            if f"{first}.weight" in self.added and first not in self.runs:
+                first = f"a function of {first}.weight"
+            found[group] = (
+                f"{first} reads it in training mode only and would keep its old width; "
+                "take that out of the model, or pass allow_stale=True if it is never to run again"
+            )
+        return found
+
+
+def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) -> TrainingPass:
+    """Run a network in training mode and compare what it reads there.
 
     The surgery follows a trace in eval mode. A layer that runs in training mode only would keep its old input width,
     and the first training step after pruning would fail. So the network also runs once in training mode, with batch
@@ -32,11 +65,12 @@ def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[s
     say which groups touch layers that they do not touch in eval mode. Nothing of the network is changed.
 
     Args:
-        groups: groups from a trace in eval mode.
+        model: the network.
         example_inputs: tensor, tuple or dict, batch dimension first.
+        options: of the trace in eval mode.
 
     Returns:
-        Reason per group, naming the layer; empty if all groups are the same in both modes.
+        what it reads in training mode only.
 
     Raises:
         TracingError: if the network does not run a second time in eval mode.
@@ -54,11 +88,12 @@ def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[s
         ...         x = self.a(x)
         ...         y = self.c(self.b(x))
         ...         return (y, self.aux(x)) if self.training else y
-        >>> groups = build_groups(trace(Net(), torch.zeros(1, 4)))
-        >>> groups.names, list(read_in_training_only(groups, torch.zeros(1, 4)))
+        >>> net, x = Net(), torch.zeros(1, 4)
+        >>> groups = build_groups(trace(net, x))
+        >>> groups.names, list(training_pass(net, x, groups.options).reasons(groups))
         (['a', 'b'], ['a'])
     """
-    model, run = groups.trace.model, groups.options.forward_fn or call_model
+    run = options.forward_fn or call_model
     owners = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
     try:
         usual, called = _reads(model, example_inputs, run, owners, training=False)
@@ -73,14 +108,14 @@ def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[s
         training, trained = _reads(model, example_inputs, run, owners, training=True)
         more = {key for key, count in training.items() if count > usual[key]}
         if not more:
-            return {}
-        traced = trace(model, example_inputs, groups.options, training=True)
+            return TrainingPass()
+        traced = trace(model, example_inputs, options, training=True)
     except torch.OutOfMemoryError:  # says nothing about the network
         raise
     except Exception as error:
         idle = _idle(model, usual, called)
         if not idle:
-            return {}
+            return TrainingPass()
         said = str(error).splitlines()[0][:160] if str(error) else ""
         raise ValueError(
             f"{', '.join(idle)}: eval mode does not run them, and {type(model).__name__} cannot be followed in "
@@ -88,20 +123,8 @@ def read_in_training_only(groups: PrunableGroups, example_inputs: Any) -> dict[s
             f"read channels that are to be pruned. Take them out (model.{idle[0]} = None), pass a forward_fn that runs "
             "in both modes, or allow_stale=True if they are never to run again"
         ) from error
-    added = {owners[key] for key in more}
-    runs = {name for name, module in model.named_modules() if module in trained}
-    reasons = {}
-    for group, touched in strangers(groups, traced).items():
-        first = next(
-            (n for n in touched if n in added or any(f"{n}.{k}" in added for k in ("weight", "bias"))), touched[0]
-        )
-        if f"{first}.weight" in added and first not in runs:
-            first = f"a function of {first}.weight"
-        reasons[group] = (
-            f"{first} reads it in training mode only and would keep its old width; "
-            "take that out of the model, or pass allow_stale=True if it is never to run again"
-        )
-    return reasons
+    runs = frozenset(name for name, module in model.named_modules() if module in trained)
+    return TrainingPass(traced, frozenset(owners[key] for key in more), runs)
 
 
 class _Reads(TorchFunctionMode):
@@ -110,14 +133,14 @@ class _Reads(TorchFunctionMode):
     def __init__(self, owners: Collection[int]) -> None:
         super().__init__()
         self.counts: Counter[int] = Counter()
-        self._owners = owners
+        self._owners = frozenset(owners)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        found = {id(t) for t in tensors_in((args, kwargs))} & set(self._owners)
+        found = {id(t) for t in tensors_in((args, kwargs))} & self._owners
         if found:
             name, given = function_name(func), tensors_in((args, kwargs))
             if not is_question(name, given, made_tensors(name, given, output)):
