@@ -321,3 +321,20 @@ def test_another_version_of_the_host_is_refused(monkeypatch):
     model, x = make_network("plain")
     with label_groups():
         assert isinstance(pruner_of(tp.pruner.BasePruner, model, x).DG, LabelGraph)
+
+
+def test_refitted_steps_where_torch_pruning_itself_cuts_wrong_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.PixelShuffle(2), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)
+    ).eval()
+    x = torch.randn(8, 3, 12, 12)
+    alone = pruner_of(tp.pruner.BasePruner, copy.deepcopy(model), x[:2], ignored=["5"])
+    with pytest.raises(IndexError):
+        refitted_step(alone, x[:2], [x])
+    with label_groups():
+        pruner = pruner_of(tp.pruner.BasePruner, model, x[:2])
+    report = refitted_step(pruner, x[:2], [x])
+    assert [(m.in_channels, m.out_channels) for m in model if isinstance(m, nn.Conv2d)] == [(3, 8), (2, 4), (4, 2)]
+    assert {row.name: row.after < row.before for row in report.rows} == {"3": True, "5": True}
+    assert refitted_step(pruner, x[:2], [x]).rows == [] and model[0].out_channels == 8  # all steps are done

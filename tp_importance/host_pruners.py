@@ -114,6 +114,7 @@ def _constructor(original: Any) -> Any:
             LabelGraph,
             ignored_layers=given.arguments.get("ignored_layers"),
             num_heads=dict(given.arguments["num_heads"]),
+            out_channel_groups=given.arguments["out_channel_groups"],
             **options,
         )
         names = {**original.__globals__, "dependency": SimpleNamespace(DependencyGraph=make)}

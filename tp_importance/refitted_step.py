@@ -21,6 +21,7 @@ from .core.stale_optimizers import replacing
 from .core.untouched import untouched
 from .graph.discovery import prunable_groups
 from .graph.groups import ChannelGroup, PrunableGroups
+from .graph.label_graph import LabelGraph
 from .graph.layer_kinds import CONV, is_passthrough
 from .graph.layer_pruners import channel_pruners
 from .graph.modes import training_pass
@@ -138,7 +139,7 @@ def refitted_step(
     names = {m: name for name, m in model.named_modules()}
     heads = {dense.get_submodule(names[m]): n for m, n in pruner.num_heads.items() if m in names}
     options = options.on_copy(model, dense)
-    known = len(graph.pruning_history())
+    known = len(_history(graph))
     step = transaction(model, (*model.parameters(), *model.buffers()))
     with shown(progress), torch.inference_mode(False), step, replacing(model):
         outputs = _output_shapes(dense, example_inputs, forward_fn)
@@ -160,8 +161,7 @@ def refitted_step(
                 f"the step cut off outputs of the network (shapes {outputs} became {cut}); the model is as before. "
                 f"Build the pruner with the layers that make them in ignored_layers: {made}"
             )
-        history = graph.pruning_history()[known:]
-        survivors = Survivors.replay(dense, example_inputs, history, options)
+        survivors = Survivors.replay(dense, example_inputs, _history(graph)[known:], options)
         survivors.settle(named_tensors(dense), model)
         groups = _groups(dense, example_inputs, options, heads)
         what = removal(groups, lambda name: survivors.alive(f"{name}.{weight_source(dense.get_submodule(name))}"))
@@ -192,6 +192,11 @@ def refitted_step(
             recalibrate_batchnorm(model, loader, reference=reference, forward_fn=forward_fn)
         step.commit()
     return what.added_to(report)
+
+
+def _history(graph: Any) -> list[Any]:
+    """All that was removed so far; of :func:`~tp_importance.label_groups` in the format that needs no host's graph."""
+    return graph.direct_history if isinstance(graph, LabelGraph) else graph.pruning_history()
 
 
 def _left(dense: nn.Module, survivors: Survivors) -> dict[str, Tensor]:

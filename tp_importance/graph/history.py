@@ -26,7 +26,7 @@ from .groups import ChannelGroup, Index, PrunableGroups, Role
 from .layer_pruners import LayerPruners
 from .surgery import remove_units, settled
 
-__all__ = ["PruningHistory", "repeat", "repeat_cuts"]
+__all__ = ["PruningHistory", "is_direct", "repeat", "repeat_cuts"]
 
 _Place = tuple[str, Any]
 
@@ -106,7 +106,7 @@ def repeat(history: Sequence[Any], groups: PrunableGroups) -> PruningHistory:
         ([['0', True, [0, 1, 5]]], 5)
     """
     entries = [_checked(entry) for entry in history]
-    if all(isinstance(side, bool) for _, side, _ in entries):
+    if not is_direct(entries):
         removed = _units_of(entries, groups)
         cuts = remove_units(groups, removed)
         return PruningHistory(PruningHistory.of(groups, removed, cuts).direct, entries)
@@ -145,6 +145,11 @@ def repeat_cuts(
     with settled(model), preserved(model):
         make_cuts(model, cuts, pruners)
     return cuts
+
+
+def is_direct(history: Sequence[Any]) -> bool:
+    """Whether a history says layer by layer what was cut, and is not in Torch-Pruning's format."""
+    return not all(isinstance(side, bool) for _, side, _ in history)
 
 
 def _checked(entry: Any) -> list[Any]:

@@ -130,6 +130,7 @@ class LabelGraph(HostGraph):
         verify: compare masked and pruned copies, see :func:`~tp_importance.prunable_groups`.
         allow_stale: also offer channels that layers read in training mode only.
         progress: show progress bars.
+        out_channel_groups: the pruner's, of the blocks in which it ranks channels; stand-ins are added.
 
     Attributes:
         groups: our groups of the network as it is now.
@@ -157,8 +158,10 @@ class LabelGraph(HostGraph):
         verify: bool | Verifier = True,
         allow_stale: bool = False,
         progress: bool = False,
+        out_channel_groups: dict[Any, int] | None = None,
     ) -> None:
         tp.DependencyGraph.__init__(self)
+        self._ranked = {} if out_channel_groups is None else out_channel_groups
         self._stand_ins: dict[type, Any] = {}
         self.direct_history: list[list[Any]] = []
         self._blocks: dict[Any, int] = {}
@@ -231,6 +234,8 @@ class LabelGraph(HostGraph):
                 self.node(_dimension(member))
         self._hosts = self._arranged()
         self._blocks = {host.root: host.blocks for host in self._hosts}
+        # pruners ask the layers of the network themselves, but no stand-in
+        self._ranked |= {h.root: h.blocks for h in self._hosts if isinstance(h.root, _Channels) and h.blocks > 1}
         return self
 
     # ------------------------------------------------------------------ what the pruners ask

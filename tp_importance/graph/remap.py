@@ -15,6 +15,7 @@ from ..checkpoints.content import integers
 from ..core.copies import copied
 from .cuts import make_cuts
 from .groups import PrunableGroups
+from .history import is_direct, repeat_cuts
 from .host_graph import host_graph
 from .surgery import planned_cuts
 from .trace_options import TraceOptions
@@ -58,18 +59,24 @@ class Survivors:
     def replay(
         cls, model: nn.Module, example_inputs: Any, history: Sequence[Any], options: TraceOptions = TraceOptions()
     ) -> Survivors:
-        """Find out by repeating Torch-Pruning's history of any pruner on such a copy.
+        """Find out by repeating the history of any pruner on such a copy.
 
         Args:
             model: the network before the surgery; it is not changed.
-            example_inputs: to trace the copy with.
-            history: entries ``[module name, is_out, indices]`` of the surgery.
+            example_inputs: to trace the copy with, where the history needs Torch-Pruning's graph.
+            history: entries of the surgery, ``[module name, is_out, indices]`` as Torch-Pruning writes them, or direct
+                ones, see :class:`~tp_importance.graph.history.PruningHistory`.
             options: how the network is traced.
         """
         coded = copied(model)
-        graph = host_graph(coded, example_inputs, options.on_copy(model, coded))
-        _code(coded)
-        graph.load_pruning_history([list(entry) for entry in history])
+        options = options.on_copy(model, coded)
+        if is_direct(history) or not history:
+            _code(coded)
+            repeat_cuts(coded, history, options.customized_pruners)
+        else:
+            graph = host_graph(coded, example_inputs, options)
+            _code(coded)
+            graph.load_pruning_history([list(entry) for entry in history])
         return cls._read(model, coded)
 
     @classmethod
