@@ -9,15 +9,51 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
+import torch
+import torch_pruning as tp
+
 from benchmarks.zoo.drawn.checks import examine
 from benchmarks.zoo.drawn.program import OPERATIONS, Program
 from benchmarks.zoo.drawn.strategy import each
+from tp_importance import label_groups
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [100, 101, 102])
 def test_random_graphs(start):
     each(examine, number=10, start=start)
+
+
+def prune_by_host(program: Program) -> None:
+    """Torch-Pruning's own pruners, on our groups, remove what keeps the network whole, and can repeat it."""
+    for kind, options in ((tp.pruner.BasePruner, {}), (tp.pruner.GroupNormPruner, {"global_pruning": True})):
+        pruners = []
+        for _ in range(2):
+            model, x = program.network()
+            with label_groups(verify=model.fixes_sizes):
+                importance = tp.importance.GroupMagnitudeImportance(p=2)
+                pruners.append(kind(model, x, importance=importance, pruning_ratio=0.5, **options))
+        first, second = pruners
+        promised = first.DG.groups
+        before = promised.widths
+        first.step()
+        first.model(x)
+        left = first.DG.groups.widths
+        if any(g.n_units > 2 * g.min_units for g in promised) and not options:
+            assert sum(left.values()) < sum(before.values())
+        second.load_pruning_history(first.pruning_history())
+        for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_the_hosts_own_pruners_on_random_graphs():
+    each(prune_by_host, number=40, start=200)
+
+
+def test_a_group_does_not_start_at_a_layer_that_sees_fewer_of_its_channels():
+    steps = (("squeeze-excite", (4, 0, 4, 3)), ("unflatten", (5, 5, 3, 1)), ("divide", (1, 0, 5, 4)))
+    prune_by_host(Program(2, 2, (*steps, ("activation", (5, 6, 0, 4)))))
 
 
 def test_every_operation_makes_a_node():

@@ -476,8 +476,8 @@ class LabelGraph(HostGraph):
         for maker, names in made.items():
             host(names, [maker])
         for group in self.groups:
-            if group.name not in hosts:
-                host([group.name], [m.name for m in group.members])
+            if group.name not in hosts:  # importances that score no such layer take the first producer's channels
+                host([group.name], [m.name for m in group.members if m.width == group.width])
             if group.name not in hosts:
                 stand_in = _Channels(group)
                 self._layers[f"the channels of {group.name}"] = stand_in
