@@ -76,3 +76,26 @@ def test_slices_at_the_half_of_an_odd_width():
     """Of seven channels one may go, then the halves are as long as before; with three they are not."""
     assert examined(Halves(8), IMAGES) == {"a": (8, 4)}
     assert prunable_groups(Halves(7).eval(), IMAGES).names == []
+
+
+class Parts(nn.Module):
+    """A layer that a module's sizes split in two, the parts read by layers of their own."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+        self.a, self.b, self.c = nn.Conv2d(3, sum(sizes), 3), nn.Linear(sizes[0], 3), nn.Linear(sizes[1], 3)
+
+    def forward(self, x):
+        left, right = self.a(x).mean((2, 3)).split(self.sizes, 1)
+        return self.b(left) + self.c(right)
+
+
+@pytest.mark.parametrize(("least", "other"), [("a/0", "a/1"), ("a/1", "a/0")])
+def test_a_part_of_which_one_channel_is_left_takes_no_number_of_the_other(least, other):
+    model = Parts([3, 4])
+    widths = {"a/0": (3, 3), "a/1": (4, 4)}
+    assert examined(model, IMAGES) == widths
+    remove_units(prunable_groups(model, IMAGES), {least: list(range(1, widths[least][0]))})
+    assert prunable_groups(model, IMAGES).widths == {other: widths[other][0]}
+    assert model.sizes == ([1, 4] if least == "a/0" else [3, 1])

@@ -65,17 +65,16 @@ def _surgery(model: nn.Module, x: Tensor, groups: PrunableGroups, removed: Mappi
     problem = masked_equals_removed(groups, x, dict(removed))
     assert problem is None, f"masked is not removed: {problem}"
     twin = copy.deepcopy(model)
-    again = prunable_groups(twin, x, verify=False)
-    cuts = remove_units(again, removed)
+    cuts = remove_units(groups, removed, model=twin)
     sizes = {g.name: g.width - len(removed[g.name]) * g.unit_size for g in groups}
     predicted = CostModel.from_groups(groups).cost(sizes)
     counted = tuple(count_ops(twin, x))
     assert (predicted.macs, predicted.params) == counted, f"predicted {predicted}, counted {counted}"
     _same_output(model, twin, x)
-    history = PruningHistory.of(again, removed, cuts)
+    history = PruningHistory.of(groups, removed, cuts)
     for direct in (True, False):
         fresh = copy.deepcopy(model)
-        repeat(history.entries(direct=direct), prunable_groups(fresh, x, verify=False))
+        repeat(history.entries(direct=direct), prunable_groups(fresh, x))
         _equal(twin, fresh, f"the history (direct={direct})")
     _names_stay(groups, twin, x, sizes)
 
@@ -119,8 +118,7 @@ def _budget(model: nn.Module, x: Tensor, groups: PrunableGroups, fraction: float
         named = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", str(error))]
         assert least > limit and least in named, f"refused though {least} of {limit} MACs can be reached: {error}"
         smallest = copy.deepcopy(model)
-        again = prunable_groups(smallest, x, verify=False)
-        remove_units(again, {g.name: list(range(g.min_units, g.n_units)) for g in groups})
+        remove_units(groups, {g.name: list(range(g.min_units, g.n_units)) for g in groups}, model=smallest)
         assert count_ops(smallest, x)[0] == least, "the least cost is not that of all groups at their least width"
         _equal(model, twin, "a refused budget")
         return {"budget": "refused", "least": round(least / dense, 4)}
@@ -130,6 +128,6 @@ def _budget(model: nn.Module, x: Tensor, groups: PrunableGroups, fraction: float
     _same_output(model, twin, x)
     for direct in (True, False):
         fresh = copy.deepcopy(model)
-        repeat(done.pruner.pruning_history(direct=direct), prunable_groups(fresh, x, verify=False))
+        repeat(done.pruner.pruning_history(direct=direct), prunable_groups(fresh, x))
         _equal(twin, fresh, f"pruning_history(direct={direct})")
     return {"budget": "met", "reached": round(spent.macs / dense, 4)}
