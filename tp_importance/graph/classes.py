@@ -20,10 +20,11 @@ from .reparametrised import computed_tensors
 from .trace_options import TraceOptions
 from .tracing import Trace
 
-__all__ = ["build_groups", "ignored_modules", "other_answers", "strangers"]
+__all__ = ["AT_MINIMUM", "build_groups", "ignored_modules", "other_answers", "strangers"]
 
 
-_AT_MINIMUM: Reason = ("minimum", "at its smallest width")
+AT_MINIMUM: Reason = ("minimum", "at its smallest width")
+"""Why a group that cannot become narrower is left out."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def build_groups(
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
         if not group.consumers:
-            why.append(_AT_MINIMUM if group.width == 1 else ("unread", "nothing with weights reads it"))
+            why.append(AT_MINIMUM if group.width == 1 else ("unread", "nothing with weights reads it"))
         elif group.n_units <= group.min_units:
-            why.append(_AT_MINIMUM)
+            why.append(AT_MINIMUM)
         if why:  # what was asked for comes last: "ignored" says that the group could be pruned otherwise
             kind, text = next((r for r in why if r[0] != "ignored"), why[0])
             excluded.append(Excluded.of(group, text, kind))
