@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
 import torch
+import torch_pruning as tp
 from torch import nn
 
 from benchmarks.zoo.drawn.checks import examine_network
 from benchmarks.zoo.scramble import scramble
-from tp_importance import prunable_groups
+from tp_importance import Budget, BudgetPruner, count_ops, prunable_groups
+from tp_importance.budget import Cost
+from tp_importance.graph.history import PruningHistory, repeat
 from tp_importance.graph.surgery import remove_units
 
 
@@ -106,3 +112,77 @@ def test_slices_at_the_half_of_an_odd_width():
     """Of seven channels one may go, then the halves are as long as before; with three they are not."""
     assert examined(Halves(8), IMAGES) == {"a": (8, 4)}
     assert prunable_groups(Halves(7).eval(), IMAGES).names == []
+
+
+class Parts(nn.Module):
+    """A layer that a module's sizes split in two, the parts read by layers of their own."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+        self.a, self.b, self.c = nn.Conv2d(3, sum(sizes), 3), nn.Linear(sizes[0], 3), nn.Linear(sizes[1], 3)
+
+    def forward(self, x):
+        left, right = self.a(x).mean((2, 3)).split(self.sizes, 1)
+        return self.b(left) + self.c(right)
+
+
+@pytest.mark.parametrize(("least", "other"), [("a/0", "a/1"), ("a/1", "a/0")])
+def test_a_part_of_which_one_channel_is_left_takes_no_number_of_the_other(least, other):
+    model = Parts([3, 4])
+    widths = {"a/0": (3, 3), "a/1": (4, 4)}
+    assert examined(model, IMAGES) == widths
+    remove_units(prunable_groups(model, IMAGES), {least: list(range(1, widths[least][0]))})
+    assert prunable_groups(model, IMAGES).widths == {other: widths[other][0]}
+    assert model.sizes == ([1, 4] if least == "a/0" else [3, 1])
+
+
+class Shuffles(nn.Module):
+    """Channel shuffles that fix the first factor of a reshape; with four groups of two it looks like the second."""
+
+    def __init__(self, *groups):
+        super().__init__()
+        self.groups = groups
+        widths = [3, *[8] * len(groups)]
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for layer, groups in zip(self.layers, self.groups, strict=True):
+            x = layer(x)
+            n, c, *pixels = x.shape
+            x = x.view(n, groups, c // groups, *pixels).transpose(1, 2).reshape(n, c, *pixels)
+        return self.out(x.mean((2, 3)))
+
+
+def test_what_verified_groups_removed_is_repeated_by_verified_groups():
+    model = Shuffles(4)
+    assert examined(model, IMAGES) == {"layers.0": (8, 4)}  # the first answer, which verification refuses
+    groups = prunable_groups(model, IMAGES)
+    assert {g.name: (g.width, g.n_units) for g in groups} == {"layers.0": (8, 2)}
+    pruned, removed = copy.deepcopy(model), {"layers.0": [1]}
+    history = PruningHistory.of(groups, removed, remove_units(groups, removed, model=pruned))
+    assert history.entries() == [["layers.0", True, [1, 3, 5, 7]]]
+    fresh = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"only a part of what goes with them; .* if the groups were verified"):
+        repeat(history.entries(), prunable_groups(fresh, IMAGES, verify=False))
+    repeat(history.entries(), prunable_groups(fresh, IMAGES))
+    assert torch.equal(fresh(IMAGES), pruned(IMAGES))
+    repeat(history.entries(direct=True), prunable_groups(copy.deepcopy(model), IMAGES, verify=False))
+
+
+def test_answers_of_the_verification_last_from_step_to_step():
+    """With one slice of the first reshape left nothing shows that it is one; the second keeps its own answer."""
+    model = Shuffles(4, 2)
+    dense = copy.deepcopy(model.eval())
+    pruner = BudgetPruner(model, IMAGES, budget=Budget(macs=0.6), importance=tp.importance.MagnitudeImportance(p=1))
+    assert {g.name: (g.width, g.n_units) for g in pruner.groups} == {"layers.0": (8, 2), "layers.1": (8, 4)}
+    pruner.apply(pruner.plan_of({"layers.0": [1], "layers.1": [2]}))
+    assert {g.name: (g.width, g.n_units) for g in pruner.groups} == {"layers.1": (6, 3)}
+    assert ("layers.0", "minimum") in {(e.name, e.kind) for e in pruner.groups.excluded}
+    pruner.step(Budget(macs=0.35))
+    assert Cost(*count_ops(model, IMAGES)) == pruner.cost_model.dense
+    again = BudgetPruner(dense, IMAGES, budget=Budget(macs=0.6), importance=tp.importance.MagnitudeImportance(p=1))
+    again.load_pruning_history(pruner.pruning_history())
+    assert torch.equal(dense(IMAGES), model(IMAGES)) and again.groups.widths == pruner.groups.widths
+    assert [(e.name, e.kind) for e in again.groups.excluded] == [(e.name, e.kind) for e in pruner.groups.excluded]

@@ -48,7 +48,7 @@ class CrossStage(nn.Module):
 def at(group, channels):
     """The group as if its channels lay elsewhere in its first layers."""
     members = [dataclasses.replace(m, channels=channels) if m.role == "out" else m for m in group.members]
-    return dataclasses.replace(group, members=tuple(members))
+    return dataclasses.replace(group, members=tuple(members), root_channels=channels)
 
 
 def names(groups):
@@ -59,7 +59,7 @@ def test_groups_with_one_first_producer_are_numbered():
     groups = build_groups(trace(CrossStage().eval(), X))
     assert groups.names == ["stem.0/0", "stem.0/1", "left.a.0", "transition.0", "right.a.0", "out.0"]
     consumers = {name: {m.name for m in groups[name].members if m.role == "in"} for name in ("stem.0/0", "stem.0/1")}
-    assert "transition.0" in consumers["stem.0/0"] and "transition.0" not in consumers["stem.0/1"]
+    assert "transition.0" in consumers["stem.0/1"] and "transition.0" not in consumers["stem.0/0"]
     again = build_groups(trace(CrossStage().eval(), X))
     assert names(again) == names(groups)
     one = groups.exclude({"stem.0/0": "asked for"})
@@ -84,22 +84,49 @@ def test_names_are_unique_and_stay_after_pruning(name):
     assert len(set(before)) == len(before)
     fresh = build_groups(trace(model, x))
     fresh = fresh.exclude({n: "" for n in fresh.names if n not in groups.names})
-    remove_units(fresh, {g.name: [0] for g in fresh})  # the first: numbers must not follow from positions
+    remove_units(fresh, {g.name: [0] for g in fresh})  # the first: numbers must not follow from what is left in front
     assert sorted(names(build_groups(trace(model, x)))) == sorted(before)
 
 
-def test_numbers_follow_from_the_layers_that_are_reached():
+def halves_of_a_split():
     groups = topology("split").groups
     parts = [groups["stem.0/0"], groups["stem.0/1"]]
     assert [m.name for part in parts for m in part.consumers] == ["left.0", "right.0"]
-    swapped = [dataclasses.replace(g, name="stem.0") for g in parts]
-    order = groups.trace.first_call()
-    for found in (swapped, swapped[::-1]):
-        named = [g for g, _ in _named_apart([(g, None) for g in found], order)]
-        assert [(g.name, g.consumers[0].name) for g in named] == [("stem.0/0", "left.0"), ("stem.0/1", "right.0")]
-    backwards = [at(g, 20 - g.members[0].channels) for g in swapped]  # the right half in front
-    named = [g for g, _ in _named_apart([(g, None) for g in backwards], order)]
-    assert [g.consumers[0].name for g in named] == ["left.0", "right.0"]
+    return [dataclasses.replace(g, name="stem.0") for g in parts], groups.trace.first_call()
+
+
+def test_parts_that_lie_one_behind_the_other_are_numbered_by_position():
+    halves, order = halves_of_a_split()
+    for found in (halves, halves[::-1]):
+        named = [(g.name, g.consumers[0].name) for g, _ in _named_apart([(g, None) for g in found], order)]
+        assert named == [("stem.0/0", "left.0"), ("stem.0/1", "right.0")]
+    backwards = [at(g, np.sort(19 - g.root_channels)) for g in halves]  # the right half in front
+    named = [(g.name, g.consumers[0].name) for g, _ in _named_apart([(g, None) for g in backwards], order)]
+    assert named == [("stem.0/0", "right.0"), ("stem.0/1", "left.0")]
+
+
+@pytest.mark.parametrize("gone", [[], [0], [0, 2]])
+def test_parts_that_interleave_are_numbered_by_the_layers_that_are_reached(gone):
+    """Which of them has the first channel depends on what was removed."""
+    (left, right), order = halves_of_a_split()
+    even = np.setdiff1d(np.arange(0, 16, 2), gone)
+    found = [at(right, np.arange(1, 25, 2)), at(left, even)]
+    for parts in (found, found[::-1]):
+        named = [(g.name, g.consumers[0].name) for g, _ in _named_apart([(g, None) for g in parts], order)]
+        assert named == [("stem.0/0", "left.0"), ("stem.0/1", "right.0")]
+
+
+@pytest.mark.parametrize("small", ["first", "second"])
+def test_names_stay_where_a_part_has_one_channel_left(small):
+    """Nobody sees any more which layer reads it; the other part keeps its number."""
+    model, x = make_network("split")
+    groups = build_groups(trace(model, x))
+    least, other = ("stem.0/0", "stem.0/1") if small == "first" else ("stem.0/1", "stem.0/0")
+    width = groups[other].width
+    remove_units(groups, {least: list(range(1, groups[least].n_units))})
+    after = build_groups(trace(model, x))
+    assert after.widths[other] == width
+    assert {e.name: e.width for e in after.excluded}[least] == 1
 
 
 def test_numbers_pass_over_what_a_layer_is_called():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, filterfalse
+from itertools import count, filterfalse, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,11 @@ from .reparametrised import computed_tensors
 from .trace_options import TraceOptions
 from .tracing import Trace
 
-__all__ = ["build_groups", "ignored_modules", "other_answers", "strangers", "taken_for_fixed"]
+__all__ = ["AT_MINIMUM", "build_groups", "ignored_modules", "other_answers", "strangers", "taken_for_fixed"]
 
 
-_AT_MINIMUM: Reason = ("minimum", "at its smallest width")
+AT_MINIMUM: Reason = ("minimum", "at its smallest width")
+"""Why a group that cannot become narrower is left out."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def build_groups(
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
         if not group.consumers:
-            why.append(_AT_MINIMUM if group.width == 1 else ("unread", "nothing with weights reads it"))
+            why.append(AT_MINIMUM if group.width == 1 else ("unread", "nothing with weights reads it"))
         elif group.n_units <= group.min_units:
-            why.append(_AT_MINIMUM)
+            why.append(AT_MINIMUM)
         if why:  # what was asked for comes last: "ignored" says that the group could be pruned otherwise
             kind, text = next((r for r in why if r[0] != "ignored"), why[0])
             excluded.append(Excluded.of(group, text, kind))
@@ -361,21 +362,35 @@ def _named_apart(
 ) -> Iterator[tuple[ChannelGroup, list[Reason]]]:
     """The groups in execution order; those that share their first producer are numbered.
 
-    Numbers follow from the layers that the channels reach, in execution order, and only for the same layers from the
-    positions. Removing channels changes neither, so that a network that is traced again has the same names.
+    Removing channels must not change the numbers, so that a network that is traced again has the same names. Parts of a
+    layer that lie one behind the other, as a split makes them, are numbered by position: they keep their order down to
+    one channel, of which labels no longer see what reads it. The first position of parts that interleave depends on
+    what was removed; they are numbered by the layers that their channels reach, in execution order.
     """
     late = len(order)
+    shared: dict[str, list[tuple[ChannelGroup, list[Reason]]]] = defaultdict(list)
+    for entry in found:
+        shared[entry[0].name].append(entry)
 
-    def place(entry: tuple[ChannelGroup, list[Reason]]) -> Any:
-        group = entry[0]
-        reached = [(order.get(m.name, late), m.name, m.role, len(m.channels) // group.n_units) for m in group.members]
-        first = next((int(m.channels.min()) for m in group.members if m.name == group.name and m.role == "out"), 0)
-        return order.get(group.name, late), group.name, reached, first
+    def reached(group: ChannelGroup) -> Any:
+        return [(order.get(m.name, late), m.name, m.role, len(m.channels) // group.n_units) for m in group.members]
 
-    shared = Counter(group.name for group, _ in found)
-    free = {name: filterfalse(order.__contains__, map(f"{name}/{{}}".format, count())) for name in shared}
-    for group, why in sorted(found, key=place):
-        yield (group if shared[group.name] == 1 else replace(group, name=next(free[group.name]))), why
+    for name in sorted(shared, key=lambda n: (order.get(n, late), n)):
+        parts = sorted(shared[name], key=lambda entry: _span(entry[0]))
+        if len(parts) == 1:
+            yield parts[0]
+            continue
+        spans = [_span(group) for group, _ in parts]
+        if any(last >= first for (_, last), (first, _) in pairwise(spans)):
+            parts.sort(key=lambda entry: reached(entry[0]))
+        free = filterfalse(order.__contains__, map(f"{name}/{{}}".format, count()))
+        for (group, why), own in zip(parts, free, strict=False):
+            yield replace(group, name=own), why
+
+
+def _span(group: ChannelGroup) -> tuple[int, int]:
+    """First and last position of its channels in the layer that names it."""
+    return int(group.root_channels.min()), int(group.root_channels.max())
 
 
 def ignored_modules(

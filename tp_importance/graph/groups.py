@@ -65,8 +65,8 @@ class ChannelGroup:
 
     Attributes:
         name: the first producer in execution order. Where its channels belong to several groups (behind a split, say),
-            ``/0``, ``/1``, ... tell them apart, in the order of the layers they reach. No two groups of a network bear
-            one name, and pruning does not change the names.
+            ``/0``, ``/1``, ... tell them apart, by position, or where they interleave, in the order of the layers they
+            reach. No two groups of a network bear one name, and pruning does not change the names.
         width: number of root channels C_g.
         unit_size: root channels per unit; admissible widths are multiples of it.
         members: everything that changes shape, in execution order.

@@ -3,7 +3,8 @@
 Two formats, both of plain lists, numbers and text:
 
 * Torch-Pruning's: ``[[layer, is_out, positions], ...]``; what is coupled with these channels has to be found anew, by
-  Torch-Pruning's graph or here by the groups of the network;
+  Torch-Pruning's graph or here by the groups of the network. These must be verified, if those were that were pruned: a
+  reshape that can be read in two ways is answered by the verification;
 * the direct one: ``[[name, side, positions], ...]``, one entry per place that was cut, see :class:`.cuts.Cut`; it is
   repeated without looking for groups at all.
 
@@ -26,7 +27,7 @@ from .groups import ChannelGroup, Index, PrunableGroups, Role
 from .layer_pruners import LayerPruners
 from .surgery import remove_units, settled
 
-__all__ = ["PruningHistory", "is_direct", "repeat", "repeat_cuts"]
+__all__ = ["PruningHistory", "is_direct", "repeat", "repeat_cuts", "units_of"]
 
 _Place = tuple[str, Any]
 
@@ -84,7 +85,9 @@ def repeat(history: Sequence[Any], groups: PrunableGroups) -> PruningHistory:
 
     Args:
         history: entries in either format.
-        groups: all groups of the model, which must be as it was when the history began.
+        groups: all groups of the model, which must be as it was when the history began. For Torch-Pruning's format they
+            must be verified, as :func:`~tp_importance.prunable_groups` does by default, if the groups were that the
+            history is of.
 
     Returns:
         The same history in both formats.
@@ -107,7 +110,7 @@ def repeat(history: Sequence[Any], groups: PrunableGroups) -> PruningHistory:
     """
     entries = [_checked(entry) for entry in history]
     if not is_direct(entries):
-        removed = _units_of(entries, groups)
+        removed = units_of(entries, groups)
         cuts = remove_units(groups, removed)
         return PruningHistory(PruningHistory.of(groups, removed, cuts).direct, entries)
     cuts, given = _at_once(entries), groups.options.customized_pruners
@@ -211,8 +214,16 @@ def _note(gone: dict[_Place, list[int]], group: ChannelGroup, units: Sequence[in
         gone[member.name, member.role] += member.positions(units).tolist()
 
 
-def _units_of(entries: Sequence[Any], groups: PrunableGroups) -> dict[str, list[int]]:
-    """The units, per group name, that the channels of Torch-Pruning's entries make up."""
+def units_of(entries: Sequence[Any], groups: PrunableGroups) -> dict[str, list[int]]:
+    """The units, per group name, that the channels of Torch-Pruning's entries make up.
+
+    Args:
+        entries: in Torch-Pruning's format.
+        groups: of the network as it was when the history began.
+
+    Raises:
+        ValueError: if channels split a unit, or are in no group.
+    """
     removed: dict[str, list[int]] = defaultdict(list)
     gone = defaultdict[_Place, list[int]](list)
     for name, is_out, positions in entries:
@@ -228,7 +239,9 @@ def _units_of(entries: Sequence[Any], groups: PrunableGroups) -> dict[str, list[
             split = np.intersect1d(units, member.units[~listed])
             if split.size:
                 parts = [named[int(p)] for p in member.channels[listed & np.isin(member.units, split)]]
-                raise ValueError(f"channels {parts} ({role}) of {name} are only a part of what goes with them")
+                raise ValueError(
+                    f"channels {parts} ({role}) of {name} are only a part of what goes with them{_open(groups)}"
+                )
             unknown -= set(member.channels[listed].tolist())
             found.append((group, units.tolist()))
         if unknown:
@@ -239,6 +252,17 @@ def _units_of(entries: Sequence[Any], groups: PrunableGroups) -> dict[str, list[
             removed[group.name] += units
             _note(gone, group, units)
     return removed
+
+
+def _open(groups: PrunableGroups) -> str:
+    """What else can explain that groups do not fit a history: they hang on answers that only verification gives."""
+    if not groups.trace.labels.questions:
+        return ""
+    return (
+        "; the code reshapes or cuts channels in a way that one pass cannot tell: if the groups were verified when the "
+        "history began, these must be, too (the default of prunable_groups and pruners), or take the direct history, "
+        "pruning_history(direct=True)"
+    )
 
 
 # -- the direct format

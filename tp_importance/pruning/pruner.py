@@ -191,10 +191,11 @@ class BudgetPruner:
         Fractions of later budgets still refer to the model as given at construction.
 
         Args:
-            history: in either format of :meth:`pruning_history`.
+            history: in either format of :meth:`pruning_history`. Torch-Pruning's is repeated by the groups of this
+                pruner, which must be verified (the default) if those were that were pruned.
 
         Raises:
-            ValueError: if the history is of another network; the model is then as before.
+            ValueError: if the history is of another network, or of other groups; the model is then as before.
         """
         self.target.load_pruning_history(history)
 

@@ -23,12 +23,13 @@ from ..core.processes import levels_up, warned_once
 from ..core.progress import phase, shown, shows_progress
 from ..core.stale_optimizers import replacing
 from ..errors import BudgetError
-from ..graph.classes import build_groups
+from ..graph.classes import AT_MINIMUM, build_groups
 from ..graph.cost import LATENCY, CostModel
 from ..graph.counting import count_ops
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups
-from ..graph.history import PruningHistory, repeat
+from ..graph.history import PruningHistory, repeat, units_of
+from ..graph.narrowing import narrowed
 from ..graph.surgery import remove_units
 from ..graph.tracing import trace
 from ..latency.model import LatencyModel
@@ -337,7 +338,8 @@ class PruningTarget:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
             if follows and loader is not None:
                 recalibrate_batchnorm(self.model, loader, reference=reference, forward_fn=run)
-            state = self._adopting(self._retrace(), PruningHistory.of(self.groups, plan.removed, cuts))
+            history = PruningHistory.of(self.groups, plan.removed, cuts)
+            state = self._adopting(self._left(self.groups, plan.removed), history)
             if reference is not None:
                 state["_reference"] = reference.stamped(self.model)
             step.commit()
@@ -393,10 +395,11 @@ class PruningTarget:
         Fractions of later budgets still refer to the model as given at construction.
 
         Args:
-            history: in either format, see :meth:`pruning_history`.
+            history: in either format, see :meth:`pruning_history`. Torch-Pruning's is repeated by the groups of this
+                target: verified groups, if those were that were pruned.
 
         Raises:
-            ValueError: if the history is of another network; the model is then as before.
+            ValueError: if the history is of another network, or of other groups; the model is then as before.
         """
         try:
             entries = list(history)
@@ -406,7 +409,7 @@ class PruningTarget:
                 # also what is left out now may have gone then
                 known = build_groups(self.groups.trace, None, self._num_heads, self.groups.options)
                 done = repeat(entries, known)
-                groups = self._retrace()
+                groups = self._left(known, None if done.host is None else units_of(done.host, known))
                 counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn)
                 if Cost(*counted) != CostModel.from_groups(groups).dense:
                     raise ValueError(f"after it the network costs {Cost(*counted)}, its widths say otherwise")
@@ -419,12 +422,23 @@ class PruningTarget:
             ) from error
 
     @phase("tracing")
-    def _retrace(self) -> PrunableGroups:
-        """Groups of the pruned model; what was left out before stays out."""
+    def _left(self, groups: PrunableGroups, removed: Mapping[str, Sequence[int]] | None) -> PrunableGroups:
+        """Groups of the pruned model; what was left out before stays out.
+
+        They are not found anew, where it is known which units have gone: a narrow network shows less. Where one slice
+        of a reshaped axis is left, say, nothing tells that its length is fixed.
+
+        Args:
+            groups: of the model before.
+            removed: units of them that have gone; ``None`` if what has gone is not made up of units.
+        """
         options = self.groups.options.renamed(self.groups.trace.names, self.model)
         traced = trace(self.model, self.example_inputs, options)
-        groups = build_groups(traced, self._ignored_layers, self._num_heads, options)
-        return groups.exclude_again(self._left_out)
+        if removed is None:
+            return build_groups(traced, self._ignored_layers, self._num_heads, options).exclude_again(self._left_out)
+        left = replace(narrowed(groups, removed), trace=traced, options=options).exclude_again(self._left_out)
+        kind, reason = AT_MINIMUM
+        return left.exclude({g.name: reason for g in left if g.n_units <= g.min_units}, kind)
 
     def _adopting(self, groups: PrunableGroups, history: PruningHistory) -> dict[str, Any]:
         """What changes in the target when it goes on with ``groups`` after a surgery."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.zoo.drawn.program import Program
 from benchmarks.zoo.embedding import difference, in_precision
-from tp_importance import Budget, BudgetError, count_ops, prunable_groups, prune
+from tp_importance import Budget, BudgetError, BudgetPruner, count_ops, prunable_groups, prune
+from tp_importance.budget import Cost
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.history import PruningHistory, repeat
@@ -65,17 +66,16 @@ def _surgery(model: nn.Module, x: Tensor, groups: PrunableGroups, removed: Mappi
     problem = masked_equals_removed(groups, x, dict(removed))
     assert problem is None, f"masked is not removed: {problem}"
     twin = copy.deepcopy(model)
-    again = prunable_groups(twin, x, verify=False)
-    cuts = remove_units(again, removed)
+    cuts = remove_units(groups, removed, model=twin)
     sizes = {g.name: g.width - len(removed[g.name]) * g.unit_size for g in groups}
     predicted = CostModel.from_groups(groups).cost(sizes)
     counted = tuple(count_ops(twin, x))
     assert (predicted.macs, predicted.params) == counted, f"predicted {predicted}, counted {counted}"
     _same_output(model, twin, x)
-    history = PruningHistory.of(again, removed, cuts)
+    history = PruningHistory.of(groups, removed, cuts)
     for direct in (True, False):
         fresh = copy.deepcopy(model)
-        repeat(history.entries(direct=direct), prunable_groups(fresh, x, verify=False))
+        repeat(history.entries(direct=direct), prunable_groups(fresh, x))
         _equal(twin, fresh, f"the history (direct={direct})")
     _names_stay(groups, twin, x, sizes)
 
@@ -108,7 +108,7 @@ def _names_stay(groups: PrunableGroups, twin: nn.Module, x: Tensor, sizes: Mappi
 
 
 def _budget(model: nn.Module, x: Tensor, groups: PrunableGroups, fraction: float) -> dict[str, Any]:
-    """Met, to the operation, or refused with the cost of all groups at their least width."""
+    """Met twice, to the operation, or refused with the cost of all groups at their least width."""
     cost = CostModel.from_groups(groups)
     limit, dense = fraction * cost.dense.macs, cost.dense.macs
     least = cost.cost({g.name: g.min_units * g.unit_size for g in groups}).macs
@@ -119,17 +119,30 @@ def _budget(model: nn.Module, x: Tensor, groups: PrunableGroups, fraction: float
         named = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", str(error))]
         assert least > limit and least in named, f"refused though {least} of {limit} MACs can be reached: {error}"
         smallest = copy.deepcopy(model)
-        again = prunable_groups(smallest, x, verify=False)
-        remove_units(again, {g.name: list(range(g.min_units, g.n_units)) for g in groups})
+        remove_units(groups, {g.name: list(range(g.min_units, g.n_units)) for g in groups}, model=smallest)
         assert count_ops(smallest, x)[0] == least, "the least cost is not that of all groups at their least width"
         _equal(model, twin, "a refused budget")
         return {"budget": "refused", "least": round(least / dense, 4)}
     spent = done.report.cost
     assert least <= spent.macs <= limit, f"{spent.macs} MACs for a budget of {limit}, {least} at least"
+    _pruned_rightly(model, twin, x, done.pruner, spent)
+    if not len(done.pruner.groups):
+        return {"budget": "met", "reached": round(spent.macs / dense, 4)}
+    try:
+        again = done.pruner.step(Budget(macs=fraction * spent.macs / dense))
+    except BudgetError:
+        pass
+    else:
+        assert again.cost.macs <= fraction * spent.macs, "the second step misses its budget"
+        _pruned_rightly(model, done.pruner.model, x, done.pruner, again.cost)
+    return {"budget": "met", "reached": round(spent.macs / dense, 4)}
+
+
+def _pruned_rightly(model: nn.Module, twin: nn.Module, x: Tensor, pruner: BudgetPruner, spent: Cost) -> None:
+    """Cost, values, history and groups of a pruner after a step."""
     assert (spent.macs, spent.params) == tuple(count_ops(twin, x)), "the report names another cost"
     _same_output(model, twin, x)
     for direct in (True, False):
         fresh = copy.deepcopy(model)
-        repeat(done.pruner.pruning_history(direct=direct), prunable_groups(fresh, x, verify=False))
+        repeat(pruner.pruning_history(direct=direct), prunable_groups(fresh, x))
         _equal(twin, fresh, f"pruning_history(direct={direct})")
-    return {"budget": "met", "reached": round(spent.macs / dense, 4)}
