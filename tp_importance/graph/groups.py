@@ -30,6 +30,8 @@ __all__ = [
 
 Role = Literal["in", "out"]
 Kind = Literal["producer", "consumer", "passthrough"]
+Dimension = tuple[str, Role, int | None]
+"""Name of a module, parameter or buffer, role, and the axis if it is a tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,11 @@ class Member:
     units: Index
     width: int
     axis: int | None = None
+
+    @property
+    def dimension(self) -> Dimension:
+        """Which dimension it is; members of several groups may share one."""
+        return self.name, self.role, self.axis
 
     def positions(self, units: Iterable[int]) -> Index:
         """Positions in this dimension that belong to ``units``."""
@@ -92,6 +99,12 @@ class ChannelGroup:
     def n_units(self) -> int:
         """Number of units."""
         return self.width // self.unit_size
+
+    @property
+    def root_dimension(self) -> Dimension:
+        """The dimension of the root."""
+        member = self.member(*self.root)
+        return *self.root, None if member is None else member.axis
 
     @cached_property
     def producers(self) -> tuple[Member, ...]:

@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 
-from ..core.batches import tensors_in
-from ..core.devices import misplaced
 from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
 from ..errors import TracingError
 from .layer_pruners import channel_pruners
 from .reparametrised import as_leaves
-from .trace_options import TraceOptions
+from .trace_options import TraceOptions, failed_trace, output_tensors
 
 __all__ = ["host_graph"]
 
@@ -74,24 +72,10 @@ def host_graph(model: nn.Module, example_inputs: Any, options: TraceOptions = Tr
                 model,
                 example_inputs=fresh_inputs(example_inputs),
                 forward_fn=options.forward_fn or call_model,
-                output_transform=options.output_transform or _outputs,
+                output_transform=options.output_transform or output_tensors,
                 unwrapped_parameters=list(options.unwrapped_parameters or ()) or None,
                 customized_pruners=pruners,
                 ignored_params=list(options.ignored_params),
             )
         except Exception as error:
-            remedy = misplaced(model, example_inputs) or (
-                "Check that the model runs on example_inputs (device, dtype, shape); give forward_fn or "
-                "output_transform for unusual signatures"
-            )
-            raise TracingError(
-                f"could not trace {type(model).__name__}: {type(error).__name__}: {error}. {remedy}"
-            ) from error
-
-
-def _outputs(value: Any) -> list[Tensor]:
-    """The tensors among what a network returns."""
-    found = tensors_in(value)
-    if not found:
-        raise TypeError(f"the network returns no tensor, but {type(value).__name__}; give output_transform")
-    return found
+            raise failed_trace(model, example_inputs, error) from error

@@ -9,13 +9,10 @@ import numpy as np
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from .groups import ChannelGroup, Index, Member, PrunableGroups, Role
+from .groups import ChannelGroup, Dimension, Index, Member, PrunableGroups, Role
 from .layer_pruners import GROUPED_PRUNERS, ParametrisedPruner, WholeGroupPruner, grouped_pruner
 
 __all__ = ["GroupView", "HostGraph", "Selection", "by_unit", "group_items", "score_group"]
-
-Dimension = tuple[str, Role, int | None]
-"""Name of a module, parameter or buffer, role, and the axis if it is a tensor."""
 
 
 class HostGraph(tp.DependencyGraph):
@@ -161,7 +158,7 @@ def group_items(graph: HostGraph, root: Dimension, root_idxs: Index, chosen: Sel
             channels = by_unit(member, group)[units]
             dealt = np.arange(channels.shape[1]) * roots.shape[1] // channels.shape[1]
             pair = channels.ravel(), roots[:, dealt].ravel()
-            parts.setdefault((member.name, member.role, member.axis), []).append(pair)
+            parts.setdefault(member.dimension, []).append(pair)
     for dimension, pairs in parts.items():
         if dimension == root:
             continue
@@ -217,8 +214,7 @@ def score_group(groups: PrunableGroups, group: ChannelGroup) -> tuple[GroupView,
         order = np.lexsort((other.root_channels, other.root_units))
         roots = np.searchsorted(channels, other.root_channels[order]).reshape(other.n_units, -1)
         chosen.append((other, np.arange(other.n_units), roots))
-    member = group.member(*group.root)
-    items = group_items(graph, (*group.root, None if member is None else member.axis), channels, chosen)
+    items = group_items(graph, group.root_dimension, channels, chosen)
     items[0].root_idxs = list(range(len(channels)))
     for item in items:
         layer = item.dep.target.module

@@ -17,8 +17,8 @@ from ..core.guards import preserved
 from ..core.stale_optimizers import replacing
 from .cuts import Cut, cuts_of, make_cuts
 from .discovery import prunable_groups
-from .groups import ChannelGroup, Excluded, Index, Member, PrunableGroups, Verifier
-from .host_group import Dimension, GroupView, HostGraph, by_unit, group_items
+from .groups import ChannelGroup, Dimension, Excluded, Index, Member, PrunableGroups, Verifier
+from .host_group import GroupView, HostGraph, by_unit, group_items
 from .layer_pruners import LayerPruners, channel_pruners
 from .narrowing import narrowed
 from .surgery import checked_units, settled
@@ -231,7 +231,7 @@ class LabelGraph(HostGraph):
                 self.node((name, "out", None))
         for group in self.groups:
             for member in group.members:
-                self.node(_dimension(member))
+                self.node(member.dimension)
         self._hosts = self._arranged()
         self._blocks = {host.root: host.blocks for host in self._hosts}
         # pruners ask the layers of the network themselves, but no stand-in
@@ -290,7 +290,7 @@ class LabelGraph(HostGraph):
             raise ValueError(
                 f"channels {_listed(missing)} of {name} are in no group that can be pruned{self._why(name)}"
             )
-        return self._group(_dimension(sides[0][1]), channels, chosen)
+        return self._group(sides[0][1].dimension, channels, chosen)
 
     def check_pruning_group(self, group: Any) -> bool:
         """Whether enough is left once a group is pruned."""
@@ -499,10 +499,6 @@ class LabelGraph(HostGraph):
             return None
         in_step = (channels == channels[:, :1] + np.arange(size) * (width // size)).all()
         return size if in_step else None
-
-
-def _dimension(member: Member) -> Dimension:
-    return member.name, member.role, member.axis
 
 
 def _member(group: ChannelGroup, name: str) -> Member:

@@ -8,11 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from .groups import ChannelGroup, Index, Member, PrunableGroups
+from .groups import ChannelGroup, Dimension, Index, Member, PrunableGroups
 
 __all__ = ["narrowed"]
-
-_Dimension = tuple[str, str, int | None]
 
 
 def narrowed(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> PrunableGroups:
@@ -38,45 +36,38 @@ def narrowed(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> Pr
         (6, 6)
     """
     gone: dict[str, Index] = {}
-    lost: dict[_Dimension, list[Index]] = defaultdict(list)
+    lost: dict[Dimension, list[Index]] = defaultdict(list)
     for name, units in removed.items():
         group = groups[name]
         gone[name] = np.unique(np.fromiter(units, np.int64))
         if len(gone[name]) and not 0 <= gone[name][0] <= gone[name][-1] < group.n_units:
             raise ValueError(f"group {name} has units 0..{group.n_units - 1}, not {gone[name].tolist()}")
         for member in (*group.members, *group.attributes):
-            lost[_dimension(member)].append(member.positions(gone[name]))
+            lost[member.dimension].append(member.positions(gone[name]))
     below = {dimension: np.unique(np.concatenate(positions)) for dimension, positions in lost.items()}
     none = np.zeros(0, np.int64)
     left = [_narrowed(group, gone.get(group.name, none), below) for group in groups]
     return PrunableGroups(left, list(groups.excluded), groups.trace, groups.options)
 
 
-def _dimension(member: Member) -> _Dimension:
-    return member.name, member.role, member.axis
-
-
-def _narrowed(group: ChannelGroup, gone: Index, lost: Mapping[_Dimension, Index]) -> ChannelGroup:
-    root = group.member(*group.root)
-    at_root = (*group.root, None if root is None else root.axis)
-    if not len(gone) and not any(
-        map(lost.__contains__, (at_root, *map(_dimension, (*group.members, *group.attributes))))
-    ):
+def _narrowed(group: ChannelGroup, gone: Index, lost: Mapping[Dimension, Index]) -> ChannelGroup:
+    dimensions = (group.root_dimension, *(m.dimension for m in (*group.members, *group.attributes)))
+    if not len(gone) and not any(map(lost.__contains__, dimensions)):
         return group
     stays = np.ones(group.n_units, bool)
     stays[gone] = False
     number = np.cumsum(stays) - 1
 
-    def shifted(channels: Index, dimension: _Dimension) -> Index:
+    def shifted(channels: Index, dimension: Dimension) -> Index:
         return channels - np.searchsorted(lost.get(dimension, gone[:0]), channels)
 
     def cut(member: Member) -> Member:
-        here, dimension = stays[member.units], _dimension(member)
+        here = stays[member.units]
         return replace(
             member,
-            channels=shifted(member.channels[here], dimension),
+            channels=shifted(member.channels[here], member.dimension),
             units=number[member.units[here]],
-            width=member.width - len(lost.get(dimension, ())),
+            width=member.width - len(lost.get(member.dimension, ())),
         )
 
     of_root = stays[group.root_units]
@@ -85,6 +76,6 @@ def _narrowed(group: ChannelGroup, gone: Index, lost: Mapping[_Dimension, Index]
         width=int(stays.sum()) * group.unit_size,
         members=tuple(map(cut, group.members)),
         attributes=tuple(map(cut, group.attributes)),
-        root_channels=shifted(group.root_channels[of_root], at_root),
+        root_channels=shifted(group.root_channels[of_root], group.root_dimension),
         root_units=number[group.root_units[of_root]],
     )

@@ -1,4 +1,4 @@
-"""How a network is called and read when it is traced."""
+"""How a network is called and read when it is traced, and the error if that fails."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["TraceOptions"]
+from ..core.batches import tensors_in
+from ..core.devices import misplaced
+from ..errors import TracingError
+
+__all__ = ["TraceOptions", "failed_trace", "output_tensors"]
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,39 @@ class TraceOptions:
             unwrapped_parameters=[(twin(p), dim) for p, dim in self.unwrapped_parameters or ()] or None,
             ignored_params=[twin(p) for p in self.ignored_params],
         )
+
+
+def output_tensors(value: Any, transform: Callable[[Any], Any] | None = None) -> list[Tensor]:
+    """The tensors among what a network returns.
+
+    Args:
+        value: what it returns.
+        transform: applied to it first.
+
+    Raises:
+        TypeError: if there are none.
+
+    Example:
+        >>> import torch
+        >>> [tuple(out.shape) for out in output_tensors({"logits": torch.zeros(1, 10), "loss": None})]
+        [(1, 10)]
+    """
+    found = tensors_in(value if transform is None else transform(value))
+    if not found:
+        raise TypeError(f"the network returns no tensor, but {type(value).__name__}; give output_transform")
+    return found
+
+
+def failed_trace(model: nn.Module, example_inputs: Any, error: Exception) -> TracingError:
+    """The error for a network that could not be traced: what went wrong, and what to do about it.
+
+    Args:
+        model: the network.
+        example_inputs: what it was called with.
+        error: what the trace raised.
+    """
+    remedy = misplaced(model, example_inputs) or (
+        "Check that the model runs on example_inputs (device, dtype, shape); give forward_fn or output_transform for "
+        "unusual signatures"
+    )
+    return TracingError(f"could not trace {type(model).__name__}: {type(error).__name__}: {error}. {remedy}")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.arguments import checked_model
-from ..core.batches import tensors_in
-from ..core.devices import misplaced, to_model
+from ..core.devices import to_model
 from ..core.forward import fresh_inputs
 from ..core.untouched import untouched
-from ..errors import TracingError
 from .counting import Call, CallRecorder, batch_size
 from .dataflow import Flow, record
 from .following import batch_norm_behind, feeds_alone
@@ -23,7 +20,7 @@ from .labels.discover import labels_of
 from .labels.ledger import Ledger
 from .layer_pruners import users_layers
 from .reparametrised import as_leaves
-from .trace_options import TraceOptions
+from .trace_options import TraceOptions, failed_trace, output_tensors
 
 __all__ = ["Trace", "set_mode", "trace"]
 
@@ -116,20 +113,14 @@ def trace(
                 model,
                 fresh_inputs(example_inputs),
                 lambda net, inputs: recorder.run(net, inputs, options.forward_fn),
-                partial(_outputs, transform=options.output_transform),
+                partial(output_tensors, transform=options.output_transform),
                 axes=axes,
                 custom=custom,
             )
         except torch.OutOfMemoryError:  # says nothing about the network
             raise
         except Exception as error:
-            remedy = misplaced(model, example_inputs) or (
-                "Check that the model runs on example_inputs (device, dtype, shape); give forward_fn or "
-                "output_transform for unusual signatures"
-            )
-            raise TracingError(
-                f"could not trace {type(model).__name__}: {type(error).__name__}: {error}. {remedy}"
-            ) from error
+            raise failed_trace(model, example_inputs, error) from error
         finally:
             recorder.remove()
     functional, uncounted = recorder.functional(n)
@@ -146,11 +137,3 @@ def set_mode(model: nn.Module, training: bool) -> None:
     if training:
         for module in model.modules():
             module.training = not isinstance(module, _ALWAYS_EVAL)
-
-
-def _outputs(value: Any, transform: Callable[[Any], Any] | None) -> list[Tensor]:
-    """The tensors among what a network returns."""
-    found = tensors_in(value if transform is None else transform(value))
-    if not found:
-        raise TypeError(f"the network returns no tensor, but {type(value).__name__}; give output_transform")
-    return found
