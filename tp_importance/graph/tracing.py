@@ -150,7 +150,10 @@ def set_mode(model: nn.Module, training: bool) -> None:
 
 def _outputs(value: Any, transform: Callable[[Any], Any] | None) -> list[Tensor]:
     """The tensors among what a network returns."""
-    found = tensors_in(value if transform is None else transform(value))
-    if not found:
+    taken = value if transform is None else transform(value)
+    found = tensors_in(taken)
+    if not found and transform is None:
         raise TypeError(f"the network returns no tensor, but {type(value).__name__}; give output_transform")
+    if not found:
+        raise TypeError(f"output_transform returns no tensor, but {type(taken).__name__}")
     return found
