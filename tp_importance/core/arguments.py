@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from ..budget import Budget
 
-__all__ = ["checked_budget", "checked_importance", "checked_model", "unwrapped_model"]
+__all__ = ["checked_budget", "checked_importance", "checked_model", "require_writable", "unwrapped_model"]
 
 _WRAPPERS = {
     "DataParallel": "spreads batches over devices",
@@ -36,8 +36,8 @@ def checked_model(model: Any, argument: str = "model") -> nn.Module:
         argument: how the user calls it.
 
     Raises:
-        TypeError: if it is no module, or it or a part of it is compiled, wrapped (see :func:`unwrapped_model`), or lazy
-            and has not run yet.
+        TypeError: if it is no module, or it or a part of it is compiled, exported, wrapped (see
+            :func:`unwrapped_model`), or lazy and has not run yet.
 
     Example:
         >>> checked_model(lambda x: x)
@@ -50,6 +50,12 @@ def checked_model(model: Any, argument: str = "model") -> nn.Module:
             raise TypeError(
                 f"{whole} is compiled by torch.compile, and compiled code hides its layers: use {whole}._orig_mod, "
                 "which has the same parameters, and compile again after pruning"
+            )
+        if isinstance(module, torch.fx.GraphModule) and "eval" in vars(module):  # torch.export's
+            whole = f"{argument}{'.' * bool(name)}{name}"
+            raise TypeError(
+                f"{whole} was made by torch.export and has neither layers nor an eval mode: prune the Python "
+                "module, and export it afterwards"
             )
         if isinstance(module, torch.jit.ScriptModule):
             whole = f"{argument}{'.' * bool(name)}{name}"
@@ -70,6 +76,31 @@ def checked_model(model: Any, argument: str = "model") -> nn.Module:
                     "model(example_inputs), and prune then"
                 )
     return model
+
+
+def require_writable(model: nn.Module) -> None:
+    """Refuse a network whose weights and statistics take no new values: those that were made in inference mode.
+
+    Args:
+        model: the network.
+
+    Raises:
+        ValueError: naming the first of them.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     net = nn.Linear(2, 2)
+        >>> require_writable(net)
+        Traceback (most recent call last):
+        ValueError: weight was made in torch.inference_mode() and takes no new values: give copy.deepcopy(model), made \
+outside of it, or refit=None
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name} was made in torch.inference_mode() and takes no new values: give copy.deepcopy(model), made "
+                "outside of it, or refit=None"
+            )
 
 
 def unwrapped_model(model: Any, argument: str = "model") -> nn.Module:

@@ -80,6 +80,8 @@ def misplaced(model: nn.Module, example_inputs: Any) -> str:
         'example_inputs are float32 and the weights float16: pass example_inputs.to(torch.float16), or model.float()'
     """
     like = reference_tensor(model)
+    if like is not None and like.is_meta:
+        return "the weights are on the device meta, where tensors have no values: load the weights first"
     for tensor in [] if like is None else tensors_in(example_inputs):
         assert like is not None
         if tensor.device != like.device:

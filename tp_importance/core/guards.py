@@ -233,8 +233,8 @@ def _copies(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _put_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for tensor, values in copies:
+    for tensor, values in copies:
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the former alone turns gradients on
             tensor.copy_(values)
 
 

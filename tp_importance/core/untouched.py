@@ -139,7 +139,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _put_values(tensor: Tensor, values: Tensor) -> None:
-    with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the former alone turns gradients on
         if tensor.shape != values.shape:  # resized
             tensor.data = values
         elif not torch.equal(tensor, values):

@@ -24,6 +24,7 @@ from ..core.stale_optimizers import replacing
 from ..core.untouched import untouched
 from ..errors import TracingError
 from .classes import ignored_modules
+from .option_checks import check_ignored
 from .reparametrised import LAYERS, computed_tensors
 
 __all__ = ["BakeReport", "bake_weights"]
@@ -102,7 +103,7 @@ def bake_weights(
         >>> bake_weights(net, torch.randn(1, 3, 8, 8)).baked, type(net[0]).__name__
         ({'0': 'parametrization WeightNorm'}, 'Conv2d')
     """
-    checked_model(model)
+    check_ignored(checked_model(model), ignored_layers)
     ignored = ignored_modules(model, ignored_layers)
     baker = _Baker(model, ignored)
     with _passing(model):

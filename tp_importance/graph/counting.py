@@ -43,6 +43,7 @@ def batch_size(example_inputs: Any) -> int:
 
     Raises:
         TypeError: if there is no tensor with at least one dimension.
+        ValueError: if it is empty.
     """
     values: Iterable[Any] = ()
     if isinstance(example_inputs, Mapping):
@@ -50,6 +51,8 @@ def batch_size(example_inputs: Any) -> int:
     elif isinstance(example_inputs, (Tensor, tuple, list)):
         values = [example_inputs] if isinstance(example_inputs, Tensor) else example_inputs
     count = sample_count(values)
+    if count == 0:
+        raise ValueError("example_inputs hold no sample: the first dimension of the first tensor is 0")
     if count is not None:
         return count
     raise TypeError(

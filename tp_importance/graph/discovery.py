@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from ..core.arguments import checked_model
 from ..core.progress import phase, shown
 from .classes import build_groups, other_answers
 from .groups import PrunableGroups, Verifier
 from .modes import training_pass
+from .option_checks import check_options
 from .trace_options import TraceOptions
 from .tracing import trace
 from .verify import verify_groups
@@ -68,8 +70,9 @@ def prunable_groups(
 
     Raises:
         TracingError: if the network cannot be traced.
-        TypeError: for an ``ignored_layers`` entry that is neither module, parameter nor type.
-        ValueError: if layers do not run in eval mode, and what they read in training mode cannot be found out.
+        TypeError: for a model that is none, and for options of the wrong type.
+        ValueError: for layers and parameters of another network in the options; if layers do not run in eval mode, and
+            what they read in training mode cannot be found out.
 
     Example:
         >>> import torch
@@ -78,6 +81,16 @@ def prunable_groups(
         >>> [(g.name, g.width) for g in groups], [(e.kind, e.reason) for e in groups.excluded]
         ([('0', 8)], [('output', "produces the network's output")])
     """
+    check_options(
+        checked_model(model),
+        ignored_layers=ignored_layers,
+        num_heads=num_heads,
+        unwrapped_parameters=unwrapped_parameters,
+        customized_pruners=customized_pruners,
+        forward_fn=forward_fn,
+        output_transform=output_transform,
+        verify=verify,
+    )
     options = TraceOptions(
         forward_fn,
         output_transform,
@@ -102,8 +115,18 @@ def prunable_groups(
         return groups
     with shown(progress):
         if callable(verify):
-            return groups.exclude(verify(groups, example_inputs))
+            return groups.exclude(_by_user(verify, groups, example_inputs))
         return _verified(groups, example_inputs, answered)
+
+
+def _by_user(verify: Verifier, groups: PrunableGroups, example_inputs: Any) -> Mapping[str, str]:
+    """What a function of the user's has found."""
+    reasons = verify(groups, example_inputs)
+    if not isinstance(reasons, Mapping) or not all(isinstance(reason, str) for reason in reasons.values()):
+        raise TypeError(
+            f"verify must return a dict {{name of an unsafe group: reason}}, which may be empty, not {reasons!r}"
+        )
+    return reasons
 
 
 def _verified(

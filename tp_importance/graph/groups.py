@@ -240,8 +240,15 @@ class PrunableGroups:
             ValueError: naming what was left out, and why.
         """
         if not self.groups:
-            reasons = "; ".join(f"{e.name}: {e.reason}" for e in self.excluded)
-            raise ValueError(f"{type(self.trace.model).__name__} has no group that can be pruned ({reasons})")
+            raise ValueError(self.nothing_left())
+
+    def nothing_left(self) -> str:
+        """What to say of a network without a prunable group: what was left out, and why."""
+        reasons = "; ".join(f"{e.name}: {e.reason}" for e in self.excluded) or (
+            "no convolution or linear layer with a weight of real floating-point numbers ran; complex and quantized "
+            "weights are not followed"
+        )
+        return f"{type(self.trace.model).__name__} has no group that can be pruned ({reasons})"
 
     def exclude(self, reasons: Mapping[str, str], kind: ExclusionKind = "unverified") -> PrunableGroups:
         """A copy in which some groups are left out.

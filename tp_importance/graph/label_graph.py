@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ..core.guards import preserved
+from ..core.processes import levels_up
 from ..core.stale_optimizers import replacing
 from .cuts import Cut, cuts_of, make_cuts
 from .discovery import prunable_groups
@@ -207,6 +209,9 @@ class LabelGraph(HostGraph):
 
         Returns:
             self.
+
+        Warns:
+            UserWarning: if no group can be pruned, with the reasons.
         """
         given = self._discover.keywords["ignored_layers"]
         self.groups = self._discover(
@@ -218,6 +223,8 @@ class LabelGraph(HostGraph):
             forward_fn=forward_fn,
             output_transform=output_transform,
         )
+        if not len(self.groups):
+            warnings.warn(self.groups.nothing_left(), stacklevel=levels_up())
         self._attach(model, channel_pruners(model, customized_pruners))
         self._pruners = LayerPruners(model, customized_pruners)
         self.unwrapped_parameters = list(unwrapped_parameters or ())

@@ -73,9 +73,12 @@ def output_tensors(value: Any, transform: Callable[[Any], Any] | None = None) ->
         >>> [tuple(out.shape) for out in output_tensors({"logits": torch.zeros(1, 10), "loss": None})]
         [(1, 10)]
     """
-    found = tensors_in(value if transform is None else transform(value))
-    if not found:
+    taken = value if transform is None else transform(value)
+    found = tensors_in(taken)
+    if not found and transform is None:
         raise TypeError(f"the network returns no tensor, but {type(value).__name__}; give output_transform")
+    if not found:
+        raise TypeError(f"output_transform returns no tensor, but {type(taken).__name__}")
     return found
 
 

@@ -12,7 +12,7 @@ from ..allocation.curves import Curve, value_curves
 from ..allocation.registry import Allocator, named_allocator
 from ..allocation.space import WidthSpace
 from ..budget import Budget, Cost
-from ..core.arguments import checked_budget, checked_importance
+from ..core.arguments import checked_budget, checked_importance, require_writable
 from ..core.loaders import check_loader, require_reiterable
 from ..core.options import hand_on, split_options
 from ..core.processes import warned_once
@@ -345,6 +345,7 @@ class BudgetPruner:
         if settings is None:
             return
         settings.require_data(self.loader)
+        require_writable(self.model)
         collects = isinstance(self.importance, StatisticalImportance) and self._known_curves() is None
         shares = settings.mode == "parallel" and hasattr(self.importance, "consumer_statistics")
         passes = collects + (settings.solves and not shares) + settings.follows

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.arguments import require_writable
 from ..core.forward import ForwardFn
 from ..core.guards import written
 from ..core.processes import warned_once
@@ -87,6 +88,7 @@ def refit_consumers(
         2
     """
     settings = Refit.of_weights(refit)
+    require_writable(model)
     if groups is None:
         groups = prunable_groups(model, example_inputs, forward_fn=forward_fn, progress=progress)
     elif groups.trace.model is not model:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.arguments import checked_model
+from ..core.arguments import checked_model, require_writable
 from ..core.forward import ForwardFn, layer_input, run_batch
 from ..core.guards import written
 from ..core.loaders import WholeBatches
@@ -97,7 +97,7 @@ def recalibrate_batchnorm(
         Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3 (PreciseBN). Exact
         pooling of unequal batches by element count, and moving the statistics by the change, are ours.
     """
-    checked_model(model)
+    require_writable(checked_model(model))
     layers = {name: m for name, m in model.named_modules() if is_calibrated(m)}
     if not layers:
         warnings.warn(
