@@ -264,6 +264,30 @@ def test_what_does_not_fit_is_refused_before_anything_is_cut(cut, error, match):
     before.check()
 
 
+@pytest.mark.parametrize(
+    ("units", "error", "match"),
+    [
+        ([1, 1], ValueError, "'0'.* lists a unit twice"),
+        ([8], ValueError, "group 0 has units 0..7"),
+        ([1.5], TypeError, "'0'.* list the numbers"),
+        ("12", TypeError, "'0'.* list the numbers"),
+        (np.arange(8) < 2, TypeError, "'0'.* list the numbers"),
+        (torch.arange(8) < 2, TypeError, "'0'.* list the numbers"),
+    ],
+)
+def test_units_are_listed_by_number_and_once(units, error, match):
+    """A mask would be read as the units 0 and 1."""
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval(), torch.zeros(1, 3, 8, 8)
+    groups, before = prunable_groups(model, x), Snapshot(model)
+    with pytest.raises(error, match=match):
+        remove_units(groups, {"0": units})
+    before.check()
+    for numbers in (np.array([1, 5]), torch.tensor([5, 1]), (np.int64(1), 5)):
+        copied = copy.deepcopy(model)
+        remove_units(groups, {"0": numbers}, model=copied)
+        assert torch.equal(copied[2].weight, model[2].weight[:, [0, 2, 3, 4, 6, 7]])
+
+
 def test_groups_of_the_network_before_are_refused():
     model, x = make_network("plain")
     groups = build_groups(trace(model, x))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +38,8 @@ def remove_units(
         What was cut.
 
     Raises:
-        ValueError: if a name or unit is unknown, or too few units would be left.
+        TypeError: if units are no numbers: a mask, say.
+        ValueError: if a name or unit is unknown or listed twice, or too few units would be left.
         RuntimeError: if not exactly what was asked for is gone: the groups are of another network, say.
 
     Example:
@@ -70,9 +74,10 @@ def checked_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) 
     """The groups that lose units, and these, ascending.
 
     Raises:
-        ValueError: if a name or unit is unknown, or too few units would be left.
+        TypeError: if units are no numbers: a mask, say.
+        ValueError: if a name or unit is unknown or listed twice, or too few units would be left.
     """
-    plan = [(groups[name], sorted(set(map(int, units)))) for name, units in removed.items() if len(units)]
+    plan = [(groups[name], _numbers(name, units)) for name, units in removed.items() if len(units)]
     for group, units in plan:
         if units[0] < 0 or units[-1] >= group.n_units:
             raise ValueError(f"group {group.name} has units 0..{group.n_units - 1}; {units} cannot be removed")
@@ -82,6 +87,17 @@ def checked_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) 
                 f"{len(units)} were to go"
             )
     return plan
+
+
+def _numbers(name: str, units: Any) -> list[int]:
+    """Units to remove from a group, ascending."""
+    units = units.tolist() if isinstance(units, (np.ndarray, Tensor)) else list(units)
+    if not all(isinstance(unit, Integral) and not isinstance(unit, bool) for unit in units):
+        raise TypeError(f"removed[{name!r}] is {units}: list the numbers of the units that go")
+    numbers = sorted(map(int, units))
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"removed[{name!r}] lists a unit twice: {numbers}")
+    return numbers
 
 
 @contextmanager
