@@ -48,7 +48,7 @@ def prune_by_host(program: Program) -> None:
 
 @pytest.mark.slow
 def test_the_hosts_own_pruners_on_random_graphs():
-    each(prune_by_host, number=40, start=200)
+    each(prune_by_host, number=20, start=200)
 
 
 def test_a_group_does_not_start_at_a_layer_that_sees_fewer_of_its_channels():
