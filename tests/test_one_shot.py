@@ -29,7 +29,7 @@ from tp_importance.errors import TracingError
 from tp_importance.pruning import registry
 from tp_importance.refitting.refit import refit_consumers
 from tp_importance.statistics.observe import observe
-from tp_importance.testing import class_loader, make_network
+from tp_importance.testing import Snapshot, class_loader, make_network
 
 HALF = Budget(macs=0.5)
 NAMES = [name for name, method in METHODS.items() if method.make is not None]
@@ -344,3 +344,29 @@ def test_gradients_come_back_if_there_are_no_labels():
     with pytest.raises(ValueError, match="gradients of the loss need labels"):
         prune(model, x, [X], budget=HALF, method="taylor")
     assert all(p.grad.eq(1).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["l1", "l2", "fpgm", "random"])
+def test_methods_that_look_at_weights_need_no_data(method):
+    pruned = [make_network("plain")[0] for _ in range(2)]
+    x = make_network("plain")[1]
+    prune(pruned[0], x, budget=HALF, method=method, refit=None)
+    prune(pruned[1], x, class_loader(32), budget=HALF, method=method, refit=None)
+    for a, b in zip(pruned[0].state_dict().values(), pruned[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "l2"}, "refit='sequential' needs images: pass a loader"),
+        ({"method": "l2", "refit": "batchnorm"}, "refit='batchnorm' needs images"),
+        ({"method": "obs", "refit": None}, "OBSImportance looks at data: pass loader="),
+    ],
+)
+def test_what_needs_data_says_so(options, message):
+    model, x = make_network("plain")
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        prune(model, x, budget=HALF, **options)
+    before.check()

@@ -45,7 +45,7 @@ class OneShot:
 def prune(
     model: nn.Module,
     example_inputs: Any,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | None = None,
     *,
     budget: Budget,
     method: str | Any = "obs",
@@ -67,6 +67,8 @@ def prune(
         model: the network.
         example_inputs: tensor, tuple or dict, batch dimension first.
         loader: re-iterable of batches like those the network will see; labels are needed only by methods that use them.
+            Without one a method must look at weights only (``"l1"``, ``"l2"``, ``"fpgm"``, ``"random"``), and
+            ``refit=None``.
         budget: what the network may cost. Fractions refer to ``model`` as given to this call: pruned twice to 0.5, a
             quarter is left. Further steps of the pruner that is returned refer to the network before the first.
         method: any importance of this package or of Torch-Pruning, or a registered name
@@ -111,9 +113,15 @@ def prune(
     settings = Refit.of(refit)
     _refuse_options_of_the_method(method, options)
     (chosen,) = split_options(prune, options, BudgetPruner, leave=("importance",))
-    require_reiterable(loader)
-    check_loader(loader)
-    data = loader if samples is None else FirstSamples(loader, samples)
+    data = loader
+    if loader is not None:
+        require_reiterable(loader)
+        check_loader(loader)
+        data = loader if samples is None else FirstSamples(loader, samples)
+    elif settings is not None:
+        raise ValueError(
+            f"refit={settings.mode!r} needs images: pass a loader, prune(model, x, loader, ...), or refit=None"
+        )
     importance = find_importance(method, "method")
     if loss_fn is not None:
         _take_loss(loss_fn, importance, method)

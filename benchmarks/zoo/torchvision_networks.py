@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,19 +21,35 @@ PLANTED = (
 )
 
 
-def narrow_vgg() -> nn.Module:
-    """VGG-11 with a narrow classifier: the original one is nine tenths of the weights, and adds nothing but seconds."""
+def narrow(build: Callable[..., nn.Module], num_classes: int = 10) -> nn.Module:
+    """A VGG or AlexNet with 64 channels between the linear layers of its classifier, and random weights.
+
+    The original classifier is nine tenths of the weights, and adds nothing but seconds.
+
+    Args:
+        build: the network's function in ``torchvision.models``.
+        num_classes: outputs of the last layer.
+
+    Example:
+        >>> sum(p.numel() for p in narrow(models.alexnet).parameters())
+        3064330
+    """
     with torch.device("meta"):
-        model = models.vgg11_bn(init_weights=False)
-    model.features = models.vgg.make_layers(models.vgg.cfgs["A"], batch_norm=True)
-    linear = [nn.Linear(512 * 7 * 7, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 64), nn.ReLU(True), nn.Dropout()]
-    model.classifier = nn.Sequential(*linear, nn.Linear(64, 10))
+        model = build()
+        linear = [i for i, layer in enumerate(model.classifier) if isinstance(layer, nn.Linear)]
+        widths = [model.classifier[linear[0]].in_features, *[64] * (len(linear) - 1), num_classes]
+        for i, (inputs, outputs) in zip(linear, pairwise(widths), strict=True):
+            model.classifier[i] = nn.Linear(inputs, outputs)
+    model.to_empty(device="cpu")
+    for layer in model.modules():
+        if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear, nn.BatchNorm2d)):
+            layer.reset_parameters()
     return model
 
 
 CLASSIFIERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "alexnet": (models.alexnet, 224),
-    "vgg11_bn": (narrow_vgg, 224),
+    "vgg11_bn": (partial(narrow, models.vgg11_bn), 224),
     "resnet18": (models.resnet18, 224),
     "resnet50": (models.resnet50, 224),
     "resnext50_32x4d": (models.resnext50_32x4d, 224),

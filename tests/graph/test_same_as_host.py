@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch_pruning as tp
 import torchvision.models as zoo
-from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from benchmarks.zoo.torchvision_networks import narrow
 from tp_importance import prunable_groups
 from tp_importance.graph.agreement import agrees, units_at
 from tp_importance.graph.host_graph import host_graph
@@ -17,21 +17,10 @@ def resnet(block, **options):
     return lambda: zoo.ResNet(block, [1, 1, 1, 1], num_classes=4, **options)
 
 
-def narrow(build, features):
-    """Torch-Pruning takes seconds for linear layers of 4,096 channels."""
-
-    def make():
-        model = build()
-        model.classifier = nn.Sequential(nn.Linear(features, 32), nn.ReLU(), nn.Linear(32, 4))
-        return model
-
-    return make
-
-
 NETWORKS = {
-    "alexnet": narrow(zoo.alexnet, 256 * 36),
-    "vgg11": narrow(zoo.vgg11, 512 * 49),
-    "vgg11_bn": narrow(zoo.vgg11_bn, 512 * 49),
+    "alexnet": lambda: narrow(zoo.alexnet, 4),
+    "vgg11": lambda: narrow(zoo.vgg11, 4),
+    "vgg11_bn": lambda: narrow(zoo.vgg11_bn, 4),
     "resnet18": lambda: zoo.resnet18(num_classes=4),
     "resnet, basic blocks": resnet(BasicBlock),
     "resnet, bottlenecks": resnet(Bottleneck),

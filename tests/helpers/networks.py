@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from benchmarks.zoo.torchvision_networks import narrow
 from tp_importance.testing.networks import conv_bn_relu, head, prepare
 
 
@@ -19,21 +20,11 @@ class TwoInputs(nn.Module):
         return self.head(torch.cat([self.a(left), self.b(right)], 1))
 
 
-def vgg16_bn() -> nn.Module:
-    """With a narrow classifier: the original one is nine tenths of the weights, and adds nothing but seconds."""
-    with torch.device("meta"):
-        model = models.vgg16_bn(init_weights=False)
-    model.features = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=True)
-    linear = [nn.Linear(512 * 7 * 7, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 64), nn.ReLU(True), nn.Dropout()]
-    model.classifier = nn.Sequential(*linear, nn.Linear(64, 10))
-    return model
-
-
 # torchvision classifiers with random weights
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "resnet18": models.resnet18,
     "resnet50": models.resnet50,
-    "vgg16_bn": vgg16_bn,
+    "vgg16_bn": partial(narrow, models.vgg16_bn),
     "mobilenet_v2": models.mobilenet_v2,
     "mobilenet_v3_small": models.mobilenet_v3_small,
     "densenet": partial(models.DenseNet, block_config=(4, 6, 6, 4)),  # Torch-Pruning is slow where much is joined

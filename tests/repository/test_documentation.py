@@ -182,7 +182,26 @@ def coupled(names, dense):
     assert net(torch.randn(1, 3, 8, 8)).shape == (1, 4, 6, 6)
 
 
+def untouched(names, dense):
+    assert count_ops(names["model"], names["x"]) == dense and "left_out" in names
+
+
+def baked(names, dense):
+    net = names["net"]
+    assert type(net[0]) is nn.Conv2d and net[2].in_channels == net[0].out_channels < 16
+
+
+def repeated(names, dense):
+    pruned(names, dense)
+    for net in (names["fresh"], names["another"]):
+        for a, b in zip(names["model"].state_dict().values(), net.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
 CHECKS = {
+    ".excluded:\n    print(left_out.name, left_out.kind": untouched,
+    "bake_weights(net": baked,
+    "repeat_cuts(another": repeated,
     "prune(model, x, loader, budget=Budget(macs=0.5)": meets(0.5),
     "Distiller(": fine_tuned,
     'latency_table="latency.json"': pruned,
