@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
 from torch import nn
 
@@ -186,3 +187,71 @@ def test_answers_of_the_verification_last_from_step_to_step():
     again.load_pruning_history(pruner.pruning_history())
     assert torch.equal(dense(IMAGES), model(IMAGES)) and again.groups.widths == pruner.groups.widths
     assert [(e.name, e.kind) for e in again.groups.excluded] == [(e.name, e.kind) for e in pruner.groups.excluded]
+
+
+class Placed(nn.Module):
+    """A function between two convolutions."""
+
+    def __init__(self, function, width):
+        super().__init__()
+        self.function, self.a, self.b = function, nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(width, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.b(self.function(self.a(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("function", "width"),
+    [
+        (lambda x: x.roll(1, 1), 16),
+        (lambda x: x.roll((1, 1), (1, 2)), 16),
+        (lambda x: x.roll(3), 16),
+        (lambda x: F.pad(x[:, None], (0, 0, 0, 0, 1, 1), mode="reflect")[:, 0], 18),
+        (lambda x: F.pad(x[:, None], (0, 0, 0, 0, 2, 0), mode="replicate")[:, 0], 18),
+        (lambda x: x.view(len(x), 4, -1, 4, 4).diagonal(0, 1, 2).movedim(-1, 1), 4),
+        (lambda x: x.unfold(1, 2, 2)[..., 0], 8),
+        (lambda x: x.movedim(1, -1).tril().movedim(-1, 1), 16),
+    ],
+    ids=["roll", "roll along two axes", "roll of all", "reflection", "replication", "diagonal", "unfold", "tril"],
+)
+def test_channels_that_the_code_counts_stay(function, width):
+    """Rolled by one, the last channel comes first; without it, the one before it does."""
+    groups = prunable_groups(Placed(function, width).eval(), IMAGES, verify=False)
+    assert groups.widths == {"b": 4}
+    reasons = {e.kind: e.reason for e in groups.excluded if e.name.startswith("a")}
+    assert "by their position" in reasons["pinned"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.roll((1, 2), (2, 3)),
+        lambda x: x.flip(1),
+        lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+        lambda x: x.diagonal(0, 2, 3)[..., None],
+        lambda x: x.tril(),
+    ],
+    ids=["roll", "flip", "reflection", "diagonal", "tril"],
+)
+def test_pixels_may_be_counted(function):
+    assert examined(Placed(function, 16), IMAGES) == {"a": (16, 16), "b": (4, 4)}
+
+
+def test_gates_of_single_channels_do_not_pile_up():
+    """Each of them is a label for every pixel, and every block handed on twice as many as it was given."""
+
+    class Gates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
+            self.gates = nn.ModuleList(nn.Conv2d(8, 1, 1) for _ in range(24))
+
+        def forward(self, x):
+            x = self.a(x)
+            for gate in self.gates:
+                y = torch.sigmoid(gate(x))
+                x = x * y + x * (1 - y)
+            return self.head(x.mean((2, 3)))
+
+    assert prunable_groups(Gates().eval(), IMAGES).widths == {"a": 8}

@@ -39,7 +39,7 @@ def remove_units(
 
     Raises:
         TypeError: if units are no numbers: a mask, say.
-        ValueError: if a name or unit is unknown or listed twice, or too few units would be left.
+        ValueError: if a name or unit is unknown, or too few units would be left.
         RuntimeError: if not exactly what was asked for is gone: the groups are of another network, say.
 
     Example:
@@ -75,7 +75,7 @@ def checked_units(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]) 
 
     Raises:
         TypeError: if units are no numbers: a mask, say.
-        ValueError: if a name or unit is unknown or listed twice, or too few units would be left.
+        ValueError: if a name or unit is unknown, or too few units would be left.
     """
     plan = [(groups[name], _numbers(name, units)) for name, units in removed.items() if len(units)]
     for group, units in plan:
@@ -94,10 +94,7 @@ def _numbers(name: str, units: Any) -> list[int]:
     units = units.tolist() if isinstance(units, (np.ndarray, Tensor)) else list(units)
     if not all(isinstance(unit, Integral) and not isinstance(unit, bool) for unit in units):
         raise TypeError(f"removed[{name!r}] is {units}: list the numbers of the units that go")
-    numbers = sorted(map(int, units))
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"removed[{name!r}] lists a unit twice: {numbers}")
-    return numbers
+    return sorted(set(map(int, units)))
 
 
 @contextmanager

@@ -39,6 +39,8 @@ NOISE = 1e-6
 def sample_units(groups: PrunableGroups, seed: int = 0) -> dict[str, list[int]]:
     """Up to half of the units of every group, drawn at random: what the verification removes.
 
+    Of two and more, one is the first and one the last: code that counts from the ends goes wrong where these go.
+
     Their number has no common divisor with that of all units, so that no part of the group (a head, a chunk) can lose
     as much as every other: what is right only then must not pass by chance.
     """
@@ -47,7 +49,11 @@ def sample_units(groups: PrunableGroups, seed: int = 0) -> dict[str, list[int]]:
     for group in groups:
         half = max(1, min(group.n_units // 2, group.n_units - group.min_units))
         count = max(c for c in range(1, half + 1) if math.gcd(c, group.n_units) == 1)
-        removed[group.name] = sorted(rng.choice(group.n_units, count, replace=False).tolist())
+        drawn = rng.choice(group.n_units, count, replace=False)
+        if count > 1:
+            ends = [0, group.n_units - 1]
+            drawn = np.concatenate([ends, drawn[~np.isin(drawn, ends)][: count - 2]])
+        removed[group.name] = sorted(drawn.tolist())
     return removed
 
 

@@ -119,10 +119,14 @@ class Labeller(TorchDispatchMode):
     def combine(self, operands: Sequence[tuple[Tensor, Layers]], shape: Sequence[int], where: str) -> Layers:
         """Layers of what is computed entry by entry from tensors that are broadcast to one shape."""
         result: list[Tensor] = []
+        everywhere: dict[int, Tensor] = {}  # a single channel, a gate over pixels say: ties nothing, and is there once
         spread = [(t, [layer.expand(tuple(shape)) for layer in layers]) for t, layers in operands]
         for _, layers in spread:
             for layer in layers:
                 mine = set(axes_of(layer))
+                if not mine:
+                    everywhere.setdefault(int(layer[(0,) * layer.dim()]) if layer.numel() else 0, layer)
+                    continue
                 for i, known in enumerate(result):
                     if mine & set(axes_of(known)):
                         result[i] = self.meet(known, layer, where)
@@ -135,7 +139,7 @@ class Labeller(TorchDispatchMode):
                 if not any(mine & set(axes_of(other)) for other in layers):  # else they have met
                     for axis in mine:
                         self._meets_values(layer, axis - len(shape), tensor, where)
-        return tuple(result)
+        return (*result, *everywhere.values())
 
     def _meets_values(self, layer: Tensor, axis: int, tensor: Tensor, where: str) -> None:
         """Channels meet a tensor that has none on their axis: harmless only if it is the same for all of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -164,14 +165,51 @@ def repeated(run: Run, call: Call) -> list[Layers]:
 
 
 def over_axes(run: Run, call: Call) -> list[Layers]:
-    """``roll`` and ``flip``: layers that do not vary along the axes stay as they are."""
+    """``flip``: layers that do not vary along the axes stay as they are."""
     x = call.inputs[0]
-    dims = call.argument(2 if call.name == "roll" else 1, "dims", [])
-    dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)} or set(range(x.dim()))
-    results = []
-    for layer in run.layers(x):
-        results.append(layer if not dims & set(axes_of(layer)) else tight(_moved(call, x, layer)))
+    dims = _axes(call.argument(1, "dims", []), x)
+    results = [layer if not dims & set(axes_of(layer)) else tight(_moved(call, x, layer)) for layer in run.layers(x)]
     return [tuple(r for r in results if r is not None)]
+
+
+def by_position(run: Run, call: Call) -> list[Layers]:
+    """What takes entries by their distance from one another or from the ends: no channel of such an axis can go.
+
+    Rolled by one, the last of eight channels comes to the place of the first; without the last, the seventh does.
+    """
+    x = call.inputs[0]
+    axes = _POSITIONAL[call.name](call, x)
+    kept = []
+    for layer in run.layers(x):
+        if axes & set(axes_of(layer)):
+            run.flag(layer, "pinned", f"{call.where} takes channels by their position, counted in the code")
+        else:
+            kept.append(layer)
+    if call.name == "roll":  # of other axes: nothing moves for these layers
+        return [tuple(kept)]
+    return moved(run, call)
+
+
+def _axes(dims: Any, x: Tensor) -> set[int]:
+    """Axes that were given, all if none was."""
+    return {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)} or set(range(x.dim()))
+
+
+def _neighbours(call: Call, x: Tensor) -> set[int]:
+    """Axes that are padded by what lies at their ends."""
+    pads = call.argument(1, "padding", [])
+    return {x.dim() - 1 - i // 2 for i, n in enumerate(pads) if n}
+
+
+_POSITIONAL: dict[str, Callable[[Call, Tensor], set[int]]] = {
+    "roll": lambda call, x: _axes(call.argument(2, "dims", []), x),
+    "diagonal": lambda call, x: _axes([call.argument(2, "dim1", 0), call.argument(3, "dim2", 1)], x),
+    "unfold": lambda call, x: _axes(call.argument(1, "dimension", 0), x),
+    "im2col": lambda call, x: _axes([-2, -1], x),
+    "gather": lambda call, x: _axes(call.argument(1, "dim", 0), x),
+    **dict.fromkeys(("tril", "triu"), lambda call, x: _axes([-2, -1], x)),
+    **dict.fromkeys((f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)), _neighbours),
+}
 
 
 def sliced(run: Run, call: Call) -> list[Layers]:
@@ -187,7 +225,7 @@ def sliced(run: Run, call: Call) -> list[Layers]:
                 if step == 1:
                     run.pieces(x, layer, axis, [(start, start + out.shape[axis])], call)
                 else:
-                    run.flag(layer, "pinned", f"{call.where} takes every {step}th channel")
+                    run.flag(layer, "pinned", f"{call.where} takes one channel in {step}")
     return moved(run, call)
 
 
@@ -265,16 +303,15 @@ def unchanged(run: Run, call: Call) -> list[Layers]:
 RULES = {
     **dict.fromkeys(_SAME, unchanged),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"), reshaped),
-    **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "squeeze", "diagonal", "movedim", "numpy_T"), moved),
+    **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "squeeze", "movedim", "numpy_T"), moved),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"), split),
     **dict.fromkeys(("slice", "narrow"), sliced),
     **dict.fromkeys(("select", "unbind"), selected),
     **dict.fromkeys(("index", "index_select"), indexed),
-    **dict.fromkeys(("roll", "flip"), over_axes),
-    **dict.fromkeys(("pixel_unshuffle", "im2col", "unfold", "gather"), moved),
+    **dict.fromkeys(_POSITIONAL, by_position),
+    "flip": over_axes,
+    "pixel_unshuffle": moved,
     **dict.fromkeys(("pixel_shuffle", "channel_shuffle", "native_channel_shuffle"), shuffled),
-    **dict.fromkeys(("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"), moved),
-    **dict.fromkeys(("reflection_pad3d", "replication_pad3d", "tril", "triu"), moved),
     "cat": concatenated,
     "stack": stacked,
     "constant_pad_nd": padded,
