@@ -138,6 +138,15 @@ def test_a_part_of_which_one_channel_is_left_takes_no_number_of_the_other(least,
     assert model.sizes == ([1, 4] if least == "a/0" else [3, 1])
 
 
+@pytest.mark.parametrize("sizes", [[4, 4], (4, 4)])
+def test_equal_sizes_are_those_of_the_pieces_one_after_the_other(sizes):
+    model = Parts(sizes)
+    groups = prunable_groups(model.eval(), IMAGES)
+    assert {g.name: [a.name for a in g.attributes] for g in groups} == {"a/0": ["sizes.0"], "a/1": ["sizes.1"]}
+    remove_units(groups, {"a/0": [0, 2], "a/1": [1]})
+    assert list(model.sizes) == [2, 3] and model(IMAGES).shape == (2, 3)
+
+
 class Shuffles(nn.Module):
     """Channel shuffles that fix the first factor of a reshape; with four groups of two it looks like the second."""
 

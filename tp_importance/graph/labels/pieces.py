@@ -99,11 +99,13 @@ def followers_of(sizes: Sequence[Named], axes: Sequence[Tensor]) -> list[Followe
         sizes: numbers among the arguments of a function, computed from attributes.
         axes: labels of axes whose lengths may have been given.
     """
-    found = []
+    found, taken = [], set[int]()
     for size in sizes:
         name, value, kept = size.origin
-        labels = next((a for a in axes if len(a) == int(size)), None)
-        if labels is None or value % len(labels) or not bool((labels > 0).any()):
+        fitting = [i for i, a in enumerate(axes) if len(a) == int(size)]
+        i = next((i for i in fitting if i not in taken), fitting[0] if fitting else None)
+        if i is None or value % len(axes[i]) or not bool((axes[i] > 0).any()):
             continue
-        found.append(Follower(name, value, labels.repeat(value // len(labels)).cpu().numpy(), kept))
+        taken.add(i)  # sizes that are equal are those of the axes one after the other
+        found.append(Follower(name, value, axes[i].repeat(value // len(axes[i])).cpu().numpy(), kept))
     return found
