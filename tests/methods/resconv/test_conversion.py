@@ -161,6 +161,8 @@ def test_ignored_layers():
     assert {model.resconv_report.left_out[n] for n in ("1", "2", "3.0")} == {"is in ignored_layers"}
     with pytest.raises(TypeError, match="ignored_layers"):
         convert_to_resconv(plain(), X, ignored_layers=["1"])
+    with pytest.raises(ValueError, match="in ignored_layers is not in"):  # it would not be kept
+        convert_to_resconv(plain(), X, ignored_layers=[plain()[1]])
 
 
 class TwoInputs(nn.Module):

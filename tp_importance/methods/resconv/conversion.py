@@ -16,6 +16,7 @@ from ...core.guards import transaction
 from ...core.stale_optimizers import replacing
 from ...graph.classes import ignored_modules
 from ...graph.dataflow import Flow, is_batchnorm, record
+from ...graph.option_checks import check_ignored
 from ...graph.reparametrised import computed_tensors
 from .block import ResConv2d, conv_problem, replace_module, resconv_layers
 
@@ -83,7 +84,7 @@ def convert_to_resconv(
         >>> type(convert_to_resconv(net, torch.randn(1, 3, 8, 8))[2]).__name__, net.resconv_report.left_out
         ('ResConv2d', {'0': "reads the network's input"})
     """
-    checked_model(model)
+    check_ignored(checked_model(model), ignored_layers)
     if resconv_layers(model):
         raise ValueError(
             f"the model was converted before ({next(iter(resconv_layers(model)))} is a ResConv2d); convert it once, or "
