@@ -45,20 +45,18 @@ def checked_model(model: Any, argument: str = "model") -> nn.Module:
         TypeError: model must be a torch.nn.Module, not function
     """
     for name, module in unwrapped_model(model, argument).named_modules():
+        whole = f"{argument}{'.' * bool(name)}{name}"
         if "_orig_mod" in module._modules:
-            whole = f"{argument}{'.' * bool(name)}{name}"
             raise TypeError(
                 f"{whole} is compiled by torch.compile, and compiled code hides its layers: use {whole}._orig_mod, "
                 "which has the same parameters, and compile again after pruning"
             )
         if isinstance(module, torch.fx.GraphModule) and "eval" in vars(module):  # torch.export's
-            whole = f"{argument}{'.' * bool(name)}{name}"
             raise TypeError(
                 f"{whole} was made by torch.export and has neither layers nor an eval mode: prune the Python "
                 "module, and export it afterwards"
             )
         if isinstance(module, torch.jit.ScriptModule):
-            whole = f"{argument}{'.' * bool(name)}{name}"
             raise TypeError(
                 f"{whole} is a {type(module).__name__}: code that torch.jit has compiled takes no hooks and cannot be "
                 "pruned; prune the Python module, and script or trace it afterwards"

@@ -23,6 +23,7 @@ from .groups import ChannelGroup, Dimension, Excluded, Index, Member, PrunableGr
 from .host_group import GroupView, HostGraph, by_unit, group_items
 from .layer_pruners import LayerPruners, channel_pruners
 from .narrowing import narrowed
+from .stand_ins import Channels, ChannelsPruner, InBlocks
 from .surgery import checked_units, settled
 
 __all__ = ["LabelGraph", "LabelGroup"]
@@ -64,47 +65,6 @@ class LabelGroup(GroupView):
 
     def __setitem__(self, k: int, v: Any) -> None:
         raise TypeError("the items of this group cannot be replaced: its channels go together, from every layer")
-
-
-class _Channels(nn.Module):
-    """Stands for the channels of a group that are not all of any layer's; in the order Torch-Pruning ranks them in."""
-
-    def __init__(self, group: ChannelGroup) -> None:
-        super().__init__()
-        self.group, self.width = group.name, group.width
-
-    def extra_repr(self) -> str:
-        return f"{self.width} of {self.group}"
-
-
-class _ChannelsPruner(tp.BasePruningFunc):
-    """Nothing to cut in these."""
-
-    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: Any) -> int:
-        return int(layer.width)
-
-    get_in_channels = get_out_channels
-
-
-class _InBlocks:
-    """A pruning function that says how many blocks the channels of a layer are ranked in; else it is the one given."""
-
-    def __init__(self, pruner: Any, blocks: int) -> None:
-        self._pruner, self._blocks = pruner, blocks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pruner, name)
-
-    def get_in_channel_groups(self, layer: Any) -> int:
-        return 1
-
-    def get_out_channel_groups(self, layer: Any) -> int:
-        return self._blocks
 
 
 @dataclass(frozen=True)
@@ -230,8 +190,8 @@ class LabelGraph(HostGraph):
         self.unwrapped_parameters = list(unwrapped_parameters or ())
         self.ignored_params = list(ignored_params or ())
         self._numbers = {group.name: np.arange(group.n_units) for group in self.groups}
-        stand_in = _ChannelsPruner()
-        self._stand_ins[_Channels] = stand_in
+        stand_in = ChannelsPruner()
+        self._stand_ins[Channels] = stand_in
         self._out_channel_pruning_fn.add(stand_in.prune_out_channels)
         for module, name in self._module2name.items():
             if name and self.plain_pruner(module) is not self.REGISTERED_PRUNERS[self.ops.OPTYPE.ELEMENTWISE]:
@@ -242,7 +202,7 @@ class LabelGraph(HostGraph):
         self._hosts = self._arranged()
         self._blocks = {host.root: host.blocks for host in self._hosts}
         # pruners ask the layers of the network themselves, but no stand-in
-        self._ranked |= {h.root: h.blocks for h in self._hosts if isinstance(h.root, _Channels) and h.blocks > 1}
+        self._ranked |= {h.root: h.blocks for h in self._hosts if isinstance(h.root, Channels) and h.blocks > 1}
         return self
 
     # ------------------------------------------------------------------ what the pruners ask
@@ -277,7 +237,7 @@ class LabelGraph(HostGraph):
             ValueError: if channels cannot be pruned, or their units hold all that is left of a group.
         """
         wanted = np.unique(np.atleast_1d(np.asarray(torch.as_tensor(idxs).cpu(), np.int64)))
-        if isinstance(module, _Channels):
+        if isinstance(module, Channels):
             return self._of_stand_in(module, wanted)
         sides = self._sides(module, pruning_fn)
         name, width = self._name(module), sides[0][1].width
@@ -314,7 +274,7 @@ class LabelGraph(HostGraph):
         blocks = self._blocks.get(module, 1)
         if (pruner.get_in_channel_groups(module), pruner.get_out_channel_groups(module)) == (1, blocks):
             return pruner
-        return _InBlocks(pruner, blocks)
+        return InBlocks(pruner, blocks)
 
     def load_pruning_history(self, pruning_history: Sequence[Any]) -> None:
         """Repeat a history on the network, which must be as it was when the history began.
@@ -358,7 +318,7 @@ class LabelGraph(HostGraph):
         for name, at in removed.items():
             self._numbers[name] = np.delete(self._numbers[name], at)
         for host in self._hosts:
-            if isinstance(host.root, _Channels):
+            if isinstance(host.root, Channels):
                 host.root.width = self.groups[host.names[0]].width
         for name, old in tensors.items():
             if isinstance(old, Tensor):
@@ -380,7 +340,7 @@ class LabelGraph(HostGraph):
         name = self._module2name.get(root.target.module, "")
         role = "out" if self.is_out_channel_pruning_fn(root.handler) else "in"
         first = self.groups[next(iter(removed))]
-        if isinstance(root.target.module, _Channels):
+        if isinstance(root.target.module, Channels):
             maker = next((m for m in first.members if m.axis is None and m.role == "out"), first.members[0])
             name, role = maker.name, maker.role
         found = [
@@ -402,13 +362,13 @@ class LabelGraph(HostGraph):
         return self._first[module]
 
     def _whole(self, host: _Host, groups: Sequence[ChannelGroup]) -> LabelGroup:
-        if isinstance(host.root, _Channels):
+        if isinstance(host.root, Channels):
             return self._of_stand_in(host.root, np.arange(host.root.width))
         name = self._module2name[host.root]
         chosen = [(g, np.arange(g.n_units), by_unit(_member(g, name), g)) for g in groups]
         return self._group((name, "out", None), np.arange(_member(groups[0], name).width), chosen)
 
-    def _of_stand_in(self, module: _Channels, wanted: Index) -> LabelGroup:
+    def _of_stand_in(self, module: Channels, wanted: Index) -> LabelGroup:
         group, name = self.groups[module.group], self._name(module)
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < module.width:
             raise ValueError(f"{name} are 0..{module.width - 1}; {_listed(wanted)} cannot be pruned")
@@ -486,7 +446,7 @@ class LabelGraph(HostGraph):
             if group.name not in hosts:  # importances that score no such layer take the first producer's channels
                 host([group.name], [m.name for m in group.members if m.width == group.width])
             if group.name not in hosts:
-                stand_in = _Channels(group)
+                stand_in = Channels(group)
                 self._layers[f"the channels of {group.name}"] = stand_in
                 self.node((f"the channels of {group.name}", "out", None))
                 hosts[group.name] = _Host((group.name,), stand_in, group.unit_size)

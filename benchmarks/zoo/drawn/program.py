@@ -6,159 +6,44 @@ reached: which tensors it reads, how wide it is. A step that fits none of them d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo.drawn import functions as f
+from benchmarks.zoo.drawn.builder import (
+    BATCH_NORM,
+    CHANNELS,
+    CONV,
+    INSTANCE_NORM,
+    SIDE,
+    TRANSPOSED,
+    Builder,
+    Drawn,
+    Numbers,
+    Split,
+    Step,
+    dims,
+    divisors,
+    fits,
+    is_map,
+    pixels,
+)
 from benchmarks.zoo.scramble import scramble
 
-Numbers = tuple[int, int, int, int]
-Step = tuple[str, Numbers]
-CHANNELS, ENTRIES = 48, 1536
-"""No tensor becomes wider than this, or holds more entries per sample."""
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-BATCH_NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-SIDE = {1: 8, 2: 6, 3: 4}
-
-
-@dataclass(frozen=True)
-class Node:
-    """One line of the network: a layer by its name or a function, and what it reads.
-
-    Attributes:
-        what: layer or function.
-        reads: tensors by number, parameters by name.
-        makes: numbers of the tensors that it makes.
-    """
-
-    what: str | Callable[..., Any]
-    reads: tuple[int | str, ...]
-    makes: tuple[int, ...]
-
-
-class Drawn(nn.Module):
-    """The network of a program."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        self.scales = nn.ParameterDict()
-        self.nodes: list[Node] = []
-        self.results: list[int] = []
-
-    def forward(self, x: Tensor) -> Any:
-        values = {0: x}
-        for node in self.nodes:
-            made = self.apply_node(node, [values[r] for r in node.reads if isinstance(r, int)])
-            values.update(zip(node.makes, made, strict=True))
-        found = [values[r] for r in self.results]
-        return found[0] if len(found) == 1 else tuple(found)
-
-    def apply_node(self, node: Node, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What a node makes."""
-        given = iter(values)
-        reads = [self.scales[r] if isinstance(r, str) else next(given) for r in node.reads]
-        work = self.layers[int(node.what)] if isinstance(node.what, str) else node.what
-        made = work(*reads)
-        return tuple(made) if isinstance(made, (tuple, list)) else (made,)
-
-    @property
-    def fixes_sizes(self) -> bool:
-        """Whether the code names numbers of channels, which one pass does not show; verification refuses them then."""
-        fixed = (f.to_fixed_map, f.split_at)
-        return any(isinstance(node.what, partial) and node.what.func in fixed for node in self.nodes)
-
-    def __str__(self) -> str:
-        lines = []
-        for node in self.nodes:
-            what = node.what
-            if isinstance(what, str):
-                text = f"layers.{what}: {self.layers[int(what)]}".replace("\n", "")
-            elif isinstance(what, partial):
-                text = ", ".join([what.func.__name__, *(f"{k}={v}" for k, v in what.keywords.items())])
-            else:
-                text = what.__name__
-            reads = ", ".join(r if isinstance(r, str) else f"v{r}" for r in node.reads)
-            lines.append(f"{', '.join(f'v{i}' for i in node.makes)} = [{text}]({reads})")
-        return "\n".join([*lines, f"return {', '.join(f'v{i}' for i in self.results)}"])
-
-
-class Split(nn.Module):
-    """A split whose sizes the module keeps."""
-
-    def __init__(self, sizes: list[int]) -> None:
-        super().__init__()
-        self.sizes = sizes
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.split(self.sizes, 1)
-
-
-class Builder:
-    """Runs steps on a tensor, and writes down what they do."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.net, self.values = Drawn(), [x]
-        self.read: set[int] = set()
-
-    def take(self, number: int, fits: Callable[[Tensor], bool] = lambda _: True) -> int | None:
-        """A tensor that fits: mostly the latest, with higher numbers an earlier one."""
-        found = [i for i in reversed(range(len(self.values))) if fits(self.values[i])]
-        return found[max(0, number - 4) % len(found)] if found else None
-
-    def emit(self, what: str | nn.Module | Callable[..., Any], *reads: int | str) -> int:
-        """Add a node; returns the number of its last tensor, or of its first input if what it makes is too large."""
-        if isinstance(what, nn.Module):
-            what = self.layer(what)
-        numbers = [r for r in reads if isinstance(r, int)]
-        made = self.net.apply_node(Node(what, reads, ()), [self.values[i] for i in numbers])
-        first = len(self.values)
-        self.net.nodes.append(Node(what, reads, tuple(range(first, first + len(made)))))
-        self.values += made
-        self.read.update(numbers)
-        return len(self.values) - 1
-
-    def layer(self, module: nn.Module) -> str:
-        self.net.layers.append(module.eval())
-        return str(len(self.net.layers) - 1)
-
-    def parameter(self, value: Tensor) -> str:
-        name = f"p{len(self.net.scales)}"
-        self.net.scales[name] = nn.Parameter(value)
-        return name
-
-
-def dims(x: Tensor) -> int:
-    """Axes of pixels."""
-    return x.dim() - 2
-
-
-def is_map(x: Tensor) -> bool:
-    return x.dim() > 2
-
-
-def pixels(x: Tensor) -> int:
-    return x.shape[2:].numel()
-
-
-def fits(channels: int, n: int) -> bool:
-    """Whether a tensor with so many channels and pixels is small enough."""
-    return 0 < channels <= CHANNELS and channels * n <= ENTRIES
-
-
-def divisors(n: int) -> list[int]:
-    """All but one, ascending."""
-    return [d for d in range(2, n + 1) if n % d == 0]
-
-
 # -- operations: each takes the builder and four numbers
+
+
+def in_groups(b: Builder, which: int, choice: int) -> tuple[int, Tensor, int] | None:
+    """A map whose channels can be divided into equal groups: its index, the map, and how many groups."""
+    i = b.take(which, lambda x: is_map(x) and len(divisors(x.shape[1])) > 1)
+    if i is None:
+        return None
+    groups = divisors(b.values[i].shape[1])[:-1]
+    return i, b.values[i], groups[choice % len(groups)]
 
 
 def conv(b: Builder, n: Numbers) -> None:
@@ -173,12 +58,10 @@ def conv(b: Builder, n: Numbers) -> None:
 
 def grouped_conv(b: Builder, n: Numbers) -> None:
     """Groups of several inputs and outputs."""
-    i = b.take(n[0], lambda x: is_map(x) and len(divisors(x.shape[1])) > 1)
-    if i is None:
+    found = in_groups(b, n[0], n[2])
+    if found is None:
         return
-    x = b.values[i]
-    groups = divisors(x.shape[1])[:-1]
-    g = groups[n[2] % len(groups)]
+    i, x, g = found
     if fits(g * (2 + n[1] % 3), pixels(x)):
         b.emit(CONV[dims(x)](x.shape[1], g * (2 + n[1] % 3), 1 + 2 * (n[3] % 2), padding=n[3] % 2, groups=g), i)
 
@@ -196,12 +79,10 @@ def depthwise(b: Builder, n: Numbers) -> None:
 
 def gathering(b: Builder, n: Numbers) -> None:
     """Every filter has several inputs of its own."""
-    i = b.take(n[0], lambda x: is_map(x) and len(divisors(x.shape[1])) > 1)
-    if i is None:
+    found = in_groups(b, n[0], n[1])
+    if found is None:
         return
-    x = b.values[i]
-    groups = divisors(x.shape[1])[:-1]
-    g = groups[n[1] % len(groups)]
+    i, x, g = found
     b.emit(CONV[dims(x)](x.shape[1], g, 3, padding=1, groups=g), i)
 
 
@@ -327,12 +208,10 @@ def divided(b: Builder, n: Numbers) -> None:
 
 
 def shuffled(b: Builder, n: Numbers) -> None:
-    i = b.take(n[0], lambda x: is_map(x) and len(divisors(x.shape[1])) > 1)
-    if i is None:
+    found = in_groups(b, n[0], n[1])
+    if found is None:
         return
-    x = b.values[i]
-    groups = divisors(x.shape[1])[:-1]
-    g = groups[n[1] % len(groups)]
+    i, x, g = found
     if n[2] < 5:
         b.emit(partial(f.shuffle, groups=g), i)
     elif n[2] == 5 and dims(x) > 1:

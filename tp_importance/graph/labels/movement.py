@@ -164,7 +164,7 @@ def repeated(run: Run, call: Call) -> list[Layers]:
     return [tuple(kept)]
 
 
-def over_axes(run: Run, call: Call) -> list[Layers]:
+def flipped(run: Run, call: Call) -> list[Layers]:
     """``flip``: layers that do not vary along the axes stay as they are."""
     x = call.inputs[0]
     dims = _axes(call.argument(1, "dims", []), x)
@@ -309,7 +309,7 @@ RULES = {
     **dict.fromkeys(("select", "unbind"), selected),
     **dict.fromkeys(("index", "index_select"), indexed),
     **dict.fromkeys(_POSITIONAL, by_position),
-    "flip": over_axes,
+    "flip": flipped,
     "pixel_unshuffle": moved,
     **dict.fromkeys(("pixel_shuffle", "channel_shuffle", "native_channel_shuffle"), shuffled),
     "cat": concatenated,
