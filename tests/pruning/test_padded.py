@@ -112,3 +112,10 @@ def test_later_steps_keep_them_too():
     report = both.step(Budget(macs=0.6))
     assert {row.name: row.after for row in report.rows}[STAGE] == 8 == model.stem.out_channels
     assert report.cost.macs == count_ops(model, X)[0] and model.a[0].out_channels < 8
+
+
+@pytest.mark.parametrize("value", ["x", [STAGE], 1])
+def test_what_keep_padded_does_not_take(value):
+    """A list of groups would have meant all of them."""
+    with pytest.raises(TypeError, match="keep_padded must be True, False or None"):
+        pruner(keep_padded=value)

@@ -80,7 +80,7 @@ class PruningTarget:
         initial_widths: channels per group of the model as given.
 
     Raises:
-        TypeError: for a model that is none or compiled, and unknown options.
+        TypeError: for a model that is none or compiled, and unknown options or such of the wrong type.
         TracingError: if the network cannot be traced.
         ValueError: for bad options.
 
@@ -107,6 +107,10 @@ class PruningTarget:
         **options: Any,
     ) -> None:
         (for_groups,) = split_options(type(self), options, prunable_groups)
+        if keep_padded is not None and not isinstance(keep_padded, bool):
+            raise TypeError(
+                f"keep_padded must be True, False or None, not {keep_padded!r}; min_widths keeps single groups wide"
+            )
         self.model, self.example_inputs, self._progress = checked_model(model), example_inputs, progress
         table = latency_table if isinstance(latency_table, LatencyTable) else LatencyTable(latency_table)
         self._latency_table = table
