@@ -16,6 +16,7 @@ from helpers.group_cases import shifted, zoo
 from tp_importance import prunable_groups
 from tp_importance.graph import culprits, verify
 from tp_importance.graph.groups import PrunableGroups
+from tp_importance.graph.oracle import Oracle
 from tp_importance.graph.provenance import Provenance
 from tp_importance.graph.verify import verify_groups
 from tp_importance.testing import Snapshot, topology
@@ -109,7 +110,7 @@ def padded(y):
 def test_a_wrong_shape():
     reasons, passes = found(Blocks(None, padded, None))
     assert list(reasons) == ["blocks.1.a.0"] and passes == 4
-    assert "input of blocks.1.b.0: shape (2, 24, 8, 8) after removal, (2, 13, 8, 8) masked" in reasons["blocks.1.a.0"]
+    assert "input of blocks.1.b.0: shape (2, 24, 8, 8) after removal, (2, 17, 8, 8) masked" in reasons["blocks.1.a.0"]
 
 
 class Divided(nn.Module):
@@ -354,3 +355,34 @@ def test_provenance_follows_views_and_what_is_written_in_place():
     assert names.of([a, {"c": c}]) == {"a.weight", "a.bias", "c.weight", "c.bias"}
     names.assign(fresh, ["other"])
     assert names.of(fresh) == {"other"}
+
+
+class SplitAndView(nn.Module):
+    """Two questions are open, and whatever the answers, two groups fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pair, self.side = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1), nn.Conv2d(3, 8, 1)
+        self.body, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(24, 4, 1)
+
+    def forward(self, x):
+        first, second = self.pair(self.stem(x)).split((8, 8), 1)
+        second = self.body(second).view(len(x), 4, 2, *x.shape[2:]).flatten(1, 2)
+        return self.head(torch.cat([first, second, self.side(x)], 1))
+
+
+def test_what_has_passed_is_not_tested_again_with_other_answers(monkeypatch):
+    tested, compare = [], Oracle.compare
+
+    def note(self, units, **options):
+        outcome = compare(self, units, **options)
+        tested.append((*units, len(outcome.findings) > 0))
+        return outcome
+
+    monkeypatch.setattr(Oracle, "compare", note)
+    groups = prunable_groups(SplitAndView(), torch.randn(2, 3, 8, 8))
+    assert groups.names == ["stem", "side"]
+    assert [e.kind for e in groups.excluded] == ["output", "unverified", "unverified"]
+    everything = ("stem", "pair", "body", "side", True)
+    assert tested.count(everything) == 2  # once per answer
+    assert tested.count(("stem", "side", False)) == 1

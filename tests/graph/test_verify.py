@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -80,6 +81,18 @@ def test_oracle_removes_numbers_that_no_division_into_parts_can_share():
             group = groups[unit_name]
             assert 0 < len(units) <= group.n_units - group.min_units
             assert np.gcd(len(units), group.n_units) == 1
+
+
+def test_oracle_does_not_remove_as_much_of_all_groups_of_one_size():
+    seen = 0
+    for name in TOPOLOGIES:
+        groups, lost = topology(name).groups, defaultdict(list)
+        for group_name, units in sample_units(groups).items():
+            lost[groups[group_name].n_units].append(len(units))
+        alike = [counts for n_units, counts in lost.items() if n_units > 6 and len(counts) > 1]
+        assert all(len(set(counts)) == 2 for counts in alike)
+        seen += len(alike)
+    assert seen >= 3
 
 
 class HalvesOfChunk(nn.Module):

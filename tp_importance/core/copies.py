@@ -43,5 +43,12 @@ def copied_with(model: Model, others: Any) -> tuple[Model, Any]:
 
 def copy_memo(model: nn.Module) -> dict[int, Any]:
     """What :func:`copy.deepcopy` is to take for the tensors of ``model`` that it refuses; see :func:`copied`."""
-    held = (value for module in model.modules() for value in tree_leaves([vars(module), module._buffers]))
+    kinds = (Tensor, dict, list, tuple)  # most modules hold little else than empty dicts
+    held = (
+        value
+        for module in model.modules()
+        for holder in vars(module).values()
+        if isinstance(holder, kinds) and (isinstance(holder, Tensor) or holder)
+        for value in tree_leaves(holder)
+    )
     return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}

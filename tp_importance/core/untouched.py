@@ -17,9 +17,42 @@ from torch import Tensor, nn
 
 from .guards import HOOKS, Guard, preserved
 
-__all__ = ["untouched"]
+__all__ = ["generators_restored", "untouched"]
 
 _LIBRARIES = {"numpy", "torch", *sys.stdlib_module_names}
+
+
+class generators_restored(Guard):
+    """Restore the global generators of random numbers, of Python, NumPy and torch, on every exit.
+
+    Args:
+        model: the network; on a GPU, the generators of its devices are restored.
+
+    Example:
+        >>> with generators_restored(nn.Linear(1, 1)):
+        ...     a = torch.rand(2)
+        >>> bool((a == torch.rand(2)).all())
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._model = model
+
+    def _note(self) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()  # noqa: NPY002 - a forward pass may draw from it
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+        self._torch = torch.random.fork_rng(devices=sorted(i for i in devices if i is not None))
+        self._torch.__enter__()
+
+    def _restore(self, failed: bool) -> None:
+        try:
+            self._torch.__exit__(None, None, None)
+        finally:
+            np.random.set_state(self._numpy)  # noqa: NPY002
+            random.setstate(self._python)
 
 
 class untouched(Guard):
@@ -59,21 +92,15 @@ class untouched(Guard):
         self._model, self._keep = model, list(keep)
 
     def _note(self) -> None:
-        model = self._model
-        self._undo = _Memory(model, self._keep).undo
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()  # noqa: NPY002 - a forward pass may draw from it
-        devices = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+        self._undo = _Memory(self._model, self._keep).undo
         self._others = ExitStack()
-        self._others.enter_context(preserved(model))
-        self._others.enter_context(torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)))
+        self._others.enter_context(generators_restored(self._model))
+        self._others.enter_context(preserved(self._model))
 
     def _restore(self, failed: bool) -> None:
         try:
             self._others.close()
         finally:
-            np.random.set_state(self._numpy)  # noqa: NPY002
-            random.setstate(self._python)
             for put_back in self._undo:
                 put_back()
 

@@ -17,7 +17,7 @@ from .modes import training_pass
 from .option_checks import check_options
 from .trace_options import TraceOptions
 from .tracing import trace
-from .verify import verify_groups
+from .verify import Passed, verify_groups
 
 __all__ = ["prunable_groups"]
 
@@ -133,10 +133,11 @@ def _verified(
     groups: PrunableGroups, example_inputs: Any, answered: Callable[[tuple[int, ...]], PrunableGroups]
 ) -> PrunableGroups:
     """The groups that stand the test; where one fails that an open question is about, the next answer is tried."""
+    passed = Passed()
     for _ in range(MAX_ANSWERS):
-        refused = verify_groups(groups, example_inputs)
+        refused = verify_groups(groups, example_inputs, passed=passed)
         choices = other_answers(groups, refused)
         if choices is None:
             return groups.exclude(refused)
         groups = answered(choices)
-    return groups.exclude(verify_groups(groups, example_inputs))
+    return groups.exclude(verify_groups(groups, example_inputs, passed=passed))

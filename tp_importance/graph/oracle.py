@@ -13,6 +13,7 @@ from torch import nn
 from ..core.copies import copied
 from ..core.devices import to_model
 from ..core.forward import run_model
+from ..core.untouched import untouched
 from .blame import Blame, Finding
 from .comparison import scrambled_copy
 from .cost import CostModel
@@ -108,7 +109,7 @@ class Oracle:
             noise: standard deviation, relative to the largest value of what each layer reads.
         """
         removal = reference.removal
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), untouched(self._original), ExitStack() as stack:
             for groups in {id(g): g for g in (self._groups, self._gated)}.values():
                 stack.enter_context(masked_units(self._original, groups, removal.units))
             nothing = removal.without(removal.units)

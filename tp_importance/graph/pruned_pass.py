@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..core.batches import tensors_in
 from ..core.forward import layer_input, with_input
 from ..core.guards import HOOKS
-from ..core.untouched import untouched
+from ..core.untouched import generators_restored
 from .blame import Blame, Finding
 from .channel_axes import channel_dim
 from .comparison import StrongNeighbours, difference
@@ -43,7 +43,7 @@ class PrunedPass:
     """Runs a pruned copy beside a :class:`.reference.Reference`.
 
     Args:
-        model: the copy.
+        model: the copy; what the pass leaves in it stays there.
         reference: of the masked network.
         run: runs the network.
         blame: knows which groups meet where.
@@ -90,7 +90,7 @@ class PrunedPass:
         return self._recorder.per_sample(samples)
 
     def _pass(self) -> None:
-        with untouched(self.model), StrongNeighbours(), ExitStack() as stack:
+        with generators_restored(self.model), StrongNeighbours(), ExitStack() as stack:
             self.model.eval()
             for name, module in self.model.named_modules():
                 self._watch(stack, name, module)
@@ -122,10 +122,11 @@ class PrunedPass:
             stack.callback(module.register_forward_pre_hook(arrive, with_kwargs=True).remove)
         leave = partial(self._leave, name, read)
         stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
-        if name:  # taken back by untouched()
+        if name:
             whole = self._cut is None or isinstance(module, COUNTED) or not module._modules
             wrap = self._noting if whole else self._repeating
             vars(module)["forward"] = wrap(name, module.forward)
+            stack.callback(vars(module).pop, "forward")  # a cycle would keep the copy alive
 
     def _arrive(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         x, call = layer_input(args, kwargs), self._calls[name]

@@ -9,8 +9,9 @@ first consumer, however small its trace in the output is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,11 @@ from ..core.progress import Phase, phase
 from .blame import Blame, Namer
 from .classes import taken_for_fixed
 from .culprits import Culprits
-from .groups import PrunableGroups
+from .groups import ChannelGroup, PrunableGroups
 from .oracle import Cut, Oracle, Outcome
 from .surgery import remove_units
 
-__all__ = ["masked_equals_removed", "sample_units", "verify_groups"]
+__all__ = ["Passed", "masked_equals_removed", "sample_units", "verify_groups"]
 
 TOLERANCE = 1e-3
 """Largest difference allowed at any layer input, relative to its largest value there (float32, then float64)."""
@@ -42,13 +43,16 @@ def sample_units(groups: PrunableGroups, seed: int = 0) -> dict[str, list[int]]:
     Of two and more, one is the first and one the last: code that counts from the ends goes wrong where these go.
 
     Their number has no common divisor with that of all units, so that no part of the group (a head, a chunk) can lose
-    as much as every other: what is right only then must not pass by chance.
+    as much as every other: what is right only then must not pass by chance. For the same reason every second group of
+    one size loses fewer.
     """
     rng = np.random.default_rng(seed)
-    removed = {}
+    removed, alike = {}, Counter[int]()
     for group in groups:
         half = max(1, min(group.n_units // 2, group.n_units - group.min_units))
-        count = max(c for c in range(1, half + 1) if math.gcd(c, group.n_units) == 1)
+        counts = [c for c in range(half, 0, -1) if math.gcd(c, group.n_units) == 1]
+        count = counts[min(alike[group.n_units] % 2, len(counts) - 1)]
+        alike[group.n_units] += 1
         drawn = rng.choice(group.n_units, count, replace=False)
         if count > 1:
             ends = [0, group.n_units - 1]
@@ -118,6 +122,19 @@ def _compare(
     return _Verdict(str(next((f for f in found if f.kind != "value"), found[0])), all(f.kind == "value" for f in found))
 
 
+@dataclass
+class Passed:
+    """What has been found right, so that another verification of the same network need not test it again.
+
+    Attributes:
+        drawn: the units that are removed, per group.
+        tests: sets of groups with these units that may be pruned together.
+    """
+
+    drawn: dict[Hashable, list[int]] = field(default_factory=dict)
+    tests: set[Hashable] = field(default_factory=set)
+
+
 @torch.inference_mode(False)
 @full_precision()
 def verify_groups(
@@ -127,6 +144,7 @@ def verify_groups(
     seed: int = 0,
     gated: PrunableGroups | None = None,
     suspects: Namer | None = None,
+    passed: Passed | None = None,
 ) -> dict[str, str]:
     """Find the groups whose removal differs from masking.
 
@@ -141,6 +159,7 @@ def verify_groups(
         seed: of the units that are removed.
         gated: as for :func:`masked_equals_removed`.
         suspects: names groups where the data flow does not; see :data:`~tp_importance.graph.blame.Namer`.
+        passed: what earlier calls for the same network and inputs have found right; this call adds to it.
 
     Returns:
         reason per unsafe group; empty if all are safe.
@@ -148,11 +167,14 @@ def verify_groups(
     inputs = example_inputs[:2] if isinstance(example_inputs, Tensor) else example_inputs
     with phase("verifying", unit="test", groups=len(groups)) as running:
         blame, reasons, tests = Blame(groups, suspects), dict[str, str](), 0
+        passed = Passed() if passed is None else passed
+        drawn = sample_units(groups, seed)
+        units = {g.name: passed.drawn.setdefault(_content(g), drawn[g.name]) for g in groups}
         fixed = set(taken_for_fixed(groups))
         least = {g.name: list(range(g.min_units, g.n_units)) for g in groups if g.name in fixed}
-        for units in [sample_units(groups, seed), *([least] if least else [])]:
-            examiner = _Examiner(groups, inputs, units, gated or groups, blame, running)
-            reasons |= Culprits([name for name in units if name not in reasons], examiner, blame).find()
+        for removed in [units, *([least] if least else [])]:
+            examiner = _Examiner(groups, inputs, removed, gated or groups, blame, running, passed.tests)
+            reasons |= Culprits([name for name in removed if name not in reasons], examiner, blame).find()
             tests += examiner.tests
         running.note(tests=tests, unsafe=len(reasons))
     return reasons
@@ -174,8 +196,10 @@ class _Examiner:
         gated: PrunableGroups,
         blame: Blame,
         running: Phase,
+        passed: set[Hashable],
     ) -> None:
         self.blame, self.tests = blame, 0
+        self._passed = passed
         self._groups, self._inputs, self._units, self._gated = groups, example_inputs, units, gated
         self._running = running
         self._oracle = self._in(None)
@@ -185,6 +209,15 @@ class _Examiner:
         self._unsteady: set[str] | None = None
 
     def __call__(self, names: Sequence[str]) -> Outcome:
+        key = frozenset((_content(self._groups[name]), *self._units[name]) for name in names)
+        if key in self._passed:
+            return Outcome([])
+        outcome = self._examined(names)
+        if not outcome.findings:
+            self._passed.add(key)
+        return outcome
+
+    def _examined(self, names: Sequence[str]) -> Outcome:
         outcome = self._compare(self._oracle, names)
         values = [f for f in outcome.findings if f.kind == "value"]
         if not values or self._exact or outcome.reference is None:
@@ -224,6 +257,12 @@ class _Examiner:
         self.tests += 1
         self._running.advance()
         return oracle.compare({n: self._units[n] for n in names}, resume=True)
+
+
+def _content(group: ChannelGroup) -> Hashable:
+    """What two groups have in common whose removal is the same."""
+    members = [*group.members, *group.attributes]
+    return group.name, group.min_units, *((m.dimension, m.channels.tobytes(), m.units.tobytes()) for m in members)
 
 
 def _cutter(groups: PrunableGroups) -> Cut:
