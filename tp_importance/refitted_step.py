@@ -296,7 +296,7 @@ def removal(groups: PrunableGroups, alive: Callable[[str], Tensor]) -> Removal:
 def _channels(module: nn.Module, left: Tensor) -> Tensor:
     """Input channels of which a weight is left, bool, shape (C,); ``left`` as :func:`consumer_weight` lays it out."""
     channels = feature_channels(module)
-    alive = torch.zeros(int(channels.max()) + 1, dtype=torch.bool)
+    alive = torch.zeros(int(channels.max()) + 1, dtype=torch.bool, device="cpu")
     alive[channels[left.any(1)]] = True
     return alive
 

@@ -227,7 +227,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
         """What is lost with each layer, shape (1,)."""
         with unwrapped(self.bound_model):
             self.plan = self._planner.plan()
-        return {n: {LAYER_TARGET: torch.tensor([loss])} for n, loss in self.plan.losses.items()}
+        return {n: {LAYER_TARGET: torch.tensor([loss], device="cpu")} for n, loss in self.plan.losses.items()}
 
     def _calculate_metrics(self, data: Masks) -> Masks:
         return data

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tp_importance.core.progress import LOGGER
@@ -86,7 +87,7 @@ def tried_removal(job: Job, engine: str) -> Removal:
         return _by_either(job, before)
     try:
         return _by_nni(job, before) if engine == "nni" else _by_groups(job, before)
-    except NNIUnavailableError:
+    except (NNIUnavailableError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         remedy = "" if engine == "groups" else 'Remedy: engine="auto", which also tries our own surgery. '
@@ -101,6 +102,8 @@ def _by_either(job: Job, before: list[Tensor]) -> Removal:
             return removal
         assert removal.difference is not None
         problem, remedy = removal.difference, " engine='nni' takes its result as it is, with a warning."
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         problem = str(error).rstrip(".")
     LOGGER.info("our own surgery is tried, because of NNI's: %s", problem)
@@ -117,7 +120,7 @@ def _by_nni(job: Job, before: list[Tensor]) -> Removal:
     trial = job.masked()
     try:
         alive = shrink(trial, job.inputs, job.masks, job.compat_shim)
-    except NNIUnavailableError:
+    except (NNIUnavailableError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         found = [c.reason(name) for name, module in job.model.named_modules() for c in computed_tensors(module)]

@@ -52,7 +52,7 @@ def remove_masked_layers(
         )
     """
     layers = resconv_layers(model)
-    gone = _masked(layers, masks)
+    gone = _masked(model, layers, masks)
     if not gone:
         warnings.warn("the masks remove no layer; the residual convolutions are fused", stacklevel=3)
     inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
@@ -69,10 +69,14 @@ def remove_masked_layers(
     return model
 
 
-def _masked(layers: Mapping[str, ResConv2d], masks: Mapping[str, Mapping[str, Tensor | None]]) -> list[str]:
+def _masked(
+    model: nn.Module, layers: Mapping[str, ResConv2d], masks: Mapping[str, Mapping[str, Tensor | None]]
+) -> list[str]:
     """Layers to remove, in the order of the network."""
-    gone = set()
+    gone, known = set(), dict(model.named_modules(remove_duplicate=False))
     for name, targets in masks.items():
+        if name not in known:
+            raise ValueError(f"there is a mask of {name!r}, and the model has no layer of that name")
         for target, mask in targets.items():
             if mask is None:
                 continue

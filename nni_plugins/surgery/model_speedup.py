@@ -93,7 +93,7 @@ def _alive(run: Any, name: str, module: nn.Module) -> Tensor:
     outputs = [i.output_masks for node, i in run.node_infos.items() if node.op == "call_module" and node.target == name]
     dim = -1 if isinstance(module, nn.Linear) else 1
     alive = [mask.transpose(0, dim).flatten(1).any(1) for mask in outputs if isinstance(mask, Tensor)]
-    return torch.stack(alive).any(0) if alive else torch.ones(0, dtype=torch.bool)
+    return torch.stack(alive).any(0) if alive else torch.ones(0, dtype=torch.bool, device="cpu")
 
 
 def _layer_at_fault(error: Exception) -> str:

@@ -46,7 +46,7 @@ def check_widths(trial: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) ->
     """Refuse a trial whose layers have other widths than the masks ask for; ``RuntimeError``."""
     for name, targets in masks.items():
         for target, mask in targets.items():
-            shape = tuple(getattr(trial.get_submodule(name), target, torch.empty(0)).shape)
+            shape = tuple(getattr(trial.get_submodule(name), target, torch.empty(0, device="cpu")).shape)
             for dim, keep in enumerate(kept_positions(mask)):
                 wanted, left = int(keep.sum()), shape[dim] if dim < len(shape) else 0
                 if wanted < len(keep) and left != wanted:
@@ -116,7 +116,7 @@ def width_changes(model: nn.Module, trial: nn.Module) -> list[Changes]:
         trial: its copy, smaller, and not run since: a network may count its calls.
 
     Raises:
-        RuntimeError: if layers that share a parameter would not share it any more.
+        RuntimeError: if layers that share a parameter or buffer would not share it any more.
     """
     changes = []
     for name, new in trial.named_modules():
@@ -130,18 +130,21 @@ def width_changes(model: nn.Module, trial: nn.Module) -> list[Changes]:
 
 
 def _keep_shared(model: nn.Module, changes: Iterable[Changes]) -> None:
-    """Give layers that share a parameter one new one, where each of them has made the same of it."""
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    """Give layers that share a parameter or buffer one new one, where each of them has made the same of it."""
+    registries = [r for module in model.modules() for r in (module._parameters, module._buffers)]
+    owners = Counter(id(tensor) for registry in registries for tensor in registry.values())
     cut: dict[int, list[tuple[dict[str, Tensor], str]]] = defaultdict(list)
     for change in changes:
         for key in change.parameters:
             cut[id(change.module._parameters[key])].append((change.parameters, key))
-    for parameter, places in cut.items():
-        new = [parameters[key] for parameters, key in places]
-        if len(new) < owners[parameter] or not all(torch.equal(new[0], other) for other in new):
-            raise RuntimeError(f"the {places[0][1]} that {owners[parameter]} layers share would be another in each")
-        for parameters, key in places:
-            parameters[key] = new[0]
+        for key in change.buffers:
+            cut[id(change.module._buffers[key])].append((change.buffers, key))
+    for tensor, places in cut.items():
+        new = [tensors[key] for tensors, key in places]
+        if len(new) < owners[tensor] or not all(torch.equal(new[0], other) for other in new):
+            raise RuntimeError(f"the {places[0][1]} that {owners[tensor]} layers share would be another in each")
+        for tensors, key in places:
+            tensors[key] = new[0]
 
 
 def _resized(name: str, old: Mapping[str, Tensor | None], new: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from tp_importance.graph.groups import ChannelGroup, Member, PrunableGroups, Role
 from tp_importance.graph.layer_kinds import CONV, is_passthrough
+from tp_importance.graph.layer_pruners import loses_whole_groups
 from tp_importance.graph.reparametrised import weight_axis
 
 from .masks import kept_positions
 
-__all__ = ["MaskedAxis", "dead_units", "made_in_part", "masked_axes", "units_to_remove"]
+__all__ = ["MaskedAxes", "MaskedAxis", "dead_units", "made_in_part", "masked_axes", "units_to_remove"]
 
 Flags = NDArray[np.bool_]
 LISTED = 8
@@ -54,7 +56,29 @@ class MaskedAxis:
         )
 
 
-def masked_axes(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> list[MaskedAxis]:
+class MaskedAxes:
+    """What the masks of a network take.
+
+    Args:
+        axes: one by one.
+    """
+
+    def __init__(self, axes: Iterable[MaskedAxis]) -> None:
+        self._all = list(axes)
+        self._named: dict[str, set[MaskedAxis]] = defaultdict(set)
+        for axis in self._all:
+            self._named[axis.tensor].add(axis)
+            self._named[axis.module].add(axis)
+
+    def __iter__(self) -> Iterator[MaskedAxis]:
+        return iter(self._all)
+
+    def of(self, member: Member) -> list[MaskedAxis]:
+        """Those that are a member of a group."""
+        return [axis for axis in self._named.get(member.name, ()) if axis.of(member)]
+
+
+def masked_axes(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> MaskedAxes:
     """What the masks take, by axis.
 
     Args:
@@ -63,12 +87,12 @@ def masked_axes(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> 
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     first = {module: name for name, module in reversed(modules.items())}
-    return [
+    return MaskedAxes(
         axis
         for name, targets in masks.items()
         for target, mask in targets.items()
         for axis in _axes(first[modules[name]], modules[name], target, mask)
-    ]
+    )
 
 
 def _axes(name: str, module: nn.Module, target: str, mask: Tensor) -> Iterator[MaskedAxis]:
@@ -82,7 +106,8 @@ def _axes(name: str, module: nn.Module, target: str, mask: Tensor) -> Iterator[M
         if weight and isinstance(module, nn.Embedding):
             role = "out" if axis == 1 else None
         elif weight and is_passthrough(module):
-            role = None if axis else "in" if getattr(module, "transposed", False) else "out"
+            whole = getattr(module, "transposed", False) and loses_whole_groups(module)
+            role = None if axis else "in" if whole else "out"
         elif weight and isinstance(module, (*CONV, nn.Linear)):
             role = "out" if axis == weight_axis(module, "out") else "in"
             # axis 1 holds the channels of one convolution group
@@ -90,7 +115,7 @@ def _axes(name: str, module: nn.Module, target: str, mask: Tensor) -> Iterator[M
         yield MaskedAxis(tensor, axis, name, role, weight, masked)
 
 
-def dead_units(group: ChannelGroup, axes: Sequence[MaskedAxis]) -> set[int]:
+def dead_units(group: ChannelGroup, axes: MaskedAxes) -> set[int]:
     """Units that all layers that make them mask, or all layers that read them: the network does without them.
 
     Args:
@@ -104,7 +129,7 @@ def dead_units(group: ChannelGroup, axes: Sequence[MaskedAxis]) -> set[int]:
     return dead
 
 
-def made_in_part(group: ChannelGroup, axes: Sequence[MaskedAxis]) -> set[int]:
+def made_in_part(group: ChannelGroup, axes: MaskedAxes) -> set[int]:
     """Units of which at least one layer that makes them masks at least one channel.
 
     Args:
@@ -114,21 +139,21 @@ def made_in_part(group: ChannelGroup, axes: Sequence[MaskedAxis]) -> set[int]:
     return {int(u) for m in group.producers for u in m.units[_masked(m, axes)[m.channels]]}
 
 
-def _masked(member: Member, axes: Sequence[MaskedAxis]) -> Flags:
+def _masked(member: Member, axes: MaskedAxes) -> Flags:
     """Channels of a producer or consumer that the mask of its weight takes, over its whole width."""
     masked = np.zeros(member.width, bool)
-    for axis in axes:
-        if axis.weight and axis.of(member):
+    for axis in axes.of(member):
+        if axis.weight:
             masked |= axis.masked
     return masked
 
 
-def _masked_whole(member: Member, axes: Sequence[MaskedAxis]) -> set[int]:
+def _masked_whole(member: Member, axes: MaskedAxes) -> set[int]:
     alive = ~_masked(member, axes)[member.channels]
     return set(member.units.tolist()) - set(member.units[alive].tolist())
 
 
-def units_to_remove(groups: PrunableGroups, axes: Sequence[MaskedAxis]) -> dict[str, list[int]]:
+def units_to_remove(groups: PrunableGroups, axes: MaskedAxes) -> dict[str, list[int]]:
     """The units that go by the masks, per group, with exactly the masked channels in every tensor that has a mask.
 
     Args:
@@ -142,11 +167,12 @@ def units_to_remove(groups: PrunableGroups, axes: Sequence[MaskedAxis]) -> dict[
         ValueError: if masks of coupled layers contradict each other, or masked channels cannot go; names the layers.
     """
     removed = {g.name: sorted(dead) for g in groups if (dead := dead_units(g, axes))}
-    for axis in axes:
-        gone = np.zeros(len(axis.masked), bool)
-        for name, units in removed.items():
-            for m in filter(axis.of, groups[name].members):
-                gone[m.positions(units)] = True
+    going = {axis: np.zeros(len(axis.masked), bool) for axis in axes}
+    for name, units in removed.items():
+        for m in groups[name].members:
+            for axis in axes.of(m):
+                going[axis][m.positions(units)] = True
+    for axis, gone in going.items():
         if (extra := np.flatnonzero(axis.masked & ~gone)).size:
             raise ValueError(_why_it_stays(groups, axes, axis, extra))
         if (missing := np.flatnonzero(gone & ~axis.masked)).size:
@@ -157,9 +183,7 @@ def units_to_remove(groups: PrunableGroups, axes: Sequence[MaskedAxis]) -> dict[
     return removed
 
 
-def _why_it_stays(
-    groups: PrunableGroups, axes: Sequence[MaskedAxis], axis: MaskedAxis, channels: NDArray[np.int64]
-) -> str:
+def _why_it_stays(groups: PrunableGroups, axes: MaskedAxes, axis: MaskedAxis, channels: NDArray[np.int64]) -> str:
     """Why masked channels cannot be removed."""
     what = f"the mask of {axis.tensor!r} takes channels {_listed(channels)}"
     for group in groups:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tp_importance import prunable_groups
 from tp_importance.graph.groups import ChannelGroup, Member, PrunableGroups
 from tp_importance.graph.masking import masked_units
 from tp_importance.graph.tracing import Trace
@@ -41,3 +42,11 @@ def test_weights_that_no_layer_owns_are_zero_meanwhile():
         torch.testing.assert_close(model(x), smaller(x))
         raise KeyError
     snapshot.check()
+
+
+@pytest.mark.parametrize("change", [lambda x: x - 0.3, torch.sigmoid, lambda x: x.flip(1)])
+def test_what_a_pre_hook_of_the_user_makes_of_an_input_is_masked_behind_it(change):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)).eval()
+    model[2].register_forward_pre_hook(lambda _module, args: (change(args[0]),))
+    groups = prunable_groups(model, torch.randn(2, 3, 9, 9))
+    assert groups.names == ["0", "2"]

@@ -75,13 +75,14 @@ _INSIDE: ContextVar[bool] = ContextVar("tp_importance.replacing", default=False)
 
 
 @contextmanager
-def replacing(model: nn.Module) -> Iterator[None]:
+def replacing(model: nn.Module, owner: str | None = None) -> Iterator[None]:
     """Note the parameters of ``model`` that the block replaces or removes; nothing if it raises.
 
     Inside another such block nothing is noted: that one sees the result, or puts the old parameters back.
 
     Args:
         model: the network.
+        owner: what the warning calls it; default: its type.
 
     Example:
         >>> net = nn.Linear(3, 2)
@@ -106,4 +107,4 @@ def replacing(model: nn.Module) -> Iterator[None]:
     now = {id(p) for p in model.parameters()}
     gone = {name: p for name, p in before.items() if id(p) not in now}
     if gone:
-        _REPLACED.add(gone, type(model).__name__)
+        _REPLACED.add(gone, owner or type(model).__name__)

@@ -330,7 +330,7 @@ def _agree(a: Any, b: Any) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    most = a.abs().amax() if a.numel() else torch.zeros(())
+    most = a.abs().amax() if a.numel() else torch.zeros((), device="cpu")
     return bool(((a - b).abs() <= _TOLERANCE * most).all())
 
 

@@ -68,7 +68,8 @@ def build_groups(
     followers = [
         _Place(f.name, "out", "passthrough", classes[f.labels], attribute=True) for f in _unique(ledger, options)
     ]
-    found = list(_groups([*places, *followers], reasons, traced.model))
+    several = {int(c) for labels in ledger.several for c in classes[labels[labels > 0]]}
+    found = list(_groups([*places, *followers], reasons, traced.model, several))
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
@@ -162,7 +163,7 @@ def strangers(groups: PrunableGroups, other: Trace) -> dict[str, list[str]]:
 
 
 def _groups(
-    places: Sequence[_Place], reasons: Mapping[int, list[Reason]], model: nn.Module
+    places: Sequence[_Place], reasons: Mapping[int, list[Reason]], model: nn.Module, several: set[int]
 ) -> Iterator[tuple[ChannelGroup, list[Reason]]]:
     """Classes that take as many positions of the same places, and stay or go for the same reasons, form a group."""
     per_class: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -192,7 +193,7 @@ def _groups(
             (root.name, "out"),
             np.flatnonzero(at >= 0),
             at[at >= 0],
-            max((_fewest(modules.get(m.name)) for m in members), default=1),
+            max(1 + (not several.isdisjoint(mine)), *(_fewest(modules.get(m.name)) for m in members)),
             tuple(m for m, (number, _) in zip(members, signature, strict=True) if places[number].attribute),
         )
         yield group, list(dict.fromkeys(r for c in mine for r in reasons.get(c, ())))
@@ -268,6 +269,8 @@ class _Layout:
                 if groups > 1 and (role == "in") != transposed:
                     classes = np.tile(classes, groups)
                 return _Place(owner, role, _kind(module, role), classes)
+            return None
+        if isinstance(module, nn.Embedding) and axis == 0:  # its rows are no channels
             return None
         if module is not None and self._pruners.of(module) is not None:
             return _Place(owner, "out", "passthrough", classes)

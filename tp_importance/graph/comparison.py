@@ -36,7 +36,7 @@ def scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mod
                 value = getattr(buffer_owner, key)
                 if isinstance(value, Tensor):
                     shape = value.shape
-                    value.copy_(torch.rand(shape, generator=generator) * (high - low) + low)
+                    value.copy_(torch.rand(shape, generator=generator, device="cpu") * (high - low) + low)
     return twin
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -69,9 +70,9 @@ class Culprits:
         self._history += [(f, self._blame.possible(f, among, outcome.sound)) for f in outcome.findings]
         chosen = {name for f, names in suspects if len(names) == 1 or f.kind == "error" for name in names}
         right = outcome.compared - {f.layer for f in outcome.findings}
-        read = {name: sum(name in self._blame.readers(layer) for layer in right) for name in among}
+        read = Counter(name for layer in right for name in self._blame.readers(layer))
         while open_ := [names for _, names in suspects if names and not chosen & {*names}]:
-            counts = {name: sum(name in names for names in open_) for names in open_ for name in names}
+            counts = Counter(name for names in open_ for name in names)
             chosen.add(max(counts, key=lambda name: (counts[name], -read[name])))
         for name in chosen:
             self._refuse(name, next(f for f, names in suspects if name in names))
@@ -108,8 +109,8 @@ class Culprits:
                 del self.reasons[name]
             right += pardoned
             together = not outcome.findings or (together and not pardoned)
-        self._halved(doubtful, right)
-        return None
+        grown = self._halved(doubtful, right)
+        return None if together or len(grown) > len(right) else grown
 
     def _halved(self, names: Sequence[str], base: Sequence[str]) -> list[str]:
         """Groups of ``names`` that may be pruned together with each other and with ``base``, by bisection."""

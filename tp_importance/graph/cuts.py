@@ -6,9 +6,8 @@ modules are cut by Torch-Pruning's functions, the user's and ours, see :class:`.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from .groups import ChannelGroup, Member
 from .layer_pruners import LayerPruners
 
-__all__ = ["Cut", "cuts_of", "make_cuts"]
+__all__ = ["Cut", "cuts_of", "holders", "make_cuts", "owner_of"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def cuts_of(plan: Sequence[tuple[ChannelGroup, Sequence[int]]], model: nn.Module
     return [Cut(*key, tuple(sorted(found)), widths.get(key)) for key, found in gone.items() if found]
 
 
-def make_cuts(model: nn.Module, cuts: Sequence[Cut], pruners: LayerPruners) -> None:
+def make_cuts(model: nn.Module, cuts: Sequence[Cut], pruners: LayerPruners, part: nn.Module | None = None) -> None:
     """Cut a network, in place.
 
     A tensor that several modules share is cut once and stays shared. Parameters keep their gradient flags, what they
@@ -86,6 +85,8 @@ def make_cuts(model: nn.Module, cuts: Sequence[Cut], pruners: LayerPruners) -> N
         model: the network.
         cuts: see :func:`cuts_of`; at most one per place.
         pruners: of its modules.
+        part: holds the modules that these cuts can change, and those that hold the same tensors and lists of numbers;
+            all, if not given.
 
     Raises:
         ValueError: if a cut names something that the network does not have, or takes all of it; nothing is cut then.
@@ -94,7 +95,7 @@ def make_cuts(model: nn.Module, cuts: Sequence[Cut], pruners: LayerPruners) -> N
     """
     calls = [_call(model, cut, pruners) for cut in cuts]
     modules = {call.owner for call in calls if isinstance(call, _ModuleCall)}
-    shared = _Shared(model, pruners, modules)
+    shared = _Shared(model if part is None else part, pruners, modules)
     for call in calls:
         call.run(shared)
     shared.tie()
@@ -150,51 +151,30 @@ class _TensorCall:
 class _NumberCall:
     cut: Cut
     owner: nn.Module
-    path: list[str]
+    key: str
+    index: int | None = None  # in a list or tuple
 
     def __post_init__(self) -> None:
         self._before = self.width()
 
     def width(self) -> int:
-        value: Any = getattr(self.owner, self.path[0])
-        for key in self.path[1:]:
-            value = value[_key(value, key)]
+        value: Any = getattr(self.owner, self.key)
+        value = value if self.index is None else value[self.index]
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{self.cut} is no whole number but {value!r}")
         return value
 
     def run(self, shared: _Shared) -> None:
         # what cuts the module may have set it already
-        new, first = self._before - len(self.cut.positions), self.path[0]
-        if len(self.path) == 1:
-            setattr(self.owner, first, new)
+        new, old = self._before - len(self.cut.positions), getattr(self.owner, self.key)
+        if self.index is None:
+            setattr(self.owner, self.key, new)
             return
-        old = getattr(self.owner, first)
-        changed = _with(old, self.path[1:], new)
-        setattr(self.owner, first, changed)
+        changed = type(old)([*old[: self.index], new, *old[self.index + 1 :]])
+        setattr(self.owner, self.key, changed)
         # a list is not written into, for a surgery that fails puts back what the modules held: whoever held it follows
-        for module in shared.model.modules() if isinstance(old, (list, dict)) else ():
-            for key in [key for key, value in vars(module).items() if value is old]:
-                setattr(module, key, changed)
-
-
-def _key(container: Any, key: str) -> Any:
-    """An index or key as it was before it became part of a name."""
-    if isinstance(container, Mapping):
-        return key if key in container else next(k for k in container if str(k) == key)
-    return int(key)
-
-
-def _with(container: Any, path: Sequence[str], value: int) -> Any:
-    """A copy of a list, tuple or dict with another number in one place."""
-    key = _key(container, path[0])
-    item = value if len(path) == 1 else _with(container[key], path[1:], value)
-    if isinstance(container, tuple):
-        items = [*container[:key], item, *container[key + 1 :]]
-        return container._make(items) if hasattr(container, "_make") else type(container)(items)
-    twin = copy.copy(container)
-    twin[key] = item
-    return twin
+        for module, key in holders(shared.part, old) if isinstance(old, list) else ():
+            setattr(module, key, changed)
 
 
 _Call = _ModuleCall | _TensorCall | _NumberCall
@@ -205,7 +185,7 @@ def _call(model: nn.Module, cut: Cut, pruners: LayerPruners) -> _Call:
     try:
         call = _found(model, cut, pruners)
         width = call.width()
-    except (AttributeError, KeyError, IndexError, StopIteration, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"the network has no {cut}") from error
     if cut.width is not None and width not in (None, cut.width):
         raise RuntimeError(f"there are {width} {cut}, not {cut.width}: the groups are of another network")
@@ -223,40 +203,61 @@ def _found(model: nn.Module, cut: Cut, pruners: LayerPruners) -> _Call:
         if pruner is None:
             raise RuntimeError(f"no pruning function is known for {cut.name} ({type(module).__name__})")
         return _ModuleCall(cut, module, pruner)
+    name = owner_of(model, cut)
+    owner, rest = model.get_submodule(name), cut.name[len(name) + bool(name) :]
     if isinstance(cut.side, int):
-        path, _, leaf = cut.name.rpartition(".")
-        owner = model.get_submodule(path)
-        return _TensorCall(cut, owner, leaf)
-    parts, owner = cut.name.split("."), model
-    while len(parts) > 1 and parts[0] in owner._modules:
-        owner = owner.get_submodule(parts.pop(0))
-    return _NumberCall(cut, owner, parts)
+        return _TensorCall(cut, owner, rest)
+    key, *index = rest.split(".")
+    return _NumberCall(cut, owner, key, *map(int, index))
+
+
+def holders(part: nn.Module, value: Any) -> list[tuple[nn.Module, str]]:
+    """Modules with the names of their attributes that are an object."""
+    return [(module, key) for module in part.modules() for key, held in vars(module).items() if held is value]
+
+
+def owner_of(model: nn.Module, cut: Cut) -> str:
+    """Name of the module that a cut changes.
+
+    Raises:
+        AttributeError: if the network has no such module.
+    """
+    parts = cut.name.split(".")
+    if cut.side in ("out", "in"):
+        model.get_submodule(cut.name)
+        return cut.name
+    if isinstance(cut.side, int):
+        model.get_submodule(".".join(parts[:-1]))
+        return ".".join(parts[:-1])
+    depth, owner = 0, model
+    while depth < len(parts) - 1 and parts[depth] in owner._modules:
+        owner, depth = owner.get_submodule(parts[depth]), depth + 1
+    return ".".join(parts[:depth])
 
 
 class _Shared:
     """Where every tensor is registered, so that those which several modules share stay shared.
 
     Args:
-        model: the network, before anything is cut.
+        part: the modules that may hold them, before anything is cut.
         pruners: of its modules.
         cut: modules that a pruning function cuts; it gives them tensors of their own.
     """
 
-    def __init__(self, model: nn.Module, pruners: LayerPruners, cut: set[nn.Module]) -> None:
-        self.model, self._pruners, self._cut = model, pruners, cut
-        names = {module: name for name, module in model.named_modules()}
+    def __init__(self, part: nn.Module, pruners: LayerPruners, cut: set[nn.Module]) -> None:
+        self.part, self._pruners, self._cut = part, pruners, cut
         self._places: dict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
         self._alone: dict[int, Tensor] = {}  # those that no pruning function has made
         self._tensors: dict[int, Tensor] = {}  # kept alive: their ids must stay theirs
-        for module in model.modules():
+        for name, module in part.named_modules():
             for leaf, tensor in _own(module):
-                self._places[id(tensor)].append((module, leaf, f"{names[module]}.{leaf}".lstrip(".")))
+                self._places[id(tensor)].append((module, leaf, f"{name}.{leaf}".lstrip(".")))
                 self._tensors[id(tensor)] = tensor
 
     def replace(self, old: Tensor, new: Tensor, owner: nn.Module) -> None:
         """Put a tensor in the place of another, in its owner and wherever no pruning function does."""
         self._alone[id(new)] = new
-        for module in self.model.modules():
+        for module in self.part.modules():
             if module is owner or module not in self._cut:
                 for leaf, tensor in _own(module):
                     if tensor is old:
@@ -269,9 +270,11 @@ class _Shared:
             RuntimeError: if they differ.
         """
         for key, places in self._places.items():
+            if len(places) == 1:
+                continue
             now = [dict(_own(module)).get(leaf) for module, leaf, _ in places]
             new = [t for t in now if t is not None and t is not self._tensors[key]]
-            if len(places) == 1 or not new:
+            if not new:
                 continue
             stale = not any(id(t) in self._alone for t in new) and any(
                 t is self._tensors[key] and self._pruners.of(module) is not None

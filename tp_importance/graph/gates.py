@@ -62,7 +62,7 @@ class ChannelGates:
         self._index: dict[str, Tensor] = {}
         for group in groups:
             for member in group.consumers:
-                index = self._index.setdefault(member.name, torch.full((member.width,), total))
+                index = self._index.setdefault(member.name, torch.full((member.width,), total, device="cpu"))
                 index[torch.from_numpy(member.channels)] = self._offsets[group.name][0] + torch.from_numpy(member.units)
         self._factors: dict[str, Tensor | None] = dict.fromkeys(self._index)
         self._open = True
@@ -70,7 +70,7 @@ class ChannelGates:
         for name in self._index:
             module = model.get_submodule(name)
             self._handles += [
-                module.register_forward_pre_hook(self._before(name), prepend=True, with_kwargs=True),
+                module.register_forward_pre_hook(self._before(name), with_kwargs=True),
                 module.register_forward_hook(_restore_weight, always_call=True),
             ]
 

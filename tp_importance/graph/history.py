@@ -13,6 +13,7 @@ Entries hold one after the other: positions refer to what the entries before hav
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..core.guards import preserved
-from .cuts import Cut, cuts_of, make_cuts
+from .cuts import Cut, cuts_of
 from .groups import ChannelGroup, Index, PrunableGroups, Role
 from .layer_pruners import LayerPruners
-from .surgery import remove_units, settled
+from .surgery import Cutter, remove_units
 
 __all__ = ["PruningHistory", "is_direct", "repeat", "repeat_cuts", "units_of"]
 
@@ -56,7 +56,12 @@ class PruningHistory:
             removed: units that were removed, per group name.
             cuts: what :func:`.surgery.remove_units` has cut.
         """
-        return cls([[cut.name, cut.side, list(cut.positions)] for cut in cuts], _in_host_format(groups, removed))
+        return cls(cls.entries_of(cuts), _in_host_format(groups, removed))
+
+    @staticmethod
+    def entries_of(cuts: Sequence[Cut]) -> list[Any]:
+        """Cuts as entries of the direct format."""
+        return [[cut.name, cut.side, list(cut.positions)] for cut in cuts]
 
     def then(self, later: PruningHistory) -> PruningHistory:
         """This history, and what came after it."""
@@ -145,8 +150,7 @@ def repeat_cuts(
     if any(isinstance(side, bool) for _, side, _ in entries):
         raise ValueError("a direct history has no entries [module name, is_out, positions] of Torch-Pruning's")
     cuts, pruners = _at_once(entries), LayerPruners(model, customized_pruners)
-    with settled(model), preserved(model):
-        make_cuts(model, cuts, pruners)
+    Cutter(model, pruners).make(cuts)
     return cuts
 
 
@@ -159,10 +163,10 @@ def _checked(entry: Any) -> list[Any]:
     """An entry as name, side and positions, of builtin types."""
     try:
         name, side, positions = entry
-        found = [int(i) for i in positions]
+        found = [operator.index(i) for i in positions]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{entry!r} is no entry [name, side, positions] of a history") from error
-    known = isinstance(side, int) or side in ("out", "in", "attribute")
+    known = (isinstance(side, int) and side >= 0) or side in ("out", "in", "attribute")
     if not isinstance(name, str) or not known or min(found, default=0) < 0 or len(set(found)) < len(found):
         raise ValueError(f"{entry!r} is no entry [name, side, positions] of a history")
     return [name, side, found]
@@ -210,6 +214,7 @@ def _in_host_format(groups: PrunableGroups, removed: Mapping[str, Sequence[int]]
 
 
 def _note(gone: dict[_Place, list[int]], group: ChannelGroup, units: Sequence[int]) -> None:
+    """Add what goes with some units; of a tensor of its own no entry of this format speaks."""
     for member in group.members:
         gone[member.name, member.role] += member.positions(units).tolist()
 
@@ -222,11 +227,11 @@ def units_of(entries: Sequence[Any], groups: PrunableGroups) -> dict[str, list[i
         groups: of the network as it was when the history began.
 
     Raises:
-        ValueError: if channels split a unit, or are in no group.
+        ValueError: if an entry is none, or if channels split a unit or are in no group.
     """
     removed: dict[str, list[int]] = defaultdict(list)
     gone = defaultdict[_Place, list[int]](list)
-    for name, is_out, positions in entries:
+    for name, is_out, positions in map(_checked, entries):
         role: Role = "out" if is_out else "in"
         named = dict(zip(_before(positions, gone[name, role]), positions, strict=True))
         unknown, found = set(named), []

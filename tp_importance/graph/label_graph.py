@@ -14,17 +14,16 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from ..core.guards import preserved
 from ..core.processes import levels_up
-from ..core.stale_optimizers import replacing
-from .cuts import Cut, cuts_of, make_cuts
+from .cuts import cuts_of
 from .discovery import prunable_groups
 from .groups import ChannelGroup, Dimension, Excluded, Index, Member, PrunableGroups, Verifier
+from .history import PruningHistory, units_of
 from .host_group import GroupView, HostGraph, by_unit, group_items
 from .layer_pruners import LayerPruners, channel_pruners
 from .narrowing import narrowed
 from .stand_ins import Channels, ChannelsPruner, InBlocks
-from .surgery import checked_units, settled
+from .surgery import Cutter, checked_units
 
 __all__ = ["LabelGraph", "LabelGroup"]
 
@@ -185,8 +184,11 @@ class LabelGraph(HostGraph):
         )
         if not len(self.groups):
             warnings.warn(self.groups.nothing_left(), stacklevel=levels_up())
+        self._first.clear()  # of a network seen before
+        for stale in [key for key in self._ranked if isinstance(key, Channels)]:
+            del self._ranked[stale]
         self._attach(model, channel_pruners(model, customized_pruners))
-        self._pruners = LayerPruners(model, customized_pruners)
+        self._cutter = Cutter(model, LayerPruners(model, customized_pruners))
         self.unwrapped_parameters = list(unwrapped_parameters or ())
         self.ignored_params = list(ignored_params or ())
         self._numbers = {group.name: np.arange(group.n_units) for group in self.groups}
@@ -236,7 +238,7 @@ class LabelGraph(HostGraph):
         Raises:
             ValueError: if channels cannot be pruned, or their units hold all that is left of a group.
         """
-        wanted = np.unique(np.atleast_1d(np.asarray(torch.as_tensor(idxs).cpu(), np.int64)))
+        wanted = np.unique(np.atleast_1d(np.asarray(torch.as_tensor(idxs, device="cpu").cpu(), np.int64)))
         if isinstance(module, Channels):
             return self._of_stand_in(module, wanted)
         sides = self._sides(module, pruning_fn)
@@ -281,12 +283,14 @@ class LabelGraph(HostGraph):
 
         Args:
             pruning_history: entries ``[name, is_out, channels]``, from here or from Torch-Pruning's own graph.
+
+        Raises:
+            ValueError: if an entry is none, or if channels split a unit or are in no group; nothing is changed then.
         """
-        self._pruning_history = list(pruning_history)
-        for name, is_out, channels in pruning_history:
-            pruner = self.plain_pruner(self.holder(name))
-            fn = pruner.prune_out_channels if is_out else pruner.prune_in_channels
-            self.get_pruning_group(self.holder(name), fn, channels).prune(record_history=False)
+        entries = list(pruning_history)
+        removed = {name: np.unique(units) for name, units in units_of(entries, self.groups).items()}
+        self._remove(removed)
+        self._pruning_history += entries
 
     # ------------------------------------------------------------------ removal
 
@@ -302,18 +306,22 @@ class LabelGraph(HostGraph):
         """
         removed: dict[str, Index] = {}
         for name, units in group.units.items():
-            at = np.flatnonzero(np.isin(self._numbers[name], units))
-            ours = self.groups[name]
-            if len(at) < len(units):
+            removed[name] = np.flatnonzero(np.isin(self._numbers[name], units))
+            if len(removed[name]) < len(units):
                 raise ValueError(f"group {name} was pruned meanwhile, and lost channels that were to go now")
-            if ours.n_units - len(at) < ours.min_units:
-                raise ValueError(f"group {name} keeps at least {ours.min_units} of its {ours.n_units} units")
-            removed[name] = at
         if not removed:
             return
         entry = self._entry(group, removed)
+        self._remove(removed)
+        if record_history:
+            self._pruning_history.append(entry)
+
+    def _remove(self, removed: Mapping[str, Index]) -> None:
+        """Cut units, as they are numbered now."""
         tensors = {n: self.holder(n) for n in {m.name for name in removed for m in self.groups[name].members}}
-        cuts = _cut(self.groups, removed, self._pruners)
+        plan = checked_units(self.groups, {name: at.tolist() for name, at in removed.items()})
+        cuts = cuts_of(plan, self.model, self._cutter.pruners)
+        self._cutter.make(cuts, gradients=True)
         self.groups = narrowed(self.groups, removed)
         for name, at in removed.items():
             self._numbers[name] = np.delete(self._numbers[name], at)
@@ -323,9 +331,7 @@ class LabelGraph(HostGraph):
         for name, old in tensors.items():
             if isinstance(old, Tensor):
                 self._replace(name, old)
-        self.direct_history += [[cut.name, cut.side, list(cut.positions)] for cut in cuts]
-        if record_history:
-            self._pruning_history.append(entry)
+        self.direct_history += PruningHistory.entries_of(cuts)
 
     def _replace(self, name: str, old: Tensor) -> None:
         new, node = self.holder(name), self.module2node.pop(old)
@@ -365,8 +371,9 @@ class LabelGraph(HostGraph):
         if isinstance(host.root, Channels):
             return self._of_stand_in(host.root, np.arange(host.root.width))
         name = self._module2name[host.root]
-        chosen = [(g, np.arange(g.n_units), by_unit(_member(g, name), g)) for g in groups]
-        return self._group((name, "out", None), np.arange(_member(groups[0], name).width), chosen)
+        members = [(g, m) for g in groups if (m := g.member(name, "out")) is not None]
+        chosen = [(g, np.arange(g.n_units), by_unit(m, g)) for g, m in members]
+        return self._group((name, "out", None), np.arange(members[0][1].width), chosen)
 
     def _of_stand_in(self, module: Channels, wanted: Index) -> LabelGroup:
         group, name = self.groups[module.group], self._name(module)
@@ -468,29 +475,6 @@ class LabelGraph(HostGraph):
         return size if in_step else None
 
 
-def _member(group: ChannelGroup, name: str) -> Member:
-    return next(m for m in group.members if m.name == name and m.role == "out")
-
-
 def _listed(channels: Index) -> str:
     shown = ", ".join(map(str, channels[:8].tolist()))
     return f"[{shown}{', ...' if len(channels) > 8 else ''}]"
-
-
-def _cut(groups: PrunableGroups, removed: Mapping[str, Index], pruners: LayerPruners) -> list[Cut]:
-    """Cut units from every layer they are in; gradients are cut along, as Torch-Pruning does."""
-    model = groups.trace.model
-    cuts = cuts_of(checked_units(groups, {name: units.tolist() for name, units in removed.items()}), model, pruners)
-    before = dict(model.named_parameters())
-    with replacing(model), preserved(model), torch.no_grad():
-        with settled(model):
-            make_cuts(model, cuts, pruners)
-            gradients = {name: p.grad for name, p in model.named_parameters()}
-        for cut in cuts:
-            old = before.get(cut.name)
-            if old is not None and old.grad is not None and isinstance(cut.side, int):
-                keep = np.delete(np.arange(old.shape[cut.side]), cut.positions)
-                gradients[cut.name] = old.grad.index_select(cut.side, torch.from_numpy(keep).to(old.device))
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
-    return cuts

@@ -62,7 +62,7 @@ def channel_pruners(model: nn.Module, given: Mapping[Any, Any] | None = None) ->
 
     Args:
         model: the network.
-        given: pruning functions of the user's; they go before ours for their types and subclasses.
+        given: pruning functions of the user's, by type or module; they go before ours for their types and subclasses.
 
     Returns:
         ``{type: pruning function}``, with those of ``given``.
@@ -88,7 +88,7 @@ class LayerPruners:
 
     Args:
         model: the network, before anything is cut: a layer that is computed from others is tried out as it is now.
-        given: pruning functions of the user's, by type; see :func:`channel_pruners`.
+        given: pruning functions of the user's, by type or module; see :func:`channel_pruners`.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
@@ -105,6 +105,8 @@ class LayerPruners:
 
     def of(self, module: nn.Module) -> Any:
         """Its pruning function, a ``tp.BasePruningFunc``; ``None`` if nobody knows one."""
+        if (theirs := self._known.get(module)) is not None:
+            return theirs
         if type(module) not in self._known and (ours := grouped_pruner(module)) is not None:
             return ours
         pruner = self._host.get_pruner_of_module(module)
@@ -313,7 +315,7 @@ class WholeGroupPruner(tp.BasePruningFunc):
         return self._channels(layer, layer.out_channels, groups)
 
     def _channels(self, layer: Any, width: int, groups: Sequence[int]) -> list[int]:
-        return torch.arange(width).view(layer.groups, -1)[list(groups)].flatten().tolist()
+        return torch.arange(width, device="cpu").view(layer.groups, -1)[list(groups)].flatten().tolist()
 
     def _cut(self, layer: Any, gone: Sequence[int]) -> nn.Module:
         keep = _kept(layer.groups, gone).tolist()
@@ -358,7 +360,7 @@ class GroupedTransposedPruner(tp.BasePruningFunc):
 
     def _by_group(self, layer: Any, role: str, width: int, idxs: Sequence[int]) -> Tensor:
         """Which channels go, shape (groups, channels of one group)."""
-        gone = torch.zeros(width, dtype=torch.bool)
+        gone = torch.zeros(width, dtype=torch.bool, device="cpu")
         gone[list(map(int, idxs))] = True
         rows = gone.view(layer.groups, -1)
         if not bool((rows.sum(1) == rows[0].sum()).all()):
@@ -390,6 +392,6 @@ class _Passing(tp.BasePruningFunc):
 
 
 def _kept(width: int, idxs: Sequence[int]) -> Tensor:
-    mask = torch.ones(width, dtype=torch.bool)
-    mask[torch.as_tensor(list(idxs), dtype=torch.int64)] = False
+    mask = torch.ones(width, dtype=torch.bool, device="cpu")
+    mask[torch.as_tensor(list(idxs), dtype=torch.int64, device="cpu")] = False
     return mask.nonzero().flatten()

@@ -47,11 +47,11 @@ def masked_units(model: nn.Module, groups: PrunableGroups, removed: Mapping[str,
                     weight.index_fill_(axis, torch.as_tensor(gone, device=weight.device), 0.0)
         for name, positions in inputs.items():
             module = model.get_submodule(name)
-            pre = _zero_input(channel_dim(module), torch.as_tensor(np.concatenate(positions)))
-            stack.callback(module.register_forward_pre_hook(pre, prepend=True, with_kwargs=True).remove)
+            pre = _zero_input(channel_dim(module), torch.as_tensor(np.concatenate(positions), device="cpu"))
+            stack.callback(module.register_forward_pre_hook(pre, with_kwargs=True).remove)
         for name, positions in outputs.items():
             module = model.get_submodule(name)
-            post = _zero_output(channel_dim(module), torch.as_tensor(np.concatenate(positions)))
+            post = _zero_output(channel_dim(module), torch.as_tensor(np.concatenate(positions), device="cpu"))
             stack.callback(module.register_forward_hook(post, prepend=True).remove)
         yield
 

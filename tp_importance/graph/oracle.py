@@ -23,10 +23,10 @@ from .masking import masked_units
 from .pruned_pass import PrunedPass, said
 from .reference import MEMORY, Reference, Removal, masked_pass, read_layers
 
-__all__ = ["Cut", "Oracle", "Outcome"]
+__all__ = ["Oracle", "Outcome", "Surgery"]
 
-Cut = Callable[[nn.Module, Mapping[str, list[int]]], None]
-"""``cut(model, removed)`` removes units, by group, from a copy of the network."""
+Surgery = Callable[[nn.Module, Mapping[str, list[int]]], None]
+"""``surgery(model, removed)`` removes units, by group, from a copy of the network."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Oracle:
     Args:
         groups: groups of the model as it is now.
         example_inputs: inputs to compare on.
-        cut: prunes a copy of the model.
+        surgery: prunes a copy of the model.
         gated: groups that say where is masked; ``groups`` unless an error is planted.
         tolerance: largest difference, relative to the largest value.
         dtype: precision; ``None``: of the model, float32 if it is less.
@@ -63,14 +63,14 @@ class Oracle:
         self,
         groups: PrunableGroups,
         example_inputs: Any,
-        cut: Cut,
+        surgery: Surgery,
         *,
         gated: PrunableGroups,
         tolerance: float,
         dtype: torch.dtype | None = None,
         blame: Blame | None = None,
     ) -> None:
-        self._groups, self._gated, self._cut = groups, gated, cut
+        self._groups, self._gated, self._surgery = groups, gated, surgery
         self._original = scrambled_copy(groups.trace.model, dtype)
         self._inputs = to_model(self._original, example_inputs)  # the copies of half-precision networks are float32
         self._tolerance, self._blame = tolerance, blame or Blame(groups)
@@ -84,14 +84,16 @@ class Oracle:
             resume: go on after operations that raise.
         """
         removal = Removal(self._groups, units)
+        what = "pruning a copy"
         try:
             pruned = self._pruned(removal)
+            what = "running the masked network"
             with torch.no_grad():
                 reference = masked_pass(self._original, removal, self._gated, self._layers, self._run)
         except MEMORY:
             raise
         except Exception as error:
-            return Outcome([Finding("", f"pruning a copy fails: {said(error)}", "surgery")])
+            return Outcome([Finding("", f"{what} fails: {said(error)}", "surgery")])
         with torch.no_grad():
             cut = self._pruned if resume else None
             run = PrunedPass(pruned, reference, self._run, self._blame, self._tolerance, cut=cut)
@@ -127,7 +129,7 @@ class Oracle:
     def _pruned(self, removal: Removal) -> nn.Module:
         with torch._C.DisableTorchFunction():  # of the pass that is running
             pruned = copied(self._original)
-            self._cut(pruned, removal.units)
+            self._surgery(pruned, removal.units)
         return pruned
 
     def _cost(self, removal: Removal, macs: int, pruned: nn.Module) -> str | None:
@@ -137,7 +139,7 @@ class Oracle:
         try:
             cost = CostModel.from_groups(groups).cost(sizes)
         except ValueError as error:
-            return f"pruning a copy fails: {said(error)}"
+            return f"the cost of the pruned copy cannot be predicted: {said(error)}"
         if (cost.macs, cost.params) == (macs, params):
             return None
         return f"the pruned copy costs {macs} MACs and {params} params, the cost model says {cost}"

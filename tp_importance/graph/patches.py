@@ -99,7 +99,7 @@ def sampled_output(module: nn.Module, out: Tensor, positions: int | None, genera
 def _positions(n: int, total: int, wanted: int | None, generator: torch.Generator, device: torch.device) -> Tensor:
     if wanted is None or wanted >= total:
         return torch.arange(total, device=device).expand(n, total)
-    return torch.randint(total, (n, wanted), generator=generator).to(device)
+    return torch.randint(total, (n, wanted), generator=generator, device="cpu").to(device)
 
 
 @lru_cache(maxsize=256)
@@ -113,9 +113,9 @@ def _taps(
     transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     """Flat input index and validity of every (output position, tap); shapes (L, taps)."""
-    index, inside = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    index, inside = torch.zeros(1, 1, dtype=torch.int64, device="cpu"), torch.ones(1, 1, dtype=torch.bool, device="cpu")
     for size, out, k, s, p, d in zip(in_shape, out_shape, kernel, stride, left, dilation, strict=True):
-        q, t = torch.arange(out).view(-1, 1), torch.arange(k).view(1, -1) * d
+        q, t = torch.arange(out, device="cpu").view(-1, 1), torch.arange(k, device="cpu").view(1, -1) * d
         at = q + p - t if transposed else q * s - p + t
         valid = (at >= 0) & (at % s == 0) if transposed else at >= 0
         at = at // s if transposed else at
@@ -158,15 +158,15 @@ def set_consumer_weight(module: nn.Module, weight: Tensor) -> None:
 def feature_channels(module: nn.Module) -> Tensor:
     """Input channel every feature belongs to, shape (G, d), int64."""
     if isinstance(module, nn.Linear):
-        return torch.arange(module.in_features).unsqueeze(0)
+        return torch.arange(module.in_features, device="cpu").unsqueeze(0)
     assert isinstance(module, CONV)
     taps = math.prod(module.kernel_size)
-    return torch.arange(module.in_channels).repeat_interleave(taps).view(module.groups, -1)
+    return torch.arange(module.in_channels, device="cpu").repeat_interleave(taps).view(module.groups, -1)
 
 
 def bn_gain(batch_norm: nn.Module | None, outputs: int) -> Tensor:
     r"""Gain :math:`g_o = \gamma_o/\sqrt{\sigma_o^2+\epsilon}` of the batch norm behind a layer, ones without; (O,)."""
     if batch_norm is None or not is_batch_norm(batch_norm) or not isinstance(batch_norm.running_var, Tensor):
-        return torch.ones(outputs)
+        return torch.ones(outputs, device="cpu")
     gain = (batch_norm.running_var.detach().double() + getattr(batch_norm, "eps", EPS)).rsqrt()
     return gain * batch_norm.weight.detach().double() if isinstance(batch_norm.weight, Tensor) else gain

@@ -143,7 +143,7 @@ class PrunedPass:
             if finding is not None:
                 self._found.setdefault((name, call), finding)
             if self._noise and expected.numel() and expected.is_floating_point():
-                noise = torch.randn(expected.shape, generator=self._generator, dtype=expected.dtype)
+                noise = torch.randn(expected.shape, generator=self._generator, dtype=expected.dtype, device="cpu")
                 expected = expected + self._noise * expected.abs().max() * noise.to(expected.device)
         self._names.assign(expected, ())
         return with_input(args, kwargs, expected)

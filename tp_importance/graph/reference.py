@@ -55,7 +55,9 @@ class Removal:
                         gone[m.name, role].append(m.positions(units))
                         self.widths[m.name, role] = m.width
         for side, positions in gone.items():
-            self.kept[side] = torch.as_tensor(np.setdiff1d(np.arange(self.widths[side]), np.concatenate(positions)))
+            self.kept[side] = torch.as_tensor(
+                np.setdiff1d(np.arange(self.widths[side]), np.concatenate(positions)), device="cpu"
+            )
 
     def without(self, names: Collection[str]) -> Removal:
         """The same, but all units of some groups stay."""
@@ -152,7 +154,7 @@ def masked_pass(
     with untouched(model), masked_units(model, gated, removal.units), StrongNeighbours(), ExitStack() as stack:
         model.eval()
         for name in layers:
-            module = model.get_submodule(name)  # after the masks, which are prepended
+            module = model.get_submodule(name)  # after the masks
             stack.callback(module.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
         reference.outputs = [t.detach() for t in tensors_in(run(model))]
     return reference

@@ -86,7 +86,7 @@ class Survivors:
 
     def alive(self, name: str) -> Tensor:
         """Which entries of parameter or buffer ``name`` are left, bool, in its old shape."""
-        alive = torch.zeros(self.shapes[name].numel(), dtype=torch.bool)
+        alive = torch.zeros(self.shapes[name].numel(), dtype=torch.bool, device="cpu")
         alive[self.index[name].flatten().cpu()] = True
         return alive.view(self.shapes[name])
 

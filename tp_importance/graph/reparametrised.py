@@ -299,11 +299,11 @@ def follows(module: nn.Module, role: str) -> bool:
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in whole.parameters()):
             whole = whole.float()  # rounding must not look like a difference
         for parameter in whole.parameters() if scrambled else ():
-            noise = torch.rand(parameter.shape, generator=generator) + 0.5
+            noise = torch.rand(parameter.shape, generator=generator, device="cpu") + 0.5
             parameter.data = parameter * noise.to(parameter)
         cut: Any = copy.deepcopy(whole)
         axis = weight_axis(module, role)
-        keep = torch.arange(0, weight_shape(whole)[axis], 2)
+        keep = torch.arange(0, weight_shape(whole)[axis], 2, device="cpu")
         try:
             slice_layer(cut, role, keep)
             pairs = [(_selected(whole.weight, axis, keep), cut.weight)]

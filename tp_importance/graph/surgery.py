@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -11,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.guards import preserved
-from .cuts import Cut, cuts_of, make_cuts
+from ..core.guards import preserved, transaction
+from ..core.stale_optimizers import replacing
+from .cuts import Cut, cuts_of, holders, make_cuts, owner_of
 from .groups import ChannelGroup, PrunableGroups
 from .layer_pruners import LayerPruners
 
-__all__ = ["checked_units", "planned_cuts", "remove_units", "settled"]
+__all__ = ["Cutter", "checked_units", "planned_cuts", "remove_units", "settled"]
 
 
 def remove_units(
@@ -50,9 +52,76 @@ def remove_units(
         (['outputs of 0', 'outputs of 1', 'inputs of 2'], 6)
     """
     model, pruners, cuts = planned_cuts(groups, removed, model)
-    with settled(model), preserved(model):
-        make_cuts(model, cuts, pruners)
+    Cutter(model, pruners).make(cuts)
     return cuts
+
+
+class Cutter:
+    """Makes cuts in one network, one after the other; a cut costs as much as what it cuts, not as the network.
+
+    Args:
+        model: the network.
+        pruners: of its modules.
+    """
+
+    def __init__(self, model: nn.Module, pruners: LayerPruners) -> None:
+        self._model, self.pruners = model, pruners
+        holders: dict[int, set[str]] = defaultdict(set)
+        for name, module in model.named_modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    holders[id(tensor)].add(name)
+        self._sharing: dict[str, set[str]] = defaultdict(set)  # surgery keeps shared what is shared
+        for names in holders.values():
+            for name in names if len(names) > 1 else ():
+                self._sharing[name] |= names
+
+    @torch.inference_mode(False)  # it makes parameters
+    @torch.no_grad()
+    def make(self, cuts: Sequence[Cut], *, gradients: bool = False) -> None:
+        """Make cuts, all or none; optimizers of parameters that are replaced are told off.
+
+        Args:
+            cuts: see :func:`.cuts.cuts_of`.
+            gradients: cut these along, as Torch-Pruning does; else what is cut has none.
+
+        Raises:
+            ValueError: see :func:`.cuts.make_cuts`; after any exception the network is as it was.
+            RuntimeError: see there.
+        """
+        part = self._part(cuts)
+        before = dict(part.named_parameters()) if gradients else {}
+        with replacing(part, type(self._model).__name__), transaction(part), preserved(part):
+            with settled(part):
+                make_cuts(self._model, cuts, self.pruners, part)
+                kept = {name: p.grad for name, p in part.named_parameters()} if gradients else {}
+            for cut in cuts if gradients else ():
+                old = before.get(cut.name)
+                if old is not None and old.grad is not None and isinstance(cut.side, int):
+                    keep = np.delete(np.arange(old.shape[cut.side]), cut.positions)
+                    kept[cut.name] = old.grad.index_select(cut.side, torch.from_numpy(keep).to(old.device))
+            for name, parameter in part.named_parameters() if gradients else ():
+                parameter.grad = kept[name]
+
+    def _part(self, cuts: Sequence[Cut]) -> nn.Module:
+        """The modules that cuts can change, under their names in the network."""
+        names: set[str] = set()
+        for cut in cuts:
+            try:
+                name = owner_of(self._model, cut)
+            except AttributeError as error:
+                raise ValueError(f"the network has no {cut}") from error
+            owner = self._model.get_submodule(name)
+            for inner, _ in owner.named_modules(prefix=name):
+                names |= {name, *self._sharing.get(inner, ())}
+            if cut.side == "attribute":  # others may hold the same list
+                held = vars(owner).get(cut.name.removeprefix(f"{name}.").split(".")[0])
+                kin = {module for module, _ in holders(self._model, held)} if isinstance(held, list) else set()
+                names |= {n for n, module in self._model.named_modules() if module in kin}
+        part = nn.Module()
+        part.training = self._model.training
+        part._modules.update((name, self._model.get_submodule(name)) for name in sorted(names))
+        return part
 
 
 def planned_cuts(

@@ -25,7 +25,7 @@ from .blame import Blame, Namer
 from .classes import taken_for_fixed
 from .culprits import Culprits
 from .groups import ChannelGroup, PrunableGroups
-from .oracle import Cut, Oracle, Outcome
+from .oracle import Oracle, Outcome, Surgery
 from .surgery import remove_units
 
 __all__ = ["Passed", "masked_equals_removed", "sample_units", "verify_groups"]
@@ -114,8 +114,7 @@ def _compare(
     dtype: torch.dtype | None,
 ) -> _Verdict:
     """One comparison, see :func:`masked_equals_removed`, in the precision of the model (float32 if it is less)."""
-    cut = _cutter(groups)
-    oracle = Oracle(groups, example_inputs, cut, gated=gated, tolerance=tolerance, dtype=dtype)
+    oracle = Oracle(groups, example_inputs, _surgery(groups), gated=gated, tolerance=tolerance, dtype=dtype)
     found = oracle.compare(removed).findings
     if not found:
         return _Verdict(None)
@@ -246,7 +245,7 @@ class _Examiner:
         return Oracle(
             self._groups,
             self._inputs,
-            _cutter(self._groups),
+            _surgery(self._groups),
             gated=self._gated,
             tolerance=TOLERANCE,
             dtype=dtype,
@@ -265,10 +264,10 @@ def _content(group: ChannelGroup) -> Hashable:
     return group.name, group.min_units, *((m.dimension, m.channels.tobytes(), m.units.tobytes()) for m in members)
 
 
-def _cutter(groups: PrunableGroups) -> Cut:
+def _surgery(groups: PrunableGroups) -> Surgery:
     """The surgery of copies."""
 
-    def cut(model: nn.Module, removed: Mapping[str, list[int]]) -> None:
+    def surgery(model: nn.Module, removed: Mapping[str, list[int]]) -> None:
         remove_units(groups, removed, model=model)
 
-    return cut
+    return surgery

@@ -291,7 +291,7 @@ def _channelwise(module: nn.Module, call: Call, dim: int) -> TimedLayer | None:
 def _placed(module: nn.Module, shape: tuple[int, ...], conditions: Mapping[str, Any]) -> tuple[nn.Module, Tensor]:
     """Module and a random input on the device, in the dtype and in the memory format of the network."""
     dtype = getattr(torch, conditions["dtype"].removeprefix("torch."))
-    x = torch.randn(shape).to(conditions["place"], dtype)
+    x = torch.randn(shape, device="cpu").to(conditions["place"], dtype)
     module = module.to(conditions["place"], dtype)
     if conditions["memory_format"] == "channels_last":
         module = module.to(memory_format=torch.channels_last)

@@ -54,7 +54,7 @@ class Moments:
     shift: Tensor | None = None
     second: Tensor | None = None
     class_sums: Tensor | None = None
-    class_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    class_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu"))
 
     @property
     def rows(self) -> float:

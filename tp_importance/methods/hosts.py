@@ -28,7 +28,7 @@ class RandomImportance(tp.importance.Importance):
 
     def __call__(self, group: Any) -> Tensor:
         """Scores of a ``tp.Group``, shape (len(group[0].idxs),)."""
-        return torch.rand(len(group[0].idxs), generator=self._generator)
+        return torch.rand(len(group[0].idxs), generator=self._generator, device="cpu")
 
 
 def _taylor(**options: Any) -> GradientImportance:

@@ -199,7 +199,7 @@ def refittable(
             continue  # its inputs change a little, that is all
         channels, loss = feature_channels(module), gone[name] if name in gone else []
         kept = ~torch.isin(channels, torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *loss])))
-        outputs = torch.ones(_shape(module)[:2], dtype=torch.bool)
+        outputs = torch.ones(_shape(module)[:2], dtype=torch.bool, device="cpu")
         if name in lost:
             outputs.view(-1)[torch.from_numpy(np.concatenate(lost[name]))] = False
         if reason:

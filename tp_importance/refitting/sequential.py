@@ -71,7 +71,7 @@ class SequentialRefit:
     passes: int = field(default=0, init=False)
     _targets: Targets = field(init=False)
     _running: Phase = field(default=Phase("refitting"), init=False)
-    _counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), init=False)
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"), init=False)
 
     def run(self, loader: Iterable[Any]) -> list[RefitRow]:
         """Refit all consumers; ``passes`` then says how many (cut-off) passes over the data it took.

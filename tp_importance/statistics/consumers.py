@@ -229,11 +229,11 @@ class ConsumerStatistics:
         """
         for member in group.consumers:
             moments, module = self.moments(member.name), self._model.get_submodule(member.name)
-            unit_of = torch.full((member.width,), -1)
+            unit_of = torch.full((member.width,), -1, device="cpu")
             unit_of[torch.from_numpy(member.channels)] = torch.from_numpy(member.units)
             p = matrix(moments)
             if _is_wide(module):
-                channels = torch.arange(member.width).expand(p.shape[0], -1)
+                channels = torch.arange(member.width, device="cpu").expand(p.shape[0], -1)
                 weight, gain = p.new_ones(p.shape[0], 1, p.shape[1]), p.new_ones(p.shape[0], 1)
             else:
                 channels, weight, gain = feature_channels(module), consumer_weight(module), self._gains[member.name]

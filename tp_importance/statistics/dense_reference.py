@@ -91,9 +91,9 @@ class DenseReference:
         """
         layers, kept = dict(self.model.named_modules()), dict(self.kept)
         for name, gone in removed.items():
-            old = kept.get(name, torch.arange(layers[name].num_features))
-            stay = torch.ones(len(old), dtype=torch.bool)
-            stay[torch.as_tensor(gone, dtype=torch.int64)] = False
+            old = kept.get(name, torch.arange(layers[name].num_features, device="cpu"))
+            stay = torch.ones(len(old), dtype=torch.bool, device="cpu")
+            stay[torch.as_tensor(gone, dtype=torch.int64, device="cpu")] = False
             kept[name] = old[stay]
         return replace(self, kept=kept)
 
@@ -123,7 +123,7 @@ def _recognised(name: str, before: Any, now: Any) -> Tensor:
             "made right before it. Or several are alike, as in a network that was never trained; then leave "
             "reference= out"
         )
-    return torch.tensor(channels)
+    return torch.tensor(channels, device="cpu")
 
 
 def _permuted(before: Any, now: Any) -> bool:

@@ -77,7 +77,7 @@ class GroupWeights:
                 module = self._modules.get(member.name)
                 if module is None:
                     continue
-                kept = torch.ones(member.width)
+                kept = torch.ones(member.width, device="cpu")
                 kept[torch.from_numpy(member.positions(units))] = 0
                 for leaf, parameter in self._parameters_of(module).items():
                     if parameter is None or (factor := _factor(module, member, leaf, kept, parameter)) is None:

@@ -28,7 +28,7 @@ def wanted_classes(classes: Sequence[int] | None) -> Tensor | None:
         raise ValueError(f"classes={values!r} must be non-negative integer labels, e.g. classes=[0, 3]")
     if len(set(values)) != len(values):
         raise ValueError(f"classes={values!r} names a class twice")
-    return torch.tensor(values)
+    return torch.tensor(values, device="cpu")
 
 
 def counted(labels: Tensor, counts: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def batch_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | N
         try:
             return _read_labels(batch, label_fn, forward_fn, False)
         except (TypeError, ValueError):  # targets of another task
-            return torch.zeros(_samples(batch), dtype=torch.int64)
+            return torch.zeros(_samples(batch), dtype=torch.int64, device="cpu")
     return _read_labels(batch, label_fn, forward_fn, True)
 
 
@@ -86,9 +86,9 @@ def _read_labels(batch: Any, label_fn: LabelFn | None, forward_fn: ForwardFn | N
             raise ValueError(
                 "the loader gives no labels; yield (inputs, labels) or pass label_fn" + keyed_labels(batch)
             )
-        return torch.zeros(_samples(batch), dtype=torch.int64)
+        return torch.zeros(_samples(batch), dtype=torch.int64, device="cpu")
     if not isinstance(labels, Tensor):
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(labels, device="cpu")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels are of dtype {labels.dtype}; integer class indices are needed")
     if labels.dim() != 1:

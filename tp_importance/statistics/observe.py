@@ -101,7 +101,7 @@ def observe(
     """
     wanted = wanted_classes(classes)
     current: list[Tensor] = []
-    counts = torch.zeros(0, dtype=torch.int64)
+    counts = torch.zeros(0, dtype=torch.int64, device="cpu")
     batches = 0
     reference = reference_tensor(checked_model(model))
     device = reference.device if reference is not None else torch.device("cpu")

@@ -25,7 +25,7 @@ def contributions(weight: Tensor, channels: Tensor, generator: torch.Generator) 
         Function of rows (R, 1, d), with contributions (R, S, C).
     """
     if weight.shape[0] > SKETCH:
-        signs = torch.randint(0, 2, (SKETCH, weight.shape[0]), generator=generator) * 2 - 1
+        signs = torch.randint(0, 2, (SKETCH, weight.shape[0]), generator=generator, device="cpu") * 2 - 1
         weight = signs.to(weight) @ weight / SKETCH**0.5
     channels = channels.to(weight.device)
     width = int(channels.max()) + 1

@@ -89,6 +89,7 @@ class Ledger:
         questions: in the order in which the pass meets them.
         followers: numbers that follow whatever the answers are.
         attended: labels that take part in attention, and where.
+        several: labels of axes that must keep two entries, zeros among them.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -96,6 +97,7 @@ class Ledger:
     size: int = 1
     followers: list[Follower] = field(default_factory=list)
     attended: list[tuple[Index, str]] = field(default_factory=list)
+    several: list[Index] = field(default_factory=list)
     _ties: list[Index] = field(default_factory=list)
     _flags: list[tuple[Index, Reason]] = field(default_factory=list)
 

@@ -40,6 +40,16 @@ def moved(run: Run, call: Call) -> list[Layers]:
     return [tuple(r) for r in results]
 
 
+def squeezed(run: Run, call: Call) -> list[Layers]:
+    """With one channel left, their axis would go, too."""
+    dims = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", range(call.inputs[0].dim()))
+    dims = [d % call.inputs[0].dim() for d in ([dims] if isinstance(dims, int) else dims)]
+    for layer in run.layers(call.inputs[0]):
+        if set(axes_of(layer)) & set(dims):
+            run.ledger.several.append(torch.unique(compact(layer)).cpu().numpy())
+    return moved(run, call)
+
+
 def reshaped(run: Run, call: Call) -> list[Layers]:
     """``view`` and the like: an axis that is split can lose whole slices only."""
     x, shape = call.inputs[0], call.outputs[0].shape
@@ -303,12 +313,13 @@ def unchanged(run: Run, call: Call) -> list[Layers]:
 RULES = {
     **dict.fromkeys(_SAME, unchanged),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"), reshaped),
-    **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "squeeze", "movedim", "numpy_T"), moved),
+    **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "movedim", "numpy_T"), moved),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"), split),
     **dict.fromkeys(("slice", "narrow"), sliced),
     **dict.fromkeys(("select", "unbind"), selected),
     **dict.fromkeys(("index", "index_select"), indexed),
     **dict.fromkeys(_POSITIONAL, by_position),
+    "squeeze": squeezed,
     "flip": flipped,
     "pixel_unshuffle": moved,
     **dict.fromkeys(("pixel_shuffle", "channel_shuffle", "native_channel_shuffle"), shuffled),

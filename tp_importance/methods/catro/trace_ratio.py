@@ -41,7 +41,7 @@ class ClassScatter:
         ([16.0], [4.0])
     """
 
-    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu"))
     sums: Tensor | None = None
     squares: Tensor | None = None
     shift: Tensor | None = None
@@ -85,7 +85,9 @@ class ClassScatter:
         """
         if self.sums is None or self.squares is None:
             raise ValueError("no samples were seen; update with features and labels first")
-        chosen = torch.arange(len(self.counts)) if classes is None else torch.tensor(classes)
+        chosen = (
+            torch.arange(len(self.counts), device="cpu") if classes is None else torch.tensor(classes, device="cpu")
+        )
         chosen = chosen[chosen < len(self.counts)].to(self.counts.device)
         chosen = chosen[self.counts[chosen] > 0]
         if len(chosen) < 2:

@@ -152,7 +152,7 @@ def cross_hsic(features: Sequence[Tensor], *, kernel: Kernel = "linear", estimat
     if kernel == "linear" and estimator == "biased" and n >= 2 and sum(x.shape[1] for x in features) < n:
         x = torch.cat([f.double() - f.double().mean(0) for f in features], 1)
         blocks = (x.mT @ x).square()
-        owner = torch.repeat_interleave(torch.tensor([f.shape[1] for f in features])).to(x.device)
+        owner = torch.repeat_interleave(torch.tensor([f.shape[1] for f in features], device="cpu")).to(x.device)
         rows = blocks.new_zeros(len(features), blocks.shape[1]).index_add_(0, owner, blocks)
         return rows.new_zeros(len(features), len(features)).index_add_(1, owner, rows)
     grams = torch.stack([centred_gram(x, kernel=kernel, estimator=estimator).flatten() for x in features])

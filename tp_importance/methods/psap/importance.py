@@ -63,7 +63,7 @@ class PSAPImportance(StatisticalImportance):
         self.protected: dict[str, list[int]] = {}
         self._gates: ChannelGates | None = None
         self._masked: dict[str, Bools] = {}
-        self._sum = torch.zeros(0)
+        self._sum = torch.zeros(0, device="cpu")
         self._norms: dict[str, Any] = {}
 
     def collect(self, model: nn.Module, example_inputs: Any, loader: Iterable[Any], **options: Any) -> Self:
@@ -88,7 +88,7 @@ class PSAPImportance(StatisticalImportance):
         self._gates = gates = ChannelGates(groups)
         gates.set(self._masked)
         gates.watch(True)
-        self._sum = torch.zeros(len(gates.values) - 1, dtype=torch.float64)
+        self._sum = torch.zeros(len(gates.values) - 1, dtype=torch.float64, device="cpu")
 
         def pulse(_x: Tensor, output: Tensor, labels: Tensor) -> None:
             (gradient,) = torch.autograd.grad(loss_of(self.loss_fn, output, labels), gates.values)

@@ -113,7 +113,8 @@ class Scale(nn.Module):
 
     def __init__(self, factor: float = 1.0, *, like: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("factor", (torch.ones(()) if like is None else like.detach().new_ones(())) * factor)
+        one = torch.ones((), device=torch.get_default_device()) if like is None else like.detach().new_ones(())
+        self.register_buffer("factor", one * factor)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""

@@ -153,7 +153,7 @@ class _Scales:
         module: Any = op.module
         parts = [(self.ratios.value(p), n) for p, n in self._of(op.inputs[0])]
         values = [parts[0][0]] if len(parts) == 1 else [value for value, n in parts for _ in range(n)]
-        read = torch.tensor(values, dtype=torch.float64)
+        read = torch.tensor(values, dtype=torch.float64, device="cpu")
         made = self.ratios.value(self._of(op.outputs[0])[0][0])
         if made == 1.0 and bool((read == 1.0).all()):
             return

@@ -199,7 +199,7 @@ def removal_controls(
         def fn(x: Tensor, out: Tensor, _labels: Tensor) -> None:
             seen = out.clamp(min=0) if consumers[name] == {"relu"} else out
             found = torch.stack([(x * out).sum(), x.square().sum(), seen.square().sum()]).cpu().double()
-            sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64)) + found
+            sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64, device="cpu")) + found
 
         return fn
 
@@ -240,5 +240,5 @@ def _batches(
     return (
         [None],
         lambda model, _: run_model(model, example_inputs, forward_fn),
-        lambda _: torch.zeros(n, dtype=torch.int64),
+        lambda _: torch.zeros(n, dtype=torch.int64, device="cpu"),
     )

@@ -215,7 +215,7 @@ def _collapse(model: nn.Module, flow: Flow, removed: list[str]) -> dict[str, flo
         if root[given] == root[result]:
             collapsed[name] = factor[result] / factor[given]
             scales = [m.factor for m in span.module.modules() if isinstance(m, Scale)]
-            like = scales[0] if scales else torch.ones(())
+            like = scales[0] if scales else torch.ones((), device="cpu")
             replace_module(model, name, Scale(collapsed[name], like=like).train(span.module.training))
     return collapsed
 
