@@ -133,6 +133,9 @@ WRONG = {
     "all": ([["0.0", True, list(range(12))]], "group 0.0 keeps at least 1"),
     "negative": ([["0.0", True, [-1]]], "is no entry"),
     "twice": ([["0.0", True, [1, 1]]], "is no entry"),
+    "no whole number": ([["0.0", True, [1.7]]], "is no entry"),
+    "text": ([["0.0", True, ["1"]]], "is no entry"),
+    "from the end": ([["0.0.weight", -1, [1]], ["1.body.0.0", "in", [1]]], "is no entry"),
     "a number": ([3], "3 is no entry"),
     "a side": ([["0.0", "up", [1]]], "is no entry"),
     "both formats": ([["0.0", True, [1]], ["1.body.0.0", "in", [1]]], "no entries .* of Torch-Pruning's"),
@@ -149,3 +152,12 @@ def test_a_wrong_history_changes_nothing(case):
     with pytest.raises(ValueError, match=match):
         repeat(entries, groups)
     before.check()
+
+
+def test_cuts_that_are_repeated_warn_of_an_older_optimizer():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    repeat_cuts(net, [["0", "out", [1]], ["2", "in", [1]]])
+    net(torch.randn(1, 3, 8, 8)).sum().backward()
+    with pytest.warns(UserWarning, match=r"SGD trains 3 of 4 .* \(Sequential\.0\.weight, .*"):
+        optimizer.step()

@@ -7,7 +7,9 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from tp_importance.graph.history import repeat_cuts
 from tp_importance.graph.label_graph import LabelGraph
+from tp_importance.testing import Snapshot, same_values
 from tp_importance.testing.networks import make_network
 
 
@@ -246,3 +248,51 @@ def test_layers_of_the_user_are_cut_by_the_user():
     assert any(item.dep.target.module is model[1] for item in group)
     group.prune()
     assert len(model[1].per_channel) == 7 and model(x).shape == (1, 4, 4, 4)
+
+
+def test_a_pruning_function_for_one_layer_is_used():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), Scale(8), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 8, 8)
+    graph = LabelGraph().build_dependency(model, x, customized_pruners={model[1]: ScalePruner()})
+    graph.get_pruning_group(model[0], tp.prune_conv_out_channels, [7]).prune()
+    assert len(model[1].per_channel) == 7 and model(x).shape == (1, 4, 4, 4)
+
+
+class Failing(ScalePruner):
+    def prune_out_channels(self, layer, idxs):
+        raise RuntimeError("not today")
+
+    prune_in_channels = prune_out_channels
+
+
+def test_a_cut_that_fails_leaves_the_network_as_it_was():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), Scale(8), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 8, 8)
+    graph = LabelGraph(verify=False).build_dependency(model, x, customized_pruners={Scale: Failing()})
+    before = Snapshot(model)
+    with pytest.raises(RuntimeError, match="not today"):
+        graph.get_pruning_group(model[0], tp.prune_conv_out_channels, [7]).prune()
+    before.check()
+    assert graph.groups["0"].width == 8 and not graph.direct_history and not graph.pruning_history()
+
+
+def test_a_history_is_repeated_as_a_whole_and_added():
+    model, _, graph = built("plain")
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match="nope"):
+        graph.load_pruning_history([["0.0", True, [1]], ["nope", True, [1]]])
+    before.check()
+    assert not graph.pruning_history()
+    conv = model[0][0]
+    graph.get_pruning_group(conv, tp.prune_conv_out_channels, [0]).prune()
+    graph.load_pruning_history([["0.0", True, [1]], ["0.0", True, [0, 3]]])
+    assert graph.pruning_history() == [["0.0", True, [0]], ["0.0", True, [1]], ["0.0", True, [0, 3]]]
+    twin, _ = make_network("plain")
+    repeat_cuts(twin, graph.direct_history)
+    assert same_values(model, twin)
+
+
+def test_cuts_under_inference_mode_can_be_trained():
+    model, x, graph = built("plain")
+    with torch.inference_mode():
+        graph.get_pruning_group(model[0][0], tp.prune_conv_out_channels, [0]).prune()
+    model(x).sum().backward()
+    assert model[0][0].weight.grad.shape == model[0][0].weight.shape

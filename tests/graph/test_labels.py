@@ -259,3 +259,40 @@ def test_what_lives_and_dies_together(name):
     assert {layer: kinds.get(layer) for layer in stays} == stays
     if len(groups):
         assert masked_equals_removed(groups, x, sample_units(groups)) is None
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.inner, self.last = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.tokens(x)
+        return self.last(y + self.inner(y))
+
+
+def test_the_columns_of_an_embedding_are_its_channels():
+    groups = prunable_groups(Embedded(), torch.randint(0, 10, (2, 5), generator=torch.Generator().manual_seed(0)))
+    sides = [(m.name, m.role, m.width) for m in groups["inner"].members]
+    assert sides == [("tokens", "out", 8), ("inner", "in", 8), ("inner", "out", 8), ("last", "in", 8)]
+
+
+@pytest.mark.parametrize(
+    ("squeeze", "fewest"),
+    [
+        (lambda y: y.squeeze(), 2),
+        (lambda y: y.squeeze(1).flatten(1), 2),
+        (lambda y: y.squeeze((2, 3)), 1),
+        (lambda y: y.squeeze(-1).squeeze(-1), 1),
+    ],
+)
+def test_channels_that_could_be_squeezed_away_keep_two(squeeze, fewest):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.last(squeeze(self.conv(x).mean((2, 3), keepdim=True)))
+
+    assert prunable_groups(Pooled(), torch.randn(2, 3, 8, 8))["conv"].min_units == fewest

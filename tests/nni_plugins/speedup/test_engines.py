@@ -277,6 +277,44 @@ def test_groups_of_a_convolution_may_lose_other_channels_with_nni_only(caplog):
     assert used(caplog) == "nni"
 
 
+def test_masks_of_a_depthwise_transposed_convolution():
+    model = built(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    )
+    mask = torch.ones(8).index_fill(0, torch.tensor([0, 4]), 0)
+    masks = {name: {"weight": mask.view(8, 1, 1, 1), "bias": mask} for name in ("0", "1")}
+    speedup(model, X, masks, engine="groups")
+    assert model[1].groups == model[3].in_channels == 6 and model(X).shape == (2, 4, 8, 8)
+
+
+class Multiplied(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_a_buffer_of_two_layers_stays_one():
+    factor = torch.rand(8, 1, 1) + 0.5
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Multiplied(factor), nn.ReLU(), Multiplied(factor), nn.Conv2d(8, 4, 1))
+    mask = torch.ones(8).index_fill(0, torch.tensor([0, 4]), 0)
+    speedup(model.eval(), X, {"0": {"weight": mask.view(8, 1, 1, 1), "bias": mask}}, engine="groups")
+    assert model[1].factor is model[3].factor and model[1].factor.shape == (6, 1, 1)
+
+
+def test_memory_that_is_used_up_says_nothing_about_an_engine(monkeypatch):
+    def fail(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("nni_plugins.surgery.engines.remove_groups", fail)
+    model = built(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)))
+    mask = torch.ones(8).index_fill(0, torch.tensor([0, 4]), 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        speedup(model, X, {"0": {"weight": mask.view(8, 1, 1, 1), "bias": mask}}, engine="groups")
+
+
 def test_layers_that_share_a_weight():
     model, x = make_network("shared_input")
     model.b[0] = nn.Conv2d(12, 16, 3, padding=1, bias=False)

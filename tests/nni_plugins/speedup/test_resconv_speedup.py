@@ -46,6 +46,7 @@ def test_channels_are_pruned_after_the_layers():
         ({"0.0": {"s": torch.zeros(1)}}, ValueError, "the model has none of that name"),
         ({"1.0": {"s": 0}}, TypeError, "of type int"),
         ({"1.0": torch.zeros(1)}, TypeError, "masks of '1.0' are of type Tensor"),
+        ({"nope": {"weight": torch.ones(8)}}, ValueError, "nope"),
         ([1], TypeError, "masks are of type list"),
     ],
 )
