@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from tp_importance import prunable_groups
 from tp_importance.graph.verify import masked_equals_removed, sample_units
@@ -230,8 +231,31 @@ CASES = {
             c=nn.Linear(8, 2),
         ),
         SEQUENCE,
+        {"a": (8, 1)},
+        {"c": "output"},
+    ),
+    "recurrent cell with its state first": (
+        lambda: Net(
+            lambda m, x: m.c(m.r(hx=m.state(x).tanh(), input=m.a(x).relu())),
+            a=nn.Linear(6, 8),
+            state=nn.Linear(6, 4),
+            r=nn.GRUCell(8, 4),
+            c=nn.Linear(4, 2),
+        ),
+        (2, 6),
+        {"a": (8, 1)},
+        {"state": "mixed", "c": "output"},
+    ),
+    "packed sequence": (
+        lambda: Net(
+            lambda m, x: m.c(m.r(pack_padded_sequence(m.a(x), torch.tensor([5, 3]), batch_first=True))[1][0]),
+            a=nn.Linear(6, 8),
+            r=nn.GRU(8, 4, batch_first=True),
+            c=nn.Linear(4, 2),
+        ),
+        SEQUENCE,
         {},
-        {"a": "unread", "c": "output"},
+        {"a": "mixed", "c": "output"},
     ),
     "layer that runs twice": (
         lambda: Net(lambda m, x: m.c(m.b(m.b(m.a(x)).relu())), a=conv(3, 8), b=conv(8, 8), c=conv(8, 2)),

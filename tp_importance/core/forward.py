@@ -82,8 +82,12 @@ def fresh_inputs(value: Any) -> Any:
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The first argument a layer was called with, by position or by keyword."""
-    return args[0] if args else next(iter(kwargs.values()))
+    """What a layer was called with: its first argument, or the keyword ``input`` of torch's layers, or the first one."""
+    return args[0] if args else kwargs[_input_key(kwargs)]
+
+
+def _input_key(kwargs: Mapping[str, Any]) -> str:
+    return "input" if "input" in kwargs else next(iter(kwargs))
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
@@ -174,4 +178,4 @@ def _called_by_keyword(batch: Any) -> str:
 
 def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a layer with ``x`` in place of its first one."""
-    return ((x, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, next(iter(kwargs)): x})
+    return ((x, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, _input_key(kwargs): x})

@@ -15,7 +15,14 @@ from .groups import ChannelGroup, Excluded, Kind, Member, PrunableGroups, Role
 from .labels.ledger import Follower, Ledger
 from .labels.reasons import Index, Reason
 from .layer_kinds import CONV, is_depthwise, is_passthrough
-from .layer_pruners import LayerPruners, ParametrisedPruner, loses_whole_groups, users_layers
+from .layer_pruners import (
+    RECURRENT,
+    LayerPruners,
+    ParametrisedPruner,
+    input_weights,
+    loses_whole_groups,
+    users_layers,
+)
 from .reparametrised import computed_tensors
 from .trace_options import TraceOptions
 from .tracing import Trace
@@ -74,7 +81,7 @@ def build_groups(
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
         if not group.consumers:
-            why.append(AT_MINIMUM if group.width == 1 else ("unread", "nothing with weights reads it"))
+            why.append(AT_MINIMUM if group.width == 1 else _unread(group))
         elif group.n_units <= group.min_units:
             why.append(AT_MINIMUM)
         if why:  # what was asked for comes last: "ignored" says that the group could be pruned otherwise
@@ -254,7 +261,11 @@ class _Layout:
         owner, _, key = name.rpartition(".")
         module: Any = self._modules.get(owner)
         if owner in self._users:
-            return _Place(owner, "in" if key == "in" else "out", "passthrough", classes)
+            side: Role = "in" if key == "in" else "out"
+            pruner = self._users[owner]
+            apart = pruner.prune_in_channels != pruner.prune_out_channels
+            weighted = isinstance(module, (*CONV, nn.Linear)) and apart
+            return _Place(owner, side, _kind(module, side) if weighted else "passthrough", classes)
         if isinstance(module, (*CONV, nn.Linear)):
             if key == "bias":
                 return _Place(owner, "out", _kind(module, "out"), classes)
@@ -270,6 +281,8 @@ class _Layout:
                     classes = np.tile(classes, groups)
                 return _Place(owner, role, _kind(module, role), classes)
             return None
+        if isinstance(module, RECURRENT):  # but for its inputs all stays
+            return _Place(owner, "in", "consumer", classes) if key in input_weights(module) and axis else None
         if isinstance(module, nn.Embedding) and axis == 0:  # its rows are no channels
             return None
         if module is not None and self._pruners.of(module) is not None:
@@ -301,6 +314,13 @@ class _Layout:
         pruner = self._pruners.of(module)
         possible = not found or (isinstance(pruner, ParametrisedPruner) and pruner.follows[role])
         return None if possible else found[0].reason(name)
+
+
+def _unread(group: ChannelGroup) -> Reason:
+    """Why a group stays that no layer reads whose weights the criteria know."""
+    others = [m.name for m in group.members if m.role == "in" or (m.axis or 0) > 0]
+    only = f", only {', '.join(others)}" if others else ""
+    return "unread", f"no convolution, linear or recurrent layer reads it{only}"
 
 
 def _kind(module: Any, role: Role) -> Kind:

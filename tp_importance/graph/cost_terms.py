@@ -14,6 +14,7 @@ from torch import nn
 from ..core.types import Ints
 from .groups import Excluded, PrunableGroups
 from .layer_kinds import CONV, is_passthrough
+from .layer_pruners import input_weights
 from .reparametrised import owner_of, sliced_sides
 
 __all__ = ["COST_FIELDS", "CostTerms", "LeftOut", "channels_per_unit", "cost_terms"]
@@ -175,6 +176,8 @@ class _Builder:
             self._add_layer(field, name, module, total)
         elif (key, "out") in self.sides or (key, "in") in self.sides:  # cut along one axis or two
             self._add_product(field, total, self._axis(key, "in"), self._axis(key, "out"))
+        elif key.rpartition(".")[2] in input_weights(module):
+            self._add_side(field, name, "in", parameter, total)
         else:  # one entry (or row) per channel of the owner's output side
             self._add_side(field, name, "out", parameter, total)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.batches import tensors_in
 
-__all__ = ["FORMULAS", "KERNELS", "UNKNOWN", "WEIGHTS", "positional", "sums_over_last"]
+__all__ = ["FORMULAS", "KERNELS", "RECURRENT", "UNKNOWN", "WEIGHTS", "positional", "sums_over_last", "time_steps"]
 
 Macs = Callable[..., int]
 
@@ -65,14 +65,21 @@ def _bilinear(out: Tensor, _left: Tensor, _right: Tensor, weight: Tensor, *_: An
 
 
 def _recurrent(_out: Tensor, input: Tensor, *given: Any, **__: Any) -> int:
-    rows = input.numel() // max(input.shape[-1], 1)  # time steps of all sequences
-    return rows * sum(w.numel() for w in tensors_in(given) if isinstance(w, nn.Parameter) and w.dim() == 2)
+    return time_steps(input) * sum(w.numel() for w in tensors_in(given) if isinstance(w, nn.Parameter) and w.dim() == 2)
+
+
+def time_steps(input: Tensor) -> int:
+    """Time steps of all sequences of a batch: a recurrent layer multiplies with each of its weights as often."""
+    return input.numel() // max(input.shape[-1], 1)
 
 
 def _attention(_out: Tensor, query: Tensor, key: Tensor, value: Tensor, width: int, *_: Any, **__: Any) -> int:
     """The four projections, as for ``nn.MultiheadAttention``."""
     return (2 * query.numel() + key.numel() + value.numel()) * width
 
+
+RECURRENT = {f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")}
+"""Functions that multiply with several weights."""
 
 FORMULAS: dict[str, Macs] = {
     **{f"conv{n}d": _conv for n in (1, 2, 3)},
@@ -85,8 +92,7 @@ FORMULAS: dict[str, Macs] = {
     **dict.fromkeys(("tensordot", "inner"), _contraction),
     "einsum": _einsum,
     "bilinear": _bilinear,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
-    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _recurrent),
+    **dict.fromkeys(RECURRENT, _recurrent),
     "multi_head_attention_forward": _attention,
 }
 """Formula ``(output, *arguments) → multiply-accumulates`` per function."""

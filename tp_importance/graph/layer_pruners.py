@@ -15,10 +15,12 @@ from .reparametrised import LAYERS, computed_tensors, follows, slice_layer
 __all__ = [
     "GROUPED_PRUNERS",
     "NEIGHBOURS",
+    "RECURRENT",
     "LayerPruners",
     "channel_pruners",
     "grouped_pruner",
     "has_channels",
+    "input_weights",
     "is_frozen_norm",
     "loses_whole_groups",
     "users_layers",
@@ -26,6 +28,9 @@ __all__ = [
 
 NEIGHBOURS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 """Modules that divide every channel by what its neighbours hold."""
+
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+"""Layers whose inputs can be pruned; their hidden size stays."""
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
 _InstanceNorm = nn.modules.instancenorm._InstanceNorm
@@ -109,6 +114,8 @@ class LayerPruners:
             return theirs
         if type(module) not in self._known and (ours := grouped_pruner(module)) is not None:
             return ours
+        if type(module) not in self._known and isinstance(module, RECURRENT):
+            return _RECURRENT_INPUTS
         pruner = self._host.get_pruner_of_module(module)
         return None if type(module) not in self._known and isinstance(pruner, tp.ops.DummyPruner) else pruner
 
@@ -178,6 +185,47 @@ def grouped_pruner(module: Any) -> Any:
     return (
         _GROUPED_TRANSPOSED if transposed and 1 < module.groups < min(module.in_channels, module.out_channels) else None
     )
+
+
+def input_weights(module: nn.Module) -> list[str]:
+    """Names of the weights by which a recurrent layer reads its input, each of shape (k·H, I): one per direction.
+
+    Args:
+        module: any module; of others there are none.
+
+    Example:
+        >>> input_weights(nn.GRU(4, 3, num_layers=2, bidirectional=True)), input_weights(nn.LSTMCell(4, 3))
+        (['weight_ih_l0', 'weight_ih_l0_reverse'], ['weight_ih'])
+    """
+    if isinstance(module, nn.RNNCellBase):
+        return ["weight_ih"]
+    return (
+        ["weight_ih_l0", "weight_ih_l0_reverse"][: 1 + module.bidirectional] if isinstance(module, nn.RNNBase) else []
+    )
+
+
+class RecurrentInputs(tp.BasePruningFunc):
+    """Cuts the inputs of a recurrent layer, which Torch-Pruning does for ``nn.LSTM`` alone."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        raise ValueError(f"the hidden size of {layer} cannot be pruned")
+
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        gone = set(idxs)
+        keep = [i for i in range(layer.input_size) if i not in gone]
+        for name in input_weights(layer):
+            setattr(layer, name, self._prune_parameter_and_grad(getattr(layer, name), keep, 1))
+        layer.input_size = len(keep)
+        return layer
+
+    def get_out_channels(self, layer: Any) -> None:
+        return None
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.input_size)
+
+
+_RECURRENT_INPUTS = RecurrentInputs()
 
 
 def _pruner(modules: list[nn.Module]) -> Any:

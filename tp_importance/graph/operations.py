@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.batches import tensors_in
-from .function_macs import FORMULAS, KERNELS, UNKNOWN, WEIGHTS, positional, sums_over_last
+from .function_macs import FORMULAS, KERNELS, RECURRENT, UNKNOWN, WEIGHTS, positional, sums_over_last, time_steps
 
 __all__ = ["Operations"]
 
@@ -151,6 +151,11 @@ class Operations(TorchFunctionMode):
         weight = self._largest(weights)
         if name in FORMULAS and not mapped:
             try:
+                if name in RECURRENT:
+                    for factor in factors:
+                        for single in self._weights_of([factor]) if factor.dim() == 2 else ():
+                            self.macs[single] += time_steps(operands[0]) * factor.numel()
+                    return
                 if sums_over_last(name, operands, lambda t: bool(self._weights_of([t]))):
                     self.macs[weight] += FORMULAS[name](out, *operands)
                     return

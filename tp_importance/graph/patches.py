@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer_kinds import CONV, is_batch_norm
+from .layer_pruners import RECURRENT, input_weights
 
 __all__ = [
     "bn_gain",
@@ -16,6 +17,7 @@ __all__ = [
     "feature_channels",
     "require_batched",
     "sampled_output",
+    "samples_first",
     "set_consumer_weight",
     "unfolded_input",
 ]
@@ -32,7 +34,8 @@ def unfolded_input(
     Only the sampled patches are gathered: for 8 of 1024 positions this costs a fraction of a full ``unfold``.
 
     Args:
-        module: a convolution (also transposed, grouped, dilated, strided, any padding mode) or linear layer.
+        module: a convolution (also transposed, grouped, dilated, strided, any padding mode), linear or recurrent layer;
+            of the last, the output is what its input adds to the gates.
         x: its input, shape (N, C, \*spatial) or (N, \*, C) for linear.
         out: its output.
         positions: output positions per sample, drawn without the batch's composition in view; ``None``: all.
@@ -41,7 +44,7 @@ def unfolded_input(
     Returns:
         shape (N, Q, G, d): Q positions, G conv groups, d = C/G · taps, channel-major as ``nn.functional.unfold``.
     """
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, *RECURRENT)):
         tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
         chosen = _positions(len(x), tokens.shape[1], positions, generator, x.device)
         return tokens.gather(1, chosen.unsqueeze(2).expand(-1, -1, tokens.shape[2])).unsqueeze(2)
@@ -79,12 +82,22 @@ def require_batched(name: str, module: nn.Module, x: Tensor) -> None:
     Raises:
         ValueError: if it has no batch dimension.
     """
-    least = len(module.kernel_size) + 2 if isinstance(module, CONV) else 2
-    if isinstance(module, (*CONV, nn.Linear)) and x.dim() < least:
+    least = len(module.kernel_size) + 2 if isinstance(module, CONV) else 2 + isinstance(module, nn.RNNBase)
+    if isinstance(module, (*CONV, nn.Linear, *RECURRENT)) and x.dim() < least:
         raise ValueError(
             f"layer {name} gets an input of shape {tuple(x.shape)} without a batch dimension: the loader must give "
             "batches, e.g. DataLoader(dataset, batch_size=64) or [(X, Y)]"
         )
+
+
+def samples_first(module: nn.Module, x: Tensor) -> Tensor:
+    """The input of a layer with the samples of the batch on its first axis: recurrent layers may have time there.
+
+    Args:
+        module: the layer.
+        x: its input.
+    """
+    return x.transpose(0, 1) if isinstance(module, nn.RNNBase) and not module.batch_first and x.dim() > 2 else x
 
 
 def sampled_output(module: nn.Module, out: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
@@ -130,9 +143,11 @@ def consumer_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     """Weight per conv group, shape (G, O/G, d), features in the layout of :func:`unfolded_input`.
 
     Args:
-        module: convolution or linear layer.
+        module: convolution, linear or recurrent layer; of the last, what it multiplies its input with.
         weight: another tensor in the shape of its weight, to be seen in this layout.
     """
+    if isinstance(module, RECURRENT):
+        return torch.cat([getattr(module, name).detach() for name in input_weights(module)]).unsqueeze(0)
     assert isinstance(module, (*CONV, nn.Linear))
     weight = module.weight.detach() if weight is None else weight
     if isinstance(module, nn.Linear):
@@ -159,6 +174,8 @@ def feature_channels(module: nn.Module) -> Tensor:
     """Input channel every feature belongs to, shape (G, d), int64."""
     if isinstance(module, nn.Linear):
         return torch.arange(module.in_features, device="cpu").unsqueeze(0)
+    if isinstance(module, RECURRENT):
+        return torch.arange(int(module.input_size), device="cpu").unsqueeze(0)
     assert isinstance(module, CONV)
     taps = math.prod(module.kernel_size)
     return torch.arange(module.in_channels, device="cpu").repeat_interleave(taps).view(module.groups, -1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..graph.groups import Index, PrunableGroups
 from ..graph.layer_kinds import CONV
+from ..graph.layer_pruners import RECURRENT
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, set_consumer_weight
 from ..graph.reparametrised import computed_tensors
 from ..graph.surgery import checked_units
@@ -210,6 +211,8 @@ def refittable(
 
 
 def _obstacle(module: nn.Module, owners: Counter[int]) -> str:
+    if isinstance(module, RECURRENT):
+        return "it is a recurrent layer, whose outputs are not linear in its inputs"
     if "weight" not in module._parameters:
         by = next(c.by for c in computed_tensors(module) if c.leaf == "weight")
         return f"its weight is no plain parameter but computed ({by})"

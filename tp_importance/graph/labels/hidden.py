@@ -7,36 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layer_pruners import input_weights
 from .calls import Layers, Run
 from .contractions import consumed, match
 from .layers import on_axis
 
-__all__ = ["RECURRENT", "customized", "recurrence"]
-
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+__all__ = ["customized", "recurrence"]
 
 
-def recurrence(run: Run, module: Any, given: list[Tensor], where: str) -> None:
-    """Tie the channels of the first input to the input weights; the hidden size stays.
+def recurrence(run: Run, module: nn.Module, x: Any, given: list[Tensor], where: str) -> None:
+    """Tie the channels of the input to the input weights; the hidden size stays.
 
     Args:
         run: the pass.
         module: the layer.
-        given: tensors that it was called with; the first is the sequence.
+        x: its input.
+        given: all tensors that it was called with.
         where: for people.
     """
-    x = given[0]
-    data = consumed(run, x, x.dim() - 1) if x.dim() else None
-    cell = isinstance(module, nn.RNNCellBase)
-    directions = ("",) if cell else ("_l0", "_l0_reverse")[: 1 + module.bidirectional]
-    for direction in directions:
-        weight = getattr(module, f"weight_ih{direction}")
-        within = consumed(run, weight, 1) if weight.shape[1] > 1 else None
-        if x.shape[-1] > 1:
-            match(run, data, within, where)
-    for state in given[1:]:
-        for layer in run.layers(state):
-            run.flag(layer, "mixed", f"{where} takes it for its hidden state, whose size stays")
+    if isinstance(x, Tensor):
+        data = consumed(run, x, x.dim() - 1)
+        for name in input_weights(module):
+            weight = getattr(module, name)
+            if weight.shape[1] > 1:
+                match(run, data, consumed(run, weight, 1), where)
+    for tensor in given:
+        if tensor is not x:
+            packed = "is given it packed" if not isinstance(x, Tensor) else "takes it for its hidden state"
+            for layer in run.layers(tensor):
+                run.flag(layer, "mixed", f"{where} {packed}: these channels stay")
 
 
 def customized(

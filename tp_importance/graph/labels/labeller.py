@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...core.batches import tensors_in
+from ...core.forward import layer_input
+from ..layer_pruners import RECURRENT
 from .attributes import WatchedSizes
 from .calls import Call, Layers
-from .hidden import RECURRENT, customized, recurrence
+from .hidden import customized, recurrence
 from .layers import axes_of, compact, on_axis, pairs_of, tight
 from .ledger import Follower, Ledger
 from .pieces import Pieces, followers_of
@@ -210,7 +212,7 @@ class Labeller(TorchDispatchMode):
                         for tensor, layers in made:
                             self._note(tensor, layers, True)
                     else:
-                        recurrence(self, module, given, where)
+                        recurrence(self, module, layer_input(args, kwargs), given, where)
         elif isinstance(module, _BARE_NORMS) and module.weight is None and args:
             self._count_features(name, module, args[0])
         elif isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels and args:

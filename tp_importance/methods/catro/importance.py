@@ -13,6 +13,7 @@ from ...allocation.curves import Curve
 from ...core.progress import track
 from ...core.types import Floats, Ints
 from ...graph.groups import ChannelGroup, PrunableGroups
+from ...graph.layer_kinds import CONV
 from ...maths.moments import NEGLIGIBLE, Moments, eliminate
 from ...pruning.importance import StatisticalImportance
 from ...statistics.consumers import ConsumerStatistics, check_reading
@@ -179,10 +180,10 @@ def _channel_watches(groups: PrunableGroups, store: dict[str, ClassScatter], poo
 
 def _feed(module: nn.Module, name: str, statistics: ClassScatter, pool: bool) -> WatchFn:
     def fn(x: Tensor, _out: Tensor, labels: Tensor) -> None:
-        if isinstance(module, nn.Linear):
-            x = x.unsqueeze(2) if x.dim() == 2 else x.flatten(1, -2).transpose(1, 2)
-        else:
+        if isinstance(module, CONV):
             x = x.flatten(2)
+        else:
+            x = x.unsqueeze(2) if x.dim() == 2 else x.flatten(1, -2).transpose(1, 2)
         x = x.mean(2, keepdim=True) if pool else x
         keep = labels >= 0
         statistics.update(x[keep], labels[keep])

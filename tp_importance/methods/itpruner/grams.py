@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...graph.groups import ChannelGroup, PrunableGroups
+from ...graph.layer_kinds import CONV
 from ...statistics.observe import Watch, WatchFn
 from .hsic import Estimator, HSICSums, Kernel, centre, gram
 
@@ -99,7 +100,7 @@ class GramStatistics:
         first, count = int(channels[0]), len(channels)
         run = bool(channels[-1] == first + count - 1)
         index = torch.from_numpy(channels)
-        dim = -1 if isinstance(module, nn.Linear) else 1
+        dim = 1 if isinstance(module, CONV) else -1
 
         def fn(x: Tensor, _out: Tensor, _labels: Tensor) -> None:
             x = x.narrow(dim, first, count) if run else x.index_select(dim, index.to(x.device))
