@@ -24,6 +24,13 @@ def standardised(weight, gain):
     return gain * (weight - mean) / (deviation + 1e-5)
 
 
+class Clamped(nn.Conv2d):
+    """Clamps what the example inputs do not reach."""
+
+    def forward(self, x):
+        return self._conv_forward(x.clamp(-200, 200), 2 * self.weight, self.bias)
+
+
 class StdConv2d(nn.Conv2d):
     """Weight standardisation with a gain per filter."""
 
@@ -183,6 +190,7 @@ REFUSED = {
     "pads by the size of its input": (lambda: network(SameConv2d), "differ"),
     "pads nothing at this size": (lambda: network(lambda a, b, _: SameConv2d(a, b, 3, stride=3)), "smaller"),
     "depends on its input": (lambda: network(Gated), "on other values"),
+    "clamps its input": (lambda: network(Clamped), "on larger values"),
     "scales its output": (lambda: network(Scaled), "differ"),
     "several convolutions": (lambda: network(Branches), "calls 2 of them"),
     "has a hook": (lambda: network(change=lambda c: c.register_forward_hook(lambda *_: None)), "it has hooks"),

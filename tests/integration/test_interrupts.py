@@ -298,3 +298,19 @@ def test_ctrl_c_while_gradients_come_back():
     with pytest.raises(KeyboardInterrupt), loss_gradients(model, loader_for(x)):
         model.zero_grad = interrupted
     assert all(p.grad is not None and bool(p.grad.eq(1).all()) for p in model.parameters())
+
+
+def test_an_interrupt_while_the_handler_is_set_leaves_no_handler_behind(monkeypatch):
+    """``signal.signal`` is Python code around the function in C: Ctrl-C may come right behind that."""
+    before, real = signal.getsignal(signal.SIGINT), signal.signal
+
+    def slow(number, handler):
+        old = real(number, handler)
+        if getattr(handler, "__name__", "") == "_on_interrupt":
+            signal.raise_signal(number)
+        return old
+
+    monkeypatch.setattr(signal, "signal", slow)
+    with pytest.raises(KeyboardInterrupt), preserved(nn.Linear(2, 2)):
+        pass
+    assert signal.getsignal(signal.SIGINT) is before

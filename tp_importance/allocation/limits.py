@@ -19,6 +19,7 @@ _REMEDIES = {
     "max_pruning_ratio": "raise max_pruning_ratio",
     "round_to": "lower round_to",
     "min_widths": "lower min_widths",
+    "keep_padded": "set keep_padded=False",
     "ignored": "ignore fewer layers",
 }
 """What to do about each thing that keeps a network from becoming smaller."""
@@ -42,7 +43,7 @@ def require_reachable(
         space: admissible widths.
         limits: upper limit per cost field.
         host: what is to be said to users of another host, who do not know our options: a remedy in place of that for
-            ``"max_pruning_ratio"``, ``"round_to"``, ``"min_widths"`` or ``"ignored"``, and the ``"reason"`` of groups
+            ``"max_pruning_ratio"``, ``"round_to"``, ``"min_widths"``, ``"keep_padded"`` or ``"ignored"``, and the ``"reason"`` of groups
             that are ignored.
 
     Raises:

@@ -132,6 +132,7 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
             )
 
 
+@torch.inference_mode(False)  # it makes parameters
 def load_pruned(factory: Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
     """Rebuild the network in ``path``.
 
@@ -293,6 +294,9 @@ def _first_names(items: dict[str, Any]) -> dict[str, str]:
     return {name: first.setdefault(id(item), name) for name, item in items.items()}
 
 
+_BAKED = "; where bake_weights was called on the network, the factory must call it, too"
+
+
 def _described(module: nn.Module) -> dict[str, Any]:
     config, other = module_attributes(module)
     config |= {k: v for k, v in tensor_sizes(module).items() if k in config}
@@ -302,7 +306,7 @@ def _described(module: nn.Module) -> dict[str, Any]:
 def _match_modules(model: nn.Module, content: dict[str, Any]) -> AttributeLoader:
     """Give ``model`` the modules and the configuration of the file."""
     saved, attributes = content["modules"], AttributeLoader(model)
-    usual = remedy = "load with the factory that built the network before it was pruned"
+    usual = remedy = f"load with the factory that built the network before it was pruned{_BAKED}"
     present = dict(model.named_modules(remove_duplicate=False))
     aliases = _first_names(present)
     for name, entry in saved.items():
@@ -358,7 +362,7 @@ def _built(name: str, entry: dict[str, Any], attributes: AttributeLoader) -> nn.
 
 def _set_tensors(model: nn.Module, content: dict[str, Any]) -> None:
     """Put the parameters and buffers of the file into ``model``, tied as they were."""
-    remedy = "use the factory that built the network"
+    remedy = f"use the factory that built the network{_BAKED}"
     values = {**content["outside"], **content["state_dict"]}
     flags = content["requires_grad"]
     parameters = {n: nn.Parameter(values[n], flags[n]) for n, first in content["parameters"].items() if n == first}

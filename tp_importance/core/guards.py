@@ -53,12 +53,12 @@ class Guard(ABC):
         """Put back; ``failed``: the block raised."""
 
     def __enter__(self) -> Any:
+        self._held = True  # an interrupt may come before signal.signal has returned
         if threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(signal.SIGINT)
             if callable(handler):
                 self._handler = handler
                 signal.signal(signal.SIGINT, self._on_interrupt)
-        self._held = True
         try:
             self._note()
         except BaseException:

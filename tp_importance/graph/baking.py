@@ -318,6 +318,7 @@ def _try(layer: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def _others(layer: Any, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Inputs on which a layer shows that its weight depends on them, or its padding on their size."""
     yield "on other values", -0.5 * x
+    yield "on larger values", 100 * x  # what clamps its input, say
     if not isinstance(layer, nn.Linear):
         for less in (1, 2):
             for dim in range(-len(layer.kernel_size), 0):

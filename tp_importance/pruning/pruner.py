@@ -308,7 +308,7 @@ class BudgetPruner:
             ValueError: as :meth:`plan`, or if a refit has no loader.
 
         After any exception, Ctrl-C included, model and pruner are as before; a step that changes nothing changes no
-        statistics either.
+        statistics either. Only Ctrl-C that comes while a step is being completed waits for that.
         """
         self._require_loader(Refit.of(refit))
         return self.apply(self.plan(budget), refit=refit)

@@ -147,7 +147,7 @@ class PruningTarget:
     def _space(self, keep_padded: bool) -> WidthSpace:
         padded = self.groups.padded if keep_padded else ()
         kept = {n: w for n, w in self.groups.widths.items() if n in padded and n not in self._max_widths}
-        return WidthSpace.of(
+        space = WidthSpace.of(
             self.groups.groups,
             round_to=self._round_to,
             max_pruning_ratio=self._max_pruning_ratio,
@@ -155,6 +155,8 @@ class PruningTarget:
             min_widths=self._min_widths | kept,
             max_widths=self._max_widths,
         )
+        own = [name for name in space.binding if name != "min_widths" or self._min_widths]
+        return replace(space, binding=(*own, *(["keep_padded"] if kept else [])))
 
     def _space_of(self, allocator: Allocator, limits: Mapping[str, float]) -> WidthSpace:
         """Admissible widths for an allocator: uniform ones leave padded stages as they are, if they can."""
