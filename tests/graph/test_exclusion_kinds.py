@@ -144,3 +144,29 @@ def test_only_the_kind_decides_what_an_error_advises():
         with pytest.raises(ValueError) as caught:
             require_reachable(cost, WidthSpace.of(groups.groups), {"macs": 1})
         assert ("ignore fewer layers" in str(caught.value)) is advised
+
+
+class Taken(nn.Module):
+    """Something between two convolutions that looks at channels by number, or at all at once."""
+
+    def __init__(self, between, inputs):
+        super().__init__()
+        self.a, self.b, self.between = nn.Conv2d(3, 8, 1), nn.Conv2d(inputs, 4, 1), between
+
+    def forward(self, x):
+        return self.b(self.between(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("between", "inputs", "expected"),
+    [
+        (lambda y: y[:, :1], 1, {"a/0": ("minimum", "one channel"), "a/1": ("unread", "no convolution, linear or")}),
+        (lambda y: y[:, 3][:, None], 1, {"a/0": ("pinned", "by their number"), "a/1": ("minimum", "one channel")}),
+        (lambda y: y.relu() if y.sum() > -1e9 else y, 8, {"a": ("mixed", "one number of all its channels")}),
+    ],
+)
+def test_the_reason_is_what_the_code_does_to_the_channels(between, inputs, expected):
+    found = {e.name: (e.kind, e.reason) for e in prunable_groups(Taken(between, inputs), X).excluded if e.name != "b"}
+    assert found.keys() == expected.keys()
+    for name, (kind, text) in expected.items():
+        assert found[name][0] == kind and text in found[name][1]

@@ -43,8 +43,8 @@ def require_reachable(
         space: admissible widths.
         limits: upper limit per cost field.
         host: what is to be said to users of another host, who do not know our options: a remedy in place of that for
-            ``"max_pruning_ratio"``, ``"round_to"``, ``"min_widths"``, ``"keep_padded"`` or ``"ignored"``, and the ``"reason"`` of groups
-            that are ignored.
+            ``"max_pruning_ratio"``, ``"round_to"``, ``"min_widths"``, ``"keep_padded"`` or ``"ignored"``, and the
+            ``"reason"`` of groups that are ignored.
 
     Raises:
         BudgetError: naming the least reachable cost.

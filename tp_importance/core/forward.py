@@ -82,7 +82,7 @@ def fresh_inputs(value: Any) -> Any:
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a layer was called with: its first argument, or the keyword ``input`` of torch's layers, or the first one."""
+    """What a layer was called with: its first argument, the keyword ``input`` of torch's layers, or the first one."""
     return args[0] if args else kwargs[_input_key(kwargs)]
 
 

@@ -33,6 +33,9 @@ __all__ = ["AT_MINIMUM", "build_groups", "ignored_modules", "other_answers", "st
 AT_MINIMUM: Reason = ("minimum", "at its smallest width")
 """Why a group that cannot become narrower is left out."""
 
+ONE_CHANNEL: Reason = ("minimum", "one channel that the code takes apart from the others")
+"""Why a part of a layer is left out that cannot become narrower."""
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -80,7 +83,9 @@ def build_groups(
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
-        if not group.consumers:
+        if group.width == 1 and group.producers[0].width > 1:  # its labels tell nothing of where it goes
+            why.insert(0, ONE_CHANNEL)
+        elif not group.consumers:
             why.append(AT_MINIMUM if group.width == 1 else _unread(group))
         elif group.n_units <= group.min_units:
             why.append(AT_MINIMUM)

@@ -61,8 +61,9 @@ def prunable_groups(
         output_transform: applied to the network's output before tracing.
         allow_stale: also offer channels that layers read in training mode only. These layers keep their old width, and
             the network fails in training mode once it is pruned.
-        verify: compare masked and pruned copies (default). Costs two deep copies and two passes. Or a
-            function that knows the verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
+        verify: compare masked and pruned copies (default). Costs two deep copies and two passes if all groups are safe,
+            and as much again for every test that it takes to find those that are not. Or a function that knows the
+            verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
         progress: show progress bars.
 
     Returns:

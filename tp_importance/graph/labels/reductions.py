@@ -39,7 +39,8 @@ def fold(run: Run, layer: Tensor, dims: Iterable[int], where: str) -> Tensor | N
     axes = set(axes_of(layer))
     over = [d for d in dims if d in axes]
     if over and not axes - set(over):
-        run.flag(layer, "mixed", f"{where} mixes its channels")
+        one = "makes one number of all its channels (to decide about a branch?)"
+        run.flag(layer, "mixed", f"{where} {one if len({*dims}) == layer.dim() else 'mixes its channels'}")
         return None
     for axis in over:
         layer, pairs = merged(layer, axis)
