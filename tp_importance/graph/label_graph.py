@@ -126,6 +126,7 @@ class LabelGraph(HostGraph):
         self._stand_ins: dict[type, Any] = {}
         self.direct_history: list[list[Any]] = []
         self._blocks: dict[Any, int] = {}
+        self._hosts: list[_Host] = []
         self._first: dict[nn.Module, Any] = {}
         self._discover = partial(
             prunable_groups,
@@ -185,8 +186,8 @@ class LabelGraph(HostGraph):
         if not len(self.groups):
             warnings.warn(self.groups.nothing_left(), stacklevel=levels_up())
         self._first.clear()  # of a network seen before
-        for stale in [key for key in self._ranked if isinstance(key, Channels)]:
-            del self._ranked[stale]
+        for host in self._hosts:
+            self._ranked.pop(host.root, None)
         self._attach(model, channel_pruners(model, customized_pruners))
         self._cutter = Cutter(model, LayerPruners(model, customized_pruners))
         self.unwrapped_parameters = list(unwrapped_parameters or ())

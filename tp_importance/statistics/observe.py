@@ -19,6 +19,7 @@ from ..core.loaders import iterate
 from ..core.precision import at_least_float, undisturbed
 from ..core.progress import phase
 from ..core.untouched import untouched
+from ..graph.layer_pruners import RECURRENT
 from ..graph.patches import require_batched, samples_first
 from .labels import LabelFn, batch_labels, check_range, counted, labels_per_row, require_classes, wanted_classes
 
@@ -138,7 +139,8 @@ def _hook(watch: Watch, current: list[Tensor]) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x, labels = layer_input(args, kwargs), current[0]
         require_batched(watch.name, watch.module, x)
-        x, output = samples_first(watch.module, x), tensors_in(output)[0]  # a recurrent layer returns its state as well
+        if isinstance(watch.module, RECURRENT):  # which return their state as well
+            x, output = samples_first(watch.module, x), tensors_in(output)[0]
         with undisturbed(x.device):
             watch.fn(at_least_float(x), at_least_float(output), labels_per_row(watch.name, x, labels))
 
