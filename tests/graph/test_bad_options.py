@@ -50,6 +50,7 @@ NET, X = network(), torch.randn(2, 3, 8, 8)
         ({"unwrapped_parameters": [(nn.Parameter(X), 0)]}, ValueError, "in unwrapped_parameters is not in Sequential"),
         ({"customized_pruners": [NET[0]]}, TypeError, "must be a dict"),
         ({"customized_pruners": {"0": tp.pruner.function.ConvPruner()}}, TypeError, "types as keys, not '0'"),
+        ({"customized_pruners": {NET[0]: tp.pruner.function.ConvPruner}}, TypeError, r"a class, give ConvPruner\(\)"),
         ({"customized_pruners": {NET[0]: 3}}, TypeError, r"3 for Conv2d.* has no prune_out_channels.*BasePruningFunc"),
         ({"forward_fn": "run"}, TypeError, "forward_fn must be a function, not 'run'"),
         ({"output_transform": 3}, TypeError, "output_transform must be a function, not 3"),

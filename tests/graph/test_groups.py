@@ -265,3 +265,9 @@ def test_scripted_layers_are_refused_by_name():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 2, 3))
     with pytest.raises(TypeError, match=r"model\.1 is a RecursiveScriptModule: .*script or trace it afterwards"):
         prunable_groups(model, torch.randn(2, 3, 12, 12))
+
+
+def test_groups_are_shown_on_a_line_each():
+    lines = str(topology("depthwise").groups).splitlines()
+    assert lines[0] == f"{len(topology('depthwise').groups)} groups, 1 left out" and lines[-1].startswith("left out: ")
+    assert len(lines) == len(topology("depthwise").groups) + 2

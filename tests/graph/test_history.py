@@ -131,6 +131,7 @@ WRONG = {
     "an output": ([["3.2", True, [1]]], r"channels \[1\] \(out\) of 3\.2 are in no group"),
     "a part": ([["1.body.1.0", True, [0, 5]]], r"channels \[0, 5\] \(out\) of 1\.body\.1\.0 are only a part of what"),
     "all": ([["0.0", True, list(range(12))]], "group 0.0 keeps at least 1"),
+    "a direct one": ([["0.0", "out", [1]], ["0.0", True, [1]]], "no entries"),
     "negative": ([["0.0", True, [-1]]], "is no entry"),
     "twice": ([["0.0", True, [1, 1]]], "is no entry"),
     "no whole number": ([["0.0", True, [1.7]]], "is no entry"),

@@ -296,3 +296,9 @@ def test_cuts_under_inference_mode_can_be_trained():
         graph.get_pruning_group(model[0][0], tp.prune_conv_out_channels, [0]).prune()
     model(x).sum().backward()
     assert model[0][0].weight.grad.shape == model[0][0].weight.shape
+
+
+def test_a_direct_history_is_sent_to_the_function_that_repeats_it():
+    _, _, graph = built("plain")
+    with pytest.raises(ValueError, match=r"direct history: repeat_cuts"):
+        graph.load_pruning_history([["0.0", "out", [1]]])

@@ -198,9 +198,14 @@ def repeated(names, dense):
             assert torch.equal(a, b)
 
 
+def cut_by_the_user(names, dense):
+    assert names["net"][2].in_channels == len(names["net"][1].table[0]) == 8
+
+
 CHECKS = {
     ".excluded:\n    print(left_out.name, left_out.kind": untouched,
     "bake_weights(net": baked,
+    "class ShiftPruner": cut_by_the_user,
     "repeat_cuts(another": repeated,
     "prune(model, x, loader, budget=Budget(macs=0.5)": meets(0.5),
     "Distiller(": fine_tuned,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.processes import levels_up
 from .attributes import UnknownClassError, class_name, decoded, described, encoded, fingerprint, same_value
@@ -60,7 +60,8 @@ class AttributeLoader:
         for key, value in entry["config"].items():
             if value is None and any(key in vars(module)[r] for r in ("_parameters", "_buffers", "_modules")):
                 continue  # what is registered there, if anything, comes from the lists of tensors and layers
-            if is_shadowing(module, key):
+            tensors = isinstance(value, Tensor) and isinstance(vars(module).get(key), Tensor)
+            if is_shadowing(module, key) and not tensors:
                 raise ValueError(
                     f"layer {name!r} has {key}={value!r} in its config, which would hide {key!r} of "
                     f"{class_name(type(module))}; load with the factory that built the network before it was pruned, "
@@ -90,7 +91,8 @@ class AttributeLoader:
                     f"attribute {key!r} of layer {name!r} cannot be made ({error}); load with the factory that built "
                     "the network before it was pruned"
                 ) from error
-        module.__dict__[key] = self._replaced[place][1]
+        made = self._replaced[place][1]
+        module.__dict__[key] = made.to(current.device) if isinstance(current, Tensor) else made
 
     def _leave(self, name: str, module: nn.Module, key: str, kind: str) -> None:
         """Note an attribute that stays the factory's, if code of the factory's may ask for it."""

@@ -33,6 +33,9 @@ __all__ = [
 
 _NAMESPACES = (SimpleNamespace, argparse.Namespace)
 _SCALARS = (type(None), bool, int, float, str, torch.dtype)
+LARGEST = 2**20
+"""Entries of the largest tensor that is kept where it is no parameter or buffer: it may be a cached activation."""
+
 _CONTENTS: dict[Any, type] = {"items": dict, "fields": dict, "members": list, "value": object}
 """What a record says besides its class: entries of a mapping, fields, members of a set, the value of an enum."""
 _BUILTIN = {"builtins.dict": "items", "builtins.set": "members", "builtins.frozenset": "members"}
@@ -87,7 +90,8 @@ def encoded(value: Any, known: dict[str, Any] | None = None, _inside: tuple[int,
     """``value`` as a tree of builtin values, without loss but for the code of classes.
 
     ``None``, ``bool``, ``int``, ``float``, ``str``, ``torch.dtype`` and ``torch.Size`` stand for themselves, also
-    those of NumPy; lists and tuples hold encoded values. Mappings, sets, named tuples, dataclasses, namespaces
+    those of NumPy, and small tensors without a gradient (anchors that a detector has computed, say); lists and tuples
+    hold encoded values. Mappings, sets, named tuples, dataclasses, namespaces
     (``types.SimpleNamespace``, ``argparse.Namespace``) and enums become a *record*: a dict of the name of their
     ``class`` and of what is in them.
 
@@ -108,6 +112,10 @@ def encoded(value: Any, known: dict[str, Any] | None = None, _inside: tuple[int,
         value = value.item()
     if type(value) in _SCALARS:
         return value
+    if type(value) is Tensor and not value.requires_grad and value.layout == torch.strided and not value.is_meta:
+        if value.numel() > LARGEST:
+            raise TypeError(f"a tensor of {value.numel()} entries is too large to be an attribute")
+        return value.clone()  # without the rest of its memory
     if id(value) in _inside:
         raise TypeError(f"a {type(value).__name__} contains itself")
 
@@ -209,7 +217,7 @@ def check_encoded(value: Any) -> None:
     Raises:
         ValueError: if it is not.
     """
-    if type(value) in _SCALARS or type(value) is torch.Size:
+    if type(value) in _SCALARS or type(value) in (torch.Size, Tensor):
         return
     parts = value if type(value) in (list, tuple) else _parts(value)
     for part in parts:

@@ -179,7 +179,13 @@ class _Builder:
         elif key.rpartition(".")[2] in input_weights(module):
             self._add_side(field, name, "in", parameter, total)
         else:  # one entry (or row) per channel of the owner's output side
-            self._add_side(field, name, "out", parameter, total)
+            self._add_side(field, self._cut_as_a_whole(name), "out", parameter, total)
+
+    def _cut_as_a_whole(self, name: str) -> str:
+        """The module that a pruning function of the user's cuts with all that is in it, if there is one."""
+        parts = name.split(".")
+        outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        return next((module for module in outer if (module, "out") in self.sides), name)
 
     def _axis(self, key: str, role: str) -> _Affine:
         """One axis of a tensor that is cut by itself."""

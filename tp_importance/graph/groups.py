@@ -188,6 +188,16 @@ class PrunableGroups:
     def __len__(self) -> int:
         return len(self.groups)
 
+    def __str__(self) -> str:
+        lines = [f"{len(self.groups)} groups, {len(self.excluded)} left out"]
+        for g in self.groups:
+            unit = f" in units of {g.unit_size}" if g.unit_size > 1 else ""
+            lines.append(
+                f"{g.name}: {g.width} channels{unit}, in {', '.join(dict.fromkeys(m.name for m in g.members))}"
+            )
+        lines += [f"left out: {e.name} ({e.width}): {e.reason}" for e in self.excluded]
+        return "\n".join(lines)
+
     def __getitem__(self, name: str) -> ChannelGroup:
         for group in self.groups:
             if group.name == name:

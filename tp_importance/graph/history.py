@@ -29,6 +29,9 @@ from .surgery import Cutter, remove_units
 
 __all__ = ["PruningHistory", "is_direct", "repeat", "repeat_cuts", "units_of"]
 
+LISTED = 8
+"""How many channels an error lists."""
+
 _Place = tuple[str, Any]
 
 
@@ -231,7 +234,10 @@ def units_of(entries: Sequence[Any], groups: PrunableGroups) -> dict[str, list[i
     """
     removed: dict[str, list[int]] = defaultdict(list)
     gone = defaultdict[_Place, list[int]](list)
-    for name, is_out, positions in map(_checked, entries):
+    checked = [_checked(entry) for entry in entries]
+    if not all(isinstance(side, bool) for _, side, _ in checked):
+        raise ValueError("this is a direct history: repeat_cuts(model, history) repeats it")
+    for name, is_out, positions in checked:
         role: Role = "out" if is_out else "in"
         named = dict(zip(_before(positions, gone[name, role]), positions, strict=True))
         unknown, found = set(named), []
@@ -251,12 +257,19 @@ def units_of(entries: Sequence[Any], groups: PrunableGroups) -> dict[str, list[i
             found.append((group, units.tolist()))
         if unknown:
             raise ValueError(
-                f"channels {sorted(named[p] for p in unknown)} ({role}) of {name} are in no group that can be pruned"
+                f"channels {_listed(sorted(named[p] for p in unknown))} ({role}) of {name} are in no group that can be "
+                "pruned; if the history is of a pruner with another forward_fn, ignored_layers or the like, the groups "
+                "must be found with the same"
             )
         for group, units in found:
             removed[group.name] += units
             _note(gone, group, units)
     return removed
+
+
+def _listed(channels: Sequence[int]) -> str:
+    more = f" and {len(channels) - LISTED} more" if len(channels) > LISTED else ""
+    return f"{list(channels[:LISTED])}{more}"
 
 
 def _open(groups: PrunableGroups) -> str:

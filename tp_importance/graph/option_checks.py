@@ -127,6 +127,10 @@ def _check_pruners(given: Any) -> None:
     for key, pruner in given.items():
         if not isinstance(key, (nn.Module, type)):
             raise TypeError(f"customized_pruners takes modules and module types as keys, not {key!r}")
+        if isinstance(pruner, type):
+            raise TypeError(
+                f"customized_pruners: {pruner.__name__} for {_said(key)} is a class, give {pruner.__name__}()"
+            )
         if pruner is not None and not all(callable(getattr(pruner, name, None)) for name in _PRUNING_FUNCTIONS):
             raise TypeError(
                 f"customized_pruners: {pruner!r} for {_said(key)} has no {', '.join(_PRUNING_FUNCTIONS)}; give an "

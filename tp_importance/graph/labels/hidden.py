@@ -66,7 +66,10 @@ def customized(
         axis = _channel_axis(tensor, None if inputs is None else len(inputs))
         if axis is None or inputs is None:
             for layer in run.layers(tensor):
-                run.flag(layer, "mixed", f"{where} has no inputs that its pruning function can cut")
+                said = (
+                    f"says that it has {pruner.get_in_channels(module)} inputs, and it is given {tuple(tensor.shape)}"
+                )
+                run.flag(layer, "mixed", f"the pruning function of {where} {said}")
         else:
             match(run, consumed(run, tensor, axis), inputs.to(tensor.device), where)
     found: list[tuple[Tensor, Layers]] = []
