@@ -66,20 +66,20 @@ class Cutter:
 
     def __init__(self, model: nn.Module, pruners: LayerPruners) -> None:
         self._model, self.pruners = model, pruners
-        holders: dict[int, set[str]] = defaultdict(set)
+        owners: dict[int, set[str]] = defaultdict(set)
         for name, module in model.named_modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
-                    holders[id(tensor)].add(name)
+                    owners[id(tensor)].add(name)
         self._sharing: dict[str, set[str]] = defaultdict(set)  # surgery keeps shared what is shared
-        for names in holders.values():
+        for names in owners.values():
             for name in names if len(names) > 1 else ():
                 self._sharing[name] |= names
 
     @torch.inference_mode(False)  # it makes parameters
     @torch.no_grad()
     def make(self, cuts: Sequence[Cut], *, gradients: bool = False) -> None:
-        """Make cuts, all or none; optimizers of parameters that are replaced are told off.
+        """Make cuts, all or none; an optimizer that goes on with what was replaced will warn.
 
         Args:
             cuts: see :func:`.cuts.cuts_of`.

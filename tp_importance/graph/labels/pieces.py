@@ -27,6 +27,7 @@ class _Cut:
     bounds: list[tuple[int, int]] = field(default_factory=list)
     followers: list[Follower] = field(default_factory=list)
     whole: bool = False  # cut into pieces that together are the axis
+    told: bool = False  # the sizes were given, by numbers that modules keep
 
 
 class Pieces:
@@ -63,7 +64,9 @@ class Pieces:
         cut.bounds += bounds
         cut.whole |= len(bounds) > 1
         found = [labels[s:e] for s, e in bounds] + [labels[:s] for s, e in bounds if s]
-        cut.followers += followers_of(sizes.sizes, [*found, labels])
+        followers = followers_of(sizes.sizes, [*found, labels])
+        cut.followers += followers
+        cut.told |= sizes.function == "split" and bool(followers)
 
     def questions(self) -> Iterable[Question]:
         """What is open about all cuts."""
@@ -80,7 +83,7 @@ class Pieces:
                 pairs = np.stack([np.broadcast_to(blocks[0], blocks.shape).ravel(), blocks.ravel()])
                 ties = pairs[:, (pairs > 0).all(0)]
                 options += [Option("the pieces shrink alike", ties, followers=followers)]
-                if followers:
+                if followers and not cut.told:
                     options += [Option("the pieces shrink alike, by themselves", ties)]
             elif followers and not options:
                 options += [Option("the sizes follow", followers=followers)]
