@@ -21,7 +21,7 @@ from tp_importance import label_groups
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [100, 101, 102])
 def test_random_graphs(start):
-    each(examine, number=10, start=start)
+    each(examine, number=6, start=start)
 
 
 def prune_by_host(program: Program) -> None:
