@@ -135,16 +135,15 @@ def _keep_shared(model: nn.Module, changes: Iterable[Changes]) -> None:
     owners = Counter(id(tensor) for registry in registries for tensor in registry.values())
     cut: dict[int, list[tuple[dict[str, Tensor], str]]] = defaultdict(list)
     for change in changes:
-        for key in change.parameters:
-            cut[id(change.module._parameters[key])].append((change.parameters, key))
-        for key in change.buffers:
-            cut[id(change.module._buffers[key])].append((change.buffers, key))
+        for old, new in ((change.module._parameters, change.parameters), (change.module._buffers, change.buffers)):
+            for key in new:
+                cut[id(old[key])].append((new, key))
     for tensor, places in cut.items():
-        new = [tensors[key] for tensors, key in places]
-        if len(new) < owners[tensor] or not all(torch.equal(new[0], other) for other in new):
+        made = [tensors[key] for tensors, key in places]
+        if len(made) < owners[tensor] or not all(torch.equal(made[0], other) for other in made):
             raise RuntimeError(f"the {places[0][1]} that {owners[tensor]} layers share would be another in each")
         for tensors, key in places:
-            tensors[key] = new[0]
+            tensors[key] = made[0]
 
 
 def _resized(name: str, old: Mapping[str, Tensor | None], new: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

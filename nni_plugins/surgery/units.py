@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tp_importance.core.listing import listed
 from tp_importance.graph.groups import ChannelGroup, Member, PrunableGroups, Role
 from tp_importance.graph.layer_kinds import CONV, is_passthrough
 from tp_importance.graph.layer_pruners import loses_whole_groups
@@ -20,8 +21,6 @@ from .masks import kept_positions
 __all__ = ["MaskedAxes", "MaskedAxis", "dead_units", "made_in_part", "masked_axes", "units_to_remove"]
 
 Flags = NDArray[np.bool_]
-LISTED = 8
-"""How many channels an error lists."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +176,7 @@ def units_to_remove(groups: PrunableGroups, axes: MaskedAxes) -> dict[str, list[
             raise ValueError(_why_it_stays(groups, axes, axis, extra))
         if (missing := np.flatnonzero(gone & ~axis.masked)).size:
             raise ValueError(
-                f"the mask of {axis.tensor!r} keeps channels {_listed(missing)}, which the layers it shares them with "
+                f"the mask of {axis.tensor!r} keeps channels {listed(missing)}, which the layers it shares them with "
                 "mask; align the masks (align and dependency_group_id in config_list)"
             )
     return removed
@@ -185,7 +184,7 @@ def units_to_remove(groups: PrunableGroups, axes: MaskedAxes) -> dict[str, list[
 
 def _why_it_stays(groups: PrunableGroups, axes: MaskedAxes, axis: MaskedAxis, channels: NDArray[np.int64]) -> str:
     """Why masked channels cannot be removed."""
-    what = f"the mask of {axis.tensor!r} takes channels {_listed(channels)}"
+    what = f"the mask of {axis.tensor!r} takes channels {listed(channels)}"
     for group in groups:
         for m in filter(axis.of, group.members):
             wanted = set(m.units[np.isin(m.channels, channels)].tolist())
@@ -202,8 +201,3 @@ def _why_it_stays(groups: PrunableGroups, axes: MaskedAxes, axis: MaskedAxis, ch
     own = [e for e in groups.excluded if axis.module in e.layers]
     why = "; ".join(f"{e.name}: {e.reason}" for e in own) or "they belong to no group that can be pruned"
     return f"{what}, which cannot be removed: {why}"
-
-
-def _listed(channels: NDArray[np.int64]) -> str:
-    more = f" and {len(channels) - LISTED} more" if len(channels) > LISTED else ""
-    return f"{channels[:LISTED].tolist()}{more}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 
 import pytest
 import torch
 from torch import nn
 
 from tp_importance import Budget, prunable_groups, prune, recalibrate_batchnorm
+from tp_importance.core.copies import copied
 from tp_importance.core.guards import written
 from tp_importance.errors import TracingError
 
@@ -132,3 +134,9 @@ def test_an_exported_network_is_refused():
     exported = torch.export.export(network().eval(), (X,)).module()
     with pytest.raises(TypeError, match=r"model was made by torch\.export and has neither layers nor an eval mode"):
         prunable_groups(exported, X)
+
+
+def test_a_tensor_with_a_graph_in_a_deque_is_copied():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
+    net[0].seen = deque([net[0](torch.randn(1, 3, 4, 4))])
+    assert copied(net)[0].seen[0].is_leaf and prunable_groups(net, torch.randn(1, 3, 4, 4)).names == ["0"]

@@ -60,8 +60,7 @@ class AttributeLoader:
         for key, value in entry["config"].items():
             if value is None and any(key in vars(module)[r] for r in ("_parameters", "_buffers", "_modules")):
                 continue  # what is registered there, if anything, comes from the lists of tensors and layers
-            tensors = isinstance(value, Tensor) and isinstance(vars(module).get(key), Tensor)
-            if is_shadowing(module, key) and not tensors:
+            if is_shadowing(module, key, value):
                 raise ValueError(
                     f"layer {name!r} has {key}={value!r} in its config, which would hide {key!r} of "
                     f"{class_name(type(module))}; load with the factory that built the network before it was pruned, "

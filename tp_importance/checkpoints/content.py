@@ -215,12 +215,13 @@ def _check_tensors(content: Mapping[str, Any], digests: Mapping[str, str]) -> No
             raise ValueError(f"the metadata of {name!r} must be a dict, not {entry!r}")
 
 
-def is_shadowing(module: nn.Module, key: str) -> bool:
+def is_shadowing(module: nn.Module, key: str, value: Any = None) -> bool:
     """Whether an attribute of an instance would hide something that is not its like: a method, a property, a tensor.
 
     Args:
         module: the instance.
         key: name of the attribute.
+        value: what it would be; a tensor that is not registered may take the place of another.
 
     Example:
         >>> [key for key in ("in_features", "user_width", "forward", "train", "weight") if is_shadowing(nn.ReLU(), key)]
@@ -232,7 +233,7 @@ def is_shadowing(module: nn.Module, key: str) -> bool:
     if key.startswith("_") or key == "training" or any(key in own[r] for r in ("_parameters", "_buffers", "_modules")):
         return True
     if key in own:  # a user's attribute that hides a method itself is the user's own matter
-        return callable(own[key]) or isinstance(own[key], Tensor)
+        return callable(own[key]) or (isinstance(own[key], Tensor) and not isinstance(value, Tensor))
     inherited = inspect.getattr_static(type(module), key, None)
     return callable(inherited) or hasattr(inherited, "__get__") or hasattr(nn.Module, key)
 

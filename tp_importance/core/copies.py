@@ -43,12 +43,7 @@ def copied_with(model: Model, others: Any) -> tuple[Model, Any]:
 
 def copy_memo(model: nn.Module) -> dict[int, Any]:
     """What :func:`copy.deepcopy` is to take for the tensors of ``model`` that it refuses; see :func:`copied`."""
-    kinds = (Tensor, dict, list, tuple)  # most modules hold little else than empty dicts
-    held = (
-        value
-        for module in model.modules()
-        for holder in vars(module).values()
-        if isinstance(holder, kinds) and (isinstance(holder, Tensor) or holder)
-        for value in tree_leaves(holder)
-    )
+    # most modules hold little else than empty dicts
+    filled = ([v for v in vars(module).values() if type(v) is not dict or v] for module in model.modules())
+    held = (value for values in filled for value in tree_leaves(values))
     return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}

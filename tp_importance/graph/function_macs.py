@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.batches import tensors_in
-
-__all__ = ["FORMULAS", "KERNELS", "RECURRENT", "UNKNOWN", "WEIGHTS", "positional", "sums_over_last", "time_steps"]
+__all__ = ["FORMULAS", "KERNELS", "RECURRENT", "UNKNOWN", "WEIGHTS", "positional", "sums_over_last"]
 
 Macs = Callable[..., int]
 
@@ -64,13 +62,9 @@ def _bilinear(out: Tensor, _left: Tensor, _right: Tensor, weight: Tensor, *_: An
     return out.numel() * weight[0].numel()
 
 
-def _recurrent(_out: Tensor, input: Tensor, *given: Any, **__: Any) -> int:
-    return time_steps(input) * sum(w.numel() for w in tensors_in(given) if isinstance(w, nn.Parameter) and w.dim() == 2)
-
-
-def time_steps(input: Tensor) -> int:
-    """Time steps of all sequences of a batch: a recurrent layer multiplies with each of its weights as often."""
-    return input.numel() // max(input.shape[-1], 1)
+def _recurrent(_out: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """One of the weights: each is multiplied with once per time step of every sequence."""
+    return input.numel() // max(input.shape[-1], 1) * weight.numel()
 
 
 def _attention(_out: Tensor, query: Tensor, key: Tensor, value: Tensor, width: int, *_: Any, **__: Any) -> int:
@@ -79,7 +73,7 @@ def _attention(_out: Tensor, query: Tensor, key: Tensor, value: Tensor, width: i
 
 
 RECURRENT = {f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")}
-"""Functions that multiply with several weights."""
+"""Functions that multiply with several weights; their formula is for one of them, in place of all but the input."""
 
 FORMULAS: dict[str, Macs] = {
     **{f"conv{n}d": _conv for n in (1, 2, 3)},

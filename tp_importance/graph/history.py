@@ -22,15 +22,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..core.listing import listed
 from .cuts import Cut, cuts_of
 from .groups import ChannelGroup, Index, PrunableGroups, Role
 from .layer_pruners import LayerPruners
 from .surgery import Cutter, remove_units
 
 __all__ = ["PruningHistory", "is_direct", "repeat", "repeat_cuts", "units_of"]
-
-LISTED = 8
-"""How many channels an error lists."""
 
 _Place = tuple[str, Any]
 
@@ -243,21 +241,21 @@ def units_of(entries: Sequence[Any], groups: PrunableGroups) -> dict[str, list[i
         unknown, found = set(named), []
         for group in groups:
             member = group.member(name, role)
-            listed = np.isin(member.channels, list(named)) if member is not None else np.zeros(0, bool)
-            if member is None or not listed.any():
+            asked = np.isin(member.channels, list(named)) if member is not None else np.zeros(0, bool)
+            if member is None or not asked.any():
                 continue
-            units = np.unique(member.units[listed])
-            split = np.intersect1d(units, member.units[~listed])
+            units = np.unique(member.units[asked])
+            split = np.intersect1d(units, member.units[~asked])
             if split.size:
-                parts = [named[int(p)] for p in member.channels[listed & np.isin(member.units, split)]]
+                parts = [named[int(p)] for p in member.channels[asked & np.isin(member.units, split)]]
                 raise ValueError(
                     f"channels {parts} ({role}) of {name} are only a part of what goes with them{_open(groups)}"
                 )
-            unknown -= set(member.channels[listed].tolist())
+            unknown -= set(member.channels[asked].tolist())
             found.append((group, units.tolist()))
         if unknown:
             raise ValueError(
-                f"channels {_listed(sorted(named[p] for p in unknown))} ({role}) of {name} are in no group that can be "
+                f"channels {listed(sorted(named[p] for p in unknown))} ({role}) of {name} are in no group that can be "
                 "pruned; if the history is of a pruner with another forward_fn, ignored_layers or the like, the groups "
                 "must be found with the same"
             )
@@ -265,11 +263,6 @@ def units_of(entries: Sequence[Any], groups: PrunableGroups) -> dict[str, list[i
             removed[group.name] += units
             _note(gone, group, units)
     return removed
-
-
-def _listed(channels: Sequence[int]) -> str:
-    more = f" and {len(channels) - LISTED} more" if len(channels) > LISTED else ""
-    return f"{list(channels[:LISTED])}{more}"
 
 
 def _open(groups: PrunableGroups) -> str:
@@ -302,8 +295,8 @@ def _explained(cuts: Sequence[Cut], groups: PrunableGroups, pruners: LayerPruner
         for member in group.members:
             side = member.role if member.axis is None else member.axis
             if (member.name, side) in wanted:
-                listed = np.isin(member.channels, wanted[member.name, side])
-                units = np.setdiff1d(member.units[listed], member.units[~listed]).tolist()
+                asked = np.isin(member.channels, wanted[member.name, side])
+                units = np.setdiff1d(member.units[asked], member.units[~asked]).tolist()
                 removed.update({group.name: units} if units else {})
                 break
     plan = [(groups[name], units) for name, units in removed.items()]

@@ -14,6 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from ..core.listing import listed
 from ..core.processes import levels_up
 from .cuts import cuts_of
 from .discovery import prunable_groups
@@ -245,7 +246,7 @@ class LabelGraph(HostGraph):
         sides = self._sides(module, pruning_fn)
         name, width = self._name(module), sides[0][1].width
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < width:
-            raise ValueError(f"{name} has channels 0..{width - 1}; {_listed(wanted)} cannot be pruned")
+            raise ValueError(f"{name} has channels 0..{width - 1}; {listed(wanted)} cannot be pruned")
         chosen, closed = [], []
         for group, member in sides:
             units = np.unique(member.units[np.isin(member.channels, wanted)])
@@ -258,7 +259,7 @@ class LabelGraph(HostGraph):
         missing = np.setdiff1d(wanted, channels)
         if len(missing):
             raise ValueError(
-                f"channels {_listed(missing)} of {name} are in no group that can be pruned{self._why(name)}"
+                f"channels {listed(missing)} of {name} are in no group that can be pruned{self._why(name)}"
             )
         return self._group(sides[0][1].dimension, channels, chosen)
 
@@ -379,7 +380,7 @@ class LabelGraph(HostGraph):
     def _of_stand_in(self, module: Channels, wanted: Index) -> LabelGroup:
         group, name = self.groups[module.group], self._name(module)
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < module.width:
-            raise ValueError(f"{name} are 0..{module.width - 1}; {_listed(wanted)} cannot be pruned")
+            raise ValueError(f"{name} are 0..{module.width - 1}; {listed(wanted)} cannot be pruned")
         units = np.unique(wanted % group.n_units)
         rows = units[:, None] + group.n_units * np.arange(group.unit_size)
         self._check_split(group, name, wanted, rows, units)
@@ -396,8 +397,8 @@ class LabelGraph(HostGraph):
         split = ~np.isin(rows, wanted).all(1)
         if split.any() and group.n_units - len(units) < group.min_units:
             raise ValueError(
-                f"channels {_listed(np.intersect1d(rows, wanted))} of {name} split units of group {group.name}: "
-                f"{_listed(rows[split][0])}, say, can only go together, and with all such units fewer than "
+                f"channels {listed(np.intersect1d(rows, wanted))} of {name} split units of group {group.name}: "
+                f"{listed(rows[split][0])}, say, can only go together, and with all such units fewer than "
                 f"{group.min_units} of {group.n_units} units would be left"
             )
 
@@ -474,8 +475,3 @@ class LabelGraph(HostGraph):
             return None
         in_step = (channels == channels[:, :1] + np.arange(size) * (width // size)).all()
         return size if in_step else None
-
-
-def _listed(channels: Index) -> str:
-    shown = ", ".join(map(str, channels[:8].tolist()))
-    return f"[{shown}{', ...' if len(channels) > 8 else ''}]"

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.batches import tensors_in
-from .function_macs import FORMULAS, KERNELS, RECURRENT, UNKNOWN, WEIGHTS, positional, sums_over_last, time_steps
+from .function_macs import FORMULAS, KERNELS, RECURRENT, UNKNOWN, WEIGHTS, positional, sums_over_last
 
 __all__ = ["Operations"]
 
@@ -154,7 +154,7 @@ class Operations(TorchFunctionMode):
                 if name in RECURRENT:
                     for factor in factors:
                         for single in self._weights_of([factor]) if factor.dim() == 2 else ():
-                            self.macs[single] += time_steps(operands[0]) * factor.numel()
+                            self.macs[single] += FORMULAS[name](out, operands[0], factor)
                     return
                 if sums_over_last(name, operands, lambda t: bool(self._weights_of([t]))):
                     self.macs[weight] += FORMULAS[name](out, *operands)

@@ -168,11 +168,13 @@ def verify_groups(
         blame, reasons, tests = Blame(groups, suspects), dict[str, str](), 0
         passed = Passed() if passed is None else passed
         drawn = sample_units(groups, seed)
-        units = {g.name: passed.drawn.setdefault(_content(g), drawn[g.name]) for g in groups}
+        contents = {g.name: _content(g) for g in groups}
+        units = {name: passed.drawn.setdefault(content, drawn[name]) for name, content in contents.items()}
         fixed = set(taken_for_fixed(groups))
         least = {g.name: list(range(g.min_units, g.n_units)) for g in groups if g.name in fixed}
         for removed in [units, *([least] if least else [])]:
-            examiner = _Examiner(groups, inputs, removed, gated or groups, blame, running, passed.tests)
+            keys = {name: (contents[name], *gone) for name, gone in removed.items()}
+            examiner = _Examiner(groups, inputs, removed, gated or groups, blame, running, keys, passed.tests)
             reasons |= Culprits([name for name in removed if name not in reasons], examiner, blame).find()
             tests += examiner.tests
         running.note(tests=tests, unsafe=len(reasons))
@@ -195,10 +197,11 @@ class _Examiner:
         gated: PrunableGroups,
         blame: Blame,
         running: Phase,
+        keys: Mapping[str, Hashable],
         passed: set[Hashable],
     ) -> None:
         self.blame, self.tests = blame, 0
-        self._passed = passed
+        self._keys, self._passed = keys, passed
         self._groups, self._inputs, self._units, self._gated = groups, example_inputs, units, gated
         self._running = running
         self._oracle = self._in(None)
@@ -208,7 +211,7 @@ class _Examiner:
         self._unsteady: set[str] | None = None
 
     def __call__(self, names: Sequence[str]) -> Outcome:
-        key = frozenset((_content(self._groups[name]), *self._units[name]) for name in names)
+        key = frozenset(self._keys[name] for name in names)
         if key in self._passed:
             return Outcome([])
         outcome = self._examined(names)
