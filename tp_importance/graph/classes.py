@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .groups import ChannelGroup, Excluded, Kind, Member, PrunableGroups, Role
-from .labels.ledger import Follower, Ledger
+from .groups import ChannelGroup, Excluded, Kind, Member, Normalised, PrunableGroups, Role
+from .kept_statistics import StatisticCall
+from .labels.ledger import Follower, Ledger, Statistic
 from .labels.reasons import Index, Reason
 from .layer_kinds import CONV, is_depthwise, is_passthrough
 from .layer_pruners import (
@@ -47,6 +48,7 @@ class _Place:
     classes: Index
     axis: int | None = None
     attribute: bool = False
+    statistic: Statistic | None = None
 
 
 def build_groups(
@@ -63,7 +65,7 @@ def build_groups(
     classes = ledger.classes(options.choices, heads)
     reasons = ledger.reasons(classes, options.choices)
     for labels, reason in [
-        *_attended(ledger, classes, asked),
+        *_attended(ledger, classes, asked, options.attention),
         *problems,
         *_contradictions(ledger.following(options.choices), classes),
     ]:
@@ -78,8 +80,12 @@ def build_groups(
     followers = [
         _Place(f.name, "out", "passthrough", classes[f.labels], attribute=True) for f in _unique(ledger, options)
     ]
+    statistics, unlike = _statistics(ledger, classes)
+    for labels, reason in unlike:
+        for c in np.unique(classes[labels]).tolist():
+            reasons.setdefault(c, []).append(reason)
     several = {int(c) for labels in ledger.several for c in classes[labels[labels > 0]]}
-    found = list(_groups([*places, *followers], reasons, traced.model, several))
+    found = list(_groups([*places, *followers, *statistics], reasons, traced.model, several))
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
@@ -196,17 +202,19 @@ def _groups(
         unit_of = np.full(last + 2, -1, np.int64)
         unit_of[_in_order(mine, root.classes)] = np.arange(len(mine))
         members = [_member(places[number], unit_of) for number, _ in signature]
+        found = list(zip(members, (places[number] for number, _ in signature), strict=True))
         at = unit_of[root.classes]
         group = ChannelGroup(
             root.name,
             int((at >= 0).sum()),
             int((at >= 0).sum()) // len(mine),
-            tuple(m for m, (number, _) in zip(members, signature, strict=True) if not places[number].attribute),
+            tuple(m for m, place in found if not place.attribute and place.statistic is None),
             (root.name, "out"),
             np.flatnonzero(at >= 0),
             at[at >= 0],
             max(1 + (not several.isdisjoint(mine)), *(_fewest(modules.get(m.name)) for m in members)),
-            tuple(m for m, (number, _) in zip(members, signature, strict=True) if places[number].attribute),
+            tuple(m for m, place in found if place.attribute),
+            tuple(Normalised(p.statistic.call, p.statistic.groups, m) for m, p in found if p.statistic is not None),
         )
         yield group, list(dict.fromkeys(r for c in mine for r in reasons.get(c, ())))
 
@@ -290,7 +298,8 @@ class _Layout:
             return _Place(owner, "in", "consumer", classes) if key in input_weights(module) and axis else None
         if isinstance(module, nn.Embedding) and axis == 0:  # its rows are no channels
             return None
-        if module is not None and self._pruners.of(module) is not None:
+        whole = len(getattr(module, "normalized_shape", ())) < 2  # else its tensors are cut one by one
+        if module is not None and whole and self._pruners.of(module) is not None:
             return _Place(owner, "out", "passthrough", classes)
         return _Place(name, "out", "passthrough", classes, axis) if len(classes) > 1 else None
 
@@ -358,12 +367,30 @@ def _heads(
     return ties, asked, problems
 
 
-def _attended(ledger: Ledger, classes: Index, asked: Sequence[Index]) -> Iterator[tuple[Index, Reason]]:
-    """Labels that take part in attention stay, but for those of layers whose heads the user has named."""
+def _attended(ledger: Ledger, classes: Index, asked: Sequence[Index], attention: str) -> Iterator[tuple[Index, Reason]]:
+    """Labels that take part in attention and stay: all of them if the user says so, and what has no known factors.
+
+    But for those of layers whose heads the user has named.
+    """
     named = np.unique(classes[np.concatenate([np.zeros(0, np.int64), *asked])])
-    for labels, where in ledger.attended:
-        left = labels[~np.isin(classes[labels], named)]
-        yield left, ("mixed", f"{where}: its channels take part in attention")
+    for found in ledger.attended:
+        if attention == "none" or found.factored:
+            left = found.known[~np.isin(classes[found.known], named)]
+            how = "" if attention == "none" else " by heads and dimensions at once"
+            yield left, ("mixed", f"{found.where}: its channels take part in attention{how}")
+
+
+def _statistics(ledger: Ledger, classes: Index) -> tuple[list[_Place], list[tuple[Index, Reason]]]:
+    """Every mean, variance and norm over channels once; and labels of those that run over others at another call."""
+    found: dict[StatisticCall, _Place] = {}
+    unlike: list[tuple[Index, Reason]] = []
+    for s in ledger.statistics:
+        own = np.where(s.labels > 0, classes[s.labels], -1)
+        known = found.setdefault(s.call, _Place(str(s.call), "in", "passthrough", own, s.axis, statistic=s))
+        if known.axis != s.axis or len(known.classes) != len(own) or (known.classes != own).any():
+            reason = ("mixed", f"{s.where} normalises over other channels each time that it is called")
+            unlike.append((np.concatenate([t.labels for t in ledger.statistics if t.call == s.call]), reason))
+    return list(found.values()), unlike
 
 
 def _unique(ledger: Ledger, options: TraceOptions) -> list[Follower]:

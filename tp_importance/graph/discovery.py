@@ -13,6 +13,7 @@ from ..core.arguments import checked_model
 from ..core.progress import phase, shown
 from .classes import build_groups, other_answers
 from .groups import PrunableGroups, Verifier
+from .labels.attention import Attention, checked_attention
 from .modes import training_pass
 from .option_checks import check_options
 from .trace_options import TraceOptions
@@ -30,6 +31,7 @@ def prunable_groups(
     example_inputs: Any,
     *,
     ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
+    attention: Attention = "heads",
     num_heads: Mapping[nn.Module, int] | None = None,
     unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
     customized_pruners: Mapping[Any, Any] | None = None,
@@ -54,7 +56,9 @@ def prunable_groups(
         model: the network; it is not changed.
         example_inputs: tensor, tuple or dict, batch dimension first.
         ignored_layers: modules (with everything inside), parameters or module types that must keep their outputs.
-        num_heads: ``{qkv projection: heads}`` as in Torch-Pruning; a unit is then one dimension of every head.
+        attention: what a unit of attention is: ``"heads"``, ``"dims"`` (a dimension of every head), or ``"none"``: its
+            channels stay. What has one head only loses dimensions in either case.
+        num_heads: ``{qkv projection: heads}`` as in Torch-Pruning: in these layers a unit is one dimension of every head.
         unwrapped_parameters: ``[(parameter, dim), ...]`` as in Torch-Pruning.
         customized_pruners: as in Torch-Pruning.
         forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
@@ -92,12 +96,16 @@ def prunable_groups(
         output_transform=output_transform,
         verify=verify,
     )
+    checked_attention(attention)
+    names = {module: name for name, module in model.named_modules()}
     options = TraceOptions(
         forward_fn,
         output_transform,
         unwrapped_parameters,
         customized_pruners,
         [p for p in ignored_layers or () if isinstance(p, nn.Parameter)],
+        attention=attention,
+        with_heads=tuple(names[m] for m in num_heads or ()),
     )
     with phase("tracing", progress=progress) as running:
         traced = trace(model, example_inputs, options)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from .kept_statistics import StatisticCall
 from .labels.reasons import ExclusionKind, Index
 from .trace_options import TraceOptions
 from .tracing import Trace
@@ -24,6 +25,7 @@ __all__ = [
     "Excluded",
     "ExclusionKind",
     "Member",
+    "Normalised",
     "PrunableGroups",
     "Verifier",
 ]
@@ -67,6 +69,21 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
+class Normalised:
+    """A mean, variance or norm that runs over channels of a group; of a masked network, over those that are kept.
+
+    Attributes:
+        call: which call of which function.
+        groups: norm groups that the axis is divided into.
+        member: the axis, counted from the end, and the channels.
+    """
+
+    call: StatisticCall
+    groups: int
+    member: Member
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Channels that must live or die together.
 
@@ -83,6 +100,7 @@ class ChannelGroup:
         min_units: fewest units the graph allows.
         attributes: whole numbers that modules hold (``name`` is ``"<module>.<attribute>"``, or
             ``"<module>.<attribute>.<index>"`` inside of a list) and that must follow: they fall by one per position.
+        statistics: means, variances and norms over the channels.
     """
 
     name: str
@@ -94,6 +112,7 @@ class ChannelGroup:
     root_units: Index
     min_units: int = 1
     attributes: tuple[Member, ...] = ()
+    statistics: tuple[Normalised, ...] = ()
 
     @property
     def n_units(self) -> int:

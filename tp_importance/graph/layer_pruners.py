@@ -235,6 +235,8 @@ def _pruner(modules: list[nn.Module]) -> Any:
         return FrozenNormPruner()
     if isinstance(module, _InstanceNorm):
         return InstanceNormPruner()
+    if isinstance(module, nn.RMSNorm):
+        return RMSNormPruner()
     if isinstance(module, NEIGHBOURS):
         return _Passing()
     # Torch-Pruning starts groups at depthwise convolutions with a function of its own
@@ -272,6 +274,18 @@ class _PerChannel(tp.BasePruningFunc):
 
 class FrozenNormPruner(_PerChannel):
     """See :func:`is_frozen_norm`."""
+
+
+class RMSNormPruner(_PerChannel):
+    """Torch-Pruning knows layer norms only."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        width = int(layer.normalized_shape[0])
+        super().prune_out_channels(layer, idxs)
+        layer.normalized_shape = (width - len(set(idxs)),)
+        return layer
+
+    prune_in_channels = prune_out_channels
 
 
 class InstanceNormPruner(_PerChannel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from ..core.forward import layer_input, with_input
 from .channel_axes import channel_dim
-from .groups import Index, PrunableGroups
+from .groups import Index, Normalised, PrunableGroups
+from .kept_statistics import Kept, KeptStatistics, StatisticCall
 
-__all__ = ["masked_units"]
+__all__ = ["kept_of", "masked_units"]
 
 
 @contextmanager
 def masked_units(model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[int]]) -> Iterator[None]:
     """Zero the channels of ``removed`` units where they are produced and where they are read, inside the context.
 
-    Weights that no layer owns (of ``F.conv2d(x, self.weight)``, say) have zeros there meanwhile.
+    Means, variances and norms over channels run over those that are kept. Weights that no layer owns (of ``F.conv2d(x, self.weight)``, say) have zeros there meanwhile.
 
     Args:
         model: the network.
@@ -53,7 +54,33 @@ def masked_units(model: nn.Module, groups: PrunableGroups, removed: Mapping[str,
             module = model.get_submodule(name)
             post = _zero_output(channel_dim(module), torch.as_tensor(np.concatenate(positions), device="cpu"))
             stack.callback(module.register_forward_hook(post, prepend=True).remove)
+        stack.enter_context(KeptStatistics(kept_of(groups, removed)).running(model))
         yield
+
+
+def kept_of(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> dict[StatisticCall, Kept]:
+    """What statistics over channels run over if some units are removed.
+
+    Args:
+        groups: the groups.
+        removed: units, by group.
+    """
+    gone: dict[StatisticCall, list[Index]] = defaultdict(list)
+    about: dict[StatisticCall, Normalised] = {}
+    for name, units in removed.items():
+        units = list(units)
+        for statistic in groups[name].statistics if units else ():
+            about[statistic.call] = statistic
+            gone[statistic.call].append(statistic.member.positions(units))
+    found = {}
+    for call, positions in gone.items():
+        statistic = about[call]
+        width, axis = statistic.member.width, statistic.member.axis
+        kept = np.setdiff1d(np.arange(width), np.concatenate(positions))
+        left = len(np.unique(kept // (width // statistic.groups)))
+        assert axis is not None
+        found[call] = Kept(axis, torch.as_tensor(kept, device="cpu"), width, left)
+    return found
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from ..core.batches import tensors_in
 from ..core.devices import misplaced
 from ..errors import TracingError
+from .labels.attention import Attention
 
 __all__ = ["TraceOptions", "failed_trace", "output_tensors"]
 
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """What is needed to trace unusual networks; the fields but the last have Torch-Pruning's names and meaning.
+    """What is needed to trace unusual networks; the first five fields have Torch-Pruning's names and meaning.
 
     Attributes:
         choices: answers to what one pass leaves open, see :class:`~tp_importance.graph.labels.ledger.Question`.
+        attention: what a unit of attention is.
+        with_heads: layers of which the user has told the number of heads, by qualified name.
     """
 
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
@@ -29,6 +32,8 @@ class TraceOptions:
     customized_pruners: Mapping[Any, Any] | None = None
     ignored_params: Sequence[nn.Parameter] = ()
     choices: tuple[int, ...] = ()
+    attention: Attention = "heads"
+    with_heads: tuple[str, ...] = ()
 
     def on_copy(self, model: nn.Module, copy: nn.Module) -> TraceOptions:
         """The same options, with every module and parameter of ``model`` replaced by its twin in ``copy``."""

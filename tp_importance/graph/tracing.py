@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -11,11 +12,12 @@ from torch import nn
 
 from ..core.arguments import checked_model
 from ..core.devices import to_model
-from ..core.forward import fresh_inputs
+from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
 from .counting import Call, CallRecorder, batch_size
 from .dataflow import Flow, record
 from .following import batch_norm_behind, feeds_alone
+from .labels.attention import answers as attention_answers
 from .labels.discover import labels_of
 from .labels.ledger import Ledger
 from .layer_pruners import users_layers
@@ -75,7 +77,9 @@ class Trace:
 def trace(
     model: nn.Module, example_inputs: Any, options: TraceOptions = TraceOptions(), *, training: bool = False
 ) -> Trace:
-    """Run ``model`` once with labels beside all tensors, whatever state it is in, and leave that state alone.
+    """Run ``model`` with labels beside all tensors, whatever state it is in, and leave that state alone.
+
+    Once, and once more if there is attention, see :mod:`.labels.attention`.
 
     Modes, gradient flags, hooks and all that the forward pass writes into the model (caches, counters, buffers) are
     restored on every exit. The network runs on clones of the example inputs.
@@ -107,16 +111,18 @@ def trace(
     axes = {id(p): dim for p, dim in options.unwrapped_parameters or ()}
     with untouched(model), torch.inference_mode(False), as_leaves(model):
         set_mode(model, training)
+
+        def labels(run: Callable[[nn.Module, Any], Any], answers: Mapping[int, int]) -> Ledger:
+            inputs, outputs = fresh_inputs(example_inputs), partial(output_tensors, transform=options.output_transform)
+            return labels_of(model, inputs, run, outputs, axes=axes, custom=custom, answers=answers)
+
         recorder = CallRecorder(model)
         try:
-            labels = labels_of(
-                model,
-                fresh_inputs(example_inputs),
-                lambda net, inputs: recorder.run(net, inputs, options.forward_fn),
-                partial(output_tensors, transform=options.output_transform),
-                axes=axes,
-                custom=custom,
-            )
+            ledger = labels(lambda net, inputs: recorder.run(net, inputs, options.forward_fn), {})
+            recorder.remove()
+            found = attention_answers(ledger, options.attention, options.with_heads)
+            if found:
+                ledger = labels(options.forward_fn or call_model, found)
         except torch.OutOfMemoryError:  # says nothing about the network
             raise
         except Exception as error:
@@ -124,7 +130,7 @@ def trace(
         finally:
             recorder.remove()
     functional, uncounted = recorder.functional(n)
-    return Trace(model, labels, recorder.calls, n, example_inputs, names, functional, uncounted, options)
+    return Trace(model, ledger, recorder.calls, n, example_inputs, names, functional, uncounted, options)
 
 
 # Batch norms that normalise by the batch refuse a single value per channel, and dropout only draws random numbers.

@@ -10,11 +10,16 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..kept_statistics import STATISTICS, CallCounter, StatisticCall, function_name
+
 __all__ = ["Named", "WatchedSizes", "named_sizes"]
 
 
 _WIDTHS = ("in_channels", "out_channels", "in_features", "out_features", "num_features")
 """Of torch's own layers; surgery keeps them up to date."""
+
+
+_OF_NORMS = ("normalized_shape", "num_groups")
 
 
 class Named(int):
@@ -65,9 +70,9 @@ def named_sizes(model: nn.Module) -> Iterator[None]:
         for path, module in model.named_modules():
             layer = type(module).__module__.startswith("torch.nn.")
             for key, value in list(vars(module).items()):
-                if key.startswith("_") or (layer and key not in _WIDTHS):
+                if key.startswith("_") or (layer and key not in (*_WIDTHS, *_OF_NORMS)):
                     continue
-                new = _named(value, f"{path}.{key}".lstrip("."), layer)
+                new = _named(value, f"{path}.{key}".lstrip("."), layer and not _follows_alone(module, key))
                 if new is not value:
                     before.append((vars(module), key, value))
                     vars(module)[key] = new
@@ -76,6 +81,13 @@ def named_sizes(model: nn.Module) -> Iterator[None]:
         for attributes, key, value in before:
             if type(attributes.get(key)) in (Named, list, tuple):
                 attributes[key] = value
+
+
+def _follows_alone(module: Any, key: str) -> bool:
+    """Whether no pruning function of the layer sets a number: none, or only where the norm has one weight per channel."""
+    return key == "num_groups" or (
+        key == "normalized_shape" and (module.weight is None or len(module.normalized_shape) > 1)
+    )
 
 
 def _named(value: Any, name: str, kept: bool) -> Any:
@@ -87,20 +99,30 @@ def _named(value: Any, name: str, kept: bool) -> Any:
 
 
 class WatchedSizes(TorchFunctionMode):
-    """Keeps the :class:`Named` numbers among the arguments of the function that runs."""
+    """Looks at the function that runs.
+
+    Attributes:
+        function: its name, ``""`` outside of functions.
+        sizes: the :class:`Named` numbers among its arguments.
+        calls: numbers the calls of functions that take statistics; whoever watches the modules tells it which one runs.
+        statistic: the name of the call, if the function takes statistics.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.function, self.sizes = "", list[Named]()
+        self.calls = CallCounter()
+        self.statistic: StatisticCall | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.function = getattr(func, "__name__", str(func)).strip("_")
+        self.function = function_name(func)
         self.sizes = list(_sizes_in((args, kwargs)))
+        self.statistic = self.calls.call(self.function) if self.function in STATISTICS else None
         try:
             return func(*args, **kwargs)
         finally:
-            self.function, self.sizes = "", []
+            self.function, self.sizes, self.statistic = "", [], None
 
 
 def _sizes_in(value: Any) -> Iterator[Named]:

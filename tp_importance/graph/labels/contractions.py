@@ -8,7 +8,7 @@ from torch import Tensor
 from .calls import Call, Layers, Run
 from .layers import along, axes_of, compact, merged, on_axis, pairs_of
 
-__all__ = ["RULES", "consumed"]
+__all__ = ["RULES", "consumed", "match_products"]
 
 
 def consumed(run: Run, tensor: Tensor, axis: int) -> Tensor | None:
@@ -116,26 +116,33 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
     """Layers of the matrix product of a, shape (..., n, k), and b, shape (..., k, m)."""
     la, lb = run.layers(a), run.layers(b)
     if run.depends(a) and run.depends(b):
-        for layer in (*la, *lb):
-            run.ledger.attend(compact(layer), where)
+        for tensor, layers in ((a, la), (b, lb)):
+            for layer in layers:
+                run.ledger.attend(compact(layer), (-1, -2) if tensor.dim() > 1 else (-1,), where)
     summed = [layer for layer in la if a.dim() - 1 in axes_of(layer)]
     other = [layer for layer in lb if max(b.dim() - 2, 0) in axes_of(layer)]
     if a.shape[-1] > 1:
-        _match_products(run, a, b, summed, other, where)
-    kept = []
-    for layer in la:
-        if not any(layer is s for s in summed):
-            kept.append((layer[..., :1] if a.dim() == out.dim() else layer[..., 0]).expand(out.shape))
-    for layer in lb:
-        if not any(layer is s for s in other):
-            if b.dim() == out.dim():
-                kept.append(layer.narrow(-2, 0, 1).expand(out.shape))
+        match_products(run, a, b, summed, other, where)
+    kept, batches = [], []
+    for tensor, layers, gone, axis in ((a, la, summed, -1), (b, lb, other, -2)):
+        own = []
+        for layer in layers:
+            if any(layer is s for s in gone):
+                continue
+            if tensor.dim() == out.dim():
+                made = layer.narrow(axis, 0, 1).expand(out.shape)
+                (own if set(axes_of(made)) <= set(range(out.dim() - 2)) else kept).append(made)
+            elif tensor is a:
+                kept.append(layer[..., 0].expand(out.shape))
             elif b.dim() == 2:
                 kept.append(layer.select(-2, 0).expand(out.shape))
+        batches.append((tensor, tuple(own)))
+    if any(layers for _, layers in batches):  # heads, say: matrices of one with those of the other
+        kept += run.combine(batches, out.shape, where)
     return tuple(kept)
 
 
-def _match_products(run: Run, a: Tensor, b: Tensor, summed: list[Tensor], other: list[Tensor], where: str) -> None:
+def match_products(run: Run, a: Tensor, b: Tensor, summed: list[Tensor], other: list[Tensor], where: str) -> None:
     """Tie what is summed over, within every matrix of a batch."""
     sides = []
     for layers, dim in ((summed, -1), (other, -2 if b.dim() > 1 else -1)):

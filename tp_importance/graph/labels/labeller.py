@@ -17,9 +17,10 @@ from ..layer_pruners import RECURRENT
 from .attributes import WatchedSizes
 from .calls import Call, Layers
 from .hidden import customized, recurrence
-from .layers import axes_of, compact, on_axis, pairs_of, tight
-from .ledger import Follower, Ledger
+from .layers import along, axes_of, compact, on_axis, pairs_of, tight
+from .ledger import Follower, Ledger, Statistic
 from .pieces import Pieces, followers_of
+from .questions import factors_question, in_order, norm_groups_question
 from .reasons import ExclusionKind
 from .rules import rule_of
 
@@ -40,6 +41,7 @@ class Labeller(TorchDispatchMode):
         inputs: tensors that the network is given.
         axes: parameters of which one axis alone is to have labels, by identity.
         custom: pruning functions of the user's, by qualified name of the module.
+        answers: the axis that shrinks of splits that an earlier pass has met, by number of the operation.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class Labeller(TorchDispatchMode):
         inputs: Iterable[Tensor],
         axes: dict[int, int] | None = None,
         custom: dict[str, Any] | None = None,
+        answers: dict[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.ledger, self._sizes, self._axes = ledger, sizes, axes or {}
+        self._number, self._answers = -1, answers or {}
         self._model, self._cuts = type(model).__name__, Pieces()
         # a tensor that the pass has made, with its layers, and whether it depends on the inputs
         self._known: Any = WeakTensorKeyDictionary()
@@ -135,20 +139,24 @@ class Labeller(TorchDispatchMode):
                         break
                 else:
                     result.append(layer)
-        for layer in result if len(spread) > 1 else ():
-            mine = set(axes_of(layer))
-            for tensor, layers in spread:
+        free = []
+        for layer in result:
+            mine, met = set(axes_of(layer)), False
+            for tensor, layers in spread if len(spread) > 1 else ():
                 if not any(mine & set(axes_of(other)) for other in layers):  # else they have met
-                    for axis in mine:
-                        self._meets_values(layer, axis - len(shape), tensor, where)
-        return (*result, *everywhere.values())
+                    met |= any([self._meets_values(layer, axis - len(shape), tensor, where) for axis in mine])
+            if not met:  # what has to stay as it is need not be followed: nothing that it meets can go
+                free.append(layer)
+        return (*free, *everywhere.values())
 
-    def _meets_values(self, layer: Tensor, axis: int, tensor: Tensor, where: str) -> None:
-        """Channels meet a tensor that has none on their axis: harmless only if it is the same for all of them."""
+    def _meets_values(self, layer: Tensor, axis: int, tensor: Tensor, where: str) -> bool:
+        """Whether channels meet a tensor that has none on their axis: harmless only if it is the same for all of them."""
         if -axis > tensor.dim() or tensor.shape[axis] == 1 or tensor.stride(axis) == 0:
-            return
-        if not bool((tensor == tensor.narrow(axis, 0, 1)).all()):
-            self.flag(layer, "pinned", f"{where}: its channels meet values that belong to no channel")
+            return False
+        if bool((tensor == tensor.narrow(axis, 0, 1)).all()):
+            return False
+        self.flag(layer, "pinned", f"{where}: its channels meet values that belong to no channel")
+        return True
 
     def follow(self, labels: Tensor) -> None:
         """An axis with these labels was asked for; an attribute that gave its size counts them."""
@@ -158,6 +166,32 @@ class Labeller(TorchDispatchMode):
         """The labelled axis of a tensor is cut into pieces, given by first index and index behind the last."""
         labels = compact(layer).flatten()
         self._cuts.add(tensor, axis, labels, bounds, self._sizes, call)
+
+    def statistic(self, layer: Tensor, axis: int, groups: int = 1) -> bool:
+        """See :meth:`~.calls.Run.statistic`."""
+        call = self._sizes.statistic
+        if call is None:
+            return False
+        labels, pairs = along(layer, axis)
+        self.ledger.tie(pairs)
+        where = self._where(call.function)
+        self.ledger.statistics.append(Statistic(call, axis - layer.dim(), labels.cpu().numpy(), groups, where))
+        return True
+
+    def split_up(self, layer: Tensor, call: Call) -> Tensor:
+        """See :meth:`~.calls.Run.split_up`."""
+        axis = self._answers.get(self._number)
+        if axis in axes_of(layer):
+            labels, pairs = along(layer, axis)
+            self.ledger.tie(pairs)
+            return on_axis(labels, axis, layer.shape)
+        self.ledger.ask(factors_question(layer, call.where, self._number))
+        return layer
+
+    def norm_groups(self, labels: Tensor, call: Call) -> None:
+        """See :meth:`~.calls.Run.norm_groups`."""
+        followers = tuple(followers_of(self._sizes.sizes, [labels[:, 0]]))
+        self.ledger.ask(norm_groups_question(labels, followers, call.where))
 
     def finish(self, outputs: Iterable[Tensor]) -> None:
         """The pass is over.
@@ -170,7 +204,7 @@ class Labeller(TorchDispatchMode):
                 self.flag(layer, "output", "produces the network's output")
         for question in self._cuts.questions():
             self.ledger.ask(question)
-        self.ledger.put_in_order()
+        self.ledger.questions = in_order(self.ledger.questions, self.ledger.ties, self.ledger.size)
 
     def watch(self, stack: ExitStack, model: nn.Module) -> None:
         """Keep track of the module that runs; inside of recurrent layers labels are not followed."""
@@ -183,6 +217,7 @@ class Labeller(TorchDispatchMode):
     def _enter(self, name: str) -> Any:
         def hook(module: Any, _args: Any) -> None:
             self._open.append(name)
+            self._sizes.calls.enter(name)
             self._types[name] = type(module).__name__
             self._hidden += self._is_hidden(name, module)
 
@@ -219,6 +254,7 @@ class Labeller(TorchDispatchMode):
             numbers = ["num_groups"] if module.affine else ["num_groups", "num_channels"]
             self._count(name, numbers, module.num_channels, args[0], 1)
         self._open.pop()
+        self._sizes.calls.leave(name)
 
     def _count_features(self, name: str, module: Any, x: Tensor) -> None:
         """Nothing of a norm without tensors is cut, but the number of features that it was built for follows."""
@@ -247,6 +283,7 @@ class Labeller(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        self._number += 1
         with torch._C.DisableTorchFunction():
             self._follow(func, args, kwargs, output)
         return output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from ..kept_statistics import StatisticCall
 from .reasons import ExclusionKind, Index, Reason
 
-__all__ = ["Follower", "Ledger", "Option", "Question", "Site"]
+__all__ = ["Attended", "Follower", "Ledger", "Option", "Question", "Site", "Statistic", "connected"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,25 @@ class Follower:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """A mean, a variance or a norm over channels.
+
+    Attributes:
+        call: which call of which function takes it.
+        axis: of the channels in its argument, counted from the end.
+        labels: along that axis, shape (C,).
+        groups: norm groups that the axis is divided into.
+        where: layer and operation, for people.
+    """
+
+    call: StatisticCall
+    axis: int
+    labels: Index
+    groups: int = 1
+    where: str = ""
+
+
+@dataclass(frozen=True)
 class Option:
     """One answer to a :class:`Question`: what is tied then, what stays, and which numbers follow."""
 
@@ -71,13 +91,52 @@ class Question:
         where: layer and operation.
         labels: all labels it is about.
         options: the answers.
-        factors: whether the answers but the last say which factor of a reshaped axis shrinks.
+        factors: whether the answers but the last say which factor of an axis shrinks.
+        number: of the operation in the pass; -1 if nobody will ask.
+        layer: labels after a split, with one entry on every axis on which they do not vary.
     """
 
     where: str
     labels: Index
     options: tuple[Option, ...]
     factors: bool = False
+    number: int = -1
+    layer: Index = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What takes part in attention: labels of queries, keys or values.
+
+    Attributes:
+        labels: with one entry on every axis on which they do not vary.
+        axis: of the dimensions: what is summed over, or what comes out; ``None`` if labels vary on neither.
+        where: layer and operation, for people.
+    """
+
+    labels: Index
+    axis: int | None
+    where: str
+
+    @property
+    def known(self) -> Index:
+        """The labels, each once."""
+        found: Index = np.unique(self.labels)
+        return found[found > 0]
+
+    @property
+    def factored(self) -> bool:
+        """Whether labels vary along other axes than that of the dimensions, and along it."""
+        return self.axis is not None and sum(size > 1 for size in self.labels.shape) > 1
+
+    def places(self) -> tuple[Index, Index, Index]:
+        """Every label once, its index among the dimensions, and its first index along all other axes."""
+        axis = self.labels.ndim - 1 if self.axis is None else self.axis
+        rows = np.moveaxis(self.labels, axis, -1).reshape(-1, self.labels.shape[axis])
+        labels, first = np.unique(rows, return_index=True)
+        heads, dims = np.divmod(first, rows.shape[1])
+        real = labels > 0
+        return labels[real], dims[real], heads[real]
 
 
 @dataclass
@@ -88,16 +147,20 @@ class Ledger:
         sites: all axes that have labels.
         questions: in the order in which the pass meets them.
         followers: numbers that follow whatever the answers are.
-        attended: labels that take part in attention, and where.
+        attended: what takes part in attention.
         several: labels of axes that must keep two entries, zeros among them.
+        statistics: over channels.
+        scaled: queries whose products with keys are divided by the root of the number of their channels.
     """
 
     sites: list[Site] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     size: int = 1
     followers: list[Follower] = field(default_factory=list)
-    attended: list[tuple[Index, str]] = field(default_factory=list)
+    attended: list[Attended] = field(default_factory=list)
     several: list[Index] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
+    scaled: list[Attended] = field(default_factory=list)
     _ties: list[Index] = field(default_factory=list)
     _flags: list[tuple[Index, Reason]] = field(default_factory=list)
 
@@ -119,25 +182,30 @@ class Ledger:
         if len(found):
             self._flags.append((found, (kind, text)))
 
-    def attend(self, labels: Tensor, where: str) -> None:
-        """Labels of queries, keys or values."""
-        found = np.unique(labels.cpu().numpy())
-        self.attended.append((found[found > 0], where))
+    def attend(self, labels: Tensor, axes: Sequence[int], where: str) -> None:
+        """Queries, keys or values.
 
-    def ask(self, question: Question) -> None:
+        Args:
+            labels: with one entry on every axis on which they do not vary.
+            axes: of which one may be that of the dimensions.
+            where: for people.
+        """
+        axis = next((a % labels.dim() for a in axes if labels.shape[a] > 1), None)
+        self.attended.append(Attended(labels.cpu().numpy(), axis, where))
+
+    def rescale(self, labels: Tensor, where: str) -> None:
+        """Queries that are divided by the root of how many of these channels there are."""
+        self.scaled.append(Attended(labels.cpu().numpy(), None, where))
+
+    def ask(self, question: Question | None) -> None:
         """Leave something open."""
-        self.questions.append(question)
+        if question is not None:
+            self.questions.append(question)
 
-    def put_in_order(self) -> None:
-        """Of the factors of a reshaped axis, try first the one that leaves most units, by all other ties."""
-        if not any(q.factors for q in self.questions):
-            return
-        classes = _connected(self._ties, self.size)
-        for i, question in enumerate(self.questions):
-            if question.factors:
-                *factors, last = question.options
-                factors.sort(key=lambda option: -_count(classes, question.labels, option.ties))
-                self.questions[i] = replace(question, options=(*factors, last))
+    @property
+    def ties(self) -> Sequence[Index]:
+        """All pairs of labels that live and die together, whatever the answers are, shape (2, m) each."""
+        return self._ties
 
     def option(self, number: int, choices: Sequence[int]) -> Option:
         """The answer to question ``number``; the first one where nothing is chosen."""
@@ -152,7 +220,7 @@ class Ledger:
             ties: further pairs, shape (2, m) each.
         """
         chosen = (self.option(q, choices).ties for q in range(len(self.questions)))
-        return _connected([*self._ties, *ties, *chosen], self.size)
+        return connected([*self._ties, *ties, *chosen], self.size)
 
     def following(self, choices: Sequence[int] = ()) -> list[Follower]:
         """All numbers that follow."""
@@ -172,16 +240,8 @@ class Ledger:
         return found
 
 
-def _connected(pairs: Iterable[Index], size: int) -> Index:
+def connected(pairs: Iterable[Index], size: int) -> Index:
     """Class of each of ``size`` labels."""
     a, b = np.concatenate([np.zeros((2, 0), np.int64), *pairs], axis=1)
     graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(size, size))
     return connected_components(graph, directed=False)[1].astype(np.int64)
-
-
-def _count(classes: Index, labels: Index, ties: Index) -> int:
-    """Classes that some labels are in when further ones are tied."""
-    known, place = np.unique(classes[labels], return_inverse=True)
-    at = dict(zip(labels.tolist(), place.tolist(), strict=True))
-    pairs = np.array([[at[a] for a in side] for side in ties.tolist()], np.int64).reshape(2, -1)
-    return int(_connected([pairs], len(known)).max(initial=-1)) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,11 @@ def _moved(call: Call, source: Tensor, layer: Tensor) -> Any:
     return call.func(*args, **{k: layer if v is source else v for k, v in call.kwargs.items()})
 
 
-def moved(run: Run, call: Call) -> list[Layers]:
-    """The same operation on the labels."""
+def moved(run: Run, call: Call, layers: Sequence[Tensor] | None = None) -> list[Layers]:
+    """The same operation on the labels, of all layers if none are given."""
     source = call.inputs[0]
     results: list[list[Tensor]] = [[] for _ in call.outputs]
-    for layer in run.layers(source):
+    for layer in run.layers(source) if layers is None else layers:
         try:
             made = _moved(call, source, layer)
         except (RuntimeError, NotImplementedError):  # no kernel for whole numbers
@@ -59,23 +59,11 @@ def reshaped(run: Run, call: Call) -> list[Layers]:
         if made is None:
             continue
         if len(axes_of(made)) > len(axes_of(layer)):
-            _ask_which_factor(run, call, made)
-        elif len(axes_of(made)) == 1:
+            made = run.split_up(made, call)
+        if len(axes_of(made)) == 1:
             run.follow(compact(made).flatten())
         kept.append(made)
     return [tuple(kept)]
-
-
-def _ask_which_factor(run: Run, call: Call, layer: Tensor) -> None:
-    """Channels were split into factors, a × b say: the code keeps one of them, the other can shrink."""
-    axes, small = axes_of(layer), compact(layer)
-    labels = torch.unique(small[small > 0]).cpu().numpy()
-    options = []
-    for axis in reversed(axes):
-        ties = along(small, axis)[1].cpu().numpy()
-        options.append(Option(f"axis {axis} of {tuple(layer.shape)} shrinks", ties))
-    options.append(Option("the code reshapes to fixed sizes", pinned=labels))
-    run.ledger.ask(Question(call.where, labels, tuple(options), factors=True))
 
 
 def shuffled(run: Run, call: Call) -> list[Layers]:
@@ -118,7 +106,9 @@ def _concatenated(run: Run, parts: list[Tensor], dim: int, out: Tensor, *, new_a
                 layer = run.meet(slots[key][i], layer, "cat")
             slots[key][i] = layer
     made = []
-    for found in slots.values():
+    for key, found in slots.items():
+        if key:
+            found = _aligned(run, found, dim)
         varying = {k for layer in found.values() for k in axes_of(layer)} | {dim}
         pieces = []
         for i, part in enumerate(parts):
@@ -134,6 +124,19 @@ def _concatenated(run: Run, parts: list[Tensor], dim: int, out: Tensor, *, new_a
         if joined is not None:
             made.append(joined)
     return tuple(made)
+
+
+def _aligned(run: Run, found: dict[int, Tensor], dim: int) -> dict[int, Tensor]:
+    """Parts that lie one behind the other along an axis without channels, tokens say: index by index they go together."""
+    apart = {i: layer for i, layer in found.items() if dim in axes_of(layer)}
+    made, first = dict(apart), None
+    for i, layer in found.items():
+        if i in apart:
+            continue
+        own = layer.narrow(dim, 0, 1)
+        first = own if first is None else run.meet(first, own, "cat")
+        made[i] = first.expand(layer.shape)
+    return made
 
 
 def padded(run: Run, call: Call) -> list[Layers]:
@@ -267,12 +270,18 @@ def indexed(run: Run, call: Call) -> list[Layers]:
         axes = {k for k, i in enumerate(call.args[1]) if i is not None}
         if any(run.layers(i) for i in call.args[1] if i is not None):
             return [()]
+        indices = [i for i in call.args[1] if i is not None]
     else:
-        axes = {call.args[1] % max(x.dim(), 1)}
+        axes, indices = {call.args[1] % max(x.dim(), 1)}, [call.args[2]]
+    table = any(len(torch.unique(i)) < i.numel() for i in indices if i.dtype != torch.bool)  # rows that come again
+    kept = []
     for layer in run.layers(x):
-        if len(axes_of(layer)) == 1 and set(axes_of(layer)) <= axes and run.depends(x):
+        fixed = len(axes_of(layer)) == 1 and set(axes_of(layer)) <= axes
+        if fixed and (run.depends(x) or table):
             run.flag(layer, "pinned", f"{call.where} takes channels by their number")
-    return moved(run, call)
+        if not fixed or run.depends(x) or not table:
+            kept.append(layer)
+    return moved(run, call, kept)
 
 
 def strided(run: Run, call: Call) -> list[Layers]:

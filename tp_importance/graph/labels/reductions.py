@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from .calls import Call, Layers, Run
+from .contractions import match_products
 from .elementwise import batch_norm
-from .layers import axes_of, compact, merged
+from .layers import along, axes_of, compact, merged, tight
 
 __all__ = ["RULES"]
 
@@ -21,6 +22,9 @@ def reduction(run: Run, call: Call) -> list[Layers]:
     dims = _dims(call, x.dim())
     kept = []
     for layer in run.layers(x):
+        over = set(axes_of(layer)) & set(dims)
+        if over == set(axes_of(layer)) and _normalises(run, call, x, layer, over) and len({*dims}) < x.dim():
+            continue
         folded = fold(run, layer, dims, call.where)
         if folded is None:
             continue
@@ -29,6 +33,16 @@ def reduction(run: Run, call: Call) -> list[Layers]:
                 folded = folded.select(axis, 0)
         kept.append(folded.expand(out.shape))
     return [tuple(kept)] * len(call.outputs)
+
+
+def _normalises(run: Run, call: Call, x: Tensor, layer: Tensor, axes: Iterable[int]) -> bool:
+    """Whether an operation takes a mean, a variance or a norm of activations over one axis of channels.
+
+    Where it does, it can do so over the channels that are kept. Computed weights are another matter: what is divided by
+    its own mean belongs to other channels.
+    """
+    axes = list(axes)
+    return call.name in _STATISTICS and len(axes) == 1 and run.depends(x) and run.statistic(layer, axes[0])
 
 
 def fold(run: Run, layer: Tensor, dims: Iterable[int], where: str) -> Tensor | None:
@@ -86,22 +100,27 @@ def along_axis(run: Run, call: Call) -> list[Layers]:
 
 
 def over_last(run: Run, call: Call) -> list[Layers]:
-    """Layer norm and RMS norm: a channel that goes changes the others."""
+    """Layer norm and RMS norm: a channel that goes changes the others, which are normalised by what is left."""
     x = call.args[0]
-    normalised = range(x.dim() - len(call.args[1]), x.dim())
+    normalised = set(range(x.dim() - len(call.args[1]), x.dim()))
     own = run.layers(x)
     for layer in own:
-        if set(axes_of(layer)) & set(normalised):
+        axes = set(axes_of(layer))
+        if axes & normalised and not _normalises(run, call, x, layer, axes & normalised):
             run.flag(layer, "mixed", f"{call.where} normalises over its channels")
+        elif axes & normalised:
+            run.follow(along(layer, max(axes))[0])
     return [run.combine([(t, run.layers(t)) for t in call.inputs], x.shape, call.where)]
 
 
 def group_norm(run: Run, call: Call) -> list[Layers]:
-    """Every channel of a group changes the others."""
+    """Every channel of a norm group changes the others: one of each group goes, or whole groups do."""
     x, groups = call.args[0], call.args[6]
     if groups < x.shape[1]:
         for layer in run.layers(x):
-            if 1 in axes_of(layer):
+            if axes_of(layer) == (1,) and run.depends(x) and run.statistic(layer, 1, groups):
+                run.norm_groups(compact(layer).flatten().view(groups, -1), call)
+            elif 1 in axes_of(layer):
                 run.flag(layer, "mixed", f"{call.where} normalises over its channels")
     else:  # as many groups as channels: their number follows, where a module keeps it
         for layer in run.layers(x):
@@ -125,23 +144,48 @@ def pooling(run: Run, call: Call) -> list[Layers]:
 
 
 def attention(run: Run, call: Call) -> list[Layers]:
-    """Scaled dot products: queries and keys are compared by all their channels, values are weighted sums."""
+    """Scaled dot products: queries and keys are compared by all their channels, values are weighted sums.
+
+    Heads of queries, keys, values and of a mask go together. Where the scale is not given, it is that of the dimensions
+    that are left: the queries make up for it.
+    """
     query, key, value = call.args[:3]
-    out = call.outputs[0]
+    out, shape = call.outputs[0], call.outputs[0].shape
+    heads: list[tuple[Tensor, Layers]] = []
     for tensor in (query, key, value):
         for layer in run.layers(tensor):
-            run.ledger.attend(compact(layer), call.where)
-    for a in run.layers(query):
-        for b in run.layers(key):
-            if axes_of(a) == axes_of(b) and not set(axes_of(a)) & {query.dim() - 2}:
-                run.meet(a.narrow(-2, 0, 1), b.narrow(-2, 0, 1), call.where)
-    kept = []
+            run.ledger.attend(compact(layer), (-1,), call.where)
+        small = tensor.narrow(-2, 0, 1).narrow(-1, 0, 1)
+        layers = tuple(v.narrow(-2, 0, 1).narrow(-1, 0, 1) for v in _of_heads(run, tensor))
+        if tensor.dim() > 2 and tensor.shape[-3] != shape[-3]:  # several heads of queries share one of keys and values
+            times = shape[-3] // tensor.shape[-3]
+            small, *repeated = (t.repeat_interleave(times, -3) for t in (small, *layers))
+            layers = tuple(v for t in repeated if (v := tight(t)) is not None)
+        heads.append((small, tuple(v.expand(shape) for v in layers)))
+    compared = [[v for v in run.layers(t) if t.dim() - 1 in axes_of(v)] for t in (query, key)]
+    if query.shape[-1] > 1:
+        match_products(run, query, key.transpose(-1, -2), compared[0], [v.mT for v in compared[1]], call.where)
+    scale = call.kwargs.get("scale")
+    if scale is None:
+        for layer in compared[0]:
+            run.ledger.rescale(compact(layer), call.where)
+    mask = next((t for t in call.inputs if not any(t is u for u in (query, key, value))), None)
+    if mask is not None:
+        layers = tuple(v.narrow(-1, 0, 1).narrow(-2, 0, 1).expand(shape) for v in _of_heads(run, mask))
+        heads.append((mask, layers))
+    kept = list(run.combine(heads, shape, call.where))
     for layer in run.layers(value):
-        if value.dim() - 2 in axes_of(layer):
+        axes = set(axes_of(layer))
+        if value.dim() - 2 in axes:
             run.flag(layer, "mixed", f"{call.where} mixes its channels")
-        else:
-            kept.append(compact(layer).expand(out.shape))
+        elif value.dim() - 1 in axes:
+            kept.append(compact(layer).expand(shape))
     return [tuple(kept)]
+
+
+def _of_heads(run: Run, tensor: Tensor) -> Layers:
+    """Layers of labels that vary along the axes in front alone."""
+    return tuple(v for v in run.layers(tensor) if max(axes_of(v), default=-1) < tensor.dim() - 2)
 
 
 def weight_norm(run: Run, call: Call) -> list[Layers]:
@@ -156,6 +200,10 @@ def weight_norm(run: Run, call: Call) -> list[Layers]:
     return [run.combine([(v, kept), (g, run.layers(g))], v.shape, call.where)]
 
 
+_STATISTICS = (
+    *("mean", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"),
+    *("native_layer_norm", "_fused_rms_norm", "rms_norm"),
+)
 _REDUCTIONS = (
     *("mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "var_mean", "std_mean", "norm", "all", "any"),
     *("linalg_vector_norm", "logsumexp", "argmax", "argmin", "median", "nansum", "aminmax"),
