@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -149,32 +149,23 @@ def attention(run: Run, call: Call) -> list[Layers]:
     Heads of queries, keys, values and of a mask go together. Where the scale is not given, it is that of the dimensions
     that are left: the queries make up for it.
     """
-    query, key, value = call.args[:3]
-    out, shape = call.outputs[0], call.outputs[0].shape
+    shape = call.outputs[0].shape
+    given = [_for_every_head(t, run.layers(t), shape) for t in call.args[:3]]
+    (query, of_query), (key, of_key), (value, of_value) = given
     heads: list[tuple[Tensor, Layers]] = []
-    for tensor in (query, key, value):
-        for layer in run.layers(tensor):
+    for tensor, layers in given:
+        for layer in layers:
             run.ledger.attend(compact(layer), (-1,), call.where)
-        small = tensor.narrow(-2, 0, 1).narrow(-1, 0, 1)
-        layers = tuple(v.narrow(-2, 0, 1).narrow(-1, 0, 1) for v in _of_heads(run, tensor))
-        if tensor.dim() > 2 and tensor.shape[-3] != shape[-3]:  # several heads of queries share one of keys and values
-            times = shape[-3] // tensor.shape[-3]
-            small, *repeated = (t.repeat_interleave(times, -3) for t in (small, *layers))
-            layers = tuple(v for t in repeated if (v := tight(t)) is not None)
-        heads.append((small, tuple(v.expand(shape) for v in layers)))
-    compared = [[v for v in run.layers(t) if t.dim() - 1 in axes_of(v)] for t in (query, key)]
+        heads.append((tensor, _of_heads(layers, shape)))
+    compared = [[v for v in layers if query.dim() - 1 in axes_of(v)] for layers in (of_query, of_key)]
     if query.shape[-1] > 1:
-        match_products(run, query, key.transpose(-1, -2), compared[0], [v.mT for v in compared[1]], call.where)
-    scale = call.kwargs.get("scale")
-    if scale is None:
-        for layer in compared[0]:
-            run.ledger.rescale(compact(layer), call.where)
-    mask = next((t for t in call.inputs if not any(t is u for u in (query, key, value))), None)
-    if mask is not None:
-        layers = tuple(v.narrow(-1, 0, 1).narrow(-2, 0, 1).expand(shape) for v in _of_heads(run, mask))
-        heads.append((mask, layers))
+        match_products(run, query, key.mT, compared[0], [v.mT for v in compared[1]], call.where)
+    for layer in compared[0] if call.kwargs.get("scale") is None else ():
+        run.ledger.rescale(compact(layer), call.where)
+    for mask in [t for t in call.inputs if all(t is not u for u in call.args[:3])]:
+        heads.append((mask, _of_heads(run.layers(mask), shape)))
     kept = list(run.combine(heads, shape, call.where))
-    for layer in run.layers(value):
+    for layer in of_value:
         axes = set(axes_of(layer))
         if value.dim() - 2 in axes:
             run.flag(layer, "mixed", f"{call.where} mixes its channels")
@@ -183,9 +174,19 @@ def attention(run: Run, call: Call) -> list[Layers]:
     return [tuple(kept)]
 
 
-def _of_heads(run: Run, tensor: Tensor) -> Layers:
-    """Layers of labels that vary along the axes in front alone."""
-    return tuple(v for v in run.layers(tensor) if max(axes_of(v), default=-1) < tensor.dim() - 2)
+def _for_every_head(tensor: Tensor, layers: Layers, shape: Sequence[int]) -> tuple[Tensor, Layers]:
+    """Keys and values that several heads of queries share, once for each of them."""
+    if tensor.dim() < 3 or tensor.shape[-3] == shape[-3]:
+        return tensor, layers
+    times = shape[-3] // tensor.shape[-3]
+    repeated = (tight(layer.repeat_interleave(times, -3)) for layer in layers)
+    return tensor.repeat_interleave(times, -3), tuple(v for v in repeated if v is not None)
+
+
+def _of_heads(layers: Layers, shape: Sequence[int]) -> Layers:
+    """Those that vary along the axes in front alone, for a tensor of another number of positions and dimensions."""
+    front = [v for v in layers if max(axes_of(v), default=-1) < v.dim() - 2]
+    return tuple(v.narrow(-1, 0, 1).narrow(-2, 0, 1).expand(tuple(shape)) for v in front)
 
 
 def weight_norm(run: Run, call: Call) -> list[Layers]:
