@@ -49,6 +49,12 @@ class _Place:
     axis: int | None = None
     attribute: bool = False
     statistic: Statistic | None = None
+    product: int | None = None
+
+    @property
+    def is_member(self) -> bool:
+        """Whether it loses entries."""
+        return not self.attribute and self.statistic is None and self.product is None
 
 
 def build_groups(
@@ -85,7 +91,7 @@ def build_groups(
         for c in np.unique(classes[labels]).tolist():
             reasons.setdefault(c, []).append(reason)
     several = {int(c) for labels in ledger.several for c in classes[labels[labels > 0]]}
-    found = list(_groups([*places, *followers, *statistics], reasons, traced.model, several))
+    found = list(_groups([*places, *followers, *statistics, *_products(ledger, classes)], reasons, traced.model, several))
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
@@ -208,13 +214,14 @@ def _groups(
             root.name,
             int((at >= 0).sum()),
             int((at >= 0).sum()) // len(mine),
-            tuple(m for m, place in found if not place.attribute and place.statistic is None),
+            tuple(m for m, place in found if place.is_member),
             (root.name, "out"),
             np.flatnonzero(at >= 0),
             at[at >= 0],
             max(1 + (not several.isdisjoint(mine)), *(_fewest(modules.get(m.name)) for m in members)),
             tuple(m for m, place in found if place.attribute),
             tuple(Normalised(p.statistic.call, p.statistic.groups, m) for m, p in found if p.statistic is not None),
+            tuple((p.product, m) for m, p in found if p.product is not None),
         )
         yield group, list(dict.fromkeys(r for c in mine for r in reasons.get(c, ())))
 
@@ -378,6 +385,15 @@ def _attended(ledger: Ledger, classes: Index, asked: Sequence[Index], attention:
             left = found.known[~np.isin(classes[found.known], named)]
             how = "" if attention == "none" else " by heads and dimensions at once"
             yield left, ("mixed", f"{found.where}: its channels take part in attention{how}")
+
+
+def _products(ledger: Ledger, classes: Index) -> list[_Place]:
+    """Every labelled axis of every product of data with data."""
+    return [
+        _Place(f"product {i}, axis {k}", "in", "passthrough", np.where(axis > 0, classes[axis], -1), product=i)
+        for i, product in enumerate(ledger.products)
+        for k, axis in enumerate(product.axes)
+    ]
 
 
 def _statistics(ledger: Ledger, classes: Index) -> tuple[list[_Place], list[tuple[Index, Reason]]]:

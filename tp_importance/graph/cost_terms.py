@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ..core.types import Ints
-from .groups import Excluded, PrunableGroups
+from .groups import Excluded, Member, PrunableGroups
 from .layer_kinds import CONV, is_passthrough
 from .layer_pruners import input_weights
 from .reparametrised import owner_of, sliced_sides
@@ -104,6 +104,7 @@ class _Builder:
         for key, macs in self.trace.functional.items():
             name = key.rpartition(".")[0]
             self._add_parameter(0, key, name, modules[name], parameters[key], Fraction(macs, self.trace.batch_size))
+        self._add_products()
         for name, module in modules.items():
             for key, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in counted_params:
@@ -118,6 +119,29 @@ class _Builder:
                     self._add_parameter(1, full_name, name, module, parameter, Fraction(parameter.numel()))
         left_out = tuple(self._left_out(e, positions, modules) for e in self.excluded)
         return CostTerms(_integers(self.constant), _integers(self.linear), _integers(self.quadratic), left_out)
+
+    def _add_products(self) -> None:
+        """Products of data with data: proportional to what is left of every axis of theirs that loses anything."""
+        total, found = self.trace.products, self.trace.labels.products
+        axes: dict[tuple[int, str], dict[int, Member]] = defaultdict(dict)
+        for g, group in enumerate(self.groups):
+            for number, member in group.products:
+                axes[number, member.name][g] = member
+        for number, product in enumerate(found if total else ()):
+            total -= product.macs
+            sides = [self._fractions(members) for (n, _), members in axes.items() if n == number]
+            if len(sides) > 2:
+                raise ValueError("the cost is no quadratic form: three axes of one product lose channels")
+            first, second = [*sides, _ONE, _ONE][:2]
+            self._add_product(0, Fraction(product.macs, self.trace.batch_size), first, second)
+        self.constant[0] += Fraction(total, self.trace.batch_size)  # what labels have not seen
+
+    def _fractions(self, members: Mapping[int, Member]) -> _Affine:
+        """What is left of an axis that groups have a part in."""
+        width = next(iter(members.values())).width
+        per_unit = {g: Fraction(len(m.channels), self.groups[g].n_units) for g, m in members.items()}
+        fixed = width - sum(n * self.groups[g].n_units for g, n in per_unit.items())
+        return Fraction(fixed, width), {g: Fraction(n, width) for g, n in per_unit.items()}
 
     def _left_out(self, group: Excluded, macs: Mapping[str, int], modules: Mapping[str, nn.Module]) -> LeftOut:
         total = (sum(macs.values()), sum(p.numel() for p in self.model.parameters()))

@@ -15,6 +15,7 @@ from ..core.arguments import checked_model
 from ..core.batches import sample_count
 from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
+from .function_macs import attention_products
 from .layer_kinds import CONV, COUNTED
 from .operations import Operations
 
@@ -81,8 +82,12 @@ def _call_macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
 
 
 def _attention_macs(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """The four projections, which run inside one functional call; QKᵀ and AV are not counted (docs: limits)."""
+    """The four projections, which run inside one functional call."""
     return (2 * query.numel() + key.numel() + value.numel()) * module.embed_dim
+
+
+def _attention_products(module: Any, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    return attention_products(query, key, module.embed_dim, batch_first=module.batch_first)
 
 
 class CallRecorder:
@@ -115,13 +120,23 @@ class CallRecorder:
             del macs[name]
         return macs, uncounted
 
-    def per_sample(self, n: int) -> int:
+    @property
+    def products(self) -> int:
+        """Multiply-accumulates of data with data, whole batch."""
+        return self._operations.products
+
+    def per_sample(self, n: int, *, attention: bool = True) -> int:
         """Multiply-accumulates of one sample of a batch of ``n``.
+
+        Args:
+            n: samples.
+            attention: with products of data with data.
 
         Raises:
             ValueError: if they do not divide by the batch.
         """
         macs = sum(call.macs for call in self.calls) + sum(self.functional(n)[0].values())
+        macs += self.products if attention else 0
         if macs % n:
             raise ValueError(
                 f"{macs} MACs do not divide by the batch of {n}: the first dimension of example_inputs is not the batch"
@@ -142,8 +157,11 @@ class CallRecorder:
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x, out = _first_tensor((args, kwargs)), _first_tensor(output)
             if x is not None and out is not None:
-                attends = isinstance(module, nn.MultiheadAttention)
-                macs = _attention_macs(module, *args, **kwargs) if attends else _call_macs(module, x, out)
+                if isinstance(module, nn.MultiheadAttention):
+                    macs = _attention_macs(module, *args, **kwargs)
+                    self._operations.products += _attention_products(module, *args, **kwargs)
+                else:
+                    macs = _call_macs(module, x, out)
                 self.calls.append(Call(name, tuple(x.shape), tuple(out.shape), macs))
 
         return record
@@ -155,14 +173,19 @@ class CallRecorder:
 
 
 def count_ops(
-    model: nn.Module, example_inputs: Any, *, forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    attention: bool = True,
 ) -> tuple[int, int]:
     """Count what one sample costs, by running the model.
 
     MACs are multiply-accumulates of data with parameters: of convolutions, linear layers and the projections of
     ``nn.MultiheadAttention``, of recurrent and bilinear layers, deformable convolutions, and of functions as
-    ``F.conv2d(x, self.weight)``, ``x @ self.weight`` or ``torch.einsum`` with two operands. Bias, normalisation,
-    activations and products of data with data (QKᵀ) are not counted; nor are kernels of other libraries, see
+    ``F.conv2d(x, self.weight)``, ``x @ self.weight`` or ``torch.einsum`` with two operands; and, unless ``attention`` is
+    False, of matrix products of data with data: QKᵀ and AV for all pairs of positions. Bias, normalisation and
+    activations are not counted; nor are kernels of other libraries, see
     :attr:`~tp_importance.graph.tracing.Trace.uncounted`. A module called twice costs its MACs twice and its
     parameters once.
 
@@ -170,6 +193,7 @@ def count_ops(
         model: the network.
         example_inputs: as for :func:`~tp_importance.graph.tracing.trace`; the batch dimension is divided out.
         forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
+        attention: count products of data with data.
 
     Returns:
         ``(macs, params)``: MACs per sample and the number of parameters.
@@ -190,4 +214,4 @@ def count_ops(
             recorder.run(model, fresh_inputs(example_inputs), forward_fn)
         finally:
             recorder.remove()
-    return recorder.per_sample(n), sum(math.prod(p.shape) for p in model.parameters())
+    return recorder.per_sample(n, attention=attention), sum(math.prod(p.shape) for p in model.parameters())

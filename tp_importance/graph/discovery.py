@@ -38,6 +38,7 @@ def prunable_groups(
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     output_transform: Callable[[Any], Any] | None = None,
     allow_stale: bool = False,
+    count_attention: bool = True,
     verify: bool | Verifier = True,
     progress: bool = False,
 ) -> PrunableGroups:
@@ -65,6 +66,7 @@ def prunable_groups(
         output_transform: applied to the network's output before tracing.
         allow_stale: also offer channels that layers read in training mode only. These layers keep their old width, and
             the network fails in training mode once it is pruned.
+        count_attention: whether costs contain the products of data with data, QKᵀ and AV, at the positions of the example.
         verify: compare masked and pruned copies (default). Costs two deep copies and two passes if all groups are safe,
             and as much again for every test that it takes to find those that are not. Or a function that knows the
             verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
@@ -105,7 +107,8 @@ def prunable_groups(
         customized_pruners,
         [p for p in ignored_layers or () if isinstance(p, nn.Parameter)],
         attention=attention,
-        with_heads=tuple(names[m] for m in num_heads or ()),
+        with_heads=tuple(names[m] for m in num_heads or () if m in names),
+        count_attention=count_attention,
     )
     with phase("tracing", progress=progress) as running:
         traced = trace(model, example_inputs, options)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["FORMULAS", "KERNELS", "RECURRENT", "UNKNOWN", "WEIGHTS", "positional", "sums_over_last"]
+__all__ = ["FORMULAS", "KERNELS", "PRODUCTS", "RECURRENT", "UNKNOWN", "WEIGHTS", "attention_products", "positional", "sums", "sums_over_last"]
 
 Macs = Callable[..., int]
 
@@ -72,6 +72,25 @@ def _attention(_out: Tensor, query: Tensor, key: Tensor, value: Tensor, width: i
     return (2 * query.numel() + key.numel() + value.numel()) * width
 
 
+def _scaled_dot_products(out: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """QKᵀ and the sum of values, for all pairs of positions, whether a mask leaves them out or not."""
+    rows = out.numel() // max(out.shape[-1], 1)
+    return rows * key.shape[-2] * (query.shape[-1] + out.shape[-1])
+
+
+def attention_products(query: Tensor, key: Tensor, width: int, *, batch_first: bool = False) -> int:
+    """QKᵀ and AV of multi-head attention of some width.
+
+    Args:
+        query: (positions, batch, width), or the first two the other way round, or without a batch.
+        key: likewise.
+        width: of all heads.
+        batch_first: whether the batch comes before positions.
+    """
+    positions = key.shape[int(batch_first and key.dim() == 3)]
+    return 2 * query.numel() // max(query.shape[-1], 1) * positions * width
+
+
 RECURRENT = {f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")}
 """Functions that multiply with several weights; their formula is for one of them, in place of all but the input."""
 
@@ -91,6 +110,16 @@ FORMULAS: dict[str, Macs] = {
 }
 """Formula ``(output, *arguments) → multiply-accumulates`` per function."""
 
+PRODUCTS: dict[str, Macs] = {
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot"), _product),
+    "rmatmul": _product_from_right,
+    **dict.fromkeys(_ADDED, _sum_and_product),
+    **dict.fromkeys(("tensordot", "inner"), _contraction),
+    "einsum": _einsum,
+    "scaled_dot_product_attention": _scaled_dot_products,
+}
+"""The same for products of data with data."""
+
 UNKNOWN = {"addbmm", "cdist", "chain_matmul", "multi_dot", "conv_tbc", "embedding_bag", "solve", "lstsq", "kron"}
 """Functions of torch that multiply and accumulate, and of which we do not say how often."""
 
@@ -105,6 +134,13 @@ WEIGHTS: dict[str, slice] = {
 
 KERNELS = WEIGHTS.keys() - set(_ADDED)
 """Functions of which one argument is meant to be a weight: one made of data is no product of data with data."""
+
+
+def sums(equation: Any) -> bool:
+    """Whether an einsum of two operands sums over anything; else it is an outer product, or works entry by entry."""
+    terms, arrow, result = str(equation).replace(" ", "").partition("->")
+    letters = [c for c in terms if c.isalpha()]
+    return any(letters.count(c) > 1 and c not in result for c in letters) if arrow else len(letters) > len({*letters})
 
 
 def sums_over_last(name: str, operands: Sequence[Any], is_weight: Callable[[Tensor], bool]) -> bool:

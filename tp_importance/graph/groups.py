@@ -101,6 +101,8 @@ class ChannelGroup:
         attributes: whole numbers that modules hold (``name`` is ``"<module>.<attribute>"``, or
             ``"<module>.<attribute>.<index>"`` inside of a list) and that must follow: they fall by one per position.
         statistics: means, variances and norms over the channels.
+        products: axes of products of data with data whose cost the channels have a part in: the number of the product
+            among those of the trace, and the axis.
     """
 
     name: str
@@ -113,6 +115,7 @@ class ChannelGroup:
     min_units: int = 1
     attributes: tuple[Member, ...] = ()
     statistics: tuple[Normalised, ...] = ()
+    products: tuple[tuple[int, Member], ...] = ()
 
     @property
     def n_units(self) -> int:

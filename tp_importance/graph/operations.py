@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.batches import tensors_in
-from .function_macs import FORMULAS, KERNELS, RECURRENT, UNKNOWN, WEIGHTS, positional, sums_over_last
+from .function_macs import FORMULAS, KERNELS, PRODUCTS, RECURRENT, UNKNOWN, WEIGHTS, positional, sums, sums_over_last
 
 __all__ = ["Operations"]
 
@@ -25,14 +25,15 @@ _CASTS = ("to", "type_as")
 class Operations(TorchFunctionMode):
     """Count, in one forward pass, what functions do with parameters outside of the layers that are counted anyway.
 
-    Only operations of a weight (a parameter, or what is made of parameters and constants alone) with data count. Those
-    of weights with each other cost the same for any batch, those of data with data have no weights, as QKᵀ. Matrix
-    products count if they sum over the last axis of the data, and are named if they sum over another one. Named are
+    Operations of a weight (a parameter, or what is made of parameters and constants alone) with data count, and matrix
+    products of data with data, as QKᵀ. Those of weights with each other cost the same for any batch. Matrix
+    products with a weight count if they sum over the last axis of the data, else they are named. Named are
     also kernels of convolutions and the like that are made of data and parameters together or are buffers, scripts of
     ``torch.jit`` that read parameters, and what runs under ``torch.vmap``, where shapes lack the mapped dimension.
 
     Attributes:
         macs: multiply-accumulates per parameter, whole batch.
+        products: multiply-accumulates of data with data, whole batch.
         uncounted: reason per module or parameter of whose operations the number is not known.
         inside: how many counted layers are running; what they do is not looked at.
     """
@@ -41,7 +42,7 @@ class Operations(TorchFunctionMode):
         super().__init__()
         self.macs: dict[str, int] = defaultdict(int)
         self.uncounted: dict[str, str] = {}
-        self.inside = 0
+        self.inside, self.products = 0, 0
         self._read: set[str] = set()
         # tensors that depend on no input, kept alive for their ids, and the parameters and buffers they are made of
         self._fixed: dict[int, tuple[Tensor, frozenset[str]]] = {}
@@ -113,7 +114,7 @@ class Operations(TorchFunctionMode):
             self._read |= self._made_of(given)
             mapped = any(map(_is_mapped, given))
             # the calls of counted layers are counted by their shapes, which are wrong under vmap
-            if (not self.inside or mapped) and (name in FORMULAS or opaque):
+            if (not self.inside or mapped) and (name in FORMULAS or name in PRODUCTS or opaque):
                 self._count(name, positional(name, args, kwargs), made[0], mapped)
 
     def _origin(self, tensor: Tensor) -> frozenset[str] | None:
@@ -144,6 +145,9 @@ class Operations(TorchFunctionMode):
     def _count(self, name: str, operands: list[Any], out: Tensor, mapped: bool) -> None:
         factors = tensors_in(operands[WEIGHTS.get(name, slice(None))])
         weights = self._weights_of(factors)
+        if name in PRODUCTS and not mapped and all(self._origin(t) is None for t in factors[:2]):
+            self._count_product(name, operands, out)
+            return
         if not weights:
             if name in KERNELS and not self.inside:
                 self._name_kernel(name, factors)
@@ -164,6 +168,15 @@ class Operations(TorchFunctionMode):
         if name in FORMULAS or self._parameters[weight].dim() > 1:
             under = " under vmap" if mapped else ""
             self._name(weight, f"the operations of {name} on {weight}{under} are not counted")
+
+    def _count_product(self, name: str, operands: list[Any], out: Tensor) -> None:
+        """Data with data, as QKᵀ."""
+        if name == "einsum" and not sums(operands[0]):
+            return
+        try:
+            self.products += PRODUCTS[name](out, *operands)
+        except (NotImplementedError, TypeError, ValueError, IndexError):  # called in a way we do not know
+            return
 
     def _name_kernel(self, name: str, kernels: Sequence[Tensor]) -> None:
         """Name a kernel without a parameter to count it for, unless it is data alone."""

@@ -85,9 +85,14 @@ class PrunedPass:
             self._recorder.remove()
         self.findings = [f for f in self._found.values() if f.kind == "error" or not self._explained(f)]
 
-    def macs(self, samples: int) -> int:
-        """Multiply-accumulates of one sample of a batch of ``samples``, if the pass was never interrupted."""
-        return self._recorder.per_sample(samples)
+    def macs(self, samples: int, *, attention: bool = True) -> int:
+        """Multiply-accumulates of one sample of a batch of ``samples``, if the pass was never interrupted.
+
+        Args:
+            samples: in the batch.
+            attention: with products of data with data.
+        """
+        return self._recorder.per_sample(samples, attention=attention)
 
     def _pass(self) -> None:
         with generators_restored(self.model), StrongNeighbours(), ExitStack() as stack:

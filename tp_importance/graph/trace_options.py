@@ -24,6 +24,7 @@ class TraceOptions:
         choices: answers to what one pass leaves open, see :class:`~tp_importance.graph.labels.ledger.Question`.
         attention: what a unit of attention is.
         with_heads: layers of which the user has told the number of heads, by qualified name.
+        count_attention: whether costs contain the multiply-accumulates of data with data, as QKᵀ.
     """
 
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
@@ -34,6 +35,7 @@ class TraceOptions:
     choices: tuple[int, ...] = ()
     attention: Attention = "heads"
     with_heads: tuple[str, ...] = ()
+    count_attention: bool = True
 
     def on_copy(self, model: nn.Module, copy: nn.Module) -> TraceOptions:
         """The same options, with every module and parameter of ``model`` replaced by its twin in ``copy``."""

@@ -35,6 +35,7 @@ class Trace:
         labels: which channels live and die together.
         functional: multiply-accumulates of functions that read parameters outside of
             :data:`~tp_importance.graph.layer_kinds.COUNTED` modules, whole batch, by name of the parameter.
+        products: multiply-accumulates of data with data, whole batch, as QKᵀ; 0 if they are not to be counted.
         uncounted: reason per module or parameter whose multiply-accumulates are not known.
         options: how the network is called and read.
     """
@@ -48,6 +49,7 @@ class Trace:
     functional: dict[str, int] = field(default_factory=dict)
     uncounted: dict[str, str] = field(default_factory=dict)
     options: TraceOptions = TraceOptions()
+    products: int = 0
 
     def first_call(self) -> dict[str, int]:
         """Position of the first call of each module in execution order."""
@@ -130,7 +132,8 @@ def trace(
         finally:
             recorder.remove()
     functional, uncounted = recorder.functional(n)
-    return Trace(model, ledger, recorder.calls, n, example_inputs, names, functional, uncounted, options)
+    products = recorder.products if options.count_attention else 0
+    return Trace(model, ledger, recorder.calls, n, example_inputs, names, functional, uncounted, options, products)
 
 
 # Batch norms that normalise by the batch refuse a single value per channel, and dropout only draws random numbers.

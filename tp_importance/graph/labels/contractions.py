@@ -8,7 +8,7 @@ from torch import Tensor
 from .calls import Call, Layers, Run
 from .layers import along, axes_of, compact, merged, on_axis, pairs_of
 
-__all__ = ["RULES", "consumed", "match_products"]
+__all__ = ["RULES", "consumed", "labels_along", "match_products"]
 
 
 def consumed(run: Run, tensor: Tensor, axis: int) -> Tensor | None:
@@ -27,6 +27,13 @@ def consumed(run: Run, tensor: Tensor, axis: int) -> Tensor | None:
                 labels = torch.where(found != 0, found, labels)
             found = labels
     return found
+
+
+def labels_along(layers: Layers, axis: int) -> Tensor | None:
+    """Labels per index of an axis, shape (C,), of whatever layer has any there."""
+    if axis < 0:
+        return None
+    return next((along(layer, axis)[0] for layer in layers if axis in axes_of(layer)), None)
 
 
 def match(run: Run, data: Tensor | None, weight: Tensor | None, where: str) -> None:
@@ -119,6 +126,9 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
         for tensor, layers in ((a, la), (b, lb)):
             for layer in layers:
                 run.ledger.attend(compact(layer), (-1, -2) if tensor.dim() > 1 else (-1,), where)
+        fronts = [labels_along(la, k) if labels_along(la, k) is not None else labels_along(lb, k) for k in range(a.dim() - 2)]
+        sides = (labels_along(la, a.dim() - 2), labels_along(lb, b.dim() - 1) if b.dim() > 1 else None)
+        run.ledger.count(out.numel() * a.shape[-1], [*fronts, labels_along(la, a.dim() - 1), *sides])
     summed = [layer for layer in la if a.dim() - 1 in axes_of(layer)]
     other = [layer for layer in lb if max(b.dim() - 2, 0) in axes_of(layer)]
     if a.shape[-1] > 1:

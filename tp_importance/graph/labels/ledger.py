@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kept_statistics import StatisticCall
 from .reasons import ExclusionKind, Index, Reason
 
-__all__ = ["Attended", "Follower", "Ledger", "Option", "Question", "Site", "Statistic", "connected"]
+__all__ = ["Attended", "Follower", "Ledger", "Option", "Product", "Question", "Site", "Statistic", "connected"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,19 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A product of data with data.
+
+    Attributes:
+        macs: multiply-accumulates, whole batch.
+        axes: labels of every axis of them that has any, shape (n,) each: the cost is proportional to what is left of it.
+    """
+
+    macs: int
+    axes: tuple[Index, ...]
+
+
+@dataclass(frozen=True)
 class Attended:
     """What takes part in attention: labels of queries, keys or values.
 
@@ -150,6 +163,7 @@ class Ledger:
         attended: what takes part in attention.
         several: labels of axes that must keep two entries, zeros among them.
         statistics: over channels.
+        products: of data with data.
         scaled: queries whose products with keys are divided by the root of the number of their channels.
     """
 
@@ -160,6 +174,7 @@ class Ledger:
     attended: list[Attended] = field(default_factory=list)
     several: list[Index] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     scaled: list[Attended] = field(default_factory=list)
     _ties: list[Index] = field(default_factory=list)
     _flags: list[tuple[Index, Reason]] = field(default_factory=list)
@@ -192,6 +207,11 @@ class Ledger:
         """
         axis = next((a % labels.dim() for a in axes if labels.shape[a] > 1), None)
         self.attended.append(Attended(labels.cpu().numpy(), axis, where))
+
+    def count(self, macs: int, axes: Iterable[Tensor | None]) -> None:
+        """A product of data with data, see :class:`Product`."""
+        labelled = tuple(a.cpu().numpy() for a in axes if a is not None and len(a) > 1 and bool(a.any()))
+        self.products.append(Product(macs, labelled))
 
     def rescale(self, labels: Tensor, where: str) -> None:
         """Queries that are divided by the root of how many of these channels there are."""

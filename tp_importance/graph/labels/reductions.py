@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .calls import Call, Layers, Run
-from .contractions import match_products
+from .contractions import labels_along, match_products
 from .elementwise import batch_norm
 from .layers import along, axes_of, compact, merged, tight
 
@@ -157,6 +157,10 @@ def attention(run: Run, call: Call) -> list[Layers]:
         for layer in layers:
             run.ledger.attend(compact(layer), (-1,), call.where)
         heads.append((tensor, _of_heads(layers, shape)))
+    fronts = [labels_along(of_query, k) for k in range(query.dim() - 2)]
+    pairs = shape[:-1].numel() * key.shape[-2]
+    run.ledger.count(pairs * query.shape[-1], [*fronts, labels_along(of_query, query.dim() - 1)])
+    run.ledger.count(pairs * value.shape[-1], [*fronts, labels_along(of_value, value.dim() - 1)])
     compared = [[v for v in layers if query.dim() - 1 in axes_of(v)] for layers in (of_query, of_key)]
     if query.shape[-1] > 1:
         match_products(run, query, key.mT, compared[0], [v.mT for v in compared[1]], call.where)
