@@ -50,11 +50,12 @@ class _Place:
     attribute: bool = False
     statistic: Statistic | None = None
     product: int | None = None
+    is_query: bool = False
 
     @property
     def is_member(self) -> bool:
         """Whether it loses entries."""
-        return not self.attribute and self.statistic is None and self.product is None
+        return not (self.attribute or self.is_query) and self.statistic is None and self.product is None
 
 
 def build_groups(
@@ -91,7 +92,20 @@ def build_groups(
         for c in np.unique(classes[labels]).tolist():
             reasons.setdefault(c, []).append(reason)
     several = {int(c) for labels in ledger.several for c in classes[labels[labels > 0]]}
-    found = list(_groups([*places, *followers, *statistics, *_products(ledger, classes)], reasons, traced.model, several))
+    found = list(
+        _groups(
+            [
+                *places,
+                *followers,
+                *statistics,
+                *_products(ledger, classes),
+                *_queries(ledger, classes, options, places),
+            ],
+            reasons,
+            traced.model,
+            several,
+        )
+    )
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
@@ -222,6 +236,7 @@ def _groups(
             tuple(m for m, place in found if place.attribute),
             tuple(Normalised(p.statistic.call, p.statistic.groups, m) for m, p in found if p.statistic is not None),
             tuple((p.product, m) for m, p in found if p.product is not None),
+            tuple(m for m, p in found if p.is_query),
         )
         yield group, list(dict.fromkeys(r for c in mine for r in reasons.get(c, ())))
 
@@ -394,6 +409,22 @@ def _products(ledger: Ledger, classes: Index) -> list[_Place]:
         for i, product in enumerate(ledger.products)
         for k, axis in enumerate(product.axes)
     ]
+
+
+def _queries(ledger: Ledger, classes: Index, options: TraceOptions, places: Sequence[_Place]) -> list[_Place]:
+    """Filters of queries whose dimensions may go while the code divides by the root of how many there are."""
+    found = []
+    for scaled in ledger.scaled_queries(options.choices):
+        rows = np.moveaxis(scaled.labels, scaled.axis or -1, -1).reshape(-1, scaled.labels.shape[scaled.axis or -1])
+        if all(len(np.unique(classes[row])) == 1 for row in rows):  # whole heads: as many dimensions in each as before
+            continue
+        for site in ledger.sites:
+            mine = np.isin(np.arange(site.first, site.first + site.size), scaled.known)
+            layer = site.name.removesuffix(".weight")
+            if mine.any() and any(p.name == layer and p.kind == "producer" for p in places):
+                own = np.where(mine, classes[site.first : site.first + site.size], -1)
+                found.append(_Place(layer, "out", "passthrough", own, is_query=True))
+    return found
 
 
 def _statistics(ledger: Ledger, classes: Index) -> tuple[list[_Place], list[tuple[Index, Reason]]]:

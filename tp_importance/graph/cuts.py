@@ -6,8 +6,9 @@ modules are cut by Torch-Pruning's functions, the user's and ours, see :class:`.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .groups import ChannelGroup, Member
 from .layer_pruners import LayerPruners
 
-__all__ = ["Cut", "cuts_of", "holders", "make_cuts", "owner_of"]
+__all__ = ["Cut", "Scaling", "cuts_of", "holders", "make_cuts", "owner_of", "scalings_of"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,48 @@ def cuts_of(plan: Sequence[tuple[ChannelGroup, Sequence[int]]], model: nn.Module
     return [Cut(*key, tuple(sorted(found)), widths.get(key)) for key, found in gone.items() if found]
 
 
-def make_cuts(model: nn.Module, cuts: Sequence[Cut], pruners: LayerPruners, part: nn.Module | None = None) -> None:
+@dataclass(frozen=True)
+class Scaling:
+    """Filters that are multiplied by a number before anything is cut.
+
+    Attributes:
+        name: qualified name of their layer.
+        rows: the filters, ascending.
+        factor: the number.
+    """
+
+    name: str
+    rows: tuple[int, ...]
+    factor: float
+
+
+def scalings_of(groups: Iterable[ChannelGroup], cuts: Sequence[Cut]) -> list[Scaling]:
+    r"""Queries that make up for a scale :math:`1/\sqrt{d}` of their products with keys that the code computes anew.
+
+    Of d dimensions d' are left, so they are multiplied by :math:`\sqrt{d'/d}`.
+
+    Args:
+        groups: the groups before the cuts.
+        cuts: what is cut.
+    """
+    gone = {cut.name: set(cut.positions) for cut in cuts if cut.side == "out"}
+    found = []
+    for group in groups:
+        for member in group.queries:
+            rows = set(member.channels.tolist())
+            left = len(rows - gone.get(member.name, set())) / len(rows)
+            if 0 < left < 1:
+                found.append(Scaling(member.name, tuple(sorted(rows)), math.sqrt(left)))
+    return found
+
+
+def make_cuts(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    pruners: LayerPruners,
+    part: nn.Module | None = None,
+    scalings: Sequence[Scaling] = (),
+) -> None:
     """Cut a network, in place.
 
     A tensor that several modules share is cut once and stays shared. Parameters keep their gradient flags, what they
@@ -87,6 +129,7 @@ def make_cuts(model: nn.Module, cuts: Sequence[Cut], pruners: LayerPruners, part
         pruners: of its modules.
         part: holds the modules that these cuts can change, and those that hold the same tensors and lists of numbers;
             all, if not given.
+        scalings: what is multiplied beforehand.
 
     Raises:
         ValueError: if a cut names something that the network does not have, or takes all of it; nothing is cut then.
@@ -96,9 +139,29 @@ def make_cuts(model: nn.Module, cuts: Sequence[Cut], pruners: LayerPruners, part
     calls = [_call(model, cut, pruners) for cut in cuts]
     modules = {call.owner for call in calls if isinstance(call, _ModuleCall)}
     shared = _Shared(model if part is None else part, pruners, modules)
+    for scaling in scalings:
+        _scale(model.get_submodule(scaling.name), scaling, shared)
     for call in calls:
         call.run(shared)
     shared.tie()
+
+
+def _scale(layer: nn.Module, scaling: Scaling, shared: _Shared) -> None:
+    """Multiply some filters and their biases.
+
+    Raises:
+        RuntimeError: if the weight is computed from others.
+    """
+    for leaf in ("weight", "bias"):
+        old = layer._parameters.get(leaf)
+        if old is None:
+            if isinstance(getattr(layer, leaf, None), Tensor):
+                raise RuntimeError(f"{scaling.name}.{leaf} is computed from other tensors and cannot be multiplied")
+            continue
+        new = old.detach().clone()
+        rows = torch.tensor(scaling.rows, device=old.device)
+        new[rows] = new[rows] * scaling.factor
+        shared.replace(old, nn.Parameter(new, requires_grad=old.requires_grad), layer)
 
 
 @dataclass

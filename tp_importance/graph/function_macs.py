@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["FORMULAS", "KERNELS", "PRODUCTS", "RECURRENT", "UNKNOWN", "WEIGHTS", "attention_products", "positional", "sums", "sums_over_last"]
+__all__ = [
+    "FORMULAS",
+    "KERNELS",
+    "PRODUCTS",
+    "RECURRENT",
+    "UNKNOWN",
+    "WEIGHTS",
+    "attention_products",
+    "positional",
+    "sums",
+    "sums_over_last",
+]
 
 Macs = Callable[..., int]
 

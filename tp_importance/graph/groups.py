@@ -103,6 +103,8 @@ class ChannelGroup:
         statistics: means, variances and norms over the channels.
         products: axes of products of data with data whose cost the channels have a part in: the number of the product
             among those of the trace, and the axis.
+        queries: filters whose outputs are divided by the root of how many of them a head has: what is left is multiplied
+            by a number when some go.
     """
 
     name: str
@@ -116,6 +118,7 @@ class ChannelGroup:
     attributes: tuple[Member, ...] = ()
     statistics: tuple[Normalised, ...] = ()
     products: tuple[tuple[int, Member], ...] = ()
+    queries: tuple[Member, ...] = ()
 
     @property
     def n_units(self) -> int:
@@ -137,6 +140,12 @@ class ChannelGroup:
     def consumers(self) -> tuple[Member, ...]:
         """Members whose weights consume the channels."""
         return tuple(m for m in self.members if m.kind == "consumer")
+
+    @cached_property
+    def dimensions(self) -> tuple[Member, ...]:
+        """Everything that becomes shorter when units go: members, numbers, and what is computed over the channels."""
+        computed = (*(s.member for s in self.statistics), *(axis for _, axis in self.products))
+        return *self.members, *self.attributes, *computed
 
     def member(self, name: str, role: Role) -> Member | None:
         """The member of that module and role, if any."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from torch import nn
 
 from ..core.listing import listed
-from .cuts import Cut, cuts_of
+from .cuts import Cut, cuts_of, scalings_of
 from .groups import ChannelGroup, Index, PrunableGroups, Role
 from .layer_pruners import LayerPruners
 from .surgery import Cutter, remove_units
@@ -121,12 +121,15 @@ def repeat(history: Sequence[Any], groups: PrunableGroups) -> PruningHistory:
         return PruningHistory(PruningHistory.of(groups, removed, cuts).direct, entries)
     cuts, given = _at_once(entries), groups.options.customized_pruners
     host = _explained(cuts, groups, LayerPruners(groups.trace.model, given))
-    repeat_cuts(groups.trace.model, entries, given)
+    repeat_cuts(groups.trace.model, entries, given, groups)
     return PruningHistory(entries, host)
 
 
 def repeat_cuts(
-    model: nn.Module, history: Sequence[Any], customized_pruners: Mapping[Any, Any] | None = None
+    model: nn.Module,
+    history: Sequence[Any],
+    customized_pruners: Mapping[Any, Any] | None = None,
+    groups: Iterable[ChannelGroup] = (),
 ) -> list[Cut]:
     """Remove again what a direct history says, in place; the network is neither run nor traced.
 
@@ -134,6 +137,7 @@ def repeat_cuts(
         model: as it was when the history began.
         history: entries in the direct format.
         customized_pruners: the user's pruning functions, as they were given then.
+        groups: of the network, if the weights that it has are to stay of use: see :func:`.cuts.scalings_of`.
 
     Returns:
         What was cut.
@@ -151,7 +155,7 @@ def repeat_cuts(
     if any(isinstance(side, bool) for _, side, _ in entries):
         raise ValueError("a direct history has no entries [module name, is_out, positions] of Torch-Pruning's")
     cuts, pruners = _at_once(entries), LayerPruners(model, customized_pruners)
-    Cutter(model, pruners).make(cuts)
+    Cutter(model, pruners).make(cuts, scalings_of(groups, cuts))
     return cuts
 
 

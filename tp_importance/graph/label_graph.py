@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.listing import listed
 from ..core.processes import levels_up
-from .cuts import cuts_of
+from .cuts import cuts_of, scalings_of
 from .discovery import prunable_groups
 from .groups import ChannelGroup, Dimension, Excluded, Index, Member, PrunableGroups, Verifier
 from .history import PruningHistory, units_of
@@ -323,7 +323,7 @@ class LabelGraph(HostGraph):
         tensors = {n: self.holder(n) for n in {m.name for name in removed for m in self.groups[name].members}}
         plan = checked_units(self.groups, {name: at.tolist() for name, at in removed.items()})
         cuts = cuts_of(plan, self.model, self._cutter.pruners)
-        self._cutter.make(cuts, gradients=True)
+        self._cutter.make(cuts, scalings_of(self.groups, cuts), gradients=True)
         self.groups = narrowed(self.groups, removed)
         for name, at in removed.items():
             self._numbers[name] = np.delete(self._numbers[name], at)

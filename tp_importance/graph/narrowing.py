@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .groups import ChannelGroup, Dimension, Index, Member, PrunableGroups
+from .groups import ChannelGroup, Dimension, Index, Member, Normalised, PrunableGroups
 
 __all__ = ["narrowed"]
 
@@ -42,7 +42,7 @@ def narrowed(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> Pr
         gone[name] = np.unique(np.fromiter(units, np.int64))
         if len(gone[name]) and not 0 <= gone[name][0] <= gone[name][-1] < group.n_units:
             raise ValueError(f"group {name} has units 0..{group.n_units - 1}, not {gone[name].tolist()}")
-        for member in (*group.members, *group.attributes):
+        for member in group.dimensions:
             lost[member.dimension].append(member.positions(gone[name]))
     below = {dimension: np.unique(np.concatenate(positions)) for dimension, positions in lost.items()}
     none = np.zeros(0, np.int64)
@@ -51,7 +51,7 @@ def narrowed(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> Pr
 
 
 def _narrowed(group: ChannelGroup, gone: Index, lost: Mapping[Dimension, Index]) -> ChannelGroup:
-    dimensions = (group.root_dimension, *(m.dimension for m in (*group.members, *group.attributes)))
+    dimensions = (group.root_dimension, *(m.dimension for m in group.dimensions))
     if not len(gone) and not any(map(lost.__contains__, dimensions)):
         return group
     stays = np.ones(group.n_units, bool)
@@ -70,12 +70,21 @@ def _narrowed(group: ChannelGroup, gone: Index, lost: Mapping[Dimension, Index])
             width=member.width - len(lost.get(member.dimension, ())),
         )
 
+    def normalised(statistic: Normalised) -> Normalised:
+        member = statistic.member
+        kept = np.delete(np.arange(member.width), lost.get(member.dimension, gone[:0]))
+        left = len(np.unique(kept // (member.width // statistic.groups)))
+        return replace(statistic, groups=left, member=cut(member))
+
     of_root = stays[group.root_units]
     return replace(
         group,
         width=int(stays.sum()) * group.unit_size,
         members=tuple(map(cut, group.members)),
         attributes=tuple(map(cut, group.attributes)),
+        statistics=tuple(map(normalised, group.statistics)),
+        products=tuple((number, cut(axis)) for number, axis in group.products),
+        queries=tuple(map(cut, group.queries)),
         root_channels=shifted(group.root_channels[of_root], group.root_dimension),
         root_units=number[group.root_units[of_root]],
     )

@@ -100,7 +100,9 @@ class Oracle:
         outcome = Outcome(run.findings, frozenset(reference.inputs), frozenset(), reference)
         if run.findings:
             return replace(outcome, sound=frozenset(removal.sound(self._original, pruned)))
-        problem = self._cost(removal, run.macs(batch_size(self._inputs), attention=self._groups.options.count_attention), pruned)
+        problem = self._cost(
+            removal, run.macs(batch_size(self._inputs), attention=self._groups.options.count_attention), pruned
+        )
         return replace(outcome, findings=[Finding("", problem, "cost")]) if problem else outcome
 
     def unsteady(self, reference: Reference, noise: float) -> set[str]:

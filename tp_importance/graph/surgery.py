@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.guards import preserved, transaction
 from ..core.stale_optimizers import replacing
-from .cuts import Cut, cuts_of, holders, make_cuts, owner_of
+from .cuts import Cut, Scaling, cuts_of, holders, make_cuts, owner_of, scalings_of
 from .groups import ChannelGroup, PrunableGroups
 from .layer_pruners import LayerPruners
 
@@ -52,7 +52,7 @@ def remove_units(
         (['outputs of 0', 'outputs of 1', 'inputs of 2'], 6)
     """
     model, pruners, cuts = planned_cuts(groups, removed, model)
-    Cutter(model, pruners).make(cuts)
+    Cutter(model, pruners).make(cuts, scalings_of(groups, cuts))
     return cuts
 
 
@@ -78,11 +78,12 @@ class Cutter:
 
     @torch.inference_mode(False)  # it makes parameters
     @torch.no_grad()
-    def make(self, cuts: Sequence[Cut], *, gradients: bool = False) -> None:
+    def make(self, cuts: Sequence[Cut], scalings: Sequence[Scaling] = (), *, gradients: bool = False) -> None:
         """Make cuts, all or none; an optimizer that goes on with what was replaced will warn.
 
         Args:
             cuts: see :func:`.cuts.cuts_of`.
+            scalings: see :func:`.cuts.scalings_of`.
             gradients: cut these along, as Torch-Pruning does; else what is cut has none.
 
         Raises:
@@ -93,7 +94,7 @@ class Cutter:
         before = dict(part.named_parameters()) if gradients else {}
         with replacing(part, type(self._model).__name__), transaction(part), preserved(part):
             with settled(part):
-                make_cuts(self._model, cuts, self.pruners, part)
+                make_cuts(self._model, cuts, self.pruners, part, scalings)
                 kept = {name: p.grad for name, p in part.named_parameters()} if gradients else {}
             for cut in cuts if gradients else ():
                 old = before.get(cut.name)

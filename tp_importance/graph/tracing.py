@@ -114,9 +114,11 @@ def trace(
     with untouched(model), torch.inference_mode(False), as_leaves(model):
         set_mode(model, training)
 
-        def labels(run: Callable[[nn.Module, Any], Any], answers: Mapping[int, int]) -> Ledger:
+        def labels(
+            run: Callable[[nn.Module, Any], Any], answers: Mapping[int, int], before: Ledger | None = None
+        ) -> Ledger:
             inputs, outputs = fresh_inputs(example_inputs), partial(output_tensors, transform=options.output_transform)
-            return labels_of(model, inputs, run, outputs, axes=axes, custom=custom, answers=answers)
+            return labels_of(model, inputs, run, outputs, axes=axes, custom=custom, answers=answers, before=before)
 
         recorder = CallRecorder(model)
         try:
@@ -124,7 +126,7 @@ def trace(
             recorder.remove()
             found = attention_answers(ledger, options.attention, options.with_heads)
             if found:
-                ledger = labels(options.forward_fn or call_model, found)
+                ledger = labels(options.forward_fn or call_model, found, ledger)
         except torch.OutOfMemoryError:  # says nothing about the network
             raise
         except Exception as error:

@@ -339,7 +339,9 @@ class PruningTarget:
                 report = replace(report, refit=made)
             with phase("removing channels", before=self.cost_model.dense, after=plan.cost):
                 cuts = remove_units(self.groups, plan.removed)
-            counted = count_ops(self.model, self.example_inputs, forward_fn=run, attention=self.groups.options.count_attention)
+            counted = count_ops(
+                self.model, self.example_inputs, forward_fn=run, attention=self.groups.options.count_attention
+            )
             if Cost(*counted) != plan.cost:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
             if follows and loader is not None:
@@ -416,7 +418,12 @@ class PruningTarget:
                 known = build_groups(self.groups.trace, None, self._num_heads, self.groups.options)
                 done = repeat(entries, known)
                 groups = self._left(known, None if done.host is None else units_of(done.host, known))
-                counted = count_ops(self.model, self.example_inputs, forward_fn=self.groups.options.forward_fn, attention=self.groups.options.count_attention)
+                counted = count_ops(
+                    self.model,
+                    self.example_inputs,
+                    forward_fn=self.groups.options.forward_fn,
+                    attention=self.groups.options.count_attention,
+                )
                 if Cost(*counted) != CostModel.from_groups(groups).dense:
                     raise ValueError(f"after it the network costs {Cost(*counted)}, its widths say otherwise")
                 state = self._adopting(groups, done)

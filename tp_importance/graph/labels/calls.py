@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -87,3 +87,15 @@ class Run(Protocol):
 
     def split_up(self, layer: Tensor, call: Call) -> Tensor:
         """A reshape has split an axis of channels; returns the labels after it, which vary along one factor if known."""
+
+    def attend(
+        self, layer: Tensor, axes: Sequence[int], where: str, *, queries: Literal["yes", "no", "perhaps"]
+    ) -> None:
+        """A product of data with data reads a tensor.
+
+        Args:
+            layer: its labels.
+            axes: of which one may be that of dimensions, counted from the end.
+            where: for people.
+            queries: whether the code divides it by the root of the number of its dimensions, as it is then.
+        """

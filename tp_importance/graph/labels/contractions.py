@@ -125,8 +125,11 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
     if run.depends(a) and run.depends(b):
         for tensor, layers in ((a, la), (b, lb)):
             for layer in layers:
-                run.ledger.attend(compact(layer), (-1, -2) if tensor.dim() > 1 else (-1,), where)
-        fronts = [labels_along(la, k) if labels_along(la, k) is not None else labels_along(lb, k) for k in range(a.dim() - 2)]
+                summed = tensor is a and a.dim() - 1 in axes_of(layer)
+                run.attend(layer, (-1, -2) if tensor.dim() > 1 else (-1,), where, queries="perhaps" if summed else "no")
+        fronts = [
+            labels_along(la, k) if labels_along(la, k) is not None else labels_along(lb, k) for k in range(a.dim() - 2)
+        ]
         sides = (labels_along(la, a.dim() - 2), labels_along(lb, b.dim() - 1) if b.dim() > 1 else None)
         run.ledger.count(out.numel() * a.shape[-1], [*fronts, labels_along(la, a.dim() - 1), *sides])
     summed = [layer for layer in la if a.dim() - 1 in axes_of(layer)]

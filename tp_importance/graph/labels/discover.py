@@ -26,6 +26,7 @@ def labels_of(
     axes: Mapping[int, int] | None = None,
     custom: Mapping[str, Any] | None = None,
     answers: Mapping[int, int] | None = None,
+    before: Ledger | None = None,
 ) -> Ledger:
     """Run a network once with labels beside all tensors.
 
@@ -36,13 +37,16 @@ def labels_of(
         outputs: the tensors among what it returns.
         axes: parameters of which one axis alone may lose entries, by identity.
         custom: pruning functions of the user's, by qualified name of the module: what runs inside is not looked at.
+        before: what an earlier pass has found out.
         answers: what an earlier pass has found out about attention, see :func:`.attention.answers`.
 
     Returns:
         What was found out.
     """
     ledger, sizes = Ledger(), WatchedSizes()
-    labeller = Labeller(model, ledger, sizes, tensors_in(inputs), dict(axes or {}), dict(custom or {}), dict(answers or {}))
+    labeller = Labeller(
+        model, ledger, sizes, tensors_in(inputs), dict(axes or {}), dict(custom or {}), dict(answers or {}), before
+    )
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(named_sizes(model))
         labeller.watch(stack, model)

@@ -20,7 +20,7 @@ from .hidden import customized, recurrence
 from .layers import along, axes_of, compact, on_axis, pairs_of, tight
 from .ledger import Follower, Ledger, Statistic
 from .pieces import Pieces, followers_of
-from .questions import factors_question, in_order, norm_groups_question
+from .questions import factors_question, in_order, norm_groups_question, scale_question
 from .reasons import ExclusionKind
 from .rules import rule_of
 
@@ -42,6 +42,7 @@ class Labeller(TorchDispatchMode):
         axes: parameters of which one axis alone is to have labels, by identity.
         custom: pruning functions of the user's, by qualified name of the module.
         answers: the axis that shrinks of splits that an earlier pass has met, by number of the operation.
+        before: what that pass has found out.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Labeller(TorchDispatchMode):
         axes: dict[int, int] | None = None,
         custom: dict[str, Any] | None = None,
         answers: dict[int, int] | None = None,
+        before: Ledger | None = None,
     ) -> None:
         super().__init__()
         self.ledger, self._sizes, self._axes = ledger, sizes, axes or {}
-        self._number, self._answers = -1, answers or {}
+        self._number, self._answers, self._before = -1, answers or {}, before
         self._model, self._cuts = type(model).__name__, Pieces()
         # a tensor that the pass has made, with its layers, and whether it depends on the inputs
         self._known: Any = WeakTensorKeyDictionary()
@@ -187,6 +189,18 @@ class Labeller(TorchDispatchMode):
             return on_axis(labels, axis, layer.shape)
         self.ledger.ask(factors_question(layer, call.where, self._number))
         return layer
+
+    def attend(self, layer: Tensor, axes: Sequence[int], where: str, *, queries: str) -> None:
+        """See :meth:`~.calls.Run.attend`."""
+        found = self.ledger.attend(compact(layer), axes, where, self._number)
+        if queries == "no" or found.axis is None:
+            return
+        before = self._before.attended if self._before is not None else ()  # there every filter has a label of its own
+        dense = next((a for a in before if a.number == self._number and a.axis is not None), found)
+        if queries == "yes":
+            self.ledger.scaled.append(dense)
+        else:
+            self.ledger.ask(scale_question(found, dense))
 
     def norm_groups(self, labels: Tensor, call: Call) -> None:
         """See :meth:`~.calls.Run.norm_groups`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,13 +71,64 @@ class Statistic:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A product of data with data.
+
+    Attributes:
+        macs: multiply-accumulates, whole batch.
+        axes: labels of every axis of them that has any, shape (n,) each: the cost is proportional to what is left of it.
+    """
+
+    macs: int
+    axes: tuple[Index, ...]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What takes part in attention: labels of queries, keys or values.
+
+    Attributes:
+        labels: with one entry on every axis on which they do not vary.
+        axis: of the dimensions: what is summed over, or what comes out; ``None`` if labels vary on neither.
+        where: layer and operation, for people.
+        number: of the operation in the pass.
+    """
+
+    labels: Index
+    axis: int | None
+    where: str
+    number: int = -1
+
+    @property
+    def known(self) -> Index:
+        """The labels, each once."""
+        found: Index = np.unique(self.labels)
+        return found[found > 0]
+
+    @property
+    def factored(self) -> bool:
+        """Whether labels vary along other axes than that of the dimensions, and along it."""
+        return self.axis is not None and sum(size > 1 for size in self.labels.shape) > 1
+
+    def places(self) -> tuple[Index, Index, Index]:
+        """Every label once, its index among the dimensions, and its first index along all other axes."""
+        axis = self.labels.ndim - 1 if self.axis is None else self.axis
+        rows = np.moveaxis(self.labels, axis, -1).reshape(-1, self.labels.shape[axis])
+        labels, first = np.unique(rows, return_index=True)
+        heads, dims = np.divmod(first, rows.shape[1])
+        real = labels > 0
+        return labels[real], dims[real], heads[real]
+
+
+@dataclass(frozen=True)
 class Option:
-    """One answer to a :class:`Question`: what is tied then, what stays, and which numbers follow."""
+    """One answer to a :class:`Question`: what is tied then, what stays, which numbers follow, what is scaled."""
 
     what: str
     ties: Index = field(default_factory=lambda: np.zeros((2, 0), np.int64))
     pinned: Index = field(default_factory=lambda: np.zeros(0, np.int64))
     followers: tuple[Follower, ...] = ()
+    scaled: tuple[Attended, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,54 +153,6 @@ class Question:
     factors: bool = False
     number: int = -1
     layer: Index = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product of data with data.
-
-    Attributes:
-        macs: multiply-accumulates, whole batch.
-        axes: labels of every axis of them that has any, shape (n,) each: the cost is proportional to what is left of it.
-    """
-
-    macs: int
-    axes: tuple[Index, ...]
-
-
-@dataclass(frozen=True)
-class Attended:
-    """What takes part in attention: labels of queries, keys or values.
-
-    Attributes:
-        labels: with one entry on every axis on which they do not vary.
-        axis: of the dimensions: what is summed over, or what comes out; ``None`` if labels vary on neither.
-        where: layer and operation, for people.
-    """
-
-    labels: Index
-    axis: int | None
-    where: str
-
-    @property
-    def known(self) -> Index:
-        """The labels, each once."""
-        found: Index = np.unique(self.labels)
-        return found[found > 0]
-
-    @property
-    def factored(self) -> bool:
-        """Whether labels vary along other axes than that of the dimensions, and along it."""
-        return self.axis is not None and sum(size > 1 for size in self.labels.shape) > 1
-
-    def places(self) -> tuple[Index, Index, Index]:
-        """Every label once, its index among the dimensions, and its first index along all other axes."""
-        axis = self.labels.ndim - 1 if self.axis is None else self.axis
-        rows = np.moveaxis(self.labels, axis, -1).reshape(-1, self.labels.shape[axis])
-        labels, first = np.unique(rows, return_index=True)
-        heads, dims = np.divmod(first, rows.shape[1])
-        real = labels > 0
-        return labels[real], dims[real], heads[real]
 
 
 @dataclass
@@ -197,25 +200,24 @@ class Ledger:
         if len(found):
             self._flags.append((found, (kind, text)))
 
-    def attend(self, labels: Tensor, axes: Sequence[int], where: str) -> None:
+    def attend(self, labels: Tensor, axes: Sequence[int], where: str, number: int) -> Attended:
         """Queries, keys or values.
 
         Args:
             labels: with one entry on every axis on which they do not vary.
             axes: of which one may be that of the dimensions.
             where: for people.
+            number: of the operation.
         """
         axis = next((a % labels.dim() for a in axes if labels.shape[a] > 1), None)
-        self.attended.append(Attended(labels.cpu().numpy(), axis, where))
+        found = Attended(labels.cpu().numpy(), axis, where, number)
+        self.attended.append(found)
+        return found
 
     def count(self, macs: int, axes: Iterable[Tensor | None]) -> None:
         """A product of data with data, see :class:`Product`."""
         labelled = tuple(a.cpu().numpy() for a in axes if a is not None and len(a) > 1 and bool(a.any()))
         self.products.append(Product(macs, labelled))
-
-    def rescale(self, labels: Tensor, where: str) -> None:
-        """Queries that are divided by the root of how many of these channels there are."""
-        self.scaled.append(Attended(labels.cpu().numpy(), None, where))
 
     def ask(self, question: Question | None) -> None:
         """Leave something open."""
@@ -240,12 +242,26 @@ class Ledger:
             ties: further pairs, shape (2, m) each.
         """
         chosen = (self.option(q, choices).ties for q in range(len(self.questions)))
-        return connected([*self._ties, *ties, *chosen], self.size)
+        return connected([*self._ties, *ties, *chosen, *self._counted_alike(choices)], self.size)
+
+    def _counted_alike(self, choices: Sequence[int]) -> Iterator[Index]:
+        """Channels of several axes whose length one number gives: as many of each go, so index by index they do."""
+        first: dict[str, Follower] = {}
+        for f in self.following(choices):
+            known = first.setdefault(f.name, f)
+            if known is not f and not f.kept and len(known.labels) == len(f.labels):
+                pairs = np.stack([known.labels, f.labels])
+                yield pairs[:, (pairs > 0).all(0)]
 
     def following(self, choices: Sequence[int] = ()) -> list[Follower]:
         """All numbers that follow."""
         chosen = (f for q in range(len(self.questions)) for f in self.option(q, choices).followers)
         return [*self.followers, *chosen]
+
+    def scaled_queries(self, choices: Sequence[int] = ()) -> list[Attended]:
+        """All queries that are divided by the root of how many dimensions they have."""
+        chosen = (a for q in range(len(self.questions)) for a in self.option(q, choices).scaled)
+        return [*self.scaled, *chosen]
 
     def reasons(self, classes: Index, choices: Sequence[int] = ()) -> dict[int, list[Reason]]:
         """Why classes must stay, in the order in which the pass found it out."""

@@ -11,10 +11,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from .layers import along, axes_of, compact, merged
-from .ledger import Follower, Option, Question, connected
+from .ledger import Attended, Follower, Option, Question, connected
 from .reasons import Index
 
-__all__ = ["factors_question", "in_order", "norm_groups_question"]
+__all__ = ["factors_question", "in_order", "norm_groups_question", "scale_question"]
 
 EACH = "one channel of every norm group goes"
 WHOLE = "whole norm groups go"
@@ -57,6 +57,24 @@ def norm_groups_question(labels: Tensor, followers: Sequence[Follower], where: s
         options.append(Option(WHOLE, merged(labels, 1)[1].cpu().numpy(), followers=tuple(followers)))
     options.append(Option("the norm's groups stay as they are", pinned=known))
     return Question(where, known, tuple(options), factors=True)
+
+
+def scale_question(found: Attended, dense: Attended) -> Question:
+    """Whether products of queries and keys are divided by the root of how many dimensions they have *then*.
+
+    Args:
+        found: labels of the queries.
+        dense: the same with a label for every filter.
+    """
+    return Question(
+        found.where,
+        found.known,
+        (
+            Option("the scale of the attention is a constant"),
+            Option("the scale of the attention follows the number of dimensions", scaled=(dense,)),
+            Option("the scale of the attention is not known", pinned=found.known),
+        ),
+    )
 
 
 def _known(labels: Tensor) -> Index:

@@ -154,8 +154,9 @@ def attention(run: Run, call: Call) -> list[Layers]:
     (query, of_query), (key, of_key), (value, of_value) = given
     heads: list[tuple[Tensor, Layers]] = []
     for tensor, layers in given:
+        own = "yes" if tensor is query and call.kwargs.get("scale") is None else "no"
         for layer in layers:
-            run.ledger.attend(compact(layer), (-1,), call.where)
+            run.attend(layer, (-1,), call.where, queries=own)
         heads.append((tensor, _of_heads(layers, shape)))
     fronts = [labels_along(of_query, k) for k in range(query.dim() - 2)]
     pairs = shape[:-1].numel() * key.shape[-2]
@@ -164,8 +165,6 @@ def attention(run: Run, call: Call) -> list[Layers]:
     compared = [[v for v in layers if query.dim() - 1 in axes_of(v)] for layers in (of_query, of_key)]
     if query.shape[-1] > 1:
         match_products(run, query, key.mT, compared[0], [v.mT for v in compared[1]], call.where)
-    for layer in compared[0] if call.kwargs.get("scale") is None else ():
-        run.ledger.rescale(compact(layer), call.where)
     for mask in [t for t in call.inputs if all(t is not u for u in call.args[:3])]:
         heads.append((mask, _of_heads(run.layers(mask), shape)))
     kept = list(run.combine(heads, shape, call.where))
