@@ -1,33 +1,42 @@
 """Is a pruned network what is left of the dense one, and nothing else?
 
 A judge that knows no groups, so it serves for any host. Every tensor of the pruned network must be a part of the dense
-tensor of the same name; where it lies follows from the values. Put back in their places, with zeros around, the parts
-make the *masked* network: the dense one with the removed channels dead wherever they are made and wherever they are
-read. Both must give the same output. Norms over channels take their mean and variance over the channels that are left.
+tensor of the same name; where it lies follows from the values. With zeros everywhere else the dense tensors make the
+*masked* network: the removed channels are dead wherever they are made and wherever they are read. Both must give the
+same output. Means, variances and norms over channels are those of the channels that are left (see
+:mod:`benchmarks.zoo.norms`).
+
+A head that is gone is one whose queries, keys, values and columns of the output projection are zero. Where dimensions
+of all heads are gone, the queries may have a factor: networks scale the products of queries and keys by the size of
+their heads, and pruning makes up for the new size. The masked network has the dense weights and the old size, so a
+wrong factor shows in the output.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from benchmarks.zoo.norms import Foreign, over_kept, put_back, recorded, selected
 from tp_importance.core.batches import tensors_in
 
 EXACT, ROUNDED = 1e-5, 1e-3
 """Largest difference allowed in float64, and in float32 where the network does not run in float64."""
 TRIED = 16
 """Entries of a tensor, until one stands alone in the dense one."""
+SAME = 1e-6
+"""Largest relative difference between two factors that are one."""
+PARALLEL = 1e-9
+"""Largest difference of a cosine from 1 where two rows are multiples of each other."""
 Kept = tuple[Tensor, ...]
 """Positions that are left, along each axis."""
-
-
-class Foreign(ValueError):
-    """A tensor of the pruned network is no part of the dense one."""
 
 
 def difference(dense: nn.Module, pruned: nn.Module, run: Callable[[nn.Module], Any]) -> str | None:
@@ -40,16 +49,23 @@ def difference(dense: nn.Module, pruned: nn.Module, run: Callable[[nn.Module], A
     """
     try:
         masked = embedded(dense, pruned)
+        try:
+            models = [copy.deepcopy(model).double() for model in (masked, pruned)]
+            return compared(*_outputs(*models, run, EXACT), EXACT)
+        except Foreign:
+            raise
+        except Exception:  # some networks make float32 tensors on their way
+            return compared(*_outputs(masked, pruned, run, ROUNDED), ROUNDED)
     except Foreign as error:
         return str(error)
-    with torch.no_grad():
-        try:
-            outs = [tensors_in(run(copy.deepcopy(model).double())) for model in (masked, pruned)]
-            tolerance = EXACT
-        except Exception:  # some networks make float32 tensors on their way
-            outs = [tensors_in(run(model)) for model in (masked, pruned)]
-            tolerance = ROUNDED
-    return compared(*outs, tolerance)
+
+
+@torch.no_grad()
+def _outputs(
+    masked: nn.Module, pruned: nn.Module, run: Callable[[nn.Module], Any], tolerance: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    found, reductions = recorded(lambda: run(pruned))
+    return tensors_in(over_kept(lambda: run(masked), reductions, tolerance)), tensors_in(found)
 
 
 def compared(expected: list[Tensor], found: list[Tensor], tolerance: float) -> str | None:
@@ -83,41 +99,42 @@ def embedded(dense: nn.Module, pruned: nn.Module) -> nn.Module:
     whole = dict(_tensors(masked))
     if left.keys() != whole.keys():
         raise Foreign(f"it has other tensors: {', '.join(sorted(left.keys() ^ whole.keys())[:3])}")
-    places = {name: _places(whole[name], left[name]) for name in whole if whole[name].shape != left[name].shape}
-    for name in [name for name, found in places.items() if found is None]:
-        places[name] = _as_sibling(name, whole, left, places)
-    with torch.no_grad():
-        for name, tensor in whole.items():
-            values, kept = left[name].detach().clone(), places.get(name)
-            if kept is None:
-                tensor.copy_(values)
-                continue
-            if not torch.equal(_selected(tensor, kept), values):
-                raise Foreign(f"{name} is no part of the dense tensor")
-            tensor.copy_(_put_back(tensor, values, kept))
-    _norms_over_kept(masked, pruned, places)
+    shorter = [name for name in whole if whole[name].shape != left[name].shape]
+    found = {name: _places(whole[name], left[name]) for name in shorter}
+    places = {name: kept for name, kept in found.items() if kept is not None}
+    for name in sorted(found.keys() - places.keys(), key=lambda name: (left[name].dim() < 2, shorter.index(name))):
+        places[name] = _as_others(name, whole[name], left[name], whole, places)
+    for name, kept in places.items():
+        at = {axis: kept[axis] for axis in range(len(kept)) if len(kept[axis]) < whole[name].shape[axis]}
+        values = selected(whole[name].detach(), at)
+        if not _equal_up_to_a_factor(values, left[name].detach()):
+            raise Foreign(f"{name} is no part of the dense tensor")
+        with torch.no_grad():
+            whole[name].copy_(put_back(values, whole[name].shape, at))
     return masked
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
-def _selected(whole: Tensor, kept: Kept) -> Tensor:
-    for axis, positions in enumerate(kept):
-        if len(positions) < whole.shape[axis]:
-            whole = whole.index_select(axis, positions)
-    return whole
+def _equal_up_to_a_factor(whole: Tensor, part: Tensor) -> bool:
+    """Whether values are equal, but for one factor of some rows, or of some columns."""
+    if whole.shape != part.shape:
+        return False
+    if torch.equal(whole, part):
+        return True
+    return part.is_floating_point() and any(_one_factor(whole, part, axis) for axis in range(min(part.dim(), 2)))
 
 
-def _put_back(whole: Tensor, part: Tensor, kept: Kept) -> Tensor:
-    """``part`` in its places, zeros elsewhere."""
-    for axis, positions in enumerate(kept):
-        if len(positions) < whole.shape[axis]:
-            wider = part.new_zeros(*part.shape[:axis], whole.shape[axis], *part.shape[axis + 1 :])
-            part = wider.index_copy_(axis, positions, part)
-    return part
+def _one_factor(whole: Tensor, part: Tensor, axis: int) -> bool:
+    """Whether values are equal, but for one factor of some of the slices along an axis."""
+    a, b = (t.double().movedim(axis, 0).reshape(len(t.movedim(axis, 0)), -1) for t in (whole, part))
+    factors = ((a * b).sum(1) / (a * a).sum(1)).nan_to_num(1.0)  # 0 / 0 in rows of zeros
+    others = factors[(factors - 1).abs() > SAME]
+    rows_agree = (b - factors[:, None] * a).abs().amax(1) <= SAME * b.abs().amax(1)
+    return bool(rows_agree.all() and (others > 0).all() and ((others / others[:1] - 1).abs() <= SAME).all())
 
 
 def _places(whole: Tensor, part: Tensor) -> Kept | None:
@@ -164,33 +181,39 @@ def _slices_agree(whole: Tensor, part: Tensor, axis: int, candidate: int, positi
     return a.ndim > 0 and torch.equal(a, b)
 
 
-def _as_sibling(name: str, whole: dict[str, Tensor], left: dict[str, Tensor], places: dict[str, Kept | None]) -> Kept:
-    """The first axis of another tensor of the same module, for vectors whose values repeat themselves."""
-    module = name.rpartition(".")[0]
-    for other, kept in places.items():
-        same = other.rpartition(".")[0] == module and kept is not None and left[name].ndim == 1
-        if same and (len(whole[other]), len(left[other])) == (len(whole[name]), len(left[name])):
-            assert kept is not None
-            return kept[:1]
+def _as_others(name: str, whole: Tensor, part: Tensor, tensors: dict[str, Tensor], places: dict[str, Kept]) -> Kept:
+    """Positions of a tensor whose values repeat themselves, or have a factor, with the help of other tensors."""
+    module, known = name.rpartition(".")[0], defaultdict(list)
+    for other in sorted(places, key=lambda other: other.rpartition(".")[0] != module):  # of the same module first
+        for n, at in zip(tensors[other].shape, places[other], strict=True):
+            known[n, len(at)].append(at)
+    whole, part = whole.detach(), part.detach()
+    if whole.dim() == part.dim():
+        for kept in _guesses(whole, part, known):
+            if _equal_up_to_a_factor(selected(whole, dict(enumerate(kept))), part):
+                return kept
     raise Foreign(f"the values of {name} are not found in the dense tensor")
 
 
-class KeptNorm(nn.Module):
-    """A norm over channels that only sees those that are left."""
+def _guesses(whole: Tensor, part: Tensor, known: dict[tuple[int, int], list[Tensor]]) -> Iterator[Kept]:
+    """Positions along each axis, from those of other axes of these sizes; of rows or columns, from their directions."""
+    along = [
+        [torch.arange(n)] if n == k else list({tuple(at.tolist()): at for at in known[n, k]}.values())
+        for n, k in zip(whole.shape, part.shape, strict=True)
+    ]
+    if whole.dim() == 1:
+        yield from ((at,) for at in along[0])
+        return
+    for axis in (0, 1):
+        for others in product(*along[:axis], *along[axis + 1 :]):
+            rest = dict(zip((a for a in range(whole.dim()) if a != axis), others, strict=True))
+            found = _by_direction(selected(whole, rest).movedim(axis, 0), part.movedim(axis, 0))
+            if found is not None:
+                yield (*others[:axis], found, *others[axis:])
 
-    def __init__(self, norm: nn.Module, kept: Tensor, dim: int) -> None:
-        super().__init__()
-        self.norm, self.dim = norm, dim
-        self.register_buffer("kept", kept)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x).index_copy_(self.dim, self.kept, self.norm(x.index_select(self.dim, self.kept)))
-
-
-def _norms_over_kept(masked: nn.Module, pruned: nn.Module, places: dict[str, Kept | None]) -> None:
-    for name, norm in list(masked.named_modules()):
-        kept = places.get(f"{name}.weight")
-        if kept is None or not isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
-            continue
-        dim = 1 if isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__ else -1
-        masked.set_submodule(name, KeptNorm(copy.deepcopy(pruned.get_submodule(name)), kept[0], dim))
+def _by_direction(whole: Tensor, part: Tensor) -> Tensor | None:
+    """For each row of ``part`` the one of ``whole`` that is a multiple of it; None if there is not exactly one."""
+    a, b = (nn.functional.normalize(t.double().flatten(1), dim=1) for t in (whole, part))
+    same = b @ a.T > 1 - PARALLEL
+    return same.int().argmax(1) if bool((same.sum(1) == 1).all()) else None

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from itertools import chain
 
 from benchmarks.zoo.entry import Network
-from benchmarks.zoo.own import detection, images, sequences, several
+from benchmarks.zoo.own import detection, diffusion, images, sequences, several, transformers
 
 
 def networks() -> Iterator[Network]:
     """All of them."""
-    yield from chain(images.networks(), detection.networks(), sequences.networks(), several.networks())
+    yield from chain.from_iterable(
+        part.networks() for part in (images, diffusion, detection, sequences, several, transformers)
+    )

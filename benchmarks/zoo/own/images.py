@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -62,67 +61,6 @@ class UNet(nn.Module):
         return self.head(x)
 
 
-class TimedBlock(nn.Module):
-    """Residual block of a diffusion model: group norms, and a shift by the time step."""
-
-    def __init__(self, c_in: int, c_out: int, time: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.time = nn.Linear(time, c_out)
-        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(t))[:, :, None, None]
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
-
-
-class SpatialAttention(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.qkv, self.out = (
-            nn.GroupNorm(8, width),
-            nn.Conv2d(width, 3 * width, 1),
-            nn.Conv2d(width, width, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(y.transpose(1, 2).reshape(x.shape))
-
-
-class DiffusionUNet(nn.Module):
-    """Predicts the noise in an image at a time step."""
-
-    def __init__(self, width: int = 32, time: int = 128) -> None:
-        super().__init__()
-        self.width = width
-        self.embed = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.down1, self.down2 = TimedBlock(width, width, time), TimedBlock(width, 2 * width, time)
-        self.pool1, self.pool2 = nn.Conv2d(width, width, 3, 2, 1), nn.Conv2d(2 * width, 2 * width, 3, 2, 1)
-        self.middle1, self.middle2 = TimedBlock(2 * width, 2 * width, time), TimedBlock(2 * width, 2 * width, time)
-        self.attention = SpatialAttention(2 * width)
-        self.up2, self.up1 = TimedBlock(4 * width, width, time), TimedBlock(2 * width, width, time)
-        self.norm, self.head = nn.GroupNorm(8, width), nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
-        half = self.width // 2
-        angles = steps[:, None] * torch.exp(-math.log(1e4) * torch.arange(half, device=x.device) / half)
-        t = self.embed(torch.cat([angles.sin(), angles.cos()], 1))
-        one = self.down1(self.stem(x), t)
-        two = self.down2(self.pool1(one), t)
-        y = self.middle2(self.attention(self.middle1(self.pool2(two), t)), t)
-        y = self.up2(torch.cat([F.interpolate(y, scale_factor=2.0), two], 1), t)
-        y = self.up1(torch.cat([F.interpolate(y, scale_factor=2.0), one], 1), t)
-        return self.head(F.silu(self.norm(y)))
-
-
-def _noisy(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([17.0, 400.0])
-
-
 def super_resolution() -> nn.Module:
     """Three times as many pixels, by a pixel shuffle in the middle and one at the end."""
     return nn.Sequential(
@@ -150,7 +88,6 @@ def networks() -> Iterator[Network]:
     padded = "shortcuts padded with zeros"
     yield Network("resnet20-option-a", "own", lambda: padded_resnet(3), image(32, n=2), note=padded)
     yield Network("unet", "own", UNet, image(96), planted=True)
-    yield Network("diffusion-unet", "own", DiffusionUNet, _noisy, note="group norms, attention, two inputs")
     yield Network("super-resolution", "own", super_resolution, image(32, channels=1), note="pixel shuffles")
     yield Network("dcgan", "own", generator_network, tensor(2, 100, 1, 1), note="transposed convolutions", planted=True)
     yield Network("perceptron", "own", perceptron, tensor(4, 1, 28, 28))
