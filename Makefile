@@ -116,7 +116,7 @@ bench-latency: $(STAMP) ## prune to a predicted latency and measure it
 # A thin venv that sees the packages of .venv: what the zoo adds changes nothing there.
 ZOO_VENV  := .venv-zoo
 ZOO_STAMP := $(ZOO_VENV)/.installed
-zoo-venv: $(ZOO_STAMP) ## create .venv-zoo, with timm and ultralytics on top of .venv
+zoo-venv: $(ZOO_STAMP) ## create .venv-zoo, with timm, transformers and ultralytics on top of .venv
 
 $(ZOO_STAMP): $(STAMP) pyproject.toml
 	$(PY) -m venv --without-pip $(ZOO_VENV)

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import chain
 
-from benchmarks.zoo import own, timm_networks, torchvision_networks, ultralytics_networks
+from benchmarks.zoo import own, timm_networks, torchvision_networks, transformers_networks, ultralytics_networks
 from benchmarks.zoo.entry import Network
 
-PARTS = (torchvision_networks, ultralytics_networks, timm_networks, own)
+PARTS = (torchvision_networks, ultralytics_networks, timm_networks, transformers_networks, own)
 
 
 def by_name(networks: Iterable[Network]) -> dict[str, Network]:

@@ -32,7 +32,7 @@ from tp_importance.pruning.registry import find_importance
 
 ENOUGH_S = 30.0
 """What takes longer is not repeated."""
-PACKAGES = {"timm": "timm", "ultralytics": "ultralytics-opencv-headless"}
+PACKAGES = {"timm": "timm", "ultralytics": "ultralytics-opencv-headless", "transformers": "transformers"}
 """Where the networks of a family come from, beside torchvision."""
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 
