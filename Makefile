@@ -126,7 +126,7 @@ $(ZOO_STAMP): $(STAMP) pyproject.toml
 	$(ZOO_VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".[zoo]"
 	@touch $@
 
-bench-zoo: $(ZOO_STAMP) ## prune 120 networks of all kinds (ARGS="--only yolo11n,own,resnet*"; goes on where it stopped)
+bench-zoo: $(ZOO_STAMP) ## prune 140 networks of all kinds (ARGS="--only yolo11n,own,resnet*"; goes on where it stopped)
 	$(ZOO_VENV)/bin/python benchmarks/run.py zoo $(ARGS)
 	$(if $(ARGS),,$(ZOO_VENV)/bin/python benchmarks/run.py random-graphs)
 

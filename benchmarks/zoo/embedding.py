@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from benchmarks.zoo.norms import Foreign, over_kept, put_back, recorded, selected
 from tp_importance.core.batches import tensors_in
 
-EXACT, ROUNDED = 1e-5, 1e-3
+EXACT, ROUNDED = 1e-6, 1e-3
 """Largest difference allowed in float64, and in float32 where the network does not run in float64."""
 TRIED = 16
 """Entries of a tensor, until one stands alone in the dense one."""

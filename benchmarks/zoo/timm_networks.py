@@ -26,6 +26,7 @@ SIZES: dict[str, int] = {
     "efficientnet_lite0": 224,
     "efficientvit_b0": 224,
     "ese_vovnet19b_dw": 224,
+    "eva02_tiny_patch14_224": 224,
     "fastvit_t8": 256,
     "focalnet_tiny_srf": 224,
     "gernet_s": 224,
@@ -41,6 +42,7 @@ SIZES: dict[str, int] = {
     "legacy_xception": 299,
     "levit_128s": 224,
     "mambaout_femto": 224,
+    "maxvit_pico_rw_256": 256,
     "mixer_s32_224": 224,
     "mobilenetv3_small_100": 224,
     "mobilenetv4_conv_small": 224,
@@ -71,12 +73,17 @@ SIZES: dict[str, int] = {
     "tf_efficientnet_b0": 224,
     "tresnet_m": 224,
     "visformer_tiny": 224,
+    "vit_small_patch32_224": 224,
+    "vit_tiny_patch16_224": 224,
+    "vit_tiny_patch16_dinov3_qkvb": 256,
     "xception41": 299,
 }
 OPTIONS: dict[str, dict[str, Any]] = {"nasnetalarge": {"stem_size": 32, "num_features": 1056}}
 BAKED = ("nf_regnet_b0", "nf_resnet50")
 NOTES = {
     "nasnetalarge": "with the widths of NASNet-A mobile",
+    "eva02_tiny_patch14_224": "rotary embedding, gated MLP",
+    "vit_tiny_patch16_dinov3_qkvb": "rotary embedding, registers, scaled residual branches",
     **dict.fromkeys(BAKED, "standardised weights, baked by `bake_weights`"),
 }
 QUICK = ("resnest14d", "res2net50_26w_4s", "ghostnet_100", "cspdarknet53", "skresnet18", "nf_regnet_b0")
