@@ -32,10 +32,22 @@ QUICK = (
 def test_the_catalogue_holds_what_was_asked_for():
     families = Counter(n.family for n in CATALOGUE.values())
     assert len(CATALOGUE) >= 80 and families["timm"] >= 40 and families["ultralytics"] == 10
+    assert families["transformers"] >= 10
     assert sum(n.planted for n in CATALOGUE.values()) >= 20
     assert all(CATALOGUE[name].quick for name in QUICK)
     with pytest.raises(ValueError, match="two networks of the zoo are called 'unet'"):
         by_name([CATALOGUE["unet"], CATALOGUE["unet"]])
+
+
+def test_attention_of_hugging_face_runs_fused_and_written_out():
+    pytest.importorskip("transformers")
+    outputs = []
+    for name, implementation in (("bert-encoder", "sdpa"), ("bert-encoder-eager", "eager")):
+        model, inputs = CATALOGUE[name].ready()
+        assert model.config._attn_implementation == implementation
+        with torch.no_grad():
+            outputs.append(CATALOGUE[name].run(model, inputs))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
 def test_networks_are_chosen_by_name_pattern_and_family():
