@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,6 +106,7 @@ class WatchedSizes(TorchFunctionMode):
         sizes: the :class:`Named` numbers among its arguments.
         calls: numbers the calls of functions that take statistics; whoever watches the modules tells it which one runs.
         statistic: the name of the call, if the function takes statistics.
+        shape: that the function is told to give to a tensor, one number per axis.
     """
 
     def __init__(self) -> None:
@@ -113,16 +114,26 @@ class WatchedSizes(TorchFunctionMode):
         self.function, self.sizes = "", list[Named]()
         self.calls = CallCounter()
         self.statistic: StatisticCall | None = None
+        self.shape: Sequence[Any] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.function = function_name(func)
         self.sizes = list(_sizes_in((args, kwargs)))
         self.statistic = self.calls.call(self.function) if self.function in STATISTICS else None
+        self.shape = _shape(self.function, args, kwargs)
         try:
             return func(*args, **kwargs)
         finally:
-            self.function, self.sizes, self.statistic = "", [], None
+            self.function, self.sizes, self.statistic, self.shape = "", [], None, None
+
+
+def _shape(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any] | None:
+    """The shape among the arguments of ``view`` and ``reshape``."""
+    if function not in ("view", "reshape"):
+        return None
+    given = args[1:] or (kwargs.get("shape") or kwargs.get("size") or (),)
+    return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 
 def _sizes_in(value: Any) -> Iterator[Named]:

@@ -69,8 +69,13 @@ class Run(Protocol):
     def combine(self, operands: Sequence[tuple[Tensor, Layers]], shape: Sequence[int], where: str) -> Layers:
         """Layers of what is computed entry by entry from tensors that are broadcast to one shape."""
 
-    def follow(self, labels: Tensor) -> None:
-        """An axis with these labels was asked for; where an attribute gave its size, the attribute counts them."""
+    def follow(self, labels: Tensor, axis: int | None = None) -> None:
+        """An axis with these labels was asked for; where an attribute gave its size, the attribute counts them.
+
+        Args:
+            labels: along the axis.
+            axis: which one of the shape that the function was told; ``None``: any number among its arguments may be it.
+        """
 
     def pieces(self, tensor: Tensor, layer: Tensor, axis: int, bounds: Sequence[tuple[int, int]], call: Call) -> None:
         """The labelled axis of a tensor is cut into pieces, given by first index and index behind the last."""

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...core.batches import tensors_in
 from ...core.forward import layer_input
 from ..layer_pruners import RECURRENT
-from .attributes import WatchedSizes
+from .attributes import Named, WatchedSizes
 from .calls import Call, Layers
 from .hidden import customized, recurrence
 from .layers import along, axes_of, compact, on_axis, pairs_of, tight
@@ -137,7 +137,8 @@ class Labeller(TorchDispatchMode):
                     continue
                 for i, known in enumerate(result):
                     if mine & set(axes_of(known)):
-                        result[i] = self.meet(known, layer, where)
+                        few, many = sorted((known, layer), key=lambda v: len(axes_of(v)))
+                        result[i] = self.meet(many, few, where)  # of which one sees more: heads and dimensions, say
                         break
                 else:
                     result.append(layer)
@@ -160,9 +161,12 @@ class Labeller(TorchDispatchMode):
         self.flag(layer, "pinned", f"{where}: its channels meet values that belong to no channel")
         return True
 
-    def follow(self, labels: Tensor) -> None:
-        """An axis with these labels was asked for; an attribute that gave its size counts them."""
-        self.ledger.followers += followers_of(self._sizes.sizes, [labels])
+    def follow(self, labels: Tensor, axis: int | None = None) -> None:
+        """See :meth:`~.calls.Run.follow`."""
+        sizes, shape = self._sizes.sizes, self._sizes.shape
+        if axis is not None and shape is not None and axis < len(shape):
+            sizes = [shape[axis]] if isinstance(shape[axis], Named) else []
+        self.ledger.followers += followers_of(sizes, [labels])
 
     def pieces(self, tensor: Tensor, layer: Tensor, axis: int, bounds: Sequence[tuple[int, int]], call: Call) -> None:
         """The labelled axis of a tensor is cut into pieces, given by first index and index behind the last."""

@@ -61,7 +61,7 @@ def reshaped(run: Run, call: Call) -> list[Layers]:
         if len(axes_of(made)) > len(axes_of(layer)):
             made = run.split_up(made, call)
         if len(axes_of(made)) == 1:
-            run.follow(compact(made).flatten())
+            run.follow(compact(made).flatten(), axes_of(made)[0])
         kept.append(made)
     return [tuple(kept)]
 
