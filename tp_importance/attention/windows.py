@@ -1,0 +1,295 @@
+"""Attention with a bias per relative position, over tokens or over shifted windows of an image (Swin, MaxViT)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .heads import HeadAttention, linear, part
+
+__all__ = ["ExplicitBiasedAttention", "ExplicitWindowAttention", "explicit_biased", "explicit_windows"]
+
+_LARGEST = math.log(100.0)
+"""Of ``logit_scale``: cosines are multiplied by 100 at most."""
+_SEAM = -100.0
+"""What Swin adds where pixels of one window were no neighbours before the image was rolled."""
+
+
+class RelativePositionBias(nn.Module):
+    """One number per head and relative position, from a table.
+
+    Args:
+        window_size: height and width of the window of tokens.
+        num_heads: heads.
+        device: of the table.
+        dtype: of the table.
+    """
+
+    index: Tensor
+
+    def __init__(self, window_size: Sequence[int], num_heads: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        height, width = window_size
+        rows = (2 * height - 1) * (2 * width - 1)
+        self.table = nn.Parameter(torch.zeros(rows, num_heads, device=device, dtype=dtype))
+        self.register_buffer("index", _relative_positions(window_size, device))
+
+    def forward(self) -> Tensor:
+        """The bias, ``(num_heads, T, T)`` for T tokens."""
+        return _per_head(self.table[self.index])
+
+
+class ContinuousPositionBias(nn.Module):
+    """One number per head and relative position, from a small network on coordinates: Swin V2.
+
+    Args:
+        window_size: height and width of the window of tokens.
+        num_heads: heads.
+        hidden: units of the network.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    index: Tensor
+    coordinates: Tensor
+
+    def __init__(
+        self, window_size: Sequence[int], num_heads: int, hidden: int = 512, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        axes = [torch.arange(1 - n, n, device=device) / max(n - 1, 1) * 8 for n in window_size]
+        scaled = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+        coordinates = scaled.sign() * (scaled.abs() + 1).log2() / 3
+        self.register_buffer("coordinates", coordinates.to(dtype or torch.get_default_dtype()))
+        self.register_buffer("index", _relative_positions(window_size, device))
+        self.mlp = nn.Sequential(
+            nn.Linear(2, hidden, device=device, dtype=dtype),
+            nn.ReLU(),
+            nn.Linear(hidden, num_heads, bias=False, device=device, dtype=dtype),
+        )
+
+    def forward(self) -> Tensor:
+        """The bias, ``(num_heads, T, T)`` for T tokens."""
+        return _per_head(16 * self.mlp(self.coordinates).flatten(0, -2).sigmoid()[self.index])
+
+
+def _relative_positions(window_size: Sequence[int], device: Any) -> Tensor:
+    """Row of the table per pair of tokens, ``(T * T,)``."""
+    height, width = window_size
+    y = torch.arange(height, device=device).repeat_interleave(width)
+    x = torch.arange(width, device=device).repeat(height)
+    down, right = y[:, None] - y + height - 1, x[:, None] - x + width - 1
+    return (down * (2 * width - 1) + right).flatten()
+
+
+def _per_head(rows: Tensor) -> Tensor:
+    """``(T * T, heads)`` as ``(heads, T, T)``."""
+    tokens = math.isqrt(rows.shape[0])
+    return rows.unflatten(0, (tokens, tokens)).permute(2, 0, 1)
+
+
+class ExplicitBiasedAttention(HeadAttention):
+    """Self-attention over a window of tokens, with a bias per relative position.
+
+    Args:
+        num_heads: heads.
+        head_dim: size of a query and of a key.
+        value_dim: size of a value; default ``head_dim``.
+        scale: default ``head_dim ** -0.5``; 1 for cosines.
+        embed_dim: width of inputs and outputs; default ``num_heads * value_dim``.
+        window_size: height and width of the window of tokens.
+        attention_dropout: of the attention weights, in training.
+        dropout: of the outputs, in training.
+        cosine: whether products are cosines times a factor per head, ``logit_scale``, as in Swin V2.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        scale: float | None = None,
+        embed_dim: int | None = None,
+        window_size: Sequence[int] = (7, 7),
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+        cosine: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        scale = 1.0 if cosine and scale is None else scale
+        super().__init__(num_heads, head_dim, value_dim, scale, embed_dim, device=device, dtype=dtype)
+        self.window_size, self.attention_dropout, self.dropout = tuple(window_size), attention_dropout, dropout
+        self.cosine = cosine
+        kind = ContinuousPositionBias if cosine else RelativePositionBias
+        self.position_bias: nn.Module = kind(window_size, num_heads, device=device, dtype=dtype)
+        if cosine:
+            self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend within windows.
+
+        Args:
+            x: ``(..., T, embed_dim)`` for T tokens.
+            mask: added to the products; broadcast to ``(..., num_heads, T, T)``.
+
+        Returns:
+            The outputs, shaped as ``x``.
+        """
+        q, k, v = self.project(x, x, x)
+        if self.cosine:
+            q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=_LARGEST).exp()
+            k = F.normalize(k, dim=-1)
+        bias = self.position_bias()
+        out = self.out_proj(self.attend(q, k, v, bias if mask is None else bias + mask, self.attention_dropout))
+        return F.dropout(out, self.dropout, self.training)
+
+
+class ExplicitWindowAttention(ExplicitBiasedAttention):
+    """Self-attention within windows of an image, which is rolled before and back afterwards, of any size: Swin.
+
+    Args:
+        num_heads: heads.
+        head_dim: size of a query and of a key.
+        value_dim: size of a value; default ``head_dim``.
+        scale: default ``head_dim ** -0.5``; 1 for cosines.
+        embed_dim: width of inputs and outputs; default ``num_heads * value_dim``.
+        window_size: height and width of a window.
+        shift_size: by how many pixels the image is rolled up and to the left.
+        attention_dropout: of the attention weights, in training.
+        dropout: of the outputs, in training.
+        cosine: whether products are cosines times a factor per head, ``logit_scale``, as in Swin V2.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Example:
+        >>> ExplicitWindowAttention(2, 8, window_size=(4, 4), shift_size=(2, 2))(torch.randn(1, 9, 11, 16)).shape
+        torch.Size([1, 9, 11, 16])
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        scale: float | None = None,
+        embed_dim: int | None = None,
+        window_size: Sequence[int] = (7, 7),
+        shift_size: Sequence[int] = (0, 0),
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+        cosine: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = (num_heads, head_dim, value_dim, scale, embed_dim)
+        super().__init__(*sizes, window_size, attention_dropout, dropout, cosine, device=device, dtype=dtype)
+        self.shift_size = tuple(shift_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend within the windows of images.
+
+        Args:
+            x: ``(N, H, W, embed_dim)``; padded with zeros below and to the right to whole windows.
+            mask: added to the products; broadcast to ``(N, windows, num_heads, T, T)`` for T pixels of a window.
+
+        Returns:
+            The outputs, shaped as ``x``.
+        """
+        height, width = x.shape[1], x.shape[2]
+        x = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
+        sizes = x.shape[1:3]
+        # one window along an axis has no neighbour to look into
+        shifts = [s if w < n else 0 for s, w, n in zip(self.shift_size, self.window_size, sizes, strict=True)]
+        rolled = any(shifts)
+        if rolled:
+            x = x.roll([-s for s in shifts], (1, 2))
+            seams = self._seams(sizes, shifts, x)
+            mask = seams if mask is None else mask + seams
+        x = self._joined(super().forward(self._windows(x), mask), sizes)
+        if rolled:
+            x = x.roll(shifts, (1, 2))
+        return x[:, :height, :width].contiguous()
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """``(N, H, W, ...)`` as ``(N, windows, T, ...)``."""
+        height, width = self.window_size
+        x = x.unflatten(2, (-1, width)).unflatten(1, (-1, height))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def _joined(self, windows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """``(N, windows, T, ...)`` as ``(N, H, W, ...)``."""
+        height, width = self.window_size
+        x = windows.unflatten(2, (height, width)).unflatten(1, (sizes[0] // height, sizes[1] // width))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def _seams(self, sizes: Sequence[int], shifts: Sequence[int], x: Tensor) -> Tensor:
+        """What keeps pixels apart that only the roll has brought together, ``(windows, 1, T, T)``."""
+        below, right = (torch.arange(n, device=x.device) >= n - s for n, s in zip(sizes, shifts, strict=True))
+        region = self._windows((2 * below[:, None] + right)[None])[0]
+        apart = region[:, None, :] != region[:, :, None]
+        return torch.zeros(apart.shape, device=x.device, dtype=x.dtype).masked_fill(apart, _SEAM)[:, None]
+
+
+def explicit_windows(old: Any) -> nn.Module:
+    """The same attention within windows, with queries, keys and values apart.
+
+    Args:
+        old: a ``ShiftedWindowAttention`` or ``ShiftedWindowAttentionV2`` of torchvision.
+    """
+    cosine = hasattr(old, "logit_scale")
+    width, heads = old.qkv.in_features, old.num_heads
+    new: Any = ExplicitWindowAttention(
+        heads,
+        width // heads,
+        window_size=old.window_size,
+        shift_size=old.shift_size,
+        attention_dropout=old.attention_dropout,
+        dropout=old.dropout,
+        cosine=cosine,
+        device="meta",
+    )
+    _unpack(new, old.qkv, old.proj)
+    if cosine:
+        new.logit_scale = old.logit_scale
+        new.k_proj.bias = None  # V2 sets it to zero in every pass
+        new.position_bias.mlp = old.cpb_mlp
+        new.position_bias.coordinates = old.relative_coords_table
+    else:
+        new.position_bias.table = old.relative_position_bias_table
+    new.position_bias.index = old.relative_position_index
+    return new
+
+
+def explicit_biased(old: Any) -> nn.Module:
+    """The same attention over tokens with relative positions, with queries, keys and values apart.
+
+    Args:
+        old: a ``RelativePositionalMultiHeadAttention`` of torchvision.
+    """
+    window = (old.size, old.size)
+    new: Any = ExplicitBiasedAttention(
+        old.n_heads, old.head_dim, scale=old.scale_factor, window_size=window, device="meta"
+    )
+    _unpack(new, old.to_qkv, old.merge)
+    new.position_bias.table = old.relative_position_bias_table
+    new.position_bias.index = old.relative_position_index.flatten()
+    return new
+
+
+def _unpack(new: HeadAttention, packed: nn.Linear, out: Any) -> None:
+    """Give ``new`` the weights of one layer for queries, keys and values, and those of the output projection."""
+    size = packed.out_features // 3
+    for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        bias = None if packed.bias is None else part(packed.bias, i * size, size)
+        setattr(new, name, linear(part(packed.weight, i * size, size), bias))
+    new.out_proj = linear(out.weight, out.bias)
