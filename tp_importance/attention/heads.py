@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HeadAttention", "linear", "part"]
+__all__ = ["HeadAttention", "linear", "part", "unpack"]
 
 
 class HeadAttention(nn.Module):
@@ -120,3 +122,18 @@ def part(parameter: Tensor, start: int, size: int) -> nn.Parameter:
     """
     rows = parameter.detach()[start : start + size].clone()
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
+
+
+def unpack(new: HeadAttention, packed: nn.Linear, out: Any) -> None:
+    """Give an attention the weights of one layer for queries, keys and values, and those of its output projection.
+
+    Args:
+        new: the attention, changed.
+        packed: to queries, keys and values behind each other.
+        out: the output projection.
+    """
+    size = packed.out_features // 3
+    for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        bias = None if packed.bias is None else part(packed.bias, i * size, size)
+        setattr(new, name, linear(part(packed.weight, i * size, size), bias))
+    new.out_proj = linear(out.weight, out.bias)

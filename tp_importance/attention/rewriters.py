@@ -12,7 +12,24 @@ from ..checkpoints.checkpoint import register_rebuilt
 from .heads import linear
 from .multihead import ExplicitMultiheadAttention, explicit_multihead
 from .spatial import explicit_spatial
-from .windows import ExplicitBiasedAttention, ExplicitWindowAttention, explicit_biased, explicit_windows
+from .tokens import (
+    ExplicitChannelAttention,
+    ExplicitClassAttention,
+    ExplicitGroupedAttention,
+    ExplicitTokenAttention,
+    explicit_channels,
+    explicit_class_token,
+    explicit_groups,
+    explicit_reduced,
+    explicit_tokens,
+)
+from .windows import (
+    ExplicitBiasedAttention,
+    ExplicitWindowAttention,
+    explicit_biased,
+    explicit_cosine,
+    explicit_windows,
+)
 
 __all__ = ["REWRITERS", "Rewriter"]
 
@@ -36,10 +53,23 @@ REWRITERS: dict[str, Rewriter] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": explicit_windows,
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": explicit_biased,
     "transformers.pytorch_utils.Conv1D": explicit_linear,
+    "timm.models.swin_transformer_v2.WindowAttention": explicit_cosine,
+    "timm.models.pvt_v2.Attention": explicit_reduced,
+    "timm.models.twins.GlobalSubSampleAttn": explicit_reduced,
+    "timm.models.twins.LocallyGroupedAttn": explicit_groups,
+    "timm.models.metaformer.Attention": explicit_tokens,
+    "timm.models.davit.WindowAttention": explicit_tokens,
+    "timm.models.crossvit.CrossAttention": explicit_class_token,
+    "timm.models.cait.ClassAttn": explicit_class_token,
+    "timm.models.xcit.XCA": explicit_channels,
+    "timm.models.edgenext.CrossCovarianceAttn": explicit_channels,
     "ultralytics.nn.modules.block.Attention": explicit_spatial,
     "ultralytics.nn.modules.block.AAttn": explicit_spatial,
 }
 """By the name of the class, so that nothing has to be imported or installed."""
 
-for _cls in (ExplicitMultiheadAttention, ExplicitWindowAttention, ExplicitBiasedAttention):
+for _cls in (
+    *(ExplicitMultiheadAttention, ExplicitWindowAttention, ExplicitBiasedAttention),
+    *(ExplicitClassAttention, ExplicitChannelAttention, ExplicitGroupedAttention, ExplicitTokenAttention),
+):
     register_rebuilt(_cls)

@@ -10,9 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import HeadAttention, linear, part
+from .heads import HeadAttention, unpack
 
-__all__ = ["ExplicitBiasedAttention", "ExplicitWindowAttention", "explicit_biased", "explicit_windows"]
+__all__ = [
+    "ExplicitBiasedAttention",
+    "ExplicitWindowAttention",
+    "explicit_biased",
+    "explicit_cosine",
+    "explicit_windows",
+]
 
 _LARGEST = math.log(100.0)
 """Of ``logit_scale``: cosines are multiplied by 100 at most."""
@@ -93,6 +99,24 @@ def _per_head(rows: Tensor) -> Tensor:
     return rows.unflatten(0, (tokens, tokens)).permute(2, 0, 1)
 
 
+def padded(x: Tensor, window_size: Sequence[int]) -> Tensor:
+    """``(N, H, W, C)`` with zeros below and to the right, in whole windows."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % window_size[1], 0, -x.shape[1] % window_size[0]))
+
+
+def windows(x: Tensor, window_size: Sequence[int]) -> Tensor:
+    """``(N, H, W, ...)`` as ``(N, windows, T, ...)``."""
+    x = x.unflatten(2, (-1, window_size[1])).unflatten(1, (-1, window_size[0]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def joined(x: Tensor, window_size: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """``(N, windows, T, ...)`` as ``(N, H, W, ...)``, with H and W in ``sizes``."""
+    height, width = window_size
+    x = x.unflatten(2, (height, width)).unflatten(1, (sizes[0] // height, sizes[1] // width))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
 class ExplicitBiasedAttention(HeadAttention):
     """Self-attention over a window of tokens, with a bias per relative position.
 
@@ -139,11 +163,14 @@ class ExplicitBiasedAttention(HeadAttention):
 
         Args:
             x: ``(..., T, embed_dim)`` for T tokens.
-            mask: added to the products; broadcast to ``(..., num_heads, T, T)``.
+            mask: added to the products; broadcast to ``(..., num_heads, T, T)``. For three dimensions of ``x`` it may
+                be ``(windows, T, T)``: ``x`` is a batch of as many windows each.
 
         Returns:
             The outputs, shaped as ``x``.
         """
+        if mask is not None and x.dim() == mask.dim() == 3:
+            return self(x.unflatten(0, (-1, len(mask))), mask[:, None]).flatten(0, 1)
         q, k, v = self.project(x, x, x)
         if self.cosine:
             q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=_LARGEST).exp()
@@ -206,7 +233,7 @@ class ExplicitWindowAttention(ExplicitBiasedAttention):
             The outputs, shaped as ``x``.
         """
         height, width = x.shape[1], x.shape[2]
-        x = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
+        x = padded(x, self.window_size)
         sizes = x.shape[1:3]
         # one window along an axis has no neighbour to look into
         shifts = [s if w < n else 0 for s, w, n in zip(self.shift_size, self.window_size, sizes, strict=True)]
@@ -215,27 +242,15 @@ class ExplicitWindowAttention(ExplicitBiasedAttention):
             x = x.roll([-s for s in shifts], (1, 2))
             seams = self._seams(sizes, shifts, x)
             mask = seams if mask is None else mask + seams
-        x = self._joined(super().forward(self._windows(x), mask), sizes)
+        x = joined(super().forward(windows(x, self.window_size), mask), self.window_size, sizes)
         if rolled:
             x = x.roll(shifts, (1, 2))
         return x[:, :height, :width].contiguous()
 
-    def _windows(self, x: Tensor) -> Tensor:
-        """``(N, H, W, ...)`` as ``(N, windows, T, ...)``."""
-        height, width = self.window_size
-        x = x.unflatten(2, (-1, width)).unflatten(1, (-1, height))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-    def _joined(self, windows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """``(N, windows, T, ...)`` as ``(N, H, W, ...)``."""
-        height, width = self.window_size
-        x = windows.unflatten(2, (height, width)).unflatten(1, (sizes[0] // height, sizes[1] // width))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
     def _seams(self, sizes: Sequence[int], shifts: Sequence[int], x: Tensor) -> Tensor:
         """What keeps pixels apart that only the roll has brought together, ``(windows, 1, T, T)``."""
         below, right = (torch.arange(n, device=x.device) >= n - s for n, s in zip(sizes, shifts, strict=True))
-        region = self._windows((2 * below[:, None] + right)[None])[0]
+        region = windows((2 * below[:, None] + right)[None], self.window_size)[0]
         apart = region[:, None, :] != region[:, :, None]
         return torch.zeros(apart.shape, device=x.device, dtype=x.dtype).masked_fill(apart, _SEAM)[:, None]
 
@@ -258,7 +273,7 @@ def explicit_windows(old: Any) -> nn.Module:
         cosine=cosine,
         device="meta",
     )
-    _unpack(new, old.qkv, old.proj)
+    unpack(new, old.qkv, old.proj)
     if cosine:
         new.logit_scale = old.logit_scale
         new.k_proj.bias = None  # V2 sets it to zero in every pass
@@ -280,16 +295,31 @@ def explicit_biased(old: Any) -> nn.Module:
     new: Any = ExplicitBiasedAttention(
         old.n_heads, old.head_dim, scale=old.scale_factor, window_size=window, device="meta"
     )
-    _unpack(new, old.to_qkv, old.merge)
+    unpack(new, old.to_qkv, old.merge)
     new.position_bias.table = old.relative_position_bias_table
     new.position_bias.index = old.relative_position_index.flatten()
     return new
 
 
-def _unpack(new: HeadAttention, packed: nn.Linear, out: Any) -> None:
-    """Give ``new`` the weights of one layer for queries, keys and values, and those of the output projection."""
-    size = packed.out_features // 3
-    for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-        bias = None if packed.bias is None else part(packed.bias, i * size, size)
-        setattr(new, name, linear(part(packed.weight, i * size, size), bias))
-    new.out_proj = linear(out.weight, out.bias)
+def explicit_cosine(old: Any) -> nn.Module:
+    """The same attention over tokens with cosines, with queries, keys and values apart.
+
+    Args:
+        old: a ``WindowAttention`` of timm's Swin V2.
+    """
+    heads, size = old.num_heads, old.qkv.out_features // 3
+    new: Any = ExplicitBiasedAttention(
+        heads,
+        size // heads,
+        window_size=old.window_size,
+        attention_dropout=old.attn_drop.p,
+        dropout=old.proj_drop.p,
+        cosine=True,
+        device="meta",
+    )
+    unpack(new, old.qkv, old.proj)
+    new.q_proj.bias, new.v_proj.bias = old.q_bias, old.v_bias
+    new.logit_scale, new.position_bias.mlp = old.logit_scale, old.cpb_mlp
+    new.position_bias.coordinates = old.relative_coords_table
+    new.position_bias.index = old.relative_position_index.flatten()
+    return new
