@@ -9,6 +9,7 @@ from torch import nn
 
 from tp_importance import explicit_attention, load_pruned, save_pruned
 from tp_importance.attention import tokens as ours
+from tp_importance.attention.windows import explicit_shared_bias
 from tp_importance.core.copies import copied
 
 SIZE = (5, 7)
@@ -133,6 +134,29 @@ def test_written_out(kind):
     assert (new.num_heads, new.head_dim, new.value_dim) == (3, 4, 4)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_shared_biases_of_positions(own):
+    """Written out, for tokens of which the first is no pixel: its rows of the table are no relative positions."""
+    torch.manual_seed(0)
+    old = Holder(12, 3, qkv=nn.Linear(12, 36, bias=False)).double()
+    old.q_bias, old.v_bias = nn.Parameter(torch.randn(12).double()), nn.Parameter(torch.randn(12).double())
+    old.window_size = (2, 3) if own else None
+    old.relative_position_bias_table = nn.Parameter(torch.randn(18, 3).double()) if own else None
+    old.relative_position_index = torch.randint(0, 18, (7, 7)) if own else None
+    shared, x = torch.randn(1, 3, 7, 7, dtype=torch.double), torch.randn(2, 7, 12, dtype=torch.double)
+    q, k, v = old.qkv(x).chunk(3, -1)
+    bias, done = shared[0], []
+    if own:
+        bias = bias + old.relative_position_bias_table[old.relative_position_index].permute(2, 0, 1)
+    parts = (heads(t, 3) for t in (q + old.q_bias, k, v + old.v_bias))
+    for h, (one, two, three) in enumerate(zip(*parts, strict=True)):
+        done.append((one @ two.transpose(1, 2) / 2 + bias[h]).softmax(-1) @ three)
+    new = explicit_shared_bias(old)
+    torch.testing.assert_close(
+        new(x, shared_rel_pos_bias=shared), old.proj(torch.cat(done, -1)), rtol=1e-12, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_a_head_can_go(kind):
     """The middle one, as if its output were zero."""
@@ -180,6 +204,8 @@ TIMM = {
     "crossvit.CrossAttention": ((32, 4), {}),
     "xcit.XCA": ((32, 4), {"qkv_bias": True}),
     "edgenext.CrossCovarianceAttn": ((32, 4), {}),
+    "beit.Attention": ((32, 4), {"qkv_bias": True, "window_size": (3, 5)}),
+    "beit.Attention, no table": ((32, 4), {}),
     "swin_transformer_v2.WindowAttention": ((32, (4, 4), 4), {}),
 }
 
@@ -205,6 +231,10 @@ def test_timm(kind, training):
         out.pow(2).sum().backward()
         found.append((out, net[0].get_parameter("proj.weight" if net is old else "out_proj.weight").grad))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    if module == "beit":
+        bias = torch.randn(1, 4, 16, 16, dtype=torch.double)
+        both = [net.eval()[0](*given, shared_rel_pos_bias=bias) for net in (old, new)]
+        torch.testing.assert_close(*both, rtol=1e-12, atol=1e-12)
     if "swin" in kind:
         mask = torch.where(torch.rand(3, 16, 16) < 0.3, -100.0, 0.0).double()
         torch.testing.assert_close(new.eval()[0](*given, mask), old.eval()[0](*given, mask), rtol=1e-12, atol=1e-12)

@@ -28,6 +28,7 @@ from .windows import (
     ExplicitWindowAttention,
     explicit_biased,
     explicit_cosine,
+    explicit_shared_bias,
     explicit_windows,
 )
 
@@ -54,6 +55,7 @@ REWRITERS: dict[str, Rewriter] = {
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": explicit_biased,
     "transformers.pytorch_utils.Conv1D": explicit_linear,
     "timm.models.swin_transformer_v2.WindowAttention": explicit_cosine,
+    "timm.models.beit.Attention": explicit_shared_bias,
     "timm.models.pvt_v2.Attention": explicit_reduced,
     "timm.models.twins.GlobalSubSampleAttn": explicit_reduced,
     "timm.models.twins.LocallyGroupedAttn": explicit_groups,

@@ -14,9 +14,11 @@ from .heads import HeadAttention, unpack
 
 __all__ = [
     "ExplicitBiasedAttention",
+    "ExplicitSharedBiasAttention",
     "ExplicitWindowAttention",
     "explicit_biased",
     "explicit_cosine",
+    "explicit_shared_bias",
     "explicit_windows",
 ]
 
@@ -154,7 +156,7 @@ class ExplicitBiasedAttention(HeadAttention):
         self.window_size, self.attention_dropout, self.dropout = tuple(window_size), attention_dropout, dropout
         self.cosine = cosine
         kind = ContinuousPositionBias if cosine else RelativePositionBias
-        self.position_bias: nn.Module = kind(window_size, num_heads, device=device, dtype=dtype)
+        self.position_bias: nn.Module | None = kind(window_size, num_heads, device=device, dtype=dtype)
         if cosine:
             self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10), device=device, dtype=dtype))
 
@@ -175,9 +177,29 @@ class ExplicitBiasedAttention(HeadAttention):
         if self.cosine:
             q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=_LARGEST).exp()
             k = F.normalize(k, dim=-1)
-        bias = self.position_bias()
-        out = self.out_proj(self.attend(q, k, v, bias if mask is None else bias + mask, self.attention_dropout))
+        if self.position_bias is not None:
+            mask = self.position_bias() if mask is None else self.position_bias() + mask
+        out = self.out_proj(self.attend(q, k, v, mask, self.attention_dropout))
         return F.dropout(out, self.dropout, self.training)
+
+
+class ExplicitSharedBiasAttention(ExplicitBiasedAttention):
+    """Self-attention with a bias per relative position of its own, of the whole network, or none: BEiT.
+
+    The arguments are those of :class:`ExplicitBiasedAttention`.
+    """
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``(..., T, embed_dim)`` for T tokens.
+            shared_rel_pos_bias: added to the products; broadcast to ``(..., num_heads, T, T)``.
+
+        Returns:
+            The outputs, shaped as ``x``.
+        """
+        return super().forward(x, shared_rel_pos_bias)
 
 
 class ExplicitWindowAttention(ExplicitBiasedAttention):
@@ -322,4 +344,29 @@ def explicit_cosine(old: Any) -> nn.Module:
     new.logit_scale, new.position_bias.mlp = old.logit_scale, old.cpb_mlp
     new.position_bias.coordinates = old.relative_coords_table
     new.position_bias.index = old.relative_position_index.flatten()
+    return new
+
+
+def explicit_shared_bias(old: Any) -> nn.Module:
+    """The same attention, with queries, keys and values apart.
+
+    Args:
+        old: an ``Attention`` of timm's BEiT.
+    """
+    heads, size = old.num_heads, old.qkv.out_features // 3
+    new: Any = ExplicitSharedBiasAttention(
+        heads,
+        size // heads,
+        window_size=old.window_size or (1, 1),
+        attention_dropout=old.attn_drop.p,
+        dropout=old.proj_drop.p,
+        device="meta",
+    )
+    unpack(new, old.qkv, old.proj)
+    new.q_proj.bias, new.v_proj.bias = old.q_bias, old.v_bias
+    if old.relative_position_bias_table is None:
+        new.position_bias = None
+    else:
+        new.position_bias.table = old.relative_position_bias_table
+        new.position_bias.index = old.relative_position_index.flatten()
     return new
