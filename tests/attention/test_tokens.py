@@ -143,9 +143,9 @@ def test_shared_biases_of_positions(own):
     old.window_size = (2, 3) if own else None
     old.relative_position_bias_table = nn.Parameter(torch.randn(18, 3).double()) if own else None
     old.relative_position_index = torch.randint(0, 18, (7, 7)) if own else None
-    shared, x = torch.randn(1, 3, 7, 7, dtype=torch.double), torch.randn(2, 7, 12, dtype=torch.double)
+    shared, x = torch.randn(3, 7, 7, dtype=torch.double), torch.randn(2, 7, 12, dtype=torch.double)
     q, k, v = old.qkv(x).chunk(3, -1)
-    bias, done = shared[0], []
+    bias, done = shared, []
     if own:
         bias = bias + old.relative_position_bias_table[old.relative_position_index].permute(2, 0, 1)
     parts = (heads(t, 3) for t in (q + old.q_bias, k, v + old.v_bias))
@@ -232,7 +232,7 @@ def test_timm(kind, training):
         found.append((out, net[0].get_parameter("proj.weight" if net is old else "out_proj.weight").grad))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
     if module == "beit":
-        bias = torch.randn(1, 4, 16, 16, dtype=torch.double)
+        bias = torch.randn(4, 16, 16, dtype=torch.double)
         both = [net.eval()[0](*given, shared_rel_pos_bias=bias) for net in (old, new)]
         torch.testing.assert_close(*both, rtol=1e-12, atol=1e-12)
     if "swin" in kind:

@@ -6,7 +6,8 @@ from torch import nn
 from torchvision.models import maxvit, swin_transformer
 
 from tp_importance import explicit_attention
-from tp_importance.attention.windows import ContinuousPositionBias, RelativePositionBias
+from tp_importance.attention.position_bias import ContinuousPositionBias, RelativePositionBias
+from tp_importance.attention.windows import ExplicitMaskedAttention, ExplicitWindowAttention, joined, windows
 from tp_importance.core.copies import copied
 
 KINDS = {1: swin_transformer.ShiftedWindowAttention, 2: swin_transformer.ShiftedWindowAttentionV2}
@@ -98,6 +99,20 @@ def test_tables_are_those_of_torchvision():
     assert plain.table.shape == first.relative_position_bias_table.shape
     assert torch.equal(continuous.index, second.relative_position_index)
     torch.testing.assert_close(continuous.coordinates, second.relative_coords_table[0].float())
+
+
+def test_windows_that_somebody_else_has_cut():
+    """Those of an image, rolled or not, are those that our own cutting makes."""
+    torch.manual_seed(0)
+    options = {"window_size": (4, 3), "cosine": True}
+    whole, cut = ExplicitWindowAttention(3, 4, **options).double(), ExplicitMaskedAttention(3, 4, **options).double()
+    cut.load_state_dict(whole.state_dict())
+    x, mask = torch.randn(2, 8, 9, 12, dtype=torch.double), torch.randn(6, 12, 12, dtype=torch.double)
+    tokens = windows(x, (4, 3)).flatten(0, 1)
+    expected = joined(cut(tokens).unflatten(0, (2, 6)), (4, 3), (8, 9))
+    torch.testing.assert_close(whole(x), expected, rtol=1e-12, atol=1e-12)
+    expected = joined(cut(tokens, mask).unflatten(0, (2, 6)), (4, 3), (8, 9))
+    torch.testing.assert_close(whole(x, mask[:, None]), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -25,6 +25,7 @@ from .tokens import (
 )
 from .windows import (
     ExplicitBiasedAttention,
+    ExplicitMaskedAttention,
     ExplicitWindowAttention,
     explicit_biased,
     explicit_cosine,
@@ -71,7 +72,7 @@ REWRITERS: dict[str, Rewriter] = {
 """By the name of the class, so that nothing has to be imported or installed."""
 
 for _cls in (
-    *(ExplicitMultiheadAttention, ExplicitWindowAttention, ExplicitBiasedAttention),
+    *(ExplicitMultiheadAttention, ExplicitWindowAttention, ExplicitBiasedAttention, ExplicitMaskedAttention),
     *(ExplicitClassAttention, ExplicitChannelAttention, ExplicitGroupedAttention, ExplicitTokenAttention),
 ):
     register_rebuilt(_cls)

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import HeadAttention, unpack
+from .position_bias import ContinuousPositionBias, RelativePositionBias
 
 __all__ = [
     "ExplicitBiasedAttention",
+    "ExplicitMaskedAttention",
     "ExplicitSharedBiasAttention",
     "ExplicitWindowAttention",
     "explicit_biased",
@@ -26,79 +28,6 @@ _LARGEST = math.log(100.0)
 """Of ``logit_scale``: cosines are multiplied by 100 at most."""
 _SEAM = -100.0
 """What Swin adds where pixels of one window were no neighbours before the image was rolled."""
-
-
-class RelativePositionBias(nn.Module):
-    """One number per head and relative position, from a table.
-
-    Args:
-        window_size: height and width of the window of tokens.
-        num_heads: heads.
-        device: of the table.
-        dtype: of the table.
-    """
-
-    index: Tensor
-
-    def __init__(self, window_size: Sequence[int], num_heads: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        height, width = window_size
-        rows = (2 * height - 1) * (2 * width - 1)
-        self.table = nn.Parameter(torch.zeros(rows, num_heads, device=device, dtype=dtype))
-        self.register_buffer("index", _relative_positions(window_size, device))
-
-    def forward(self) -> Tensor:
-        """The bias, ``(num_heads, T, T)`` for T tokens."""
-        return _per_head(self.table[self.index])
-
-
-class ContinuousPositionBias(nn.Module):
-    """One number per head and relative position, from a small network on coordinates: Swin V2.
-
-    Args:
-        window_size: height and width of the window of tokens.
-        num_heads: heads.
-        hidden: units of the network.
-        device: of the parameters.
-        dtype: of the parameters.
-    """
-
-    index: Tensor
-    coordinates: Tensor
-
-    def __init__(
-        self, window_size: Sequence[int], num_heads: int, hidden: int = 512, device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__()
-        axes = [torch.arange(1 - n, n, device=device) / max(n - 1, 1) * 8 for n in window_size]
-        scaled = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-        coordinates = scaled.sign() * (scaled.abs() + 1).log2() / 3
-        self.register_buffer("coordinates", coordinates.to(dtype or torch.get_default_dtype()))
-        self.register_buffer("index", _relative_positions(window_size, device))
-        self.mlp = nn.Sequential(
-            nn.Linear(2, hidden, device=device, dtype=dtype),
-            nn.ReLU(),
-            nn.Linear(hidden, num_heads, bias=False, device=device, dtype=dtype),
-        )
-
-    def forward(self) -> Tensor:
-        """The bias, ``(num_heads, T, T)`` for T tokens."""
-        return _per_head(16 * self.mlp(self.coordinates).flatten(0, -2).sigmoid()[self.index])
-
-
-def _relative_positions(window_size: Sequence[int], device: Any) -> Tensor:
-    """Row of the table per pair of tokens, ``(T * T,)``."""
-    height, width = window_size
-    y = torch.arange(height, device=device).repeat_interleave(width)
-    x = torch.arange(width, device=device).repeat(height)
-    down, right = y[:, None] - y + height - 1, x[:, None] - x + width - 1
-    return (down * (2 * width - 1) + right).flatten()
-
-
-def _per_head(rows: Tensor) -> Tensor:
-    """``(T * T, heads)`` as ``(heads, T, T)``."""
-    tokens = math.isqrt(rows.shape[0])
-    return rows.unflatten(0, (tokens, tokens)).permute(2, 0, 1)
 
 
 def padded(x: Tensor, window_size: Sequence[int]) -> Tensor:
@@ -165,14 +94,11 @@ class ExplicitBiasedAttention(HeadAttention):
 
         Args:
             x: ``(..., T, embed_dim)`` for T tokens.
-            mask: added to the products; broadcast to ``(..., num_heads, T, T)``. For three dimensions of ``x`` it may
-                be ``(windows, T, T)``: ``x`` is a batch of as many windows each.
+            mask: added to the products; broadcast to ``(..., num_heads, T, T)``.
 
         Returns:
             The outputs, shaped as ``x``.
         """
-        if mask is not None and x.dim() == mask.dim() == 3:
-            return self(x.unflatten(0, (-1, len(mask))), mask[:, None]).flatten(0, 1)
         q, k, v = self.project(x, x, x)
         if self.cosine:
             q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=_LARGEST).exp()
@@ -181,6 +107,27 @@ class ExplicitBiasedAttention(HeadAttention):
             mask = self.position_bias() if mask is None else self.position_bias() + mask
         out = self.out_proj(self.attend(q, k, v, mask, self.attention_dropout))
         return F.dropout(out, self.dropout, self.training)
+
+
+class ExplicitMaskedAttention(ExplicitBiasedAttention):
+    """Self-attention over tokens of windows that somebody else has cut: Swin V2 of timm.
+
+    The arguments are those of :class:`ExplicitBiasedAttention`.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend within windows.
+
+        Args:
+            x: ``(N * windows, T, embed_dim)``.
+            mask: ``(windows, T, T)``, added to the products of all heads.
+
+        Returns:
+            The outputs, shaped as ``x``.
+        """
+        if mask is None:
+            return super().forward(x)
+        return super().forward(x.unflatten(0, (-1, len(mask))), mask[:, None]).flatten(0, 1)
 
 
 class ExplicitSharedBiasAttention(ExplicitBiasedAttention):
@@ -330,7 +277,7 @@ def explicit_cosine(old: Any) -> nn.Module:
         old: a ``WindowAttention`` of timm's Swin V2.
     """
     heads, size = old.num_heads, old.qkv.out_features // 3
-    new: Any = ExplicitBiasedAttention(
+    new: Any = ExplicitMaskedAttention(
         heads,
         size // heads,
         window_size=old.window_size,
