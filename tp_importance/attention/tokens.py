@@ -165,9 +165,10 @@ class ExplicitGroupedAttention(_Dropping):
         """
         window = (self.ws, self.ws)
         image = padded(x.unflatten(1, tuple(size)), window)
-        tokens = windows(image, window)
+        cut = windows(image, window)
+        tokens = cut.flatten(0, 1)  # one batch, for which torch has fused kernels
         heads = self.attend(*self.project(tokens, tokens, tokens), None, self.attention_dropout)
-        image = joined(heads, window, image.shape[1:3])
+        image = joined(heads.unflatten(0, cut.shape[:2]), window, image.shape[1:3])
         return self.finish(image[:, : size[0], : size[1]].flatten(1, 2))
 
 

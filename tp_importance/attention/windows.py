@@ -99,14 +99,19 @@ class ExplicitBiasedAttention(HeadAttention):
         Returns:
             The outputs, shaped as ``x``.
         """
+        leading = x.shape[:-2]
+        if mask is None:  # one batch, for which torch has fused kernels
+            x = x.reshape(-1, *x.shape[-2:])
         q, k, v = self.project(x, x, x)
         if self.cosine:
             q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=_LARGEST).exp()
             k = F.normalize(k, dim=-1)
         if self.position_bias is not None:
-            mask = self.position_bias() if mask is None else self.position_bias() + mask
+            bias = self.position_bias()[None]  # four dimensions: for these kernels, too
+            mask = bias if mask is None else bias + mask
         out = self.out_proj(self.attend(q, k, v, mask, self.attention_dropout))
-        return F.dropout(out, self.dropout, self.training)
+        out = F.dropout(out, self.dropout, self.training)
+        return out.reshape(*leading, *out.shape[-2:])
 
 
 class ExplicitMaskedAttention(ExplicitBiasedAttention):
