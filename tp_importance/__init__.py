@@ -8,6 +8,7 @@ Here is what a user types. What an extension needs stays in its folder (docs/met
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .attention.explicit import explicit_attention
 from .budget import Budget
 from .checkpoints.checkpoint import load_pruned, save_pruned
 from .errors import BudgetError
@@ -64,6 +65,7 @@ __all__ = [
     "channel_pruners",
     "convert_to_resconv",
     "count_ops",
+    "explicit_attention",
     "fuse",
     "label_groups",
     "load_pruned",

@@ -191,6 +191,12 @@ def baked(names, dense):
     assert type(net[0]) is nn.Conv2d and net[2].in_channels == net[0].out_channels < 16
 
 
+def explicit(names, dense):
+    for layer in names["net"].layers:
+        attention = layer.self_attn
+        assert (attention.num_heads, attention.head_dim, attention.q_proj.out_features) == (4, 8, 32)
+
+
 def repeated(names, dense):
     pruned(names, dense)
     for net in (names["fresh"], names["another"]):
@@ -205,6 +211,7 @@ def cut_by_the_user(names, dense):
 CHECKS = {
     ".excluded:\n    print(left_out.name, left_out.kind": untouched,
     "bake_weights(net": baked,
+    "explicit_attention(net": explicit,
     "class ShiftPruner": cut_by_the_user,
     "repeat_cuts(another": repeated,
     "prune(model, x, loader, budget=Budget(macs=0.5)": meets(0.5),

@@ -14,6 +14,7 @@ LAYERS = {
         ["maths"],
         ["checkpoints"],
         ["graph"],
+        ["attention"],
         ["statistics"],
         ["latency"],
         ["host_pruners"],

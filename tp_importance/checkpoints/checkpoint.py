@@ -294,7 +294,7 @@ def _first_names(items: dict[str, Any]) -> dict[str, str]:
     return {name: first.setdefault(id(item), name) for name, item in items.items()}
 
 
-_BAKED = "; where bake_weights was called on the network, the factory must call it, too"
+_BAKED = "; where bake_weights or explicit_attention was called on the network, the factory must call it, too"
 
 
 def _described(module: nn.Module) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from ..core.arguments import checked_model
@@ -21,11 +17,11 @@ from ..core.batches import tensors_in
 from ..core.forward import ForwardFn, layer_input, run_model, with_input
 from ..core.guards import HOOKS, transaction
 from ..core.stale_optimizers import replacing
-from ..core.untouched import untouched
 from ..errors import TracingError
 from .classes import ignored_modules
 from .option_checks import check_ignored
 from .reparametrised import LAYERS, computed_tensors
+from .replacement import COMPUTE_WEIGHTS, calls_counted, passing, replace_modules
 
 __all__ = ["BakeReport", "bake_weights"]
 
@@ -36,8 +32,6 @@ _KERNELS = {
     torch.convolution,
 }
 _ARGUMENTS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_COMPUTE_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""Forward pre-hooks of torch that compute a weight."""
 _TOLERANCE = 1e-5
 
 
@@ -106,7 +100,7 @@ def bake_weights(
     check_ignored(checked_model(model), ignored_layers)
     ignored = ignored_modules(model, ignored_layers)
     baker = _Baker(model, ignored)
-    with _passing(model):
+    with passing(model):
         try:
             before = baker.run(example_inputs, forward_fn)
         except (_Refused, torch.OutOfMemoryError):
@@ -120,8 +114,8 @@ def bake_weights(
     if not report.baked:
         return report
     with replacing(model), transaction(model):
-        _replace(model, baker.plain)
-        with _passing(model), _counted(baker.plain) as calls:
+        replace_modules(model, baker.plain)
+        with passing(model), calls_counted(baker.plain) as calls:
             try:
                 after = tensors_in(run_model(model, example_inputs, forward_fn))
             except Exception as error:
@@ -146,14 +140,6 @@ def bake_weights(
 
 class _Refused(ValueError):
     """A layer cannot be made plain."""
-
-
-@contextmanager
-def _passing(model: nn.Module) -> Iterator[None]:
-    """A pass in eval mode that leaves no trace."""
-    with untouched(model), torch.no_grad():
-        model.eval()
-        yield
 
 
 class _Weights(TorchFunctionMode):
@@ -221,7 +207,7 @@ class _Baker:
         kinds = [k for k in HOOKS if not k.endswith(("_with_kwargs", "_always_called"))]
         if layer in self._unknown_hook:
             kinds.remove("_forward_pre_hooks")  # one of them computes the weight
-        return [h for k in kinds for h in getattr(layer, k).values() if not isinstance(h, _COMPUTE_WEIGHTS)]
+        return [h for k in kinds for h in getattr(layer, k).values() if not isinstance(h, COMPUTE_WEIGHTS)]
 
     def _enter(self, _layer: nn.Module, _args: Any) -> None:
         if not self._trying:
@@ -333,25 +319,3 @@ def _agree(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     most = a.abs().amax() if a.numel() else torch.zeros((), device="cpu")
     return bool(((a - b).abs() <= _TOLERANCE * most).all())
-
-
-def _replace(model: nn.Module, plain: dict[nn.Module, nn.Module]) -> None:
-    """Put the new layers where the old ones are, under all their names."""
-    for old, new in plain.items():
-        new.train(old.training)
-    for parent in list(model.modules()):
-        for leaf, child in parent._modules.items():
-            if child in plain:
-                parent._modules[leaf] = plain[child]
-
-
-@contextmanager
-def _counted(layers: dict[nn.Module, nn.Module]) -> Iterator[list[nn.Module]]:
-    """Which of these layers are called meanwhile."""
-    called: list[nn.Module] = []
-    handles = [old.register_forward_pre_hook(lambda module, _: called.append(module)) for old in layers]
-    try:
-        yield called
-    finally:
-        for handle in handles:
-            handle.remove()

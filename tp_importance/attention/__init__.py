@@ -1,0 +1,1 @@
+"""Attention whose sizes are attributes, so that heads and dimensions of heads can go."""
