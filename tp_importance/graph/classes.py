@@ -270,14 +270,20 @@ class _Layout:
         self._pruners = LayerPruners(traced.model, options.customized_pruners)
         self._users = users_layers(traced.model, options.customized_pruners)
         named = dict(traced.model.named_parameters())
+        shared: dict[int, list[str]] = defaultdict(list)  # an embedding and the head behind it may share their weight
+        for name, tensor in traced.model.named_parameters(remove_duplicate=False):
+            if name.rpartition(".")[0] in self._modules:
+                shared[id(tensor)].append(name)
+        self._names = {names[0]: names for names in shared.values()}
         self._ignored_tensors = {n for n, p in named.items() if any(p is q for q in options.ignored_params)}
 
     def places(self, ledger: Ledger, classes: Index) -> list[_Place]:
         """All dimensions with labels, each once."""
         found: dict[tuple[str, str], _Place] = {}
-        for site in ledger.sites:
+        sites = [(name, site) for site in ledger.sites for name in self._names.get(site.name, [site.name])]
+        for name, site in sites:
             own = classes[site.first : site.first + site.size]
-            place = self._place(site.name, site.axis, own)
+            place = self._place(name, site.axis, own)
             if place is None:
                 continue
             key = (place.name, place.role)

@@ -212,7 +212,7 @@ _REDUCTIONS = (
     *("mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "var_mean", "std_mean", "norm", "all", "any"),
     *("linalg_vector_norm", "logsumexp", "argmax", "argmin", "median", "nansum", "aminmax"),
 )
-_ALONG = ("_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "argsort", "kthvalue")
+_ALONG = ("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "argsort", "kthvalue")
 _POOLS = (
     *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
     *(f"_adaptive_avg_pool{n}d" for n in (2, 3)),
