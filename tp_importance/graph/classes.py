@@ -426,8 +426,8 @@ def _queries(ledger: Ledger, classes: Index, options: TraceOptions, places: Sequ
             continue
         for site in ledger.sites:
             mine = np.isin(np.arange(site.first, site.first + site.size), scaled.known)
-            layer = site.name.removesuffix(".weight")
-            if mine.any() and any(p.name == layer and p.kind == "producer" for p in places):
+            layer = site.name.removesuffix(".weight").removesuffix(".bias")
+            if site.axis == 0 and mine.any() and any(p.name == layer and p.kind == "producer" for p in places):
                 own = np.where(mine, classes[site.first : site.first + site.size], -1)
                 found.append(_Place(layer, "out", "passthrough", own, is_query=True))
     return found

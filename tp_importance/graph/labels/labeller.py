@@ -137,8 +137,8 @@ class Labeller(TorchDispatchMode):
                     continue
                 for i, known in enumerate(result):
                     if mine & set(axes_of(known)):
-                        few, many = sorted((known, layer), key=lambda v: len(axes_of(v)))
-                        result[i] = self.meet(many, few, where)  # of which one sees more: heads and dimensions, say
+                        more = len(axes_of(layer)) > len(axes_of(known))  # it sees heads and dimensions, say
+                        result[i] = self.meet(layer, known, where) if more else self.meet(known, layer, where)
                         break
                 else:
                     result.append(layer)
