@@ -91,6 +91,6 @@ def test_an_output_transform_without_tensors_is_named():
 
 def test_nothing_to_prune_is_said_aloud():
     """Torch-Pruning's step would remove nothing in silence."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 6, 3))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softmax(1), nn.Conv2d(8, 6, 3))
     with label_groups(), pytest.warns(UserWarning, match=r"Sequential has no group that can be pruned \(0: "):
         tp.pruner.BasePruner(model, X, tp.importance.MagnitudeImportance())

@@ -73,7 +73,7 @@ def computed():
 CASES = {
     "output": (chain, {}, "2"),
     "ignored": (chain, {"ignored_layers": [nn.Conv2d]}, "0"),
-    "mixed": (lambda: chain(nn.GroupNorm(2, 8)), {}, "0"),
+    "mixed": (lambda: chain(nn.Softmax(1)), {}, "0"),
     "computed": (computed, {}, "2"),
     "unread": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Readout()),

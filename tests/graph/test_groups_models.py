@@ -202,10 +202,15 @@ def test_heads_lose_the_same_dimensions(heads):
     assert count_ops(model, x)[1] == sum(p.numel() for p in model.parameters())
 
 
-def test_heads_that_were_not_named_are_refused():
+def test_heads_that_were_not_named_go_as_a_whole():
     torch.manual_seed(0)
-    groups = prunable_groups(Attention(3).eval(), torch.randn(2, 6, 32))
-    assert groups.names == ["embed"]
+    model, x = Attention(3).eval(), torch.randn(2, 6, 32)
+    groups = prunable_groups(model, x)
+    assert whole(groups) == {"embed": 24, "q": (24, 8, 1)}
+    assert [m.name for m in groups["q"].attributes] == ["heads"]
+    assert whole(prunable_groups(model, x, attention="none")) == {"embed": 24}
+    remove_units(groups, {"q": [1]})
+    assert (model.heads, model.q.out_features, model.proj.in_features) == (2, 16, 16) and model(x).shape == (2, 4)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 6])

@@ -180,8 +180,8 @@ CASES = {
     "layer norm": (
         lambda: Net(lambda m, x: m.c(m.n(m.a(x))), a=nn.Linear(6, 8), n=nn.LayerNorm(8), c=nn.Linear(8, 2)),
         SEQUENCE,
-        {},
-        {"a": "mixed", "c": "output"},
+        {"a": (8, 1)},
+        {"c": "output"},
     ),
     "norm written out": (
         lambda: Net(
@@ -190,8 +190,8 @@ CASES = {
             c=nn.Linear(8, 2),
         ),
         SEQUENCE,
-        {},
-        {"a": "mixed", "c": "output"},
+        {"a": (8, 1)},
+        {"c": "output"},
     ),
     "depthwise with two filters per channel": (
         lambda: Net(lambda m, x: m.c(m.d(m.a(x))), a=conv(3, 4), d=conv(4, 8, 3, groups=4), c=conv(8, 2)),

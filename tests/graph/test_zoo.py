@@ -20,21 +20,15 @@ EXPECTED: dict[str, tuple[int, float]] = {
     "super-resolution": (3, 1.0),  # four channels of nine behind a pixel shuffle are four units
     "audio": (7, 1.0),  # stem, stream, four gated blocks with value and gate tied, head
     "crnn": (4, 0.99),  # the last convolution makes inputs of an LSTM; its hidden size and the head behind it stay
-    "text-cnn": (4, 1.0),  # the embedding, and three convolutions
+    "text-cnn": (3, 1.0),  # three convolutions; what an embedding alone makes is in no group
     "several-tasks": (4, 1.0),  # a gate of one channel ties nothing
     "yolov7-head": (20, 1.0),
     "yolov7-head-split": (20, 1.0),
 }
 """Groups that are left after the verification, and the least fraction of the MACs within reach."""
-LABELS = pytest.mark.xfail(strict=False, reason="needs channel labels")
-ENDLESS = pytest.mark.xfail(run=False, reason="needs channel labels")
-MARKS = {
-    **dict.fromkeys(("resnet20-option-a", "super-resolution", "audio", "crnn", "text-cnn", "several-tasks"), LABELS),
-    **dict.fromkeys(("yolov7-head", "yolov7-head-split"), ENDLESS),
-}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in EXPECTED])
+@pytest.mark.parametrize("name", EXPECTED)
 def test_groups_and_one_pruning(name):
     exam = Examination(CATALOGUE[name], {}, repeats=1)
     found = verified(exam)
@@ -46,7 +40,6 @@ def test_groups_and_one_pruning(name):
     assert 0.49 < done["reached"] <= 0.5
 
 
-@LABELS
 def test_channels_that_a_shuffle_moves():
     exam = Examination(CATALOGUE["shufflenet_v2_x1_0"], {}, repeats=1)
     found = verified(exam)
@@ -55,7 +48,7 @@ def test_channels_that_a_shuffle_moves():
     assert done["met"] and done["differs"] is None, done
 
 
-def test_norms_over_channels_take_no_group_along_that_could_go():
-    """The time embedding of the diffusion U-Net is read by linear layers alone."""
+def test_group_norms_let_a_diffusion_network_shrink():
+    """Ties of its skips leave whole norm groups to go; least widths are a few percent of the cost."""
     found = verified(Examination(CATALOGUE["diffusion-unet"], {}, repeats=1))
-    assert found["groups"] >= 1 and found["excluded"]["mixed"] >= 1, found
+    assert found["excluded"] == {"output": 1} and found["floor"] < 0.03, found

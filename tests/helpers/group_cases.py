@@ -24,7 +24,7 @@ EXPECTED = {
     "se": {"0.0": 12, "1.gate.1": 6, "2.0": 16, "3.gate.1": 8},
     "shared_input": {"stem.0": 12, "a.0": 16, "c.0": 8},
     "transposed": {"encoder.0": 8, "bottom.0": 24, "up.0": 12, "tail.0.0": 16},
-    "transformer_mlp": {"blocks.0.mlp.1": 40, "blocks.1.mlp.1": 48},
+    "transformer_mlp": {"embed": 24, "blocks.0.mlp.1": 40, "blocks.1.mlp.1": 48},
     "padded_shortcut": {
         "features.0.0": 8,
         "features.1.body.0.0": 8,
