@@ -268,8 +268,9 @@ class Labeller(TorchDispatchMode):
                         recurrence(self, module, layer_input(args, kwargs), given, where)
         elif isinstance(module, _BARE_NORMS) and module.weight is None and args:
             self._count_features(name, module, args[0])
-        elif isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels and args:
-            numbers = ["num_groups"] if module.affine else ["num_groups", "num_channels"]
+        elif isinstance(module, nn.GroupNorm) and args:
+            numbers = ["num_groups"] if module.num_groups == module.num_channels else []
+            numbers += [] if module.affine else ["num_channels"]
             self._count(name, numbers, module.num_channels, args[0], 1)
         self._open.pop()
         self._sizes.calls.leave(name)
