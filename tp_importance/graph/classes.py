@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, filterfalse, pairwise
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from .groups import ChannelGroup, Excluded, Kind, Member, Normalised, PrunableGroups, Role
-from .kept_statistics import StatisticCall
-from .labels.ledger import Follower, Ledger, Statistic
+from .groups import ChannelGroup, Excluded, Member, Normalised, PrunableGroups
+from .labels.ledger import Follower, Ledger
 from .labels.reasons import Index, Reason
-from .layer_kinds import CONV, is_depthwise, is_passthrough
-from .layer_pruners import (
-    RECURRENT,
-    LayerPruners,
-    ParametrisedPruner,
-    input_weights,
-    loses_whole_groups,
-    users_layers,
-)
-from .reparametrised import computed_tensors
+from .layer_kinds import CONV, is_depthwise
+from .places import Layout, Place, counted, multiplied, normalised, queries
 from .trace_options import TraceOptions
 from .tracing import Trace
 
@@ -38,26 +29,6 @@ ONE_CHANNEL: Reason = ("minimum", "one channel that the code takes apart from th
 """Why a part of a layer is left out that cannot become narrower."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One dimension of a module or tensor, and the class of every position; -1 where it has no label."""
-
-    name: str
-    role: Role
-    kind: Kind
-    classes: Index
-    axis: int | None = None
-    attribute: bool = False
-    statistic: Statistic | None = None
-    product: int | None = None
-    is_query: bool = False
-
-    @property
-    def is_member(self) -> bool:
-        """Whether it loses entries."""
-        return not (self.attribute or self.is_query) and self.statistic is None and self.product is None
-
-
 def build_groups(
     traced: Trace,
     ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
@@ -67,7 +38,7 @@ def build_groups(
     """Groups of a traced network, without verification; see :func:`~tp_importance.prunable_groups`."""
     ledger = traced.labels
     ignored, order = ignored_modules(traced.model, ignored_layers), traced.first_call()
-    layout = _Layout(traced, options)
+    layout = Layout(traced, options)
     heads, asked, problems = _heads(traced, ledger, num_heads or {})
     classes = ledger.classes(options.choices, heads)
     reasons = ledger.reasons(classes, options.choices)
@@ -84,28 +55,14 @@ def build_groups(
     for place in places:
         for c, reason in layout.reasons_of(place, ignored):
             reasons.setdefault(c, []).append(reason)
-    followers = [
-        _Place(f.name, "out", "passthrough", classes[f.labels], attribute=True) for f in _unique(ledger, options)
-    ]
-    statistics, unlike = _statistics(ledger, classes)
+    statistics, unlike = normalised(ledger, classes)
     for labels, reason in unlike:
         for c in np.unique(classes[labels]).tolist():
             reasons.setdefault(c, []).append(reason)
     several = {int(c) for labels in ledger.several for c in classes[labels[labels > 0]]}
-    found = list(
-        _groups(
-            [
-                *places,
-                *followers,
-                *statistics,
-                *_products(ledger, classes),
-                *_queries(ledger, classes, options, places),
-            ],
-            reasons,
-            traced.model,
-            several,
-        )
-    )
+    beside = [*counted(ledger, classes, options), *statistics, *multiplied(ledger, classes)]
+    beside += queries(ledger, classes, options, places)
+    found = list(_groups([*places, *beside], reasons, traced.model, several))
     groups: list[ChannelGroup] = []
     excluded: list[Excluded] = []
     for group, why in _named_apart(found, order):
@@ -167,7 +124,7 @@ def taken_for_fixed(groups: PrunableGroups) -> list[str]:
 
 def _classes_of(groups: PrunableGroups, classes: Index) -> dict[str, set[int]]:
     """The classes of labels that the channels of every group are in."""
-    places = _Layout(groups.trace, groups.options).places(groups.trace.labels, classes)
+    places = Layout(groups.trace, groups.options).places(groups.trace.labels, classes)
     at = {(p.name, p.role): p.classes for p in places}
     return {g.name: {int(c) for m in g.members for c in at[m.name, m.role][m.channels]} for g in groups}
 
@@ -183,7 +140,7 @@ def strangers(groups: PrunableGroups, other: Trace) -> dict[str, list[str]]:
         By name of the group the layers, or ``"an output"``; groups that touch nothing else are left out.
     """
     classes = other.labels.classes(groups.options.choices)
-    places = _Layout(other, groups.options).places(other.labels, classes)
+    places = Layout(other, groups.options).places(other.labels, classes)
     places.sort(key=lambda p: (p.axis is not None, p.name))
     reasons = other.labels.reasons(classes, groups.options.choices)
     outputs = {c for c, why in reasons.items() if any(kind == "output" for kind, _ in why)}
@@ -201,7 +158,7 @@ def strangers(groups: PrunableGroups, other: Trace) -> dict[str, list[str]]:
 
 
 def _groups(
-    places: Sequence[_Place], reasons: Mapping[int, list[Reason]], model: nn.Module, several: set[int]
+    places: Sequence[Place], reasons: Mapping[int, list[Reason]], model: nn.Module, several: set[int]
 ) -> Iterator[tuple[ChannelGroup, list[Reason]]]:
     """Classes that take as many positions of the same places, and stay or go for the same reasons, form a group."""
     per_class: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -248,7 +205,7 @@ def _in_order(mine: Sequence[int], classes: Index) -> Index:
     return np.array(sorted(mine, key=position.__getitem__), np.int64)
 
 
-def _member(place: _Place, unit_of: Index) -> Member:
+def _member(place: Place, unit_of: Index) -> Member:
     units = unit_of[place.classes]  # -1 reads the last entry, which is never used
     at = np.flatnonzero(units >= 0)
     return Member(place.name, place.role, place.kind, at, units[at], len(place.classes), place.axis)
@@ -262,113 +219,11 @@ def _fewest(module: nn.Module | None) -> int:
     return 2 if isinstance(module, CONV) and module.groups > 1 and not is_depthwise(module) else 1
 
 
-class _Layout:
-    """Which dimension of which module an axis of a parameter or buffer is."""
-
-    def __init__(self, traced: Trace, options: TraceOptions) -> None:
-        self._modules = dict(traced.model.named_modules())
-        self._pruners = LayerPruners(traced.model, options.customized_pruners)
-        self._users = users_layers(traced.model, options.customized_pruners)
-        named = dict(traced.model.named_parameters())
-        shared: dict[int, list[str]] = defaultdict(list)  # an embedding and the head behind it may share their weight
-        for name, tensor in traced.model.named_parameters(remove_duplicate=False):
-            if name.rpartition(".")[0] in self._modules:
-                shared[id(tensor)].append(name)
-        self._names = {names[0]: names for names in shared.values()}
-        self._ignored_tensors = {n for n, p in named.items() if any(p is q for q in options.ignored_params)}
-
-    def places(self, ledger: Ledger, classes: Index) -> list[_Place]:
-        """All dimensions with labels, each once."""
-        found: dict[tuple[str, str], _Place] = {}
-        sites = [(name, site) for site in ledger.sites for name in self._names.get(site.name, [site.name])]
-        for name, site in sites:
-            own = classes[site.first : site.first + site.size]
-            place = self._place(name, site.axis, own)
-            if place is None:
-                continue
-            key = (place.name, place.role)
-            if key in found and place.axis is not None and found[key].axis != place.axis:
-                place = replace(place, role="in")
-                key = (place.name, "in")
-            found.setdefault(key, place)
-            module: Any = self._modules.get(place.name)
-            if place.role == "out" and module is not None and loses_whole_groups(module):
-                whole = place.classes.reshape(module.groups, -1)[:, 0]
-                inputs = np.repeat(whole, module.in_channels // module.groups)
-                found.setdefault((place.name, "in"), replace(place, role="in", classes=inputs))
-        return list(found.values())
-
-    def _place(self, name: str, axis: int, classes: Index) -> _Place | None:
-        owner, _, key = name.rpartition(".")
-        module: Any = self._modules.get(owner)
-        if owner in self._users:
-            side: Role = "in" if key == "in" else "out"
-            pruner = self._users[owner]
-            apart = pruner.prune_in_channels != pruner.prune_out_channels
-            weighted = isinstance(module, (*CONV, nn.Linear)) and apart
-            return _Place(owner, side, _kind(module, side) if weighted else "passthrough", classes)
-        if isinstance(module, (*CONV, nn.Linear)):
-            if key == "bias":
-                return _Place(owner, "out", _kind(module, "out"), classes)
-            if key == "weight":
-                role: Role = "out" if axis == int(getattr(module, "transposed", False)) else "in"
-                transposed, groups = getattr(module, "transposed", False), getattr(module, "groups", 1)
-                if is_passthrough(module):  # axis 0 tells of both sides
-                    if axis:
-                        return None
-                    whole = np.repeat(classes.reshape(groups, -1)[:, 0], getattr(module, "out_channels", 0) // groups)
-                    return _Place(owner, "out", "passthrough", whole)
-                if groups > 1 and (role == "in") != transposed:
-                    classes = np.tile(classes, groups)
-                return _Place(owner, role, _kind(module, role), classes)
-            return None
-        if isinstance(module, RECURRENT):  # but for its inputs all stays
-            return _Place(owner, "in", "consumer", classes) if key in input_weights(module) and axis else None
-        if isinstance(module, nn.Embedding) and axis == 0:  # its rows are no channels
-            return None
-        whole = len(getattr(module, "normalized_shape", ())) < 2  # else its tensors are cut one by one
-        if module is not None and whole and self._pruners.of(module) is not None:
-            return _Place(owner, "out", "passthrough", classes)
-        return _Place(name, "out", "passthrough", classes, axis) if len(classes) > 1 else None
-
-    def reasons_of(self, place: _Place, ignored: set[nn.Module]) -> Iterator[tuple[int, Reason]]:
-        """Why classes must stay because of a layer."""
-        module = self._modules.get(place.name)
-        reason: Reason | None = None
-        if place.axis is not None and place.name in self._ignored_tensors:
-            reason = ("ignored", f"{place.name} is in ignored_layers")
-        if module is not None and place.role == "out" and module in ignored:
-            reason = ("ignored", f"{place.name} is in ignored_layers")
-        fixed = None if module is None else self._computed(place.name, module, place.role)
-        if fixed:
-            reason = ("computed", fixed)
-        if reason is not None:
-            for c in np.unique(place.classes[place.classes >= 0]).tolist():
-                yield c, reason
-
-    def _computed(self, name: str, module: nn.Module, role: Role) -> str | None:
-        """Why a module cannot lose channels because of what its tensors are computed from, if that is so."""
-        found = computed_tensors(module)
-        if not found or name in self._users:
-            return None
-        dense = isinstance(module, (*CONV, nn.Linear)) and not is_passthrough(module)
-        found = [c for c in found if c.leaf == "weight" or role == "out" or not dense]  # inputs have no biases
-        pruner = self._pruners.of(module)
-        possible = not found or (isinstance(pruner, ParametrisedPruner) and pruner.follows[role])
-        return None if possible else found[0].reason(name)
-
-
 def _unread(group: ChannelGroup) -> Reason:
     """Why a group stays that no layer reads whose weights the criteria know."""
     others = [m.name for m in group.members if m.role == "in" or (m.axis or 0) > 0]
     only = f", only {', '.join(others)}" if others else ""
     return "unread", f"no convolution, linear or recurrent layer reads it{only}"
-
-
-def _kind(module: Any, role: Role) -> Kind:
-    if is_passthrough(module):
-        return "passthrough"
-    return "producer" if role == "out" else "consumer"
 
 
 def _heads(
@@ -406,49 +261,6 @@ def _attended(ledger: Ledger, classes: Index, asked: Sequence[Index], attention:
             left = found.known[~np.isin(classes[found.known], named)]
             how = "" if attention == "none" else " by heads and dimensions at once"
             yield left, ("mixed", f"{found.where}: its channels take part in attention{how}")
-
-
-def _products(ledger: Ledger, classes: Index) -> list[_Place]:
-    """Every labelled axis of every product of data with data."""
-    return [
-        _Place(f"product {i}, axis {k}", "in", "passthrough", np.where(axis > 0, classes[axis], -1), product=i)
-        for i, product in enumerate(ledger.products)
-        for k, axis in enumerate(product.axes)
-    ]
-
-
-def _queries(ledger: Ledger, classes: Index, options: TraceOptions, places: Sequence[_Place]) -> list[_Place]:
-    """Filters of queries whose dimensions may go while the code divides by the root of how many there are."""
-    found = []
-    for scaled in ledger.scaled_queries(options.choices):
-        rows = np.moveaxis(scaled.labels, scaled.axis or -1, -1).reshape(-1, scaled.labels.shape[scaled.axis or -1])
-        if all(len(np.unique(classes[row])) == 1 for row in rows):  # whole heads: as many dimensions in each as before
-            continue
-        for site in ledger.sites:
-            mine = np.isin(np.arange(site.first, site.first + site.size), scaled.known)
-            layer = site.name.removesuffix(".weight").removesuffix(".bias")
-            if site.axis == 0 and mine.any() and any(p.name == layer and p.kind == "producer" for p in places):
-                own = np.where(mine, classes[site.first : site.first + site.size], -1)
-                found.append(_Place(layer, "out", "passthrough", own, is_query=True))
-    return found
-
-
-def _statistics(ledger: Ledger, classes: Index) -> tuple[list[_Place], list[tuple[Index, Reason]]]:
-    """Every mean, variance and norm over channels once; and labels of those that run over others at another call."""
-    found: dict[StatisticCall, _Place] = {}
-    unlike: list[tuple[Index, Reason]] = []
-    for s in ledger.statistics:
-        own = np.where(s.labels > 0, classes[s.labels], -1)
-        known = found.setdefault(s.call, _Place(str(s.call), "in", "passthrough", own, s.axis, statistic=s))
-        if known.axis != s.axis or len(known.classes) != len(own) or (known.classes != own).any():
-            reason = ("mixed", f"{s.where} normalises over other channels each time that it is called")
-            unlike.append((np.concatenate([t.labels for t in ledger.statistics if t.call == s.call]), reason))
-    return list(found.values()), unlike
-
-
-def _unique(ledger: Ledger, options: TraceOptions) -> list[Follower]:
-    """One of the axes that every number counts: they agree, or nothing of them goes."""
-    return list({f.name: f for f in ledger.following(options.choices) if not f.kept}.values())
 
 
 def _contradictions(followers: Sequence[Follower], classes: Index) -> list[tuple[Index, Reason]]:

@@ -183,8 +183,8 @@ def count_ops(
 
     MACs are multiply-accumulates of data with parameters: of convolutions, linear layers and the projections of
     ``nn.MultiheadAttention``, of recurrent and bilinear layers, deformable convolutions, and of functions as
-    ``F.conv2d(x, self.weight)``, ``x @ self.weight`` or ``torch.einsum`` with two operands; and, unless ``attention`` is
-    False, of matrix products of data with data: QKᵀ and AV for all pairs of positions. Bias, normalisation and
+    ``F.conv2d(x, self.weight)``, ``x @ self.weight`` or ``torch.einsum`` with two operands; and, unless ``attention``
+    is False, of matrix products of data with data: QKᵀ and AV for all pairs of positions. Bias, normalisation and
     activations are not counted; nor are kernels of other libraries, see
     :attr:`~tp_importance.graph.tracing.Trace.uncounted`. A module called twice costs its MACs twice and its
     parameters once.

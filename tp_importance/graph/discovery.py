@@ -59,14 +59,16 @@ def prunable_groups(
         ignored_layers: modules (with everything inside), parameters or module types that must keep their outputs.
         attention: what a unit of attention is: ``"heads"``, ``"dims"`` (a dimension of every head), or ``"none"``: its
             channels stay. What has one head only loses dimensions in either case.
-        num_heads: ``{qkv projection: heads}`` as in Torch-Pruning: in these layers a unit is one dimension of every head.
+        num_heads: ``{qkv projection: heads}`` as in Torch-Pruning: in these layers a unit is one dimension of every
+            head.
         unwrapped_parameters: ``[(parameter, dim), ...]`` as in Torch-Pruning.
         customized_pruners: as in Torch-Pruning.
         forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
         output_transform: applied to the network's output before tracing.
         allow_stale: also offer channels that layers read in training mode only. These layers keep their old width, and
             the network fails in training mode once it is pruned.
-        count_attention: whether costs contain the products of data with data, QKᵀ and AV, at the positions of the example.
+        count_attention: whether costs contain the products of data with data, QKᵀ and AV, at the positions of the
+            example.
         verify: compare masked and pruned copies (default). Costs two deep copies and two passes if all groups are safe,
             and as much again for every test that it takes to find those that are not. Or a function that knows the
             verdict: ``verify(groups, example_inputs) → reason per unsafe group``.

@@ -103,8 +103,8 @@ class ChannelGroup:
         statistics: means, variances and norms over the channels.
         products: axes of products of data with data whose cost the channels have a part in: the number of the product
             among those of the trace, and the axis.
-        queries: filters whose outputs are divided by the root of how many of them a head has: what is left is multiplied
-            by a number when some go.
+        queries: filters whose outputs are divided by the root of how many of them a head has: what is left is
+            multiplied by a number when some go.
     """
 
     name: str

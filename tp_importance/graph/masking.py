@@ -23,7 +23,8 @@ __all__ = ["kept_of", "masked_units"]
 def masked_units(model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[int]]) -> Iterator[None]:
     """Zero the channels of ``removed`` units where they are produced and where they are read, inside the context.
 
-    Means, variances and norms over channels run over those that are kept. Weights that no layer owns (of ``F.conv2d(x, self.weight)``, say) have zeros there meanwhile.
+    Means, variances and norms over channels run over those that are kept. Weights that no layer owns (of
+    ``F.conv2d(x, self.weight)``, say) have zeros there meanwhile.
 
     Args:
         model: the network.

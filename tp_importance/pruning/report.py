@@ -16,6 +16,7 @@ from ..graph.cost import CostModel
 from ..graph.groups import Excluded, PrunableGroups
 from ..latency.times import LatencyTimes
 from ..refitting.report import RefitReport
+from .output_change import OutputChange
 from .plan import Plan
 
 __all__ = ["CostReport", "GroupRow", "PruningReport", "bytes_per_parameter"]
@@ -101,6 +102,7 @@ class PruningReport(CostReport):
         refit: what the refit of the consumers did, if there was one.
         latency_ms: latencies in milliseconds; none is known if none is limited.
         uncounted: layers whose MACs are not known and in none of the costs, with the reason.
+        outputs: how far they moved from those before this step; ``None`` if nothing was removed.
     """
 
     rows: list[GroupRow]
@@ -115,6 +117,7 @@ class PruningReport(CostReport):
     refit: RefitReport | None = None
     latency_ms: LatencyTimes = field(default_factory=LatencyTimes)
     uncounted: dict[str, str] = field(default_factory=dict)
+    outputs: OutputChange | None = None
 
     def __str__(self) -> str:
         width = max([5, *(len(r.name) for r in self.rows)])
@@ -132,6 +135,8 @@ class PruningReport(CostReport):
             lines.append(f"left alone: {e.name} ({e.width}): {e.reason}")
         if self.refit is not None:
             lines.append(str(self.refit))
+        if self.outputs is not None:
+            lines.append(str(self.outputs))
         return "\n".join(lines)
 
     @classmethod
@@ -180,7 +185,9 @@ class PruningReport(CostReport):
         excluded = [Excluded(**row) for row in data["excluded"]]
         refit = None if data.get("refit") is None else RefitReport.from_dict(data["refit"])
         times = LatencyTimes.from_dict(data["latency_ms"])
-        return cls(**{**data, **costs, "rows": rows, "excluded": excluded, "refit": refit, "latency_ms": times})
+        moved = None if data.get("outputs") is None else OutputChange(**data["outputs"])
+        made = {"rows": rows, "excluded": excluded, "refit": refit, "latency_ms": times, "outputs": moved}
+        return cls(**{**data, **costs, **made})
 
     def to_frame(self) -> Any:
         """The rows as ``pandas.DataFrame``.

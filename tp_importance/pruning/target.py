@@ -43,6 +43,7 @@ from ..statistics.consumers import ConsumerStatistics
 from ..statistics.dense_reference import DenseReference
 from ..statistics.labels import LabelFn
 from ..statistics.running_statistics import has_batch_norm
+from .output_change import Outputs
 from .plan import Plan
 from .reference import reference_after
 from .report import PruningReport
@@ -331,6 +332,7 @@ class PruningTarget:
         reference = None
         if loader is not None:
             reference = reference_after(self.model, self.groups, plan.removed, self._reference, needed=follows)
+        outputs = Outputs(self.model, self.example_inputs, loader, self.groups.options)
         step = self.surgery(self.model.parameters() if solves else ())
         with shown(self._progress), step, replacing(self.model), torch.inference_mode(False):
             if settings is not None and loader is not None and solves:
@@ -346,6 +348,7 @@ class PruningTarget:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
             if follows and loader is not None:
                 recalibrate_batchnorm(self.model, loader, reference=reference, forward_fn=run)
+            report = replace(report, outputs=outputs.change(self.model))
             history = PruningHistory.of(self.groups, plan.removed, cuts)
             state = self._adopting(self._left(self.groups, plan.removed), history)
             if reference is not None:

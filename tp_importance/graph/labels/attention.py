@@ -1,10 +1,10 @@
 """Which factor of queries, keys and values shrinks: whole heads, or a dimension of every head.
 
-Before products of data with data are seen, nobody knows that a ``view`` makes heads. So the network runs once without an
-answer; where the channels of a split then take part in attention, the axis that is summed over (or, for values, comes
-out) is that of the dimensions, the other one that of the heads. A second pass is told the answers. Labels are the same
-along the other factor then, so that an axis of heads has labels wherever it goes: in scores, in masks and in tables with
-one entry per head.
+Before products of data with data are seen, nobody knows that a ``view`` makes heads. So the network runs once without
+an answer; where the channels of a split then take part in attention, the axis that is summed over (or, for values,
+comes out) is that of the dimensions, the other one that of the heads. A second pass is told the answers. Labels are the
+same along the other factor then, so that an axis of heads has labels wherever it goes: in scores, in masks and in
+tables with one entry per head.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def named_sizes(model: nn.Module) -> Iterator[None]:
 
 
 def _follows_alone(module: Any, key: str) -> bool:
-    """Whether no pruning function of the layer sets a number: none, or only where the norm has one weight per channel."""
+    """Whether no pruning function sets a number of a norm: they do where it has one weight per channel."""
     return key == "num_groups" or (
         key == "normalized_shape" and (module.weight is None or len(module.normalized_shape) > 1)
     )

@@ -91,7 +91,7 @@ class Run(Protocol):
         """Channels are normalised in groups, labels of shape (groups, channels of one)."""
 
     def split_up(self, layer: Tensor, call: Call) -> Tensor:
-        """A reshape has split an axis of channels; returns the labels after it, which vary along one factor if known."""
+        """A reshape has split an axis of channels; returns the labels, which vary along one factor if it is known."""
 
     def attend(
         self, layer: Tensor, axes: Sequence[int], where: str, *, queries: Literal["yes", "no", "perhaps"]

@@ -125,8 +125,8 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
     if run.depends(a) and run.depends(b):
         for tensor, layers in ((a, la), (b, lb)):
             for layer in layers:
-                summed = tensor is a and a.dim() - 1 in axes_of(layer)
-                run.attend(layer, (-1, -2) if tensor.dim() > 1 else (-1,), where, queries="perhaps" if summed else "no")
+                asks = tensor is a and a.dim() - 1 in axes_of(layer)
+                run.attend(layer, (-1, -2) if tensor.dim() > 1 else (-1,), where, queries="perhaps" if asks else "no")
         fronts = [
             labels_along(la, k) if labels_along(la, k) is not None else labels_along(lb, k) for k in range(a.dim() - 2)
         ]
@@ -136,9 +136,10 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
     other = [layer for layer in lb if max(b.dim() - 2, 0) in axes_of(layer)]
     if a.shape[-1] > 1:
         match_products(run, a, b, summed, other, where)
-    kept, batches = [], []
+    kept: list[Tensor] = []
+    batches: list[tuple[Tensor, Layers]] = []
     for tensor, layers, gone, axis in ((a, la, summed, -1), (b, lb, other, -2)):
-        own = []
+        own: list[Tensor] = []
         for layer in layers:
             if any(layer is s for s in gone):
                 continue

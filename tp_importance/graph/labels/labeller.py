@@ -153,7 +153,7 @@ class Labeller(TorchDispatchMode):
         return (*free, *everywhere.values())
 
     def _meets_values(self, layer: Tensor, axis: int, tensor: Tensor, where: str) -> bool:
-        """Whether channels meet a tensor that has none on their axis: harmless only if it is the same for all of them."""
+        """Whether channels meet a tensor that has none on their axis, and is not the same for all of them."""
         if -axis > tensor.dim() or tensor.shape[axis] == 1 or tensor.stride(axis) == 0:
             return False
         if bool((tensor == tensor.narrow(axis, 0, 1)).all()):

@@ -76,7 +76,7 @@ class Product:
 
     Attributes:
         macs: multiply-accumulates, whole batch.
-        axes: labels of every axis of them that has any, shape (n,) each: the cost is proportional to what is left of it.
+        axes: labels of every axis that has any, shape (n,) each: the cost is proportional to what is left of it.
     """
 
     macs: int

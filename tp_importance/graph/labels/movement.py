@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Layers, Run
-from .layers import along, axes_of, compact, merged, tight
-from .ledger import Option, Question
+from .layers import axes_of, compact, merged, tight
 
 __all__ = ["RULES"]
 
@@ -127,7 +126,7 @@ def _concatenated(run: Run, parts: list[Tensor], dim: int, out: Tensor, *, new_a
 
 
 def _aligned(run: Run, found: dict[int, Tensor], dim: int) -> dict[int, Tensor]:
-    """Parts that lie one behind the other along an axis without channels, tokens say: index by index they go together."""
+    """Parts one behind the other along an axis without channels, tokens say: index by index they go together."""
     apart = {i: layer for i, layer in found.items() if dim in axes_of(layer)}
     made, first = dict(apart), None
     for i, layer in found.items():

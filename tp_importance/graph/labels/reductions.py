@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -154,7 +154,7 @@ def attention(run: Run, call: Call) -> list[Layers]:
     (query, of_query), (key, of_key), (value, of_value) = given
     heads: list[tuple[Tensor, Layers]] = []
     for tensor, layers in given:
-        own = "yes" if tensor is query and call.kwargs.get("scale") is None else "no"
+        own: Literal["yes", "no"] = "yes" if tensor is query and call.kwargs.get("scale") is None else "no"
         for layer in layers:
             run.attend(layer, (-1,), call.where, queries=own)
         heads.append((tensor, _of_heads(layers, shape)))
