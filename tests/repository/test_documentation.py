@@ -208,7 +208,21 @@ def cut_by_the_user(names, dense):
     assert names["net"][2].in_channels == len(names["net"][1].table[0]) == 8
 
 
+def norm_groups(names, dense):
+    remove_units(names["groups"], {"0": [2]})
+    net = names["net"]
+    assert (net[1].num_groups, net[1].num_channels, net[0].out_channels) == (7, 28, 28)
+
+
+def shrunk_transformer(names, dense):
+    net, tokens = names["net"], names["tokens"]
+    assert count_ops(net, tokens)[0] == names["result"].report.cost.macs <= 0.5 * names["result"].report.dense.macs
+    assert 0 <= names["result"].report.outputs.relative_error < 1 and net(tokens).shape == (2, 10, 5)
+
+
 CHECKS = {
+    "nn.GroupNorm(8, 32)": norm_groups,
+    "class Attention(nn.Module)": shrunk_transformer,
     ".excluded:\n    print(left_out.name, left_out.kind": untouched,
     "bake_weights(net": baked,
     "explicit_attention(net": explicit,
