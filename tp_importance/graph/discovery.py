@@ -19,6 +19,7 @@ from .option_checks import check_options
 from .trace_options import TraceOptions
 from .tracing import trace
 from .verify import Passed, verify_groups
+from .wired import with_remedies
 
 __all__ = ["prunable_groups"]
 
@@ -126,11 +127,11 @@ def prunable_groups(
         groups = answered(())
         running.note(groups=len(groups), left_out=len(groups.excluded))
     if not verify or not len(groups):
-        return groups
+        return with_remedies(groups)
     with shown(progress):
         if callable(verify):
-            return groups.exclude(_by_user(verify, groups, example_inputs))
-        return _verified(groups, example_inputs, answered)
+            return with_remedies(groups.exclude(_by_user(verify, groups, example_inputs)))
+        return with_remedies(_verified(groups, example_inputs, answered))
 
 
 def _by_user(verify: Verifier, groups: PrunableGroups, example_inputs: Any) -> Mapping[str, str]:

@@ -198,6 +198,8 @@ class PrunableGroups:
         groups: the groups that may be pruned.
         excluded: the groups that may not, with the reason.
         trace: the trace they come from.
+        options: how they were found.
+        remedy: what to do if none is left.
 
     Raises:
         ValueError: if two groups, left out or not, bear one name.
@@ -207,6 +209,7 @@ class PrunableGroups:
     excluded: list[Excluded]
     trace: Trace = field(repr=False)
     options: TraceOptions = field(default_factory=TraceOptions, repr=False)
+    remedy: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         twice = [n for n, c in Counter([*self.names, *(e.name for e in self.excluded)]).items() if c > 1]
@@ -289,7 +292,8 @@ class PrunableGroups:
             "no convolution or linear layer with a weight of real floating-point numbers ran; complex and quantized "
             "weights are not followed"
         )
-        return f"{type(self.trace.model).__name__} has no group that can be pruned ({reasons})"
+        hint = f"; {self.remedy}" if self.remedy and self.remedy not in reasons else ""
+        return f"{type(self.trace.model).__name__} has no group that can be pruned ({reasons}){hint}"
 
     def exclude(self, reasons: Mapping[str, str], kind: ExclusionKind = "unverified") -> PrunableGroups:
         """A copy in which some groups are left out.
@@ -313,7 +317,7 @@ class PrunableGroups:
     def _without(self, gone: Sequence[Excluded]) -> PrunableGroups:
         names = {e.name for e in gone}
         keep = [g for g in self.groups if g.name not in names]
-        return PrunableGroups(keep, [*self.excluded, *gone], self.trace, self.options)
+        return PrunableGroups(keep, [*self.excluded, *gone], self.trace, self.options, self.remedy)
 
 
 Verifier = Callable[[PrunableGroups, Any], Mapping[str, str]]
