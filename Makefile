@@ -54,7 +54,7 @@ demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a
 BENCH = $(PY) benchmarks/run.py
 .PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-option-a bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
 	bench-recovery bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
-	bench-psap-overhead bench-latency bench-zoo bench-random-graphs zoo-venv bench-tables host-tests
+	bench-psap-overhead bench-latency bench-zoo bench-random-graphs bench-masked-removed zoo-venv bench-tables host-tests
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR
 	$(BENCH) cifar $(ARGS)
@@ -129,6 +129,9 @@ $(ZOO_STAMP): $(STAMP) pyproject.toml
 bench-zoo: $(ZOO_STAMP) ## prune 140 networks of all kinds (ARGS="--only yolo11n,own,resnet*"; goes on where it stopped)
 	$(ZOO_VENV)/bin/python benchmarks/run.py zoo $(ARGS)
 	$(if $(ARGS),,$(ZOO_VENV)/bin/python benchmarks/run.py random-graphs)
+
+bench-masked-removed: $(ZOO_STAMP) ## compare masked with pruned transformers and networks with norms over channels
+	HF_HUB_OFFLINE=1 $(ZOO_VENV)/bin/python benchmarks/run.py masked-removed $(ARGS)
 
 bench-random-graphs: $(STAMP) ## prune 500 networks that are drawn at random (a part of bench-zoo without ARGS)
 	$(BENCH) random-graphs $(ARGS)

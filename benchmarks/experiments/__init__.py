@@ -16,6 +16,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "latency": ("latency",),
     "zoo": ("zoo",),
     "random_graphs": ("random-graphs",),
+    "masked_removed": ("masked-removed",),
     "host_tests": ("host-tests",),
 }
 """Names of the experiments of each module."""

@@ -270,13 +270,13 @@ def _run(
     if job.refit is not None and job.refit.solves:
         job.refit.require_data(job.loader)
     job.allocate = params.allocate(limited=job.budget is not None)
-    run = job.pruner_options.get("forward_fn")
-    dense = Cost(*count_ops(job.model, x, forward_fn=run))
+    run, products = job.pruner_options.get("forward_fn"), job.pruner_options.get("count_attention", True)
+    dense = Cost(*count_ops(job.model, x, forward_fn=run, attention=products))
     if method.prune is None:
         prune_channels(method, job)
     else:
         method.prune(job)
-    cost = Cost(*count_ops(job.model, x, forward_fn=run))
+    cost = Cost(*count_ops(job.model, x, forward_fn=run, attention=products))
     limits = job.budget.limits(dense) if job.budget is not None else {}
     for name, left in exceeded(cost.as_dict(), limits).items():
         raise BudgetError(f"method {params.method!r} left {left} {name}, more than the limit {limits[name]}")
