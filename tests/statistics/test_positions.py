@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tp_importance import Budget, Refit, count_ops, prunable_groups, prune
 from tp_importance.core.positions import PaddedForward, counted_positions, with_positions
+from tp_importance.methods.itpruner.grams import GramStatistics
 from tp_importance.refitting.refit import refit_consumers
 from tp_importance.statistics.consumers import ConsumerStatistics
 from tp_importance.statistics.observe import observe
@@ -86,6 +87,18 @@ def test_moments_and_energies_are_those_of_the_tokens(net, by):
         torch.testing.assert_close(padded.between(), plain.between())
         assert found[1].energy(member.name) == pytest.approx(found[0].energy(member.name), rel=1e-9)
         assert found[1].samples(padded) == found[0].samples(plain) == 48
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_dependence_of_layers_is_that_of_the_tokens(net, pool):
+    found = []
+    for padding in (False, True):
+        grams = GramStatistics(groups_of(net), kernel="linear", estimator="biased", pool=pool)
+        observe(
+            net, batches(padding), grams.watches(), before_batch=lambda labels, grams=grams: grams.begin(len(labels))
+        )
+        found.append(torch.from_numpy(grams.nhsic()))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
 
 
 def test_without_it_padding_counts(net):

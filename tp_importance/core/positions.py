@@ -65,9 +65,10 @@ def counted_positions(batch: Any, forward_fn: ForwardFn | None = None) -> Tensor
             raise ValueError(f"positions(batch) has shape {tuple(mask.shape)}; (batch, tokens) is needed")
     else:
         inner = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        mask = inner.get("attention_mask") if isinstance(inner, Mapping) else None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
+        found = inner.get("attention_mask") if isinstance(inner, Mapping) else None
+        if not isinstance(found, Tensor) or found.dim() != 2:
             return None
+        mask = found
     counts = (mask != 0).detach().cpu()
     return None if bool(counts.all()) else counts
 
