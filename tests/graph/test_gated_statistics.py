@@ -275,3 +275,10 @@ def test_a_norm_group_that_goes_as_a_whole_keeps_its_own_statistics():
         made = net(x)
     torch.testing.assert_close(made[:, [0, 1, 2, 3, 6, 7]], dense[:, [0, 1, 2, 3, 6, 7]])
     assert not torch.allclose(made[:, 4:6], dense[:, 4:6], atol=0.1)
+
+
+def test_a_copy_of_gates():
+    _, _, groups = norm_network("prenorm")
+    gates = ChannelGates(groups)
+    copy.deepcopy(gates).remove()
+    gates.remove()

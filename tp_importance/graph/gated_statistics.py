@@ -36,7 +36,6 @@ class GatedStatistics:
 
     def __init__(self, model: nn.Module, calls: Iterable[StatisticCall]) -> None:
         self.kept: Mapping[StatisticCall, Kept] = {}
-        self._threads = threading.local()
         self._hooks = ExitStack()
         owners = {call.module for call in calls}
         for name, module in model.named_modules():
@@ -58,11 +57,11 @@ class GatedStatistics:
         def hook(_module: nn.Module, _args: Any) -> None:
             if not name:  # an interrupt may have left something
                 self._drop()
-            running: _Running | None = getattr(self._threads, "running", None)
+            running = _active().get(id(self))
             if running is None:
                 if not self.kept:
                     return
-                running = self._threads.running = _Running(self.kept)
+                running = _active()[id(self)] = _Running(self.kept)
                 running.__enter__()
             running.enter(name)
 
@@ -70,19 +69,29 @@ class GatedStatistics:
 
     def _after(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
-            running: _Running | None = getattr(self._threads, "running", None)
+            running = _active().get(id(self))
             if running is not None and running.left(name):
                 self._drop()
 
         return hook
 
     def _drop(self) -> None:
-        running: _Running | None = getattr(self._threads, "running", None)
-        self._threads.running = None
+        running = _active().pop(id(self), None)
         if running is not None:
             running.kept = {}  # should another mode lie above
             if _get_current_function_mode() is running:
                 _pop_mode()
+
+
+def _active() -> dict[int, _Running]:
+    """What runs in this thread, by the id of the :class:`GatedStatistics`; autograd has threads of its own."""
+    if not hasattr(_THREAD, "active"):
+        _THREAD.active = {}
+    active: dict[int, _Running] = _THREAD.active
+    return active
+
+
+_THREAD = threading.local()
 
 
 class _Running(KeptStatistics):
