@@ -46,6 +46,26 @@ def test_closed_gates_are_removal(case, training):
     torch.testing.assert_close(model(x), masked, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("constant", [False, True])
+def test_dimensions_of_heads(constant):
+    """Products of queries and keys run over the dimensions that are kept; the code knows the scale, or takes it anew."""
+    model, x, _ = norm_network("prenorm", double=True)
+    for block in model.blocks:
+        block.scale = block.dim**-0.5 if constant else None
+    groups = prunable_groups(model, x, attention="dims")
+    assert groups["blocks.0.qkv"].n_units == 4 and bool(groups["blocks.0.qkv"].queries) != constant
+    removed, masks = closed(groups)
+    gates = ChannelGates(groups)
+    gates.set(masks)
+    gates.watch(True)
+    masked = model(x)
+    masked.square().sum().backward()
+    assert gates.take_gradient().isfinite().all()
+    gates.remove()
+    remove_units(groups, removed)
+    torch.testing.assert_close(model(x), masked, rtol=1e-10, atol=1e-10)
+
+
 def test_gradients_are_those_of_finite_differences(case):
     """Of open gates and of closed ones, where the statistics stay those of the open ones."""
     model, x, groups = case

@@ -29,6 +29,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, norm: type[nn.Module], before: bool) -> None:
         super().__init__()
         self.heads, self.dim, self.before = heads, width // heads, before
+        self.scale: float | None = None
         self.n1, self.n2 = norm(width), norm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.f1, self.f2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -36,7 +37,7 @@ class Block(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         b, n, _ = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, self.dim).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(mixed.transpose(1, 2).reshape(b, n, self.heads * self.dim))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,7 +34,9 @@ class ChannelGates:
     Means, variances and norms over channels (layer norms, group norms, ...) run over the channels whose gates are open.
     Closed ones are normalised with these statistics too, so that the gates behind the norm feel what they would do;
     that an open gate would also change the statistics, the gradient does not say. Weights that no layer owns (of
-    ``F.linear(x, self.weight)``, say) have zeros where gates are closed, and gates feel nothing of them.
+    ``F.linear(x, self.weight)``, say) have zeros where gates are closed, and gates feel nothing of them. Dimensions of
+    attention heads also meet in products of queries and keys: there the queries, or if these are not known all filters
+    of the unit, give zeros.
 
     The gates live in forward hooks. They hold in train and eval mode, under autocast, checkpointing and gradient
     accumulation (see :class:`.GatedStatistics` for what may be checkpointed), and are not part of
@@ -75,8 +77,11 @@ class ChannelGates:
         self._groups = groups
         self._statistics = GatedStatistics(model, (s.call for g in groups for s in g.statistics))
         self._zeros: dict[str, dict[str, list[tuple[int, Tensor]]]] = {}
+        self._gone: dict[str, Tensor] = {}
         self._open = True
         self._handles = []
+        for name in dict.fromkeys(m.name for g in groups for m in _multiplied(groups, g)):
+            self._handles.append(model.get_submodule(name).register_forward_hook(self._cut(name), prepend=True))
         for name in self._index:
             module = model.get_submodule(name)
             self._handles += [
@@ -103,6 +108,11 @@ class ChannelGates:
             gates = torch.from_numpy(new)[index]
             self._factors[name] = None if bool((gates == 1).all()) else gates
         removed = {name: np.flatnonzero(mask).tolist() for name, mask in masked.items()}
+        gone: dict[str, list[Tensor]] = {}
+        for name, units in removed.items():
+            for member in _multiplied(self._groups, self._groups[name]) if units else ():
+                gone.setdefault(member.name, []).append(torch.as_tensor(member.positions(units), device="cpu"))
+        self._gone = {name: torch.cat(positions) for name, positions in gone.items()}
         self._statistics.kept = kept_of(self._groups, removed)
         self._zeros = {}
         for name, units in removed.items():
@@ -129,7 +139,7 @@ class ChannelGates:
     def remove(self) -> None:
         """Take the hooks out; what was masked is not any more."""
         self._open = False  # copies of the model keep hooks of their own
-        self._zeros = {}
+        self._zeros, self._gone = {}, {}
         self._statistics.remove()
         for handle in self._handles:
             handle.remove()
@@ -163,6 +173,15 @@ class ChannelGates:
 
         return hook
 
+    def _cut(self, name: str) -> Any:
+        def hook(module: nn.Module, _args: Any, output: Any) -> Any:
+            gone = self._gone.get(name)
+            if gone is None:
+                return None
+            return output.index_fill(output.dim() + channel_dim(module), gone.to(output.device), 0.0)
+
+        return hook
+
     def _zero(self, owner: str) -> Any:
         def hook(module: nn.Module, _args: Any) -> None:
             for key, gone in self._zeros.get(owner, {}).items():
@@ -180,6 +199,16 @@ class ChannelGates:
                 module.__dict__.pop(key, None)
 
         return hook
+
+
+def _multiplied(groups: PrunableGroups, group: ChannelGroup) -> tuple[Member, ...]:
+    """Filters of dimensions of heads: no layer reads the products of queries and keys, so one side must be zero.
+
+    That is the queries, if they are known; else all filters, and closed gates then feel nothing.
+    """
+    if groups.options.attention != "dims" or not group.products:
+        return ()
+    return group.queries or group.producers
 
 
 def _raw(group: ChannelGroup) -> list[Member]:
