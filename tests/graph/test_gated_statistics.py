@@ -48,7 +48,7 @@ def test_closed_gates_are_removal(case, training):
 
 @pytest.mark.parametrize("constant", [False, True])
 def test_dimensions_of_heads(constant):
-    """Products of queries and keys run over the dimensions that are kept; the code knows the scale, or takes it anew."""
+    """Products of queries and keys run over the dimensions that are kept, whether the scale is constant or not."""
     model, x, _ = norm_network("prenorm", double=True)
     for block in model.blocks:
         block.scale = block.dim**-0.5 if constant else None
@@ -174,7 +174,7 @@ def test_a_checkpointed_function_that_takes_statistics_is_refused():
 
 def test_accumulation_autocast_and_half():
     model, x, groups = norm_network("prenorm")
-    removed, masks = closed(groups)
+    _, masks = closed(groups)
     gates = ChannelGates(groups)
     gates.set(masks)
     gates.watch(True)

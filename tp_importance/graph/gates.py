@@ -108,11 +108,11 @@ class ChannelGates:
             gates = torch.from_numpy(new)[index]
             self._factors[name] = None if bool((gates == 1).all()) else gates
         removed = {name: np.flatnonzero(mask).tolist() for name, mask in masked.items()}
-        gone: dict[str, list[Tensor]] = {}
+        cut: dict[str, list[Tensor]] = {}
         for name, units in removed.items():
             for member in _multiplied(self._groups, self._groups[name]) if units else ():
-                gone.setdefault(member.name, []).append(torch.as_tensor(member.positions(units), device="cpu"))
-        self._gone = {name: torch.cat(positions) for name, positions in gone.items()}
+                cut.setdefault(member.name, []).append(torch.as_tensor(member.positions(units), device="cpu"))
+        self._gone = {name: torch.cat(positions) for name, positions in cut.items()}
         self._statistics.kept = kept_of(self._groups, removed)
         self._zeros = {}
         for name, units in removed.items():
