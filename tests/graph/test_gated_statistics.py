@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers.norm_networks import NORM_NETWORKS, norm_network
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 
+from helpers.norm_networks import NORM_NETWORKS, norm_network
 from tp_importance import prunable_groups
 from tp_importance.graph.gates import ChannelGates
 from tp_importance.graph.kept_statistics import Kept, KeptStatistics, StatisticCall
