@@ -27,6 +27,7 @@ from tp_importance.pruning.target import PruningTarget
 
 from .._compat import import_nni
 from ..config import Config, Masks
+from ..masked_norms import MaskedNorms
 from ..wrappers import SharedWrappers, require_unwrapped
 from .selection import (
     aligned_norms,
@@ -48,7 +49,9 @@ class MaskingPruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name-de
     """Mask units of coupled groups, by ratio or to a budget; subclasses say which.
 
     The masks cover the producing layers and, aligned to them, batch norms and depthwise convolutions, so that the
-    masked model computes what the sped-up one will. All members of a coupled group get the same channels.
+    masked model computes what the sped-up one will. Where layer norms and other statistics run over masked channels,
+    masks of weights cannot say that; while the model is wrapped, hooks let these run over the kept channels and keep
+    what is masked from the layers that read it. All members of a coupled group get the same channels.
     Conforms to NNI's ``Pruner``: ``compress()`` needs no argument and leaves the model wrapped, works fused
     (``from_compressor``) and inside ``LinearPruner`` and ``AGPPruner``, which then also schedule the budget.
 
@@ -128,6 +131,7 @@ class MaskingPruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name-de
             if isinstance(error, (AssertionError, KeyError)):  # NNI meets a module type or target it does not know
                 raise ValueError(f"NNI refuses the model, config_list or evaluator: {error!r}") from error
             raise
+        self._masked_norms = MaskedNorms(groups)
         self.interval_steps = 1  # fused without a schedule: prune after the first step (NNI's -1 means never)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -148,6 +152,23 @@ class MaskingPruner(SharedWrappers, _basic._NormPruner):  # type: ignore[name-de
             )
             warnings.warn(f"nothing is masked: {cause}", stacklevel=2)
         return result
+
+    def update_masks(self, masks: Masks) -> None:
+        """Put masks on the wrappers; statistics over channels (layer norms, ...) run over those that are kept."""
+        super().update_masks(masks)
+        self._masked_norms.set(self.get_masks())
+
+    def wrap_model(self) -> None:
+        """Put the wrappers on."""
+        super().wrap_model()
+        if hasattr(self, "_masked_norms"):  # NNI's constructor wraps
+            self._masked_norms.set(self.get_masks())
+
+    def unwrap_model(self) -> None:
+        """Take the wrappers off; the network is the dense one again."""
+        if hasattr(self, "_masked_norms"):
+            self._masked_norms.remove()
+        super().unwrap_model()
 
     @abc.abstractmethod
     def _removed(self) -> dict[str, list[int]]:

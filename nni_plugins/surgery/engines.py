@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tp_importance.core.progress import LOGGER
+from tp_importance.graph.masking import masked_units
 from tp_importance.graph.reparametrised import computed_tensors
 
 from .._compat import NNIUnavailableError
+from ..masked_norms import under_norms
 from .groups import remove_groups
 from .masks import apply_masks
 from .model_speedup import shrink
@@ -148,7 +150,13 @@ def _zeroed(alive: Tensor, module: nn.Module, _args: Any, output: Tensor) -> Ten
 
 def _by_groups(job: Job, before: list[Tensor]) -> Removal:
     trial = trial_copy(job.model)
-    remove_groups(trial, job.inputs, job.masks)
+    groups, removed = remove_groups(trial, job.inputs, job.masks)
+    normalised = under_norms(groups)
+    if len(normalised):  # of which zeros in the weights are only half of it
+        reference = job.masked()
+        units = {name: gone for name, gone in removed.items() if name in normalised.names}
+        with masked_units(reference, normalised, units):
+            before = run_trial(reference, job.inputs)
     changes = width_changes(job.model, trial)
     check_widths(trial, job.masks)
     return Removal("groups", changes, output_difference(before, run_trial(trial, job.inputs)))

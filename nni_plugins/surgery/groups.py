@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tp_importance.graph.discovery import prunable_groups
+from tp_importance.graph.groups import PrunableGroups
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed
 
@@ -19,7 +20,9 @@ from .units import masked_axes, units_to_remove
 __all__ = ["remove_groups"]
 
 
-def remove_groups(trial: nn.Module, inputs: inspect.BoundArguments, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+def remove_groups(
+    trial: nn.Module, inputs: inspect.BoundArguments, masks: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[PrunableGroups, dict[str, list[int]]]:
     """Remove the units whose channels are masked.
 
     The removal itself is verified beforehand: on copies, at the input of every layer and at the output.
@@ -28,6 +31,9 @@ def remove_groups(trial: nn.Module, inputs: inspect.BoundArguments, masks: Mappi
         trial: the copy, with the weights as they are, not masked.
         inputs: of :func:`.trial.bound_inputs`.
         masks: of :func:`.masks.checked_masks`.
+
+    Returns:
+        The groups that lose units, as they were, and the units.
 
     Raises:
         RuntimeError: if there are no such groups, or the masks are not those of whole units.
@@ -49,6 +55,7 @@ def remove_groups(trial: nn.Module, inputs: inspect.BoundArguments, masks: Mappi
         if problem is not None:
             raise RuntimeError(f"removal is not masking: {problem}")
         remove_units(rest, removed)
+        return rest, removed
     except torch.OutOfMemoryError:  # says nothing about the network
         raise
     except Exception as error:  # whatever discovery raises

@@ -54,7 +54,7 @@ BUDGETS = {
 }
 """Budgets of each kind."""
 
-LEFT_OUT = {"transformer_mlp": {"embed"}, "padded_shortcut": {"features.2.body.1.0", "features.3.body.1.0"}}
+LEFT_OUT = {"padded_shortcut": {"features.2.body.1.0", "features.3.body.1.0"}}
 """Groups that cannot be pruned exactly: normalised over channels, or meeting padding."""
 
 

@@ -13,7 +13,9 @@ from ..core.devices import reference_tensor
 from ..core.forward import layer_input, with_input
 from ..core.types import Bools, Floats
 from .channel_axes import channel_dim, scale_inputs
-from .groups import PrunableGroups
+from .gated_statistics import GatedStatistics
+from .groups import ChannelGroup, Member, PrunableGroups
+from .masking import kept_of
 
 __all__ = ["ChannelGates"]
 
@@ -29,9 +31,16 @@ class ChannelGates:
     over all consumers r is the same number. Weights are small, so gates and their gradients cost next to nothing.
     Where the weight is not an ordinary parameter (parametrizations, NNI's wrappers) the input is scaled instead.
 
+    Means, variances and norms over channels (layer norms, group norms, ...) run over the channels whose gates are open.
+    Closed ones are normalised with these statistics too, so that the gates behind the norm feel what they would do;
+    that an open gate would also change the statistics, the gradient does not say. Weights that no layer owns (of
+    ``F.linear(x, self.weight)``, say) have zeros where gates are closed, and gates feel nothing of them. Dimensions of
+    attention heads also meet in products of queries and keys: there the queries, or if these are not known all filters
+    of the unit, give zeros.
+
     The gates live in forward hooks. They hold in train and eval mode, under autocast, checkpointing and gradient
-    accumulation, and are not part of ``model.state_dict()``. A copy of the model shares them. Call :meth:`remove` in
-    the end.
+    accumulation (see :class:`.GatedStatistics` for what may be checkpointed), and are not part of
+    ``model.state_dict()``. A copy of the model shares them. Call :meth:`remove` in the end.
 
     Args:
         groups: groups of the model as it is now.
@@ -65,13 +74,25 @@ class ChannelGates:
                 index = self._index.setdefault(member.name, torch.full((member.width,), total, device="cpu"))
                 index[torch.from_numpy(member.channels)] = self._offsets[group.name][0] + torch.from_numpy(member.units)
         self._factors: dict[str, Tensor | None] = dict.fromkeys(self._index)
+        self._groups = groups
+        self._statistics = GatedStatistics(model, (s.call for g in groups for s in g.statistics))
+        self._zeros: dict[str, dict[str, list[tuple[int, Tensor]]]] = {}
+        self._gone: dict[str, Tensor] = {}
         self._open = True
         self._handles = []
+        for name in dict.fromkeys(m.name for g in groups for m in _multiplied(groups, g)):
+            self._handles.append(model.get_submodule(name).register_forward_hook(self._cut(name), prepend=True))
         for name in self._index:
             module = model.get_submodule(name)
             self._handles += [
                 module.register_forward_pre_hook(self._before(name), with_kwargs=True),
                 module.register_forward_hook(_restore_weight, always_call=True),
+            ]
+        for owner in dict.fromkeys(m.name.rpartition(".")[0] for g in groups for m in _raw(g)):
+            module = model.get_submodule(owner)
+            self._handles += [
+                module.register_forward_pre_hook(self._zero(owner)),
+                module.register_forward_hook(self._restore(owner), always_call=True),
             ]
 
     def set(self, masked: Mapping[str, Bools]) -> None:
@@ -86,6 +107,20 @@ class ChannelGates:
         for name, index in self._index.items():
             gates = torch.from_numpy(new)[index]
             self._factors[name] = None if bool((gates == 1).all()) else gates
+        removed = {name: np.flatnonzero(mask).tolist() for name, mask in masked.items()}
+        cut: dict[str, list[Tensor]] = {}
+        for name, units in removed.items():
+            for member in _multiplied(self._groups, self._groups[name]) if units else ():
+                cut.setdefault(member.name, []).append(torch.as_tensor(member.positions(units), device="cpu"))
+        self._gone = {name: torch.cat(positions) for name, positions in cut.items()}
+        self._statistics.kept = kept_of(self._groups, removed)
+        self._zeros = {}
+        for name, units in removed.items():
+            for member in _raw(self._groups[name]) if units else ():
+                owner, _, key = member.name.rpartition(".")
+                assert member.axis is not None
+                gone = torch.as_tensor(member.positions(units), device="cpu")
+                self._zeros.setdefault(owner, {}).setdefault(key, []).append((member.axis, gone))
 
     def watch(self, on: bool) -> None:
         """Let gradients reach the gates (``self.values.grad``), or stop it."""
@@ -104,6 +139,8 @@ class ChannelGates:
     def remove(self) -> None:
         """Take the hooks out; what was masked is not any more."""
         self._open = False  # copies of the model keep hooks of their own
+        self._zeros, self._gone = {}, {}
+        self._statistics.remove()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -135,6 +172,48 @@ class ChannelGates:
             return None if gate is None else with_input(args, kwargs, x * _over_input(module, gate))
 
         return hook
+
+    def _cut(self, name: str) -> Any:
+        def hook(module: nn.Module, _args: Any, output: Any) -> Any:
+            gone = self._gone.get(name)
+            if gone is None:
+                return None
+            return output.index_fill(output.dim() + channel_dim(module), gone.to(output.device), 0.0)
+
+        return hook
+
+    def _zero(self, owner: str) -> Any:
+        def hook(module: nn.Module, _args: Any) -> None:
+            for key, gone in self._zeros.get(owner, {}).items():
+                weight = vars(module)["_parameters"].get(key, vars(module)["_buffers"].get(key))
+                if isinstance(weight, Tensor) and sum(size > 1 for size in weight.shape) > 1:
+                    for axis, positions in gone:
+                        weight = weight.index_fill(axis, positions.to(weight.device), 0.0)
+                    module.__dict__[key] = weight  # shadows it until the module has run
+
+        return hook
+
+    def _restore(self, owner: str) -> Any:
+        def hook(module: nn.Module, _args: Any, _output: Any) -> None:
+            for key in self._zeros.get(owner, ()):
+                module.__dict__.pop(key, None)
+
+        return hook
+
+
+def _multiplied(groups: PrunableGroups, group: ChannelGroup) -> tuple[Member, ...]:
+    """Filters of dimensions of heads: no layer reads the products of queries and keys, so one side must be zero.
+
+    That is the queries, if they are known; else all filters, and closed gates then feel nothing.
+    """
+    if groups.options.attention != "dims" or not group.products:
+        return ()
+    return group.queries or group.producers
+
+
+def _raw(group: ChannelGroup) -> list[Member]:
+    """Tensors that no layer is known to own and that may read channels."""
+    return [m for m in group.members if m.axis is not None and m.role == "in"]
 
 
 def _restore_weight(module: nn.Module, _args: Any, _output: Any) -> None:

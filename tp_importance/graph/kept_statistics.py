@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -94,10 +95,10 @@ class Kept:
 class KeptStatistics(TorchFunctionMode):
     """While it is active in a pass that :meth:`watch` follows, statistics run over kept channels.
 
-    What a norm returns for the other channels is zero.
-
     Args:
         kept: per call; of other calls nothing changes.
+        others: what a norm returns for the channels that are not kept: ``"zero"``, or ``"norm"``: what it would make of
+            them with the statistics of the kept ones (of a norm group that goes as a whole, with its own).
 
     Example:
         >>> net, x = nn.Sequential(nn.LayerNorm(3)), torch.tensor([[1.0, 5.0, 3.0]])
@@ -107,10 +108,11 @@ class KeptStatistics(TorchFunctionMode):
         tensor([[-1.,  0.,  1.]])
     """
 
-    def __init__(self, kept: Mapping[StatisticCall, Kept]) -> None:
+    def __init__(self, kept: Mapping[StatisticCall, Kept], *, others: Literal["zero", "norm"] = "zero") -> None:
         super().__init__()
         self.kept = dict(kept)
-        self._calls = CallCounter()
+        self.calls = CallCounter()
+        self._make = _over_kept if others == "zero" else _by_kept
 
     def watch(self, model: nn.Module) -> Callable[[], None]:
         """Follow which module runs; returns what takes the hooks out again."""
@@ -134,22 +136,22 @@ class KeptStatistics(TorchFunctionMode):
             unwatch()
 
     def _enter(self, name: str, _module: nn.Module, _args: Any) -> None:
-        self._calls.enter(name)
+        self.calls.enter(name)
 
     def _leave(self, name: str, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self._calls.leave(name)
+        self.calls.leave(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
         if name not in STATISTICS:
             return func(*args, **kwargs)
-        kept = self.kept.get(self._calls.call(name))
-        return func(*args, **kwargs) if kept is None else _over_kept(func, name, kept, args, kwargs)
+        kept = self.kept.get(self.calls.call(name))
+        return func(*args, **kwargs) if kept is None else self._make(func, name, kept, args, kwargs)
 
 
-def _over_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function on kept channels."""
+def _split(name: str, kept: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Any], Any]:
+    """The tensor that a function is given, checked, and its other arguments."""
     rest, named = list(args), dict(kwargs)
     x: Tensor = rest.pop(0) if rest else named.pop("input")
     if x.dim() < -kept.axis or x.shape[kept.axis] != kept.width:
@@ -157,6 +159,17 @@ def _over_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: 
             f"{name} is given {tuple(x.shape)} where the traced network had {kept.width} channels on axis {kept.axis}: "
             "the network takes another way than on its example inputs"
         )
+    return x, rest, named
+
+
+def _arguments(name: str, rest: list[Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a norm, behind the first, by name."""
+    return dict(zip(_KEYS[name], rest, strict=False)) | named
+
+
+def _over_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function on kept channels."""
+    x, rest, named = _split(name, kept, args, kwargs)
     at = kept.channels.to(x.device)
     small = x.index_select(kept.axis, at)
     if name not in (*_NORMS, "normalize"):
@@ -164,12 +177,11 @@ def _over_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: 
     if name == "normalize":
         made = func(small, *rest, **named)
     elif name == "group_norm":
-        given = dict(zip(("num_groups", "weight", "bias", "eps"), rest, strict=False)) | named
+        given = _arguments(name, rest, named)
         given |= {key: given[key].index_select(0, at) for key in ("weight", "bias") if given.get(key) is not None}
         made = func(small, **{**given, "num_groups": kept.groups})
     else:
-        keys = ("normalized_shape", "weight", "bias", "eps") if name == "layer_norm" else _RMS
-        given = dict(zip(keys, rest, strict=False)) | named
+        given = _arguments(name, rest, named)
         given["normalized_shape"] = tuple(small.shape[-len(given["normalized_shape"]) :])
         for key in ("weight", "bias"):
             if given.get(key) is not None and given[key].dim() >= -kept.axis:
@@ -178,4 +190,50 @@ def _over_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: 
     return made.new_zeros(x.shape).index_copy(kept.axis % x.dim(), at, made)
 
 
-_RMS = ("normalized_shape", "weight", "eps")
+def _by_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Apply a norm to all channels, with statistics of those that are kept."""
+    if name not in (*_NORMS, "normalize"):
+        return _over_kept(func, name, kept, args, kwargs)
+    x, rest, named = _split(name, kept, args, kwargs)
+    given, at = _arguments(name, rest, named), kept.channels.to(x.device)
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    wide = x.float() if half else x
+    small = wide.index_select(kept.axis, at)
+    weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps")
+    if name == "normalize":
+        length = small.norm(given.get("p", 2.0), given.get("dim", 1), keepdim=True)
+        made = wide / length.clamp_min(1e-12 if eps is None else eps)
+    elif name == "rms_norm":
+        dims = tuple(range(-len(given["normalized_shape"]), 0))
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        made = wide * torch.rsqrt(small.square().mean(dims, keepdim=True) + eps)
+    elif name == "layer_norm":
+        dims = tuple(range(-len(given["normalized_shape"]), 0))
+        variance, mean = torch.var_mean(small, dims, correction=0, keepdim=True)
+        made = (wide - mean) * torch.rsqrt(variance + (1e-5 if eps is None else eps))
+    else:
+        made = _group_norm(wide, at, given["num_groups"], 1e-5 if eps is None else eps)
+        shape = (-1, *[1] * (x.dim() - 2))
+        weight, bias = (None if t is None else t.view(shape) for t in (weight, bias))
+    made = made if weight is None else made * weight
+    made = made if bias is None else made + bias
+    return made.to(x.dtype) if half and not torch.is_autocast_enabled(x.device.type) else made
+
+
+def _group_norm(x: Tensor, kept: Tensor, groups: int, eps: float) -> Tensor:
+    """Group norm without weights, (N, C, ...), with statistics of the kept channels of every group that has any."""
+    counts = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device).index_fill(0, kept, 1.0).view(groups, -1)
+    counts = torch.where(counts.any(1, keepdim=True), counts, 1.0)[None, :, :, None]
+    rows = x.reshape(len(x), groups, counts.shape[2], -1)
+    number = counts.sum(2, keepdim=True) * rows.shape[3]
+    centred = rows - (rows * counts).sum((2, 3), keepdim=True) / number
+    variance = (centred.square() * counts).sum((2, 3), keepdim=True) / number
+    return (centred * torch.rsqrt(variance + eps)).view(x.shape)
+
+
+_KEYS = {
+    "layer_norm": ("normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("normalized_shape", "weight", "eps"),
+    "group_norm": ("num_groups", "weight", "bias", "eps"),
+    "normalize": ("p", "dim", "eps"),
+}

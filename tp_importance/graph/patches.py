@@ -12,9 +12,11 @@ from .layer_kinds import CONV, is_batch_norm
 from .layer_pruners import RECURRENT, input_weights
 
 __all__ = [
+    "at_positions",
     "bn_gain",
     "consumer_weight",
     "feature_channels",
+    "fork",
     "require_batched",
     "sampled_output",
     "samples_first",
@@ -107,6 +109,22 @@ def sampled_output(module: nn.Module, out: Tensor, positions: int | None, genera
         rows = out.flatten(2).mT
     chosen = _positions(len(out), rows.shape[1], positions, generator, out.device)
     return rows.gather(1, chosen.unsqueeze(2).expand(-1, -1, rows.shape[2]))
+
+
+def at_positions(values: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
+    """Values of all output positions, (N, L), at those :func:`unfolded_input` draws; shape (N, Q).
+
+    Args:
+        values: one per position.
+        positions: see :func:`unfolded_input`.
+        generator: see :func:`unfolded_input`.
+    """
+    return values.gather(1, _positions(len(values), values.shape[1], positions, generator, values.device))
+
+
+def fork(generator: torch.Generator) -> torch.Generator:
+    """A generator that draws what this one is about to draw."""
+    return torch.Generator().set_state(generator.get_state())
 
 
 def _positions(n: int, total: int, wanted: int | None, generator: torch.Generator, device: torch.device) -> Tensor:

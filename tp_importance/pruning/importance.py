@@ -102,7 +102,11 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         return nullcontext()
 
     def before_batch(self, labels: Tensor) -> None:
-        """Called before each batch of the pass; labels as watches get them, shape (N,)."""
+        """Called before each batch of the pass.
+
+        Args:
+            labels: as watches get them, shape (N,); of positions, shape (N, T), where padding is known.
+        """
 
     def collect(
         self,

@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from ..core.copies import copied
 from ..core.forward import ForwardFn
 from ..core.loaders import iterate, require_reiterable
+from ..core.positions import counted_positions, with_positions
 from ..core.progress import Phase, phase
 from ..core.untouched import untouched
 from ..graph.groups import PrunableGroups
 from ..graph.layer_kinds import is_batch_norm
 from ..graph.masking import masked_units
+from ..graph.patches import at_positions, fork
 from ..maths.batchnorm import ChannelMoments, PooledMoments
 from ..maths.least_squares import Shortfall
 from ..refitting.report import RefitRow
 from ..statistics.consumers import checked_moments
-from ..statistics.labels import LabelFn, batch_labels, counted, labels_per_row, require_classes, wanted_classes
+from ..statistics.labels import LabelFn, batch_labels, counted, labels_per_position, require_classes, wanted_classes
 from ..statistics.running_statistics import is_calibrated, move_statistics
 from .hooks import after_layer, before_layer, run_until_cut
 from .layers import LayerRefit
@@ -211,11 +213,19 @@ class SequentialRefit:
     ) -> None:
         """Add the rows of one call; the positions are those of the dense network."""
         r = self.refits[i]
+        again = fork(generator)
         u, y = self._targets.rows(i, x, target, generator), target.y
-        if labels is not None:
-            chosen = labels_per_row(r.name, x, labels) >= 0
-            u, y = u[chosen.to(u.device)], y[chosen.to(y.device)]
-        sums.update(u.flatten(0, 1), y.flatten(0, 1), r.plain)
+        if labels is None:
+            sums.update(u.flatten(0, 1), y.flatten(0, 1), r.plain)
+            return
+        frame = torch.empty(target.shape, device="meta")
+        chosen = labels_per_position(r.name, r.module, x, frame, labels.to(x.device)) >= 0
+        if chosen.dim() == 2:
+            chosen = at_positions(chosen, self.settings.sampled, again)
+            u, y = (rows.flatten(0, 1)[chosen.flatten().to(rows.device)] for rows in (u, y))
+        else:
+            u, y = (rows[chosen.to(rows.device)].flatten(0, 1) for rows in (u, y))
+        sums.update(u, y, r.plain)
 
     def _solve(self, r: LayerRefit, sums: Shortfall) -> RefitRow:
         checked_moments(r.name, sums.inputs)
@@ -223,14 +233,14 @@ class SequentialRefit:
         return refitted_by_shortfall(r, sums, self.settings.ridge)
 
     def _labels(self, batch: Any) -> Tensor | None:
-        """Labels, -1 outside of the classes; ``None`` if all samples count."""
-        wanted = wanted_classes(self.classes)
+        """Labels of samples or positions, -1 where they do not count; ``None`` if all do."""
+        wanted, positions = wanted_classes(self.classes), counted_positions(batch, self.forward_fn)
         if wanted is None:
-            return None
+            return None if positions is None else positions.long() - 1
         labels = batch_labels(batch, self.label_fn, self.forward_fn, True)
         labels = torch.where(torch.isin(labels, wanted), labels, -1)
         self._counts = counted(labels, self._counts)
-        return labels
+        return with_positions(labels, positions)
 
     def _norms(self) -> list[tuple[str, nn.Module]]:
         """Batch norms behind the first refit, for the others see what they saw before, but not right behind a refit."""

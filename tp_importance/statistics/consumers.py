@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.forward import ForwardFn
 from ..graph.groups import ChannelGroup, PrunableGroups
-from ..graph.patches import bn_gain, consumer_weight, feature_channels, unfolded_input
+from ..graph.patches import at_positions, bn_gain, consumer_weight, feature_channels, fork, unfolded_input
 from ..maths.batchnorm import PooledMoments
 from ..maths.moments import Moments, consumer_scatter
 from .observe import Watch
@@ -75,7 +76,7 @@ class ConsumerStatistics:
         self._positions = positions
         self._seed = seed
         self._moments = {name: Moments() for name in self._names}
-        self._rows_per_sample: dict[int, float] = {}
+        self._samples: Counter[int] = Counter()
         self.labels: Tensor | None = None
         self._sums = PooledMoments()
         self._energies: dict[str, float] = {}
@@ -89,7 +90,7 @@ class ConsumerStatistics:
     def watches(self) -> list[Watch]:
         """What :func:`~tp_importance.statistics.observe.observe` is to watch."""
         return [
-            Watch(name, module, self._collector(name, module, i))
+            Watch(name, module, self._collector(name, module, i), by_position=True)
             for i, name in enumerate(self._names)
             for module in [self._model.get_submodule(name)]
         ]
@@ -97,7 +98,7 @@ class ConsumerStatistics:
     def sums(self, example_inputs: Any, forward_fn: ForwardFn | None = None) -> AbstractContextManager[None]:
         """While the model runs over the data, see also what outputs of consumers are added to, for :meth:`energy`.
 
-        Samples whose entry in ``labels``, to be set before each batch, is negative do not count.
+        Samples, or their positions, whose entry in ``labels``, to be set before each batch, is negative do not count.
 
         Args:
             example_inputs: what the groups were traced with.
@@ -163,8 +164,8 @@ class ConsumerStatistics:
         return checked_moments(name, self._moments[name])
 
     def samples(self, moments: Moments) -> float:
-        """Independent samples behind ``moments`` (its rows over the positions per sample)."""
-        return moments.rows / self._rows_per_sample[id(moments)]
+        """Independent samples behind ``moments``, however many positions they have."""
+        return self._samples[id(moments)]
 
     def blend(self, class_weight: float) -> Callable[[Moments], Tensor]:
         r"""What to take from moments for a class weight θ: :math:`2(\theta S_b + (1-\theta) S_w)`.
@@ -245,15 +246,18 @@ class ConsumerStatistics:
         project = self._sketch(module, self._gains[name], generator) if _is_wide(module) else None
 
         def fn(x: Tensor, out: Tensor, labels: Tensor) -> None:
+            again = fork(generator)
             u = unfolded_input(module, x, out, self._positions, generator)
-            n, q = u.shape[:2]
-            self._rows_per_sample[id(moments)] = q
+            if labels.dim() == 2:
+                labels = at_positions(labels, self._positions, again)
+            else:
+                labels = labels.unsqueeze(1).expand(-1, u.shape[1])
             keep = labels >= 0
+            self._samples[id(moments)] += int(keep.any(1).sum())
+            rows, labels = u.flatten(0, 1), labels.flatten()
             if not keep.all():
-                u, labels = u[keep], labels[keep]
-                n = len(labels)
-            rows = u.reshape(n * q, *u.shape[2:])
-            moments.update(rows if project is None else project(rows), labels.repeat_interleave(q))
+                rows, labels = rows[keep.flatten()], labels[keep.flatten()]
+            moments.update(rows if project is None else project(rows), labels)
 
         return fn
 

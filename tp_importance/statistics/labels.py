@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.batches import keyed_labels, sample_count, single_label, split_batch, tensors_in
 from ..core.forward import ForwardFn
+from ..graph.layer_kinds import CONV
 
-__all__ = ["LabelFn", "batch_labels", "check_range", "counted", "labels_per_row", "require_classes", "wanted_classes"]
+__all__ = [
+    "LabelFn",
+    "batch_labels",
+    "check_range",
+    "counted",
+    "labels_per_position",
+    "labels_per_row",
+    "require_classes",
+    "wanted_classes",
+]
 
 LabelFn = Callable[[Any], Tensor]
 """``label_fn(batch)``: the labels of a batch as the loader gave it, 1-D integers."""
@@ -123,8 +134,33 @@ def check_range(labels: Tensor, output: Any) -> None:
             raise ValueError(f"label {int(labels.max())} is out of range for an output of {output.shape[1]} classes")
 
 
+def labels_per_position(name: str, module: nn.Module, x: Tensor, out: Tensor, labels: Tensor) -> Tensor:
+    """Labels of the positions of a layer's output, shape (R, Q), where it has those of the batch; else of its rows.
+
+    Args:
+        name: of the layer.
+        module: the layer.
+        x: its input.
+        out: its output, or a tensor of its shape.
+        labels: of samples, shape (N,), or of their positions, shape (N, T).
+    """
+    if labels.dim() < 2 or len(x) != len(labels):
+        return labels_per_row(name, x, labels)
+    first, sizes = labels.shape[1], out.shape[2:] if isinstance(module, CONV) else x.shape[1:-1]
+    if not sizes or sizes[0] != first:
+        return labels_per_row(name, x, labels)
+    return labels.repeat_interleave(math.prod(sizes[1:]), 1)
+
+
 def labels_per_row(name: str, x: Tensor, labels: Tensor) -> Tensor:
-    """Labels of the rows of a layer's input: windows or tokens may be folded into its batch."""
+    """Labels of the rows of a layer's input: windows or tokens may be folded into its batch.
+
+    Args:
+        name: of the layer.
+        x: its input.
+        labels: of samples, shape (N,), or of their positions, shape (N, T); a sample counts if one of these does.
+    """
+    labels = labels.amax(1) if labels.dim() == 2 else labels
     if len(x) == len(labels):
         return labels
     if len(x) % max(len(labels), 1):

@@ -16,12 +16,22 @@ from ..core.batches import tensors_in
 from ..core.devices import reference_tensor
 from ..core.forward import ForwardFn, fresh_inputs, layer_input, run_batch
 from ..core.loaders import iterate
+from ..core.positions import counted_positions, with_positions
 from ..core.precision import at_least_float, undisturbed
 from ..core.progress import phase
 from ..core.untouched import untouched
 from ..graph.layer_pruners import RECURRENT
 from ..graph.patches import require_batched, samples_first
-from .labels import LabelFn, batch_labels, check_range, counted, labels_per_row, require_classes, wanted_classes
+from .labels import (
+    LabelFn,
+    batch_labels,
+    check_range,
+    counted,
+    labels_per_position,
+    labels_per_row,
+    require_classes,
+    wanted_classes,
+)
 
 __all__ = ["Observed", "Watch", "WatchFn", "observe"]
 
@@ -32,13 +42,15 @@ WatchFn = Callable[[Tensor, Tensor, Tensor], None]
 class Watch:
     """Call ``fn(input, output, labels)`` whenever ``module`` runs.
 
-    ``labels`` are int64, one per row of the input's first dimension, -1 for samples outside the chosen classes.
+    ``labels`` are int64, one per row of the input's first dimension, -1 for samples outside the chosen classes. With
+    ``by_position`` they have shape (rows, positions) where padding is known, -1 there.
     Half-precision tensors arrive as float32.
     """
 
     name: str
     module: nn.Module
     fn: WatchFn
+    by_position: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,8 @@ def observe(
         label_fn: ``label_fn(batch)`` gives their labels.
         need_labels: refuse unlabelled batches and a single class; else unlabelled samples count as class 0.
         progress: show a progress bar.
-        before_batch: called with the labels of each batch before it runs, for what looks at several layers.
+        before_batch: called with the labels of each batch before it runs, for what looks at several layers; of its
+            positions, shape (N, T), where padding is known (:func:`.counted_positions`).
         gradients: build the graph, for watches that call :func:`torch.autograd.grad`; parameters get no gradients by
             themselves.
 
@@ -116,7 +129,7 @@ def observe(
             labels = batch_labels(batch, label_fn, forward_fn, need_labels)
             if wanted is not None:
                 labels = torch.where(torch.isin(labels, wanted), labels, -1)
-            current[:] = [labels.to(device)]
+            current[:] = [with_positions(labels, counted_positions(batch, forward_fn)).to(device)]
             if before_batch is not None:
                 before_batch(current[0])
             output = run_batch(model, batch, forward_fn)
@@ -142,6 +155,10 @@ def _hook(watch: Watch, current: list[Tensor]) -> Callable[..., None]:
         if isinstance(watch.module, RECURRENT):  # which return their state as well
             x, output = samples_first(watch.module, x), tensors_in(output)[0]
         with undisturbed(x.device):
-            watch.fn(at_least_float(x), at_least_float(output), labels_per_row(watch.name, x, labels))
+            if watch.by_position:
+                labels = labels_per_position(watch.name, watch.module, x, output, labels)
+            else:
+                labels = labels_per_row(watch.name, x, labels)
+            watch.fn(at_least_float(x), at_least_float(output), labels)
 
     return hook

@@ -16,7 +16,7 @@ from ..errors import TracingError
 from ..graph.activations import recording, watch_activations
 from ..graph.residual_sums import addition
 from ..maths.batchnorm import ChannelMoments, PooledMoments
-from .labels import labels_per_row
+from .labels import labels_per_position, labels_per_row
 
 __all__ = ["watch_residual_sums"]
 
@@ -60,7 +60,13 @@ def watch_residual_sums(
         channels_first = x.dim() > 2 and not isinstance(model.get_submodule(first), nn.Linear)
         with undisturbed(x.device):
             if now is not None and bool((now < 0).any()):
-                x = x[labels_per_row(first, x, now) >= 0]
+                module = model.get_submodule(first)
+                kept = labels_per_position(first, module, x, x, now) >= 0
+                x = (
+                    x.flatten(1, -2)[kept]
+                    if kept.dim() == 2 and not channels_first
+                    else x[labels_per_row(first, x, now) >= 0]
+                )
             if not len(x):
                 return
             new = ChannelMoments.of(at_least_float(x if channels_first else x.flatten(0, -2)))

@@ -45,7 +45,7 @@ class GramStatistics:
     def watches(self) -> list[Watch]:
         """What :func:`~tp_importance.statistics.observe.observe` is to watch."""
         return [
-            Watch(g.consumers[0].name, self._model.get_submodule(g.consumers[0].name), self._fn(g))
+            Watch(g.consumers[0].name, self._model.get_submodule(g.consumers[0].name), self._fn(g), by_position=True)
             for g in self._groups
         ]
 
@@ -102,10 +102,15 @@ class GramStatistics:
         index = torch.from_numpy(channels)
         dim = 1 if isinstance(module, CONV) else -1
 
-        def fn(x: Tensor, _out: Tensor, _labels: Tensor) -> None:
+        def fn(x: Tensor, _out: Tensor, labels: Tensor) -> None:
             x = x.narrow(dim, first, count) if run else x.index_select(dim, index.to(x.device))
+            share: Tensor | float = 1.0  # of the positions, those that are no padding
+            if labels.dim() == 2 and dim == -1:
+                counts = (labels >= 0).to(x)
+                x = x * counts.view(*x.shape[:-1], 1)
+                share = counts.mean(1, keepdim=True).clamp_min(1 / counts.shape[1])
             if self._pool and x.dim() > 2:
-                x = x.mean(list(range(1, x.dim() - 1))) if dim == -1 else x.flatten(2).mean(2)
+                x = x.mean(list(range(1, x.dim() - 1))) / share if dim == -1 else x.flatten(2).mean(2)
             found = gram(x.reshape(self._samples, -1))
             before = self._grams.get(group.name)
             self._grams[group.name] = found if before is None else before + found
