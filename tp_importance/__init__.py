@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .attention.explicit import explicit_attention
 from .budget import Budget
 from .checkpoints.checkpoint import load_pruned, save_pruned
+from .core.positions import PaddedForward
 from .errors import BudgetError
 from .graph.baking import bake_weights
 from .graph.counting import count_ops
@@ -56,6 +57,7 @@ __all__ = [
     "PSAPImportance",
     "PSAPPruner",
     "PSAPSchedule",
+    "PaddedForward",
     "Refit",
     "ResConvImportance",
     "ResConvPruner",
