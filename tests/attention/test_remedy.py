@@ -35,5 +35,5 @@ def test_nothing_to_prune_names_the_remedy():
         def forward(self, x):
             return self.attention(x, x, x, need_weights=False)[0]
 
-    with pytest.raises(ValueError, match="has no group that can be pruned .*explicit_attention"):
+    with pytest.raises(ValueError, match=r"has no group that can be pruned .*explicit_attention"):
         prune(Only().eval(), torch.randn(2, 4, 8), budget=Budget(macs=0.5), method="l2", refit=None)

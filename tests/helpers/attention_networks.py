@@ -169,4 +169,4 @@ ATTENTION = {
     "shifted windows": lambda: Tokens(*(Block(Windows(24, 3, 8), 24, 40) for _ in range(2))),
     "normalised queries": lambda: Tokens(Block(NormedQueries(24, 3, 8), 24, 40)),
 }
-"""Networks with two blocks (one) of three heads with eight dimensions, stream of 24, MLPs of 40; inputs (b, 3, 16, 16)."""
+"""Networks of one or two blocks: three heads of eight dimensions, stream of 24, MLPs of 40; inputs (b, 3, 16, 16)."""
