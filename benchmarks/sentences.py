@@ -12,7 +12,6 @@ import os
 import random
 import re
 import sysconfig
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +27,8 @@ from torch.nn import functional as F
 CALIBRATION, CHOICE, HELD_OUT = 512, 256, 1_000
 """Sentences to prune with, to choose settings by, and to report on; no sentence is in two of them."""
 WORDS = range(5, 41)
+PAD = 0
+"""Token that fills rows up."""
 
 Batch = dict[str, Tensor]
 
@@ -35,16 +36,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 
 class SentenceEncoder(nn.Module):
-    """A transformer whose hidden states are averaged over the tokens and scaled to length 1."""
+    """A transformer whose hidden states are averaged over the tokens of a sentence and scaled to length 1.
+
+    Several sentences may share a row, see :func:`packed`: ``same[b, i, j]`` says whether the tokens i and j of row b
+    belong to the same sentence. The output has the embedding of its sentence for every token, shape (B, T, d).
+    """
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+    def forward(self, input_ids: Tensor, same: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.transformer(
+            input_ids=input_ids, attention_mask=same.unsqueeze(1), position_ids=position_ids
+        ).last_hidden_state
+        weight = same.to(hidden.dtype)
+        return F.normalize(weight @ hidden / weight.sum(-1, keepdim=True), dim=-1)
 
 
 def folder() -> Path:
@@ -108,13 +115,12 @@ class Sentences:
 
 @cache
 def documentation() -> tuple[str, ...]:
-    """Sentences of 5 to 40 words from the help topics and docstrings of the standard library, none twice.
+    """Sentences of 5 to 40 words from Python's help topics and the docstrings of its modules, none twice.
 
-    The modules are parsed, not imported. What they say depends on the version of Python.
+    These are the modules of the standard library that are one file each; they are parsed, not imported. What they say
+    depends on the version of Python.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
-    files = [p for p in sorted(root.rglob("*.py")) if not left_out & set(p.relative_to(root).parts)]
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics)] + [text for file in files for text in docstrings(file)]
@@ -150,27 +156,51 @@ def prose(text: str) -> Iterator[str]:
 # -- batches
 
 
-def batches(sentences: list[str], size: int = 32) -> list[Batch]:
-    """Batches of sentences with the same number of tokens, so that no padding enters the statistics."""
-    by_length = defaultdict[int, list[list[int]]](list)
-    for ids in tokenizer()(sentences)["input_ids"]:
-        by_length[len(ids)].append(ids)
-    ids = [part for n in sorted(by_length) for part in torch.tensor(by_length[n]).split(size)]
-    return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
-
-
 def padded(sentences: list[str], size: int = 32) -> list[Batch]:
-    """Batches in the order of the sentences, padded."""
-    texts = [sentences[i : i + size] for i in range(0, len(sentences), size)]
-    found = [tokenizer()(part, padding=True, return_tensors="pt") for part in texts]
-    return [{"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]} for tokens in found]
+    """Batches of ``size`` sentences, one in a row, padded to the longest; in the order of the sentences."""
+    rows = [[ids] for ids in tokenizer()(sentences)["input_ids"]]
+    return [batch_of(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def packed(sentences: list[str], tokens: int = 64, size: int = 32) -> list[Batch]:
+    """Batches of ``size`` rows of ``tokens`` tokens, filled with whole sentences that do not attend to each other.
+
+    So hardly any padding enters the statistics of the layers, and all batches have one shape.
+    """
+    rows = filled(tokenizer()(sentences, truncation=True, max_length=tokens)["input_ids"], tokens)
+    return [batch_of(rows[i : i + size], tokens) for i in range(0, len(rows), size)]
+
+
+def filled(sentences: list[list[int]], tokens: int) -> list[list[list[int]]]:
+    """Rows of at most ``tokens`` tokens: the longest sentences first, each in the first row with room for it."""
+    rows: list[list[list[int]]] = []
+    for ids in sorted(sentences, key=len, reverse=True):
+        row = next((r for r in rows if sum(map(len, r)) + len(ids) <= tokens), None)
+        if row is None:
+            rows.append([ids])
+        else:
+            row.append(ids)
+    return rows
+
+
+def batch_of(rows: list[list[list[int]]], tokens: int | None = None) -> Batch:
+    """Rows of sentences as tensors; what is left of a row counts as a sentence of its own."""
+    tokens = tokens or max(sum(map(len, row)) for row in rows)
+    ids = torch.full((len(rows), tokens), PAD)
+    sentence, position = torch.full_like(ids, -1), torch.zeros_like(ids)
+    for r, row in enumerate(rows):
+        start = 0
+        for i, one in enumerate(row):
+            part = slice(start, start := start + len(one))
+            ids[r, part], sentence[r, part], position[r, part] = torch.tensor(one), i, torch.arange(len(one))
+    return {"input_ids": ids, "same": sentence.unsqueeze(2) == sentence.unsqueeze(1), "position_ids": position}
 
 
 @torch.inference_mode()
 def embeddings(model: nn.Module, loader: list[Batch]) -> Tensor:
-    """One row per sentence."""
+    """One row per sentence, which is the first of its row in the batch."""
     model.eval()
-    return torch.cat([model(**batch) for batch in loader])
+    return torch.cat([model(**batch)[:, 0] for batch in loader])
 
 
 def quality(dense: Tensor, pruned: Tensor) -> dict[str, float]:
@@ -197,7 +227,7 @@ def quality(dense: Tensor, pruned: Tensor) -> dict[str, float]:
 
 def contrastive(output: Tensor, views: Tensor, temperature: float = 0.05) -> Tensor:
     """SimCSE's loss: of all views in the batch, the sentence's own must be the nearest (Gao et al. 2021)."""
-    return F.cross_entropy(output @ views.T / temperature, torch.arange(len(output), device=output.device))
+    return F.cross_entropy(output[:, 0] @ views.T / temperature, torch.arange(len(views), device=views.device))
 
 
 def with_views(model: nn.Module, loader: list[Batch], seed: int = 0) -> list[tuple[Batch, Tensor]]:
@@ -205,6 +235,6 @@ def with_views(model: nn.Module, loader: list[Batch], seed: int = 0) -> list[tup
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         model.train()
-        views = [model(**batch) for batch in loader]
+        views = [model(**batch)[:, 0] for batch in loader]
     model.eval()
     return [(batch, view.clone()) for batch, view in zip(loader, views, strict=True)]

@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package 
 from benchmarks.sentences import (
     SentenceEncoder,
     Sentences,
-    batches,
     contrastive,
     embeddings,
     encoder,
+    packed,
     padded,
     quality,
     with_views,
@@ -66,12 +66,12 @@ def main() -> None:
     args = parser.parse_args()
 
     sentences = Sentences.draw(args.seed, args.calibration, args.held_out)
-    # Sentences of equal length share a batch: a layer's statistics would count padding as if it were text.
-    calibration, held_out = batches(sentences.calibration), batches(sentences.held_out)
+    # Rows full of sentences: the statistics of a layer would count padding as if it were text.
+    loader: list[Any] = packed(sentences.calibration)
+    held_out, example = padded(sentences.held_out), padded(sentences.calibration[:2])[0]
     model = encoder()
-    dense, example, options = copy.deepcopy(model), batches(sentences.calibration[:1])[0], {}
-    loader: list[Any] = calibration
-    if args.method == "taylor":  # gradients may see padding, and the loss compares the sentences of a batch
+    dense, options = copy.deepcopy(model), dict[str, Any]()
+    if args.method == "taylor":  # its loss compares the sentences of a batch; padding does not disturb gradients
         loader, options = with_views(model, padded(sentences.calibration)), {"loss_fn": contrastive}
 
     start = time.perf_counter()

@@ -36,10 +36,10 @@ from benchmarks.sentences import (
     Batch,
     SentenceEncoder,
     Sentences,
-    batches,
     contrastive,
     embeddings,
     encoder,
+    packed,
     padded,
     quality,
     with_views,
@@ -57,12 +57,14 @@ class Subject:
     def __init__(self, run: Run) -> None:
         self.model: SentenceEncoder = encoder().to(run.device)
         self.sentences = Sentences.draw(0, run.calibration, run.held_out)
-        self.calibration, self.held_out = (
-            [{name: t.to(run.device) for name, t in batch.items()} for batch in batches(part)]
-            for part in (self.sentences.calibration, self.sentences.held_out)
-        )
-        self.inputs: Batch = self.calibration[len(self.calibration) // 4]
+        self.calibration = self.to_device(packed(self.sentences.calibration), run)
+        self.held_out = self.to_device(padded(self.sentences.held_out), run)
+        self.inputs = self.to_device(padded(self.sentences.calibration[:2]), run)[0]
         self.reference = embeddings(self.model, self.held_out)
+
+    @staticmethod
+    def to_device(loader: list[Batch], run: Run) -> list[Batch]:
+        return [{name: t.to(run.device) for name, t in batch.items()} for batch in loader]
 
     def fresh(self) -> SentenceEncoder:
         return copy.deepcopy(self.model)
@@ -93,8 +95,7 @@ def planner(run: Run, name: str, attention: str) -> BudgetPruner:
     own, arm = subject(run), Arm.parse(name)
     loader: Any = own.calibration
     if arm.criterion.startswith("Taylor"):
-        texts = padded(own.sentences.calibration)
-        loader = with_views(own.model, [{k: t.to(run.device) for k, t in batch.items()} for batch in texts])
+        loader = with_views(own.model, own.to_device(padded(own.sentences.calibration), run))
     return own.pruner(arm, attention, own.fresh(), loader)
 
 
