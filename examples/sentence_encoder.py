@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tp_importance import Budget, load_pruned, measure_latency, prune, save_pruned
+from tp_importance import Budget, OBSImportance, Refit, load_pruned, measure_latency, prune, save_pruned
 from tp_importance.graph.labels.attention import Attention
 from tp_importance.refitting.settings import Mode
 
@@ -80,9 +80,9 @@ def main() -> None:
         example,
         loader,
         budget=Budget(macs=args.macs),
-        method=args.method,
+        method=OBSImportance(positions=None) if args.method == "obs" else args.method,  # every token counts
         attention=args.attention,
-        refit=None if args.refit == "none" else args.refit,
+        refit=None if args.refit == "none" else Refit(args.refit, positions=None),
         samples=None,
         **options,
     )
