@@ -226,15 +226,27 @@ def quality(dense: Tensor, pruned: Tensor) -> dict[str, float]:
 
 
 def contrastive(output: Tensor, views: Tensor, temperature: float = 0.05) -> Tensor:
-    """SimCSE's loss: of all views in the batch, the sentence's own must be the nearest (Gao et al. 2021)."""
-    return F.cross_entropy(output[:, 0] @ views.T / temperature, torch.arange(len(views), device=views.device))
+    """SimCSE's loss: of all views in the batch, the sentence's own must be the nearest (Gao et al. 2021).
+
+    Args:
+        output: embeddings by token, shape (B, T, d).
+        views: of :func:`with_views`.
+        temperature: of the softmax.
+    """
+    first = views.any(-1)
+    similar = output[first] @ views[first].T / temperature
+    return F.cross_entropy(similar, torch.arange(len(similar), device=similar.device))
 
 
 def with_views(model: nn.Module, loader: list[Batch], seed: int = 0) -> list[tuple[Batch, Tensor]]:
-    """For the gradients of :func:`contrastive`: every batch with its embeddings under dropout, model left in eval."""
-    with torch.random.fork_rng(), torch.inference_mode():
+    """For the gradients of :func:`contrastive`: every batch with the embeddings of its sentences under dropout.
+
+    They stand at the first token of their sentence, zeros elsewhere; shape (B, T, d). The model is left in eval mode.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model.train()
-        views = [model(**batch)[:, 0] for batch in loader]
+        views = [model(**batch) for batch in loader]
     model.eval()
-    return [(batch, view.clone()) for batch, view in zip(loader, views, strict=True)]
+    starts = [(batch["position_ids"] == 0) & (batch["input_ids"] != PAD) for batch in loader]
+    return [(batch, view * start.unsqueeze(2)) for batch, view, start in zip(loader, views, starts, strict=True)]

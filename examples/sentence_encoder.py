@@ -71,8 +71,8 @@ def main() -> None:
     held_out, example = padded(sentences.held_out), padded(sentences.calibration[:2])[0]
     model = encoder()
     dense, options = copy.deepcopy(model), dict[str, Any]()
-    if args.method == "taylor":  # its loss compares the sentences of a batch; padding does not disturb gradients
-        loader, options = with_views(model, padded(sentences.calibration)), {"loss_fn": contrastive}
+    if args.method == "taylor":
+        loader, options = with_views(model, loader), {"loss_fn": contrastive}
 
     start = time.perf_counter()
     result = prune(

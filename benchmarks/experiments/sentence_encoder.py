@@ -5,7 +5,7 @@ embedded by the dense and the pruned encoder and compared (:func:`benchmarks.sen
 mean of the hidden states, so the hidden width stays; heads (or dimensions of heads) and MLP channels go. OBS and CATRO
 are ours; L1, L2, Taylor and random are Torch-Pruning's importances, on our groups. "uniform": one ratio for all groups;
 "greedy": ranked over all of them. Taylor's loss is SimCSE's: a sentence must find its own embedding under dropout among
-those of the 31 other sentences of the batch. The networks are kept in outputs/sentence-encoder.
+those of all sentences of the batch, about a hundred. The networks are kept in outputs/sentence-encoder.
 
 "sentence-encoder-latency", on a quiet machine: latency of these networks, eager and in onnxruntime. Both need
 `make zoo-venv`.
@@ -97,7 +97,7 @@ def planner(run: Run, name: str, attention: str) -> BudgetPruner:
     own, arm = subject(run), Arm.parse(name)
     loader: Any = own.calibration
     if arm.criterion.startswith("Taylor"):
-        loader = with_views(own.model, own.to_device(padded(own.sentences.calibration), run))
+        loader = with_views(own.model, loader)
     return own.pruner(arm, attention, own.fresh(), loader)
 
 

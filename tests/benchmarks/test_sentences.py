@@ -15,14 +15,15 @@ from benchmarks import sentences
 class Attending(nn.Module):
     """One layer of attention over tokens and positions, called as a transformer of Hugging Face is."""
 
-    def __init__(self):
+    def __init__(self, dropout=0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.words, self.places, self.mix = nn.Embedding(50, 8), nn.Embedding(16, 8), nn.Linear(8, 24)
 
     def forward(self, input_ids, attention_mask, position_ids):
         x = self.mix(self.words(input_ids) + self.places(position_ids)).unsqueeze(1)
         y = F.scaled_dot_product_attention(*x.chunk(3, dim=-1), attn_mask=attention_mask)
-        return SimpleNamespace(last_hidden_state=y.squeeze(1))
+        return SimpleNamespace(last_hidden_state=self.dropout(y.squeeze(1)))
 
 
 def some(seed=0):
@@ -80,9 +81,16 @@ def test_quality():
 
 
 def test_the_contrastive_loss_wants_the_own_view():
-    views = F.normalize(torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
-    own, others = sentences.contrastive(views.unsqueeze(1), views), sentences.contrastive(views.flip(0)[:, None], views)
-    assert float(own) < 0.5 < float(others)
+    torch.manual_seed(0)
+    model = sentences.SentenceEncoder(Attending(dropout=0.1)).eval()
+    batch = sentences.batch_of(sentences.filled(some(), 12), 12)
+    ((given, views),) = sentences.with_views(model, [batch])
+    assert given is batch and not model.training and int(views.any(-1).sum()) == len(some())
+    own = sentences.contrastive(model(**batch), views)
+    first = views.any(-1)
+    other = torch.zeros_like(views)
+    other[first] = views[first].roll(1, 0)
+    assert float(own) < float(sentences.contrastive(model(**batch), other))
 
 
 def test_missing_weights_name_the_package(monkeypatch):
