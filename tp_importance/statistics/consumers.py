@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from ..core.forward import ForwardFn
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.patches import at_positions, bn_gain, consumer_weight, feature_channels, fork, unfolded_input
-from ..maths.batchnorm import PooledMoments
 from ..maths.moments import Moments, consumer_scatter
 from .observe import Watch
-from .residual_sums import watch_residual_sums
+from .residual_sums import Disturbed, watch_residual_sums
 from .sketch import contributions
 
 __all__ = ["ConsumerStatistics", "check_reading", "checked_moments"]
@@ -78,7 +77,7 @@ class ConsumerStatistics:
         self._moments = {name: Moments() for name in self._names}
         self._samples: Counter[int] = Counter()
         self.labels: Tensor | None = None
-        self._sums = PooledMoments()
+        self._disturbed = Disturbed()
         self._energies: dict[str, float] = {}
 
     def covers(self, groups: PrunableGroups, positions: int | None) -> bool:
@@ -108,21 +107,21 @@ class ConsumerStatistics:
             UserWarning: if the model does other operations than on its example inputs; no sum is used then.
         """
         return watch_residual_sums(
-            self._model, self._norms, self._sums, lambda: self.labels, example_inputs, forward_fn
+            self._model, self._norms, self._disturbed, lambda: self.labels, example_inputs, forward_fn
         )
 
     def energy(self, name: str) -> float:
         """Variance, summed over channels, of what errors of consumer ``name`` disturb.
 
-        That is its output behind the batch norm, or the sum this is added up to, if :meth:`sums` saw one; at least
-        :data:`STEADY` of its squared mean.
+        That is its output behind the batch norm, or the sum this is added up to, or what a layer norm makes of either,
+        if :meth:`sums` saw them; at least :data:`STEADY` of its squared mean.
 
         Raises:
             ValueError: as :meth:`moments`, and if it is not finite.
         """
         if name not in self._energies:
-            if name in self._sums:
-                seen = self._sums[name]
+            if name in self._disturbed.sums:
+                seen = self._disturbed.sums[name]
                 variance, mean = seen.m2 / seen.count, seen.mean
             else:
                 variance, mean = self._output(name)
@@ -149,6 +148,11 @@ class ConsumerStatistics:
             output = output - gain.flatten() * norm.running_mean.to(p)
             output = output + norm.bias.detach().to(p) if isinstance(norm.bias, Tensor) else output
         return ((weight @ p) * weight).sum(2).flatten(), output
+
+    def _gain(self, name: str) -> Tensor:
+        """Gain of every output behind a consumer, (G, O/G): of the batch norm, and of the layer norm, if there is one."""
+        gain, behind = self._gains[name], self._disturbed.gain(name)
+        return gain if behind is None else gain * behind.to(gain).view(gain.shape)
 
     def relative(self, name: str) -> float:
         """Factor that makes a loss at consumer ``name`` a fraction of :meth:`energy`; 0 where nothing varies. Ours."""
@@ -237,7 +241,7 @@ class ConsumerStatistics:
                 channels = torch.arange(member.width, device="cpu").expand(p.shape[0], -1)
                 weight, gain = p.new_ones(p.shape[0], 1, p.shape[1]), p.new_ones(p.shape[0], 1)
             else:
-                channels, weight, gain = feature_channels(module), consumer_weight(module), self._gains[member.name]
+                channels, weight, gain = feature_channels(module), consumer_weight(module), self._gain(member.name)
             yield p, weight, gain, unit_of[channels].to(p.device)
 
     def _collector(self, name: str, module: nn.Module, index: int) -> Callable[[Tensor, Tensor, Tensor], None]:
