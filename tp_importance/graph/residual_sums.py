@@ -84,9 +84,11 @@ def norm_behind(flow: Flow, name: str, norm: nn.Module | None = None) -> tuple[i
         return None
     found = addition(flow, name, norm)
     value, op = _only_consumer(flow, calls[0].outputs[0] if found is None else found.outputs[0])
-    if op is None or not isinstance(op.module, (nn.LayerNorm, nn.RMSNorm)) or len(op.module.normalized_shape) != 1:
-        return None
-    return value, op.module
+    for span in flow.spans if op is not None else ():
+        reads = value in span.inputs and any(flow.ops[i] is op for i in span.ops)
+        if reads and isinstance(span.module, (nn.LayerNorm, nn.RMSNorm)) and len(span.module.normalized_shape) == 1:
+            return value, span.module
+    return None
 
 
 def _added(flow: Flow, name: str, norm: nn.Module | None) -> tuple[Op, int] | None:

@@ -150,7 +150,7 @@ class ConsumerStatistics:
         return ((weight @ p) * weight).sum(2).flatten(), output
 
     def _gain(self, name: str) -> Tensor:
-        """Gain of every output behind a consumer, (G, O/G): of the batch norm, and of the layer norm, if there is one."""
+        """Gain of every output of a consumer, (G, O/G): of the batch norm, and of the layer norm, if there is one."""
         gain, behind = self._gains[name], self._disturbed.gain(name)
         return gain if behind is None else gain * behind.to(gain).view(gain.shape)
 

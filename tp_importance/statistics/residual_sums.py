@@ -27,8 +27,8 @@ __all__ = ["Disturbed", "watch_residual_sums"]
 class Disturbed:
     r"""What errors of consumers disturb.
 
-    Where a layer norm alone reads the output of a consumer, or the sum it is added up to, errors count as the norm passes
-    them on. To first order an error ε of channel o becomes :math:`\gamma_o \varepsilon_o / \sigma`, with σ of the
+    Where a layer norm alone reads the output of a consumer, or the sum it is added up to, errors count as the norm
+    passes them on. To first order an error ε of channel o becomes :math:`\gamma_o \varepsilon_o / \sigma`, with σ of the
     token; what the norm gives is the measure. A channel that carries most of the variance of the sum, as in many
     language models, and that γ damps, would make all other errors look small. Ours.
 
@@ -47,7 +47,7 @@ class Disturbed:
             return None
         root = self.inverse[name].mean.sqrt()
         gamma = self.norms[name].weight
-        return root if gamma is None else root * gamma.detach().abs().to(root)  # type: ignore[operator, union-attr]
+        return root if gamma is None else root * gamma.detach().abs().to(root)  # type: ignore[operator]
 
     def clear(self) -> None:
         """Forget everything."""
