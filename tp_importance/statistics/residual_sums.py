@@ -28,8 +28,8 @@ class Disturbed:
     r"""What errors of consumers disturb.
 
     Where a layer norm alone reads the output of a consumer, or the sum it is added up to, errors count as the norm
-    passes them on. To first order an error ε of channel o becomes :math:`\gamma_o \varepsilon_o / \sigma`, with σ of the
-    token; what the norm gives is the measure. A channel that carries most of the variance of the sum, as in many
+    passes them on. To first order an error ε of channel o becomes :math:`\gamma_o \varepsilon_o / \sigma`, with σ of
+    the token; what the norm gives is the measure. A channel that carries most of the variance of the sum, as in many
     language models, and that γ damps, would make all other errors look small. Ours.
 
     Attributes:
