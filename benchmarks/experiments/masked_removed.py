@@ -51,6 +51,7 @@ def cell(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         net, worst = copy.deepcopy(model).to(dtype), 0.0
         x = torch.utils._pytree.tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)  # noqa: B023
+        dense = tensors_in(network.run(net, x))
         for seed in (0, 1):
             removed = sample_units(groups, seed)
             small = copy.deepcopy(net)
@@ -59,11 +60,16 @@ def cell(run: Run, key: dict[str, Any]) -> dict[str, Any]:
                 with masked_units(net, groups, removed):
                     masked = tensors_in(network.run(net, x))
                 pruned = tensors_in(network.run(small, x))
-            for a, b in zip(masked, pruned, strict=True):
-                if a.is_floating_point():
-                    worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)))
+            worst = max(worst, difference(masked, pruned))
         found[name] = worst
+        found["moved"] = difference(dense, pruned)
     return found
+
+
+def difference(expected: list[Any], found: list[Any]) -> float:
+    """Largest difference, relative to the largest value."""
+    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if a.is_floating_point()]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs)
 
 
 def keys(run: Run) -> Iterator[dict[str, Any]]:
@@ -83,6 +89,7 @@ def table(rows: Rows) -> str:
             "groups": r["groups"],
             "left out": len(r["left_out"]),
             "least MACs": f"{r['least']:.2%}",
+            "moved": f"{r['moved']:.2f}",
             "float64": f"{r['float64']:.0e}",
             "float32": f"{r['float32']:.0e}",
         }
