@@ -19,13 +19,13 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from benchmarks.experiment import Experiment, Run
-from benchmarks.tables import Rows, chosen, distinct, markdown, pivot, spread
+from benchmarks.tables import Rows, chosen, markdown, pivot, spread
 from tp_importance import Budget, PSAPPruner, count_ops, prune
 from tp_importance.errors import BudgetError
 
 METHODS = ("obs", "catro", "itpruner", "psap", "l1", "l2", "fpgm", "taylor", "random")
 ATTENTION, REFITS = ("heads", "dims", "none"), ("none", "sequential")
-TRAINED_BY = ("PSAP", "PSAP, no protection", "PSAP, uniform ratios", "obs, then training", "l2, then training")
+TRAINED_BY = ("PSAP", "obs, then training", "l2, then training")
 Part = tuple[Tensor, Tensor]
 
 
@@ -97,9 +97,8 @@ def while_training(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     loader, budget, arm = batches(key["draw"], 32), Budget(macs=key["budget"]), key["arm"]
     before, start = count_ops(model, x)[0], time.perf_counter()
     pruner = None
-    if arm.startswith("PSAP"):
-        options = {"ratios": "uniform"} if "uniform" in arm else {"protect": "no protection" not in arm}
-        pruner = PSAPPruner(model, x, budget=budget, attention=key["attention"], **options)
+    if arm == "PSAP":
+        pruner = PSAPPruner(model, x, budget=budget, attention=key["attention"])
     elif arm != "dense":
         prune(model, x, loader, method=arm.split(",")[0], budget=budget, attention=key["attention"])
     example().train(model, loader, run.more_epochs, key["draw"], run.more_lr, pruner)
@@ -131,24 +130,27 @@ def training_keys(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def by_method(rows: Rows) -> str:
-    """One line per method, one column per attention and refit, at the largest budget."""
+    """One line per method, one column per attention and refit, at half of the MACs."""
     columns = [(attention, refit) for attention in ATTENTION for refit in REFITS]
-    lines = []
-    for part in distinct(rows, "part"):
-        top = spread([r["top1"] for r in chosen(rows, part=part, arm="dense")])
-        lines.append([f"dense: {top}", *[""] * len(columns)])
-        for arm in distinct(chosen(rows, attention="heads"), "arm", order=METHODS):
-            mine = [chosen(rows, part=part, arm=arm, attention=a, refit=r) for a, r in columns]
-            lines.append([arm, *(spread([r["top1"] for r in some if "top1" in r]) for some in mine)])
+    lines = [["dense", spread([r["top1"] for r in chosen(rows, arm="dense")]), *[""] * (len(columns) - 1)]]
+    for arm in (m for m in METHODS if chosen(rows, arm=m, budget=0.5)):
+        mine = [chosen(rows, arm=arm, attention=a, refit=r, budget=0.5) for a, r in columns]
+        lines.append([arm, *(spread([r["top1"] for r in some if "top1" in r]) for some in mine)])
     return markdown(["method", *(f"{a}, {'refit' if r != 'none' else 'no refit'}" for a, r in columns)], lines)
 
 
+def refitted(rows: Rows) -> str:
+    """Heads as units, with a refit, by what is left of the MACs."""
+    mine = [r for r in chosen(rows, attention="heads", refit="sequential") if "top1" in r]
+    return pivot(mine, "arm", "budget", order=METHODS)
+
+
 def widths(rows: Rows) -> str:
-    """What every method keeps without a refit, in channels: mean over draws."""
-    mine = [r for r in chosen(rows, attention="heads", refit="none", draw=1) if "widths" in r]
-    names = list(mine[0]["widths"])
-    lines = [[r["arm"], *(r["widths"][n] for n in names)] for r in mine]
-    return markdown(["method", *(n.replace("blocks.", "block ") for n in names)], lines)
+    """Channels that every method keeps in the network of the first draw; a head has 24 of the rows of q, k and v."""
+    mine = [r for r in chosen(rows, attention="heads", budget=0.5, draw=1) if "widths" in r]
+    lines = {r["arm"]: [r["arm"], *r["widths"].values()] for r in mine}
+    names = list(mine[0]["widths"]) if mine else []
+    return markdown(["method", *(n.replace("blocks.", "block ") for n in names)], lines.values())
 
 
 def by_budget(rows: Rows) -> str:
@@ -174,7 +176,7 @@ EXPERIMENTS = (
         },
         one_shot,
         settings={"images": 512, **TRAINING},
-        show={"by-method": by_method, "widths": widths},
+        show={"by-method": by_method, "refitted": refitted, "widths": widths},
         keys=one_shot_keys,
         smoke={"arm": ["l2", "obs"], "draw": [1], "attention": ["heads"], "epochs": 1},
         threads=1,
@@ -184,7 +186,7 @@ EXPERIMENTS = (
         "prune a vision transformer while it is fine-tuned, on digits",
         {"arm": TRAINED_BY, "part": ["test"], "draw": DRAWS, "attention": ["heads"], "budget": [0.5, 0.25]},
         while_training,
-        settings={"more_epochs": 10, "more_lr": 1e-3, **TRAINING},
+        settings={"more_epochs": 10, "more_lr": 2e-3, **TRAINING},
         show={"by-budget": by_budget},
         keys=training_keys,
         smoke={"arm": ["PSAP"], "draw": [1], "budget": [0.5], "epochs": 1, "more_epochs": 1},
