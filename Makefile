@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-finetune demo-nni demo-plain test lint format clean
+.PHONY: help venv demo demo-finetune demo-nni demo-plain demo-vit test lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ demo-finetune: $(STAMP) ## prune a CIFAR ResNet and fine-tune it with its dense 
 demo-plain: $(STAMP) ## train a deep plain network with and without ResConv (ARGS=...)
 	$(PY) examples/resconv_plain.py $(ARGS)
 
+demo-vit: $(STAMP) ## train a small vision transformer, prune heads, MLPs and stream, save and export it (ARGS=...)
+	$(PY) examples/vit.py $(ARGS)
+
 demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a time (ARGS=...)
 	$(PY) examples/nni_experiment.py $(ARGS)
 
@@ -54,7 +57,7 @@ demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a
 BENCH = $(PY) benchmarks/run.py
 .PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-option-a bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
 	bench-recovery bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
-	bench-psap-overhead bench-latency bench-zoo bench-random-graphs bench-masked-removed \
+	bench-psap-overhead bench-latency bench-vit bench-zoo bench-random-graphs bench-masked-removed \
 	bench-sentence-encoder bench-sentence-latency demo-sentences zoo-venv bench-tables host-tests
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR
@@ -113,6 +116,10 @@ bench-psap-overhead: $(STAMP) ## what a training step costs under PSAP
 
 bench-latency: $(STAMP) ## prune to a predicted latency and measure it
 	$(BENCH) latency $(ARGS)
+
+bench-vit: $(STAMP) ## prune a small vision transformer on digits, in one shot and while it trains
+	$(BENCH) vit $(ARGS)
+	$(if $(ARGS),,$(BENCH) vit-training)
 
 # A thin venv that sees the packages of .venv: what the zoo adds changes nothing there.
 ZOO_VENV  := .venv-zoo

@@ -15,6 +15,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "itpruner_cost": ("itpruner-cost",),
     "latency": ("latency",),
     "sentence_encoder": ("sentence-encoder", "sentence-encoder-latency"),
+    "vit": ("vit", "vit-training"),
     "zoo": ("zoo",),
     "random_graphs": ("random-graphs",),
     "masked_removed": ("masked-removed",),

@@ -29,6 +29,8 @@ ACCURACY = (
     "itpruner",
     "recovery",
     "psap",
+    "vit",
+    "vit-training",
 )
 COST = ("resconv-latency", "automl", "automl-pareto", "scoring", "one-shot-cost", "itpruner-cost", "psap-overhead")
 NEEDS = {

@@ -8,7 +8,8 @@ from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
 from helpers.resconv_block_cases import X, conv, net, plain
-from tp_importance.methods.resconv import convert_to_resconv, fuse, resconv_layers
+from tp_importance import Budget
+from tp_importance.methods.resconv import ResConvPruner, convert_to_resconv, fuse, resconv_layers
 from tp_importance.testing.networks import randomise_batchnorm
 
 # --- which layers -----------------------------------------------------------------------------------------------------
@@ -212,10 +213,30 @@ def test_bad_scalars(options, why):
     assert not resconv_layers(model)
 
 
+def pruned(model, x):
+    return ResConvPruner(model, x, [(x, torch.arange(len(x)))], budget=Budget(macs=0.5))
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("convert", [convert_to_resconv, pruned])
+def test_not_applicable_to_a_transformer(convert):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), Transposed(), layer, nn.Flatten(), nn.LazyLinear(2))
+    model(X)
+    why = r"ResConv is not applicable to Sequential.*\(0: reads the network's input\).*never linear layers or attention"
+    with pytest.raises(ValueError, match=why):
+        convert(model, X)
+
+
 def test_nothing_to_do():
     for model in (net(), nn.Conv2d(3, 3, 1), nn.Sequential(nn.Flatten(), nn.Linear(192, 2))):
         with pytest.raises(ValueError, match="no convolution that could take a shortcut"):
             convert_to_resconv(model, X)
+        assert not resconv_layers(model)
     with pytest.raises(ValueError, match="no ResConv2d to fuse"):
         fuse(plain())
     model = convert_to_resconv(plain(), X)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def convert_to_resconv(
     flow = record(model, example_inputs, forward_fn=forward_fn)
     report = _examine(model, flow, ignored_modules(model, ignored_layers))
     if not report.converted:
-        raise ValueError(f"{type(model).__name__} has no convolution that could take a shortcut ({report.left_out})")
+        raise ValueError(_not_applicable(model, report.left_out))
     modules = dict(model.named_modules())
     with transaction(model):
         for name in report.converted:
@@ -135,6 +135,16 @@ def _examine(model: nn.Module, flow: Flow, ignored: set[nn.Module]) -> Conversio
             if len(flow.calls(bn)) == 1 and bn not in ignored and not _entangled(bn, shared):
                 batchnorms[name] = names[bn]
     return ConversionReport(converted, batchnorms, left_out)
+
+
+def _not_applicable(model: nn.Module, left_out: Mapping[str, str]) -> str:
+    """Why a network cannot be converted, and what can prune it."""
+    found = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no nn.Conv2d at all"
+    return (
+        f"ResConv is not applicable to {type(model).__name__}: it has no convolution that could take a shortcut "
+        f"({found}). ResConv removes convolutions that keep the shape of their input, never linear layers or "
+        "attention; tp_importance.prune(model, x, loader, budget=...) prunes channels, MLPs and heads"
+    )
 
 
 def _reason(conv: nn.Conv2d, calls: list[Any], given: set[int], shared: set[nn.Parameter]) -> str | None:
