@@ -53,6 +53,11 @@ MODULES = {
         (2, 5, 6, 8),
         {"attention.position_bias.table"},
     ),
+    "shifted windows": (
+        lambda: Net(ExplicitWindowAttention(4, 8, window_size=(2, 3), shift_size=(1, 1))),
+        (2, 5, 6, 8),
+        {"attention.position_bias.table"},
+    ),
     "groups": (lambda: Net(ExplicitGroupedAttention(4, 8, ws=3), (4, 4)), (2, 16, 8), set()),
     "reduced": (lambda: Net(ExplicitReducedAttention(4, 8, reduction=reduction()), (4, 4)), (2, 16, 8), set()),
     "class token": (lambda: Net(ExplicitClassAttention(4, 8)), (2, 6, 8), set()),
@@ -69,10 +74,11 @@ def test_heads(kind):
     assert (group.unit_size, group.n_units) == (8, 4)
 
 
-def test_heads_between_pixels():
+@pytest.mark.parametrize("area", [1, 2])
+def test_heads_between_pixels(area):
     torch.manual_seed(0)
     qkv, proj, pe = nn.Conv2d(32, 96, 1), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32)
-    model = Net(ExplicitSpatialAttention(qkv, proj, pe, 4, 8, 8, 0.5, area=2), like=nn.Conv2d).eval()
+    model = Net(ExplicitSpatialAttention(qkv, proj, pe, 4, 8, 8, 0.5, area=area), like=nn.Conv2d).eval()
     group = prunable_groups(model, torch.randn(2, 8, 4, 4))["attention.qkv"]
     assert {m.name for m in group.members} == {"attention.qkv", "attention.pe", "attention.proj"}
     assert (group.unit_size, group.n_units) == (24, 4)
@@ -93,6 +99,7 @@ def test_encoders_of_torch():
     groups = prunable_groups(model, x)
     assert groups.names == ["0", "1.layers.0.self_attn.q_proj", "1.layers.0.linear1"]
     prune(model, x, budget=Budget(macs=0.3), method="l2", refit=None)
+    prune(model, x, [(torch.randn(9, 6, 8), torch.zeros(9))], budget=Budget(macs=0.9))  # batches come first everywhere
     attention = model[1].layers[0].self_attn
     assert attention.num_heads < 4 and attention.q_proj.out_features == 8 * attention.num_heads
     assert attention.head_dim == 8 and model(x).shape == (2, 6, 3)

@@ -94,6 +94,34 @@ def test_pruned_twice_heads_then_dimensions():
     assert count_ops(net, X)[0] <= 0.49 * dense
 
 
+@pytest.mark.parametrize("split", ["reshape", "unflatten"])
+def test_as_many_heads_as_dimensions(split):
+    """Both numbers are five; each follows its own axis of the shape."""
+
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = self.dim = 5
+            self.qkv, self.out, self.head = nn.Linear(25, 75), nn.Linear(25, 25), nn.Linear(25, 3)
+
+        def forward(self, x):
+            y = self.qkv(x)
+            if split == "reshape":
+                y = y.reshape(*x.shape[:-1], 3, self.heads, self.dim)
+            else:
+                y = y.unflatten(-1, (3, self.heads, self.dim))
+            q, k, v = y.permute(2, 0, 3, 1, 4)
+            return self.head(self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+    torch.manual_seed(0)
+    net, x = Square().eval(), torch.randn(2, 7, 25)
+    for attention, left in (("heads", (3, 5)), ("dims", (5, 3))):
+        groups, small = prunable_groups(net, x, attention=attention), copy.deepcopy(net)
+        assert groups["qkv"].n_units == 5
+        remove_units(groups, {"qkv": [1, 4]}, model=small)
+        assert (small.heads, small.dim) == left and small(x).shape == (2, 7, 3)
+
+
 def test_attention_stays_if_asked():
     groups = prunable_groups(made("packed"), X, attention="none")
     assert not [n for n in groups.names if "attention" in n]

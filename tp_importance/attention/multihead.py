@@ -149,8 +149,9 @@ class ExplicitMultiheadAttention(HeadAttention):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=p, is_causal=by_flag, scale=self.scale
             )
+        out = self.out_proj(out.transpose(1, 2).flatten(-2))  # samples first, for whoever watches the layer
         # sequence first in memory, as by torch: dropout behind it draws its numbers in that order
-        out = self.out_proj(out.permute(2, 0, 1, 3).flatten(-2))
+        out = out.transpose(0, 1).contiguous()
         out = out if rows_first else out.transpose(0, 1)
         return (out, weights) if batched else (out[0], None if weights is None else weights[0])
 

@@ -129,7 +129,10 @@ class WatchedSizes(TorchFunctionMode):
 
 
 def _shape(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any] | None:
-    """The shape among the arguments of ``view`` and ``reshape``."""
+    """The shape among the arguments of ``view``, ``reshape`` and ``unflatten``, one entry per axis; ``None``: any."""
+    if function == "unflatten":
+        dim, sizes = [*args[1:], *(kwargs[k] for k in ("dim", "sizes") if k in kwargs)][:2]
+        return [None] * (dim % args[0].dim()) + list(sizes) if isinstance(dim, int) else None
     if function not in ("view", "reshape"):
         return None
     given = args[1:] or (kwargs.get("shape") or kwargs.get("size") or (),)
