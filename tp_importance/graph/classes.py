@@ -251,16 +251,22 @@ def _heads(
 
 
 def _attended(ledger: Ledger, classes: Index, asked: Sequence[Index], attention: str) -> Iterator[tuple[Index, Reason]]:
-    """Labels that take part in attention and stay: all of them if the user says so, and what has no known factors.
+    """Labels that take part in attention and stay, but for those of layers whose heads the user has named.
 
-    But for those of layers whose heads the user has named.
+    Of two factors one goes, and the other stays, so that a network that has a single head left has no other groups.
     """
     named = np.unique(classes[np.concatenate([np.zeros(0, np.int64), *asked])])
     for found in ledger.attended:
-        if attention == "none" or found.factored:
-            left = found.known[~np.isin(classes[found.known], named)]
-            how = "" if attention == "none" else " by heads and dimensions at once"
-            yield left, ("mixed", f"{found.where}: its channels take part in attention{how}")
+        by_heads, by_dims = found.varies
+        if not (by_dims if attention == "heads" else by_heads if attention == "dims" else True):
+            continue
+        how = ""
+        if attention != "none":
+            how = " by heads and dimensions at once" if by_heads and by_dims else ""
+            how = f"{how}, and no whole heads: see attention='dims'" if not by_heads else how
+            how = f"{how}, and no dimensions: see attention='heads'" if not by_dims else how
+        left = found.known[~np.isin(classes[found.known], named)]
+        yield left, ("mixed", f"{found.where}: its channels take part in attention{how}")
 
 
 def _contradictions(followers: Sequence[Follower], classes: Index) -> list[tuple[Index, Reason]]:

@@ -59,7 +59,7 @@ def prunable_groups(
         example_inputs: tensor, tuple or dict, batch dimension first.
         ignored_layers: modules (with everything inside), parameters or module types that must keep their outputs.
         attention: what a unit of attention is: ``"heads"``, ``"dims"`` (a dimension of every head), or ``"none"``: its
-            channels stay. What has one head only loses dimensions in either case.
+            channels stay. What has one head only has no heads to lose.
         num_heads: ``{qkv projection: heads}`` as in Torch-Pruning: in these layers a unit is one dimension of every
             head.
         unwrapped_parameters: ``[(parameter, dim), ...]`` as in Torch-Pruning.

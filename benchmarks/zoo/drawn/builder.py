@@ -95,6 +95,38 @@ class Split(nn.Module):
         return x.split(self.sizes, 1)
 
 
+class Attention(nn.Module):
+    """Every pixel looks at all others.
+
+    Args:
+        width: channels.
+        heads: of the attention.
+        dim: of a head.
+        packed: one projection for queries, keys and values.
+        fused: by torch's function, which scales by the dimensions that are there.
+    """
+
+    def __init__(self, width: int, heads: int, dim: int, *, packed: bool, fused: bool) -> None:
+        super().__init__()
+        self.heads, self.dim, self.scale, self.packed, self.fused = heads, dim, dim**-0.5, packed, fused
+        sizes = [3 * heads * dim] if packed else [heads * dim] * 3
+        self.inner = nn.ModuleList(nn.Linear(width, size) for size in sizes)
+        self.out = nn.Linear(heads * dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        n, length, _ = tokens.shape
+        if self.packed:
+            q, k, v = self.inner[0](tokens).view(n, length, 3, self.heads, self.dim).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = (layer(tokens).view(n, length, self.heads, self.dim).transpose(1, 2) for layer in self.inner)
+        if self.fused:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q @ k.mT * self.scale).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 class Builder:
     """Runs steps on a tensor, and writes down what they do."""
 

@@ -122,6 +122,15 @@ def upsample(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
+def root_mean_square(x: Tensor) -> Tensor:
+    """RMS norm of every pixel, written out."""
+    return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
+
+
+def unit_length(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=1)
+
+
 def softmax(x: Tensor) -> Tensor:
     return x.softmax(1)
 

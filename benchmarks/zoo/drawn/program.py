@@ -21,6 +21,7 @@ from benchmarks.zoo.drawn.builder import (
     INSTANCE_NORM,
     SIDE,
     TRANSPOSED,
+    Attention,
     Builder,
     Drawn,
     Numbers,
@@ -332,19 +333,38 @@ def again(b: Builder, n: Numbers) -> None:
         b.emit(what, i)
 
 
-def mixing(b: Builder, n: Numbers) -> None:
-    """What no channel can be pruned through, in every fourth step: group norm, softmax, layer norm of features."""
+def normalised(b: Builder, n: Numbers) -> None:
+    """Norms over channels: in groups, of every pixel, written out."""
     i = b.take(n[0], lambda x: x.shape[1] > 1)
-    if i is None or n[3] > 1:
+    if i is None:
         return
     x = b.values[i]
-    groups = divisors(x.shape[1])
-    if n[1] % 2:
-        b.emit(f.softmax, i)
-    elif is_map(x):
-        b.emit(nn.GroupNorm(groups[n[2] % len(groups)], x.shape[1]), i)
+    c, groups = x.shape[1], [1, *divisors(x.shape[1])]
+    if n[1] < 3 and is_map(x) and x[0].numel() > c:
+        b.emit(nn.GroupNorm(groups[n[2] % len(groups)], c, affine=n[3] != 0), i)
+    elif n[1] < 5:
+        norm = (nn.LayerNorm, nn.RMSNorm)[n[2] % 2](c)
+        b.emit(f.channels_first, b.emit(norm, b.emit(f.channels_last, i)))
     else:
-        b.emit(nn.LayerNorm(x.shape[1]), i)
+        b.emit((f.root_mean_square, f.unit_length)[n[2] % 2], i)
+
+
+def attention(b: Builder, n: Numbers) -> None:
+    """Pixels look at each other, with a residual connection or without."""
+    i = b.take(n[0], is_map)
+    if i is None or pixels(b.values[i]) > 64:
+        return
+    width = b.values[i].shape[1]
+    j = b.emit(Attention(width, 1 + n[1] % 4, 2 + n[2] % 4, packed=n[3] % 2 == 0, fused=n[3] > 2), i)
+    if n[2] > 2:
+        b.emit(f.add, i, j)
+
+
+def mixing(b: Builder, n: Numbers) -> None:
+    """What no channel can be pruned through, in every fourth step: softmax over channels."""
+    i = b.take(n[0], lambda x: x.shape[1] > 1)
+    if i is not None and n[3] < 2:
+        b.emit(f.softmax, i)
 
 
 OPERATIONS: dict[str, Callable[[Builder, Numbers], None]] = {
@@ -370,6 +390,8 @@ OPERATIONS: dict[str, Callable[[Builder, Numbers], None]] = {
     "unflatten": unflattened,
     "resize": resized,
     "again": again,
+    "normalise": normalised,
+    "attention": attention,
     "mixing": mixing,
 }
 """The simplest first: a program shrinks towards it."""

@@ -106,9 +106,10 @@ class Attended:
         return found[found > 0]
 
     @property
-    def factored(self) -> bool:
-        """Whether labels vary along other axes than that of the dimensions, and along it."""
-        return self.axis is not None and sum(size > 1 for size in self.labels.shape) > 1
+    def varies(self) -> tuple[bool, bool]:
+        """Whether labels vary along axes of heads, and along that of the dimensions."""
+        axes = {axis for axis, size in enumerate(self.labels.shape) if size > 1}
+        return bool(axes - {self.axis}), self.axis is not None
 
     def places(self) -> tuple[Index, Index, Index]:
         """Every label once, its index among the dimensions, and its first index along all other axes."""
