@@ -1,6 +1,7 @@
 """Channels under layer, group and RMS norms: masked means that statistics run over what is kept."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from tp_importance import prunable_groups
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.kept_statistics import Kept, KeptStatistics, StatisticCall
-from tp_importance.graph.masking import masked_units
+from tp_importance.graph.masking import kept_of, masked_units
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
 
@@ -241,3 +242,33 @@ def test_gradients_flow_through_kept_statistics():
     x.requires_grad_()
     with KeptStatistics(kept).running(net):
         assert torch.autograd.gradcheck(net, (x,))
+
+
+class Beside(nn.Module):
+    """Channels and the input, under one group norm."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.n, self.c = nn.Conv2d(3, 9, 1), norm, nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        return self.c(self.n(torch.cat([self.a(x), x], 1)))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norm_groups_beside_the_input_stay_of_one_size(affine):
+    net = Beside(nn.GroupNorm(2, 12, affine=affine)).eval()  # the first six; the other three and the input
+    groups = prunable_groups(net, X, verify=False)
+    assert not any(g.n_units > 3 for g in groups)
+    for group in groups:
+        assert masked_equals_removed(groups, X, {group.name: [0]}) is None
+
+
+def test_masks_that_leave_norm_groups_of_two_sizes_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.GroupNorm(4, 12), nn.Conv2d(12, 2, 1)).eval()
+    groups = prunable_groups(net, X)
+    (statistic,) = groups["0"].statistics
+    single = replace(statistic.member, units=statistic.member.channels)  # as if every channel could go alone
+    wrong = replace(groups, groups=[replace(groups["0"], statistics=(replace(statistic, member=single),))])
+    with pytest.raises(ValueError, match=r"would keep \[.*\] channels of its norm groups"):
+        kept_of(wrong, {"0": [0]})
