@@ -83,7 +83,9 @@ def kept_of(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> dic
         kept = np.setdiff1d(np.arange(width), np.concatenate(positions))
         left, sizes = np.unique(kept // (width // statistic.groups), return_counts=True)
         if len(set(sizes.tolist())) > 1:  # the norm divides what is left evenly: channels would change their norm group
-            raise ValueError(f"{call} would keep {sizes.tolist()} channels of its norm groups, which must be of one size")
+            raise ValueError(
+                f"{call} would keep {sizes.tolist()} channels of its norm groups, which must be of one size"
+            )
         assert axis is not None
         found[call] = Kept(axis, torch.as_tensor(kept, device="cpu"), width, len(left))
     return found

@@ -61,7 +61,7 @@ def norm_groups_question(labels: Tensor, followers: Sequence[Follower], where: s
 
 
 def _in_step(labels: Tensor, axis: int) -> Index:
-    """Labels that go with entries without one along an axis: as those stay, so do these, or norm groups would differ."""
+    """Labels that share an axis with entries without one: those stay, so these do, or norm groups would differ."""
     return _known(labels * (labels == 0).any(axis, keepdim=True))
 
 
