@@ -319,3 +319,22 @@ def test_what_has_passed_with_another_scale_is_tested_again():
     )
     assert verify_groups(constant, x, passed=passed) == {}
     assert set(verify_groups(follows, x, passed=passed)) == {"q.0", "q.1"}
+
+
+class Remembered(Separate):
+    """It keeps what it adds to the scores once it has computed it."""
+
+    table = None
+
+    def forward(self, x):
+        if self.table is None:
+            at = torch.arange(x.shape[1])
+            self.table = -(at[:, None] - at).abs() > -3
+        return super().forward(x) + 0 * self.table.sum()
+
+
+def test_heads_are_found_where_the_first_pass_fills_a_cache():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 12), Remembered(12, 3, 4), nn.Linear(12, 2))
+    groups = prunable_groups(net, torch.randn(2, 5, 3))
+    assert units(groups) == {"0": (12, 12), "1.q": (12, 3), "1.out": (12, 12)} and net[1].table is None
