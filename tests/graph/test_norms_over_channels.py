@@ -272,3 +272,17 @@ def test_masks_that_leave_norm_groups_of_two_sizes_are_refused():
     wrong = replace(groups, groups=[replace(groups["0"], statistics=(replace(statistic, member=single),))])
     with pytest.raises(ValueError, match=r"would keep \[.*\] channels of its norm groups"):
         kept_of(wrong, {"0": [0]})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_small_values_under_a_norm_without_eps_are_normalised_alike(dtype):
+    """Whether others are zero or normalised, too: torch adds the eps of float32 to halves."""
+    kept, x = (
+        Kept(-1, torch.tensor([0, 2, 3, 5]), 6),
+        1e-3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
+    )
+    net, made = nn.Sequential(nn.RMSNorm(6)).to(dtype), []
+    for others in ("zero", "norm"):
+        with KeptStatistics({StatisticCall("0", "rms_norm", 0): kept}, others=others).running(net):
+            made.append(net(x.to(dtype))[:, kept.channels])
+    torch.testing.assert_close(*made)
