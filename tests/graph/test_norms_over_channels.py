@@ -286,3 +286,16 @@ def test_small_values_under_a_norm_without_eps_are_normalised_alike(dtype):
         with KeptStatistics({StatisticCall("0", "rms_norm", 0): kept}, others=others).running(net):
             made.append(net(x.to(dtype))[:, kept.channels])
     torch.testing.assert_close(*made)
+
+
+def test_a_norm_outside_of_all_modules_keeps_its_channels():
+    """Nothing says where a pass begins, so that its calls could not be told apart from those of the pass before."""
+
+    def forward(net, x):
+        return net[1](F.layer_norm(net[0](x), (net[0].out_features,)))
+
+    net, x = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)), torch.randn(4, 3)
+    groups = prunable_groups(net, x, forward_fn=forward)
+    assert {e.name: e.kind for e in groups.excluded}["0"] == "mixed"
+    inside = nn.Sequential(net[0], nn.LayerNorm(8), net[1])
+    assert len(prunable_groups(inside, x, forward_fn=lambda net, x: net[2](net[1](net[0](x))))) == 1
