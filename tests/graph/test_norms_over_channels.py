@@ -299,3 +299,13 @@ def test_a_norm_outside_of_all_modules_keeps_its_channels():
     assert {e.name: e.kind for e in groups.excluded}["0"] == "mixed"
     inside = nn.Sequential(net[0], nn.LayerNorm(8), net[1])
     assert len(prunable_groups(inside, x, forward_fn=lambda net, x: net[2](net[1](net[0](x))))) == 1
+
+
+@pytest.mark.parametrize(("correction", "least"), [(1, 2), (0, 1)])
+def test_a_variance_that_divides_by_one_less_keeps_two_channels(correction, least):
+    def norm(x):
+        return x / (x.std(1, correction=correction, keepdim=True) + 1e-3)
+
+    groups = prunable_groups(Net(6, norm).eval(), X)
+    assert groups["a"].min_units == least
+    assert masked_equals_removed(groups, X, {"a": list(range(least, 6))}) is None
