@@ -1,20 +1,25 @@
 """Heads, dimensions of heads, MLPs and the residual stream of transformers, in the ways in which they are written."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.attention_networks import ATTENTION, Block, Encoder, Packed, Separate
 from tp_importance import Budget, count_ops, load_pruned, prunable_groups, prune, save_pruned
+from tp_importance.graph.classes import build_groups
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.history import PruningHistory, repeat
 from tp_importance.graph.masking import masked_units
 from tp_importance.graph.narrowing import narrowed
 from tp_importance.graph.surgery import remove_units
-from tp_importance.graph.verify import sample_units
+from tp_importance.graph.trace_options import TraceOptions
+from tp_importance.graph.tracing import trace
+from tp_importance.graph.verify import Passed, masked_equals_removed, sample_units, verify_groups
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 HEADS = {
@@ -271,3 +276,93 @@ def test_the_least_is_a_few_percent():
     model = CostModel.from_groups(groups)
     least = model.cost({g.name: g.min_units * g.unit_size for g in groups})
     assert least.macs < 0.05 * model.dense.macs
+
+
+class TwoParts(nn.Module):
+    """Queries, keys and values of two parts each: dimensions of either may go alone."""
+
+    def __init__(self, scale=None):
+        super().__init__()
+        self.dims, self.scale = [4, 6], scale
+        self.q, self.k, self.v = (nn.ModuleList(nn.Linear(12, 2 * d) for d in self.dims) for _ in range(3))
+        self.out = nn.Linear(20, 3)
+
+    def heads(self, layers, x):
+        parts = [layer(x).view(*x.shape[:2], 2, d) for layer, d in zip(layers, self.dims, strict=True)]
+        return torch.cat(parts, -1).transpose(1, 2)
+
+    def forward(self, x):
+        q, k, v = (self.heads(layers, x) for layers in (self.q, self.k, self.v))
+        if self.scale is None:
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Repeated(nn.Module):
+    """One layer of attention, several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = Separate(12, 2, 6), nn.Linear(12, 3)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = x + self.layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("removed", [{"q.0": [1]}, {"q.1": [0, 2, 3]}, {"q.0": [0, 1], "q.1": [5]}], ids=str)
+def test_queries_make_up_for_all_dimensions_of_their_attention(removed):
+    torch.manual_seed(0)
+    net, x = TwoParts().double(), torch.randn(2, 5, 12).double()
+    groups = prunable_groups(net, x, attention="dims")
+    assert units(groups) == {"q.0": (8, 4), "q.1": (12, 6)}
+    assert masked_equals_removed(groups, x, removed) is None
+    small = copy.deepcopy(net)
+    for name, gone in removed.items():  # one after the other, by what is known of the groups that are left
+        for unit in reversed(gone):
+            remove_units(groups, {name: [unit]}, model=small)
+            groups = narrowed(groups, {name: [unit]})
+    at_once = copy.deepcopy(net)
+    remove_units(prunable_groups(net, x, attention="dims"), removed, model=at_once)
+    torch.testing.assert_close(small(x), at_once(x), rtol=1e-12, atol=1e-12)
+
+
+def test_queries_of_a_layer_that_runs_several_times_are_multiplied_once():
+    torch.manual_seed(0)
+    net, x = Repeated().double(), torch.randn(2, 5, 12).double()
+    groups = prunable_groups(net, x, attention="dims", ignored_layers=[net.layer.out])
+    (queries,) = groups["layer.q"].queries
+    assert [m.name for m in queries.filters] == ["layer.q"]
+    assert masked_equals_removed(groups, x, {"layer.q": [0]}) is None
+
+
+def test_what_has_passed_with_another_scale_is_tested_again():
+    torch.manual_seed(0)
+    net, x, passed = TwoParts(scale=0.3), torch.randn(2, 5, 12), Passed()
+    traced = trace(net, x, TraceOptions(attention="dims"))
+    (number,) = (i for i, q in enumerate(traced.labels.questions) if any(o.scaled for o in q.options))
+    constant, follows = (
+        build_groups(traced, options=replace(traced.options, choices=(0,) * number + (answer,))) for answer in (0, 1)
+    )
+    assert verify_groups(constant, x, passed=passed) == {}
+    assert set(verify_groups(follows, x, passed=passed)) == {"q.0", "q.1"}
+
+
+class Remembered(Separate):
+    """It keeps what it adds to the scores once it has computed it."""
+
+    table = None
+
+    def forward(self, x):
+        if self.table is None:
+            at = torch.arange(x.shape[1])
+            self.table = -(at[:, None] - at).abs() > -3
+        return super().forward(x) + 0 * self.table.sum()
+
+
+def test_heads_are_found_where_the_first_pass_fills_a_cache():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 12), Remembered(12, 3, 4), nn.Linear(12, 2))
+    groups = prunable_groups(net, torch.randn(2, 5, 3))
+    assert units(groups) == {"0": (12, 12), "1.q": (12, 3), "1.out": (12, 12)} and net[1].table is None

@@ -1,6 +1,7 @@
 """Channels under layer, group and RMS norms: masked means that statistics run over what is kept."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from tp_importance import prunable_groups
 from tp_importance.graph.cost import CostModel
 from tp_importance.graph.kept_statistics import Kept, KeptStatistics, StatisticCall
-from tp_importance.graph.masking import masked_units
+from tp_importance.graph.masking import kept_of, masked_units
 from tp_importance.graph.surgery import remove_units
 from tp_importance.graph.verify import masked_equals_removed, sample_units
 
@@ -241,3 +242,70 @@ def test_gradients_flow_through_kept_statistics():
     x.requires_grad_()
     with KeptStatistics(kept).running(net):
         assert torch.autograd.gradcheck(net, (x,))
+
+
+class Beside(nn.Module):
+    """Channels and the input, under one group norm."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.n, self.c = nn.Conv2d(3, 9, 1), norm, nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        return self.c(self.n(torch.cat([self.a(x), x], 1)))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norm_groups_beside_the_input_stay_of_one_size(affine):
+    net = Beside(nn.GroupNorm(2, 12, affine=affine)).eval()  # the first six; the other three and the input
+    groups = prunable_groups(net, X, verify=False)
+    assert not any(g.n_units > 3 for g in groups)
+    for group in groups:
+        assert masked_equals_removed(groups, X, {group.name: [0]}) is None
+
+
+def test_masks_that_leave_norm_groups_of_two_sizes_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.GroupNorm(4, 12), nn.Conv2d(12, 2, 1)).eval()
+    groups = prunable_groups(net, X)
+    (statistic,) = groups["0"].statistics
+    single = replace(statistic.member, units=statistic.member.channels)  # as if every channel could go alone
+    wrong = replace(groups, groups=[replace(groups["0"], statistics=(replace(statistic, member=single),))])
+    with pytest.raises(ValueError, match=r"would keep \[.*\] channels of its norm groups"):
+        kept_of(wrong, {"0": [0]})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_small_values_under_a_norm_without_eps_are_normalised_alike(dtype):
+    """Whether others are zero or normalised, too: torch adds the eps of float32 to halves."""
+    kept, x = (
+        Kept(-1, torch.tensor([0, 2, 3, 5]), 6),
+        1e-3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
+    )
+    net, made = nn.Sequential(nn.RMSNorm(6)).to(dtype), []
+    for others in ("zero", "norm"):
+        with KeptStatistics({StatisticCall("0", "rms_norm", 0): kept}, others=others).running(net):
+            made.append(net(x.to(dtype))[:, kept.channels])
+    torch.testing.assert_close(*made)
+
+
+def test_a_norm_outside_of_all_modules_keeps_its_channels():
+    """Nothing says where a pass begins, so that its calls could not be told apart from those of the pass before."""
+
+    def forward(net, x):
+        return net[1](F.layer_norm(net[0](x), (net[0].out_features,)))
+
+    net, x = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)), torch.randn(4, 3)
+    groups = prunable_groups(net, x, forward_fn=forward)
+    assert {e.name: e.kind for e in groups.excluded}["0"] == "mixed"
+    inside = nn.Sequential(net[0], nn.LayerNorm(8), net[1])
+    assert len(prunable_groups(inside, x, forward_fn=lambda net, x: net[2](net[1](net[0](x))))) == 1
+
+
+@pytest.mark.parametrize(("correction", "least"), [(1, 2), (0, 1)])
+def test_a_variance_that_divides_by_one_less_keeps_two_channels(correction, least):
+    def norm(x):
+        return x / (x.std(1, correction=correction, keepdim=True) + 1e-3)
+
+    groups = prunable_groups(Net(6, norm).eval(), X)
+    assert groups["a"].min_units == least
+    assert masked_equals_removed(groups, X, {"a": list(range(least, 6))}) is None

@@ -183,3 +183,16 @@ def test_failures_are_not_repeated(monkeypatch):
     monkeypatch.setattr(verify, "remove_units", fails)
     problem = masked_equals_removed(case.groups, case.x, sample_units(case.groups))
     assert problem == "pruning a copy fails: IndexError: out of range" and seen == [None]
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(12), nn.GroupNorm(4, 12), nn.RMSNorm(12)], ids=lambda n: type(n).__name__
+)
+def test_a_wrong_cut_of_a_new_norm_is_seen(norm):
+    """Its weights are all one: with others in their place the network would compute the same."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 12), norm, nn.GELU(), nn.Linear(12, 3)), torch.randn(5, 4)
+    groups = prunable_groups(net, x)
+    members = [dataclasses.replace(m, units=m.units[::-1].copy()) if m.name == "1" else m for m in groups["0"].members]
+    wrong = dataclasses.replace(groups, groups=[dataclasses.replace(groups["0"], members=tuple(members))])
+    assert "differs by" in masked_equals_removed(wrong, x, {"0": [0]}, gated=groups)

@@ -176,3 +176,26 @@ def test_what_counts():
         counted_positions(mask, PaddedForward(lambda b: b.tolist()))
     with pytest.raises(ValueError, match=r"has shape \(2,\)"):
         counted_positions(mask, PaddedForward(lambda b: b[0]))
+
+
+class Flat(Encoder):
+    """Its MLP runs on the tokens of all sequences as rows."""
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embed(input_ids)
+        rows = self.norm2(x).flatten(0, 1)
+        return self.head((x + self.f2(F.gelu(self.f1(rows))).view_as(x))[:, 0])
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_padding_among_rows_does_not_count(mode):
+    weights, example = [], {k: v for k, v in batches(False)[-1].items() if k != "labels"}
+    for padding in (False, True):
+        torch.manual_seed(0)
+        model = Flat().double().eval()
+        dense = model.f2.weight.detach().clone()
+        groups = prunable_groups(model, example)
+        refit_consumers(model, example, batches(padding), {"f1": [1, 5, 8]}, Refit(mode, positions=None), groups=groups)
+        weights.append(model.f2.weight.detach())
+    assert not torch.equal(weights[0], dense)
+    torch.testing.assert_close(*weights, rtol=1e-8, atol=1e-8)

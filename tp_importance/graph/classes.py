@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .groups import ChannelGroup, Excluded, Member, Normalised, PrunableGroups
+from .groups import ChannelGroup, Excluded, Member, Normalised, PrunableGroups, Queries
 from .labels.ledger import Follower, Ledger
 from .labels.reasons import Index, Reason
 from .layer_kinds import CONV, is_depthwise
@@ -172,6 +172,10 @@ def _groups(
             why = tuple(dict.fromkeys(reasons.get(c, ())))[:4]
             alike[tuple(signature), tuple(sorted({kind for kind, _ in why}))].append(c)
     modules = dict(model.named_modules())
+    attending: dict[int | None, list[Place]] = defaultdict(list)
+    for place in places:
+        if place.query is not None:
+            attending[place.query].append(place)
     last = int(max((p.classes.max(initial=0) for p in places), default=0))
     for (signature, _), mine in alike.items():
         first = next(number for number, _ in signature if places[number].kind == "producer")
@@ -193,7 +197,11 @@ def _groups(
             tuple(m for m, place in found if place.attribute),
             tuple(Normalised(p.statistic.call, p.statistic.groups, m) for m, p in found if p.statistic is not None),
             tuple((p.product, m) for m, p in found if p.product is not None),
-            tuple(m for m, p in found if p.is_query),
+            tuple(
+                Queries(_filters(attending[q], unit_of))
+                for q in dict.fromkeys(p.query for _, p in found)
+                if q in attending
+            ),
         )
         yield group, list(dict.fromkeys(r for c in mine for r in reasons.get(c, ())))
 
@@ -209,6 +217,15 @@ def _member(place: Place, unit_of: Index) -> Member:
     units = unit_of[place.classes]  # -1 reads the last entry, which is never used
     at = np.flatnonzero(units >= 0)
     return Member(place.name, place.role, place.kind, at, units[at], len(place.classes), place.axis)
+
+
+def _filters(places: Sequence[Place], unit_of: Index) -> tuple[Member, ...]:
+    """All filters of an attention's queries; unit -1 for those of no unit."""
+    at = [np.flatnonzero(p.classes >= 0) for p in places]
+    return tuple(
+        Member(p.name, p.role, p.kind, here, unit_of[p.classes[here]], len(p.classes))
+        for p, here in zip(places, at, strict=True)
+    )
 
 
 def _fewest(module: nn.Module | None) -> int:

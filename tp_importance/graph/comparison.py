@@ -16,8 +16,10 @@ __all__ = ["StrongNeighbours", "difference", "scrambled_copy"]
 
 
 def scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy whose batch norms do something: at their initial values a wrong surgery can look right.
+    """A copy whose norms and biases do something: at their initial values a wrong surgery can look right.
 
+    Batch norms get new weights; every other parameter of one axis whose entries are all equal, as in a new layer norm,
+    gets others, of the same sign.
     In ``dtype``, or where that is ``None`` in float32 for what is of half precision.
     """
     halves = (torch.float16, torch.bfloat16)
@@ -37,6 +39,11 @@ def scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mod
                 if isinstance(value, Tensor):
                     shape = value.shape
                     value.copy_(torch.rand(shape, generator=generator, device="cpu") * (high - low) + low)
+        for parameter in twin.parameters():
+            if parameter.dim() == 1 and len(parameter) > 1 and parameter.is_floating_point():
+                noise = torch.rand(parameter.shape, generator=generator, device="cpu").to(parameter) - 0.5
+                if bool((parameter == parameter[0]).all()):
+                    parameter.copy_(parameter * (1 + noise) if parameter[0] else noise)
     return twin
 
 

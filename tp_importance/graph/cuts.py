@@ -94,20 +94,25 @@ class Scaling:
 def scalings_of(groups: Iterable[ChannelGroup], cuts: Sequence[Cut]) -> list[Scaling]:
     r"""Queries that make up for a scale :math:`1/\sqrt{d}` of their products with keys that the code computes anew.
 
-    Of d dimensions d' are left, so they are multiplied by :math:`\sqrt{d'/d}`.
+    Of d dimensions d' are left, so all are multiplied by :math:`\sqrt{d'/d}`, whichever groups they are of.
 
     Args:
-        groups: the groups before the cuts.
+        groups: all groups before the cuts.
         cuts: what is cut.
     """
     gone = {cut.name: set(cut.positions) for cut in cuts if cut.side == "out"}
+    attending = {  # groups that share the dimensions of an attention name the same filters
+        tuple((m.name, m.channels.tobytes()) for m in queries.filters): queries.filters
+        for group in groups
+        for queries in group.queries
+    }
     found = []
-    for group in groups:
-        for member in group.queries:
-            rows = set(member.channels.tolist())
-            left = len(rows - gone.get(member.name, set())) / len(rows)
-            if 0 < left < 1:
-                found.append(Scaling(member.name, tuple(sorted(rows)), math.sqrt(left)))
+    for filters in attending.values():
+        rows = {m.name: m.channels.tolist() for m in filters}
+        lost = sum(len(gone.get(name, set()).intersection(own)) for name, own in rows.items())
+        left = 1 - lost / sum(map(len, rows.values()))
+        if 0 < left < 1:
+            found += [Scaling(name, tuple(own), math.sqrt(left)) for name, own in rows.items()]
     return found
 
 

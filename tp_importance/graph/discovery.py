@@ -47,8 +47,8 @@ def prunable_groups(
 
     The network runs once, and labels run along that say which channel an entry of a tensor belongs to: what moves
     data moves them, what sums over channels or adds tensors ties them. Left out, each with its reason, are: the
-    network's outputs; groups with an ignored layer; channels that are normalised or attended together (LayerNorm,
-    GroupNorm, attention), or mixed by an operation that nobody knows; channels that meet padding, constants or the
+    network's outputs; groups with an ignored layer; channels that a softmax, a sum or an operation that nobody knows
+    mixes; channels that meet padding, constants or the
     network's input, which stay as they are; groups of a single unit; groups that some layer reads in training mode only
     (an auxiliary head, which the surgery would not follow); and every group for which removal is not the same as
     masking. The last test (``verify``) prunes a copy and compares it, at every convolution and linear layer and at the

@@ -208,7 +208,7 @@ def _multiplied(groups: PrunableGroups, group: ChannelGroup) -> tuple[Member, ..
     """
     if groups.options.attention != "dims" or not group.products:
         return ()
-    return group.queries or group.producers
+    return tuple(m for queries in group.queries for m in queries.own) or group.producers
 
 
 def _raw(group: ChannelGroup) -> list[Member]:

@@ -27,6 +27,7 @@ __all__ = [
     "Member",
     "Normalised",
     "PrunableGroups",
+    "Queries",
     "Verifier",
 ]
 
@@ -84,6 +85,22 @@ class Normalised:
 
 
 @dataclass(frozen=True, eq=False)
+class Queries:
+    """All filters that make the queries of one attention whose scale follows the number of their dimensions.
+
+    Attributes:
+        filters: per layer; ``units`` is -1 for filters that no unit of the group takes.
+    """
+
+    filters: tuple[Member, ...]
+
+    @property
+    def own(self) -> tuple[Member, ...]:
+        """The layers of which units of the group take filters."""
+        return tuple(m for m in self.filters if (m.units >= 0).any())
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Channels that must live or die together.
 
@@ -104,7 +121,7 @@ class ChannelGroup:
         products: axes of products of data with data whose cost the channels have a part in: the number of the product
             among those of the trace, and the axis.
         queries: filters whose outputs are divided by the root of how many of them a head has: what is left is
-            multiplied by a number when some go.
+            multiplied by a number when some go, of this group or another.
     """
 
     name: str
@@ -118,7 +135,7 @@ class ChannelGroup:
     attributes: tuple[Member, ...] = ()
     statistics: tuple[Normalised, ...] = ()
     products: tuple[tuple[int, Member], ...] = ()
-    queries: tuple[Member, ...] = ()
+    queries: tuple[Queries, ...] = ()
 
     @property
     def n_units(self) -> int:

@@ -205,7 +205,7 @@ def _by_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: di
         made = wide / length.clamp_min(1e-12 if eps is None else eps)
     elif name == "rms_norm":
         dims = tuple(range(-len(given["normalized_shape"]), 0))
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        eps = torch.finfo(wide.dtype).eps if eps is None else eps  # torch computes halves in float32, this too
         made = wide * torch.rsqrt(small.square().mean(dims, keepdim=True) + eps)
     elif name == "layer_norm":
         dims = tuple(range(-len(given["normalized_shape"]), 0))

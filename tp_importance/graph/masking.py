@@ -65,6 +65,9 @@ def kept_of(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> dic
     Args:
         groups: the groups.
         removed: units, by group.
+
+    Raises:
+        ValueError: if norm groups would keep different numbers of channels.
     """
     gone: dict[StatisticCall, list[Index]] = defaultdict(list)
     about: dict[StatisticCall, Normalised] = {}
@@ -78,9 +81,13 @@ def kept_of(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> dic
         statistic = about[call]
         width, axis = statistic.member.width, statistic.member.axis
         kept = np.setdiff1d(np.arange(width), np.concatenate(positions))
-        left = len(np.unique(kept // (width // statistic.groups)))
+        left, sizes = np.unique(kept // (width // statistic.groups), return_counts=True)
+        if len(set(sizes.tolist())) > 1:  # the norm divides what is left evenly: channels would change their norm group
+            raise ValueError(
+                f"{call} would keep {sizes.tolist()} channels of its norm groups, which must be of one size"
+            )
         assert axis is not None
-        found[call] = Kept(axis, torch.as_tensor(kept, device="cpu"), width, left)
+        found[call] = Kept(axis, torch.as_tensor(kept, device="cpu"), width, len(left))
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .groups import ChannelGroup, Dimension, Index, Member, Normalised, PrunableGroups
+from .groups import ChannelGroup, Dimension, Index, Member, Normalised, PrunableGroups, Queries
 
 __all__ = ["narrowed"]
 
@@ -51,7 +51,8 @@ def narrowed(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> Pr
 
 
 def _narrowed(group: ChannelGroup, gone: Index, lost: Mapping[Dimension, Index]) -> ChannelGroup:
-    dimensions = (group.root_dimension, *(m.dimension for m in group.dimensions))
+    attending = (m.dimension for queries in group.queries for m in queries.filters)
+    dimensions = (group.root_dimension, *(m.dimension for m in group.dimensions), *attending)
     if not len(gone) and not any(map(lost.__contains__, dimensions)):
         return group
     stays = np.ones(group.n_units, bool)
@@ -62,11 +63,11 @@ def _narrowed(group: ChannelGroup, gone: Index, lost: Mapping[Dimension, Index])
         return channels - np.searchsorted(lost.get(dimension, gone[:0]), channels)
 
     def cut(member: Member) -> Member:
-        here = stays[member.units]
+        own, here = member.units >= 0, ~np.isin(member.channels, lost.get(member.dimension, gone[:0]))
         return replace(
             member,
             channels=shifted(member.channels[here], member.dimension),
-            units=number[member.units[here]],
+            units=np.where(own, number[member.units], -1)[here],
             width=member.width - len(lost.get(member.dimension, ())),
         )
 
@@ -84,7 +85,7 @@ def _narrowed(group: ChannelGroup, gone: Index, lost: Mapping[Dimension, Index])
         attributes=tuple(map(cut, group.attributes)),
         statistics=tuple(map(normalised, group.statistics)),
         products=tuple((number, cut(axis)) for number, axis in group.products),
-        queries=tuple(map(cut, group.queries)),
+        queries=tuple(Queries(tuple(map(cut, queries.filters))) for queries in group.queries),
         root_channels=shifted(group.root_channels[of_root], group.root_dimension),
         root_units=number[group.root_units[of_root]],
     )

@@ -42,12 +42,12 @@ class Place:
     attribute: bool = False
     statistic: Statistic | None = None
     product: int | None = None
-    is_query: bool = False
+    query: int | None = None
 
     @property
     def is_member(self) -> bool:
         """Whether it loses entries."""
-        return not (self.attribute or self.is_query) and self.statistic is None and self.product is None
+        return not self.attribute and self.statistic is None and self.product is None and self.query is None
 
 
 class Layout:
@@ -162,18 +162,27 @@ def multiplied(ledger: Ledger, classes: Index) -> list[Place]:
 
 
 def queries(ledger: Ledger, classes: Index, options: TraceOptions, places: Sequence[Place]) -> list[Place]:
-    """Filters of queries whose dimensions may go while the code divides by the root of how many there are."""
-    found = []
-    for scaled in ledger.scaled_queries(options.choices):
+    """Filters of queries whose dimensions may go while the code divides by the root of how many there are.
+
+    All of one attention bear its number, also those that stay. A layer that runs several times counts once.
+    """
+    found: list[Place] = []
+    known: set[tuple[Any, ...]] = set()
+    for number, scaled in enumerate(ledger.scaled_queries(options.choices)):
         rows = np.moveaxis(scaled.labels, scaled.axis or -1, -1).reshape(-1, scaled.labels.shape[scaled.axis or -1])
         if all(len(np.unique(classes[row])) == 1 for row in rows):  # whole heads: as many dimensions in each as before
             continue
+        layers: dict[str, Place] = {}
         for site in ledger.sites:
             mine = np.isin(np.arange(site.first, site.first + site.size), scaled.known)
             layer = site.name.removesuffix(".weight").removesuffix(".bias")
             if site.axis == 0 and mine.any() and any(p.name == layer and p.kind == "producer" for p in places):
                 own = np.where(mine, classes[site.first : site.first + site.size], -1)
-                found.append(Place(layer, "out", "passthrough", own, is_query=True))
+                layers.setdefault(layer, Place(layer, "out", "passthrough", own, query=number))
+        content = tuple((place.name, place.classes.tobytes()) for place in layers.values())
+        if content not in known:
+            known.add(content)
+            found += layers.values()
     return found
 
 

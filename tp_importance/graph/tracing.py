@@ -118,7 +118,8 @@ def trace(
             run: Callable[[nn.Module, Any], Any], answers: Mapping[int, int], before: Ledger | None = None
         ) -> Ledger:
             inputs, outputs = fresh_inputs(example_inputs), partial(output_tensors, transform=options.output_transform)
-            return labels_of(model, inputs, run, outputs, axes=axes, custom=custom, answers=answers, before=before)
+            with untouched(model):  # what the first pass caches would change the numbers of operations in the second
+                return labels_of(model, inputs, run, outputs, axes=axes, custom=custom, answers=answers, before=before)
 
         recorder = CallRecorder(model)
         try:

@@ -263,8 +263,10 @@ class _Examiner:
 
 def _content(group: ChannelGroup) -> Hashable:
     """What two groups have in common whose removal is the same."""
-    members = [*group.members, *group.attributes]
-    return group.name, group.min_units, *((m.dimension, m.channels.tobytes(), m.units.tobytes()) for m in members)
+    members = [*group.dimensions, *(m for queries in group.queries for m in queries.filters)]
+    norms = tuple(s.groups for s in group.statistics)
+    places = ((m.dimension, m.channels.tobytes(), m.units.tobytes()) for m in members)
+    return group.name, group.min_units, norms, len(group.queries), *places
 
 
 def _surgery(groups: PrunableGroups) -> Surgery:

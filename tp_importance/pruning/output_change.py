@@ -63,10 +63,11 @@ class Outputs:
         pairs = list(zip(self._before, self._rows(model), strict=False))
         if not pairs or any(a.shape != b.shape for a, b in pairs):
             return None
-        before, after = (torch.cat(rows) for rows in zip(*pairs, strict=True))
-        error = (after - before).norm() / before.norm().clamp(min=1e-30)
-        cosine = torch.nn.functional.cosine_similarity(before, after, dim=1).mean()
-        return OutputChange(len(before), float(error), float(cosine))
+        # batches may be of different lengths, of text, say
+        error = sum(float((b - a).square().sum()) for a, b in pairs)
+        size = sum(float(a.square().sum()) for a, _ in pairs)
+        cosines = torch.cat([torch.nn.functional.cosine_similarity(a, b, dim=1) for a, b in pairs])
+        return OutputChange(len(cosines), (error / max(size, 1e-60)) ** 0.5, float(cosines.mean()))
 
     def _rows(self, model: nn.Module) -> Iterator[Tensor]:
         """All outputs of a batch, one row per sample, (n, d)."""

@@ -144,6 +144,8 @@ def labels_per_position(name: str, module: nn.Module, x: Tensor, out: Tensor, la
         out: its output, or a tensor of its shape.
         labels: of samples, shape (N,), or of their positions, shape (N, T).
     """
+    if labels.dim() == x.dim() == 2 and len(x) == labels.numel():  # the tokens of all samples, one per row
+        return labels.flatten()
     if labels.dim() < 2 or len(x) != len(labels):
         return labels_per_row(name, x, labels)
     first, sizes = labels.shape[1], out.shape[2:] if isinstance(module, CONV) else x.shape[1:-1]

@@ -100,11 +100,9 @@ def watch_residual_sums(
             if now is not None and bool((now < 0).any()):
                 module = model.get_submodule(first)
                 kept = labels_per_position(first, module, x, x, now) >= 0
-                x = (
-                    x.flatten(1, -2)[kept]
-                    if kept.dim() == 2 and not channels_first
-                    else x[labels_per_row(first, x, now) >= 0]
-                )
+                if kept.dim() == 2 and channels_first:
+                    kept = labels_per_row(first, x, now) >= 0
+                x = x.flatten(1, -2)[kept] if kept.dim() == 2 else x[kept]
             if not len(x):
                 return
             x = at_least_float(x if channels_first else x.flatten(0, -2))

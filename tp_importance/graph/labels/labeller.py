@@ -176,7 +176,7 @@ class Labeller(TorchDispatchMode):
     def statistic(self, layer: Tensor, axis: int, groups: int = 1) -> bool:
         """See :meth:`~.calls.Run.statistic`."""
         call = self._sizes.statistic
-        if call is None:
+        if call is None or not self._open:  # outside of all modules nobody counts the calls of later passes
             return False
         labels, pairs = along(layer, axis)
         self.ledger.tie(pairs)

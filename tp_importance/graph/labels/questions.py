@@ -47,16 +47,22 @@ def norm_groups_question(labels: Tensor, followers: Sequence[Follower], where: s
         where: for people.
 
     Returns:
-        ``None`` if there is a single group: any channel can go.
+        ``None`` if there is a single group: any channel can go. What would go with an entry without a label is pinned.
     """
     if labels.shape[0] == 1:
         return None
     known = _known(labels)
-    options = [Option(EACH, merged(labels, 0)[1].cpu().numpy())]
+    each, whole = (_in_step(labels, axis) for axis in (0, 1))
+    options = [Option(EACH, merged(labels, 0)[1].cpu().numpy(), each)]
     if followers:
-        options.append(Option(WHOLE, merged(labels, 1)[1].cpu().numpy(), followers=tuple(followers)))
+        options.append(Option(WHOLE, merged(labels, 1)[1].cpu().numpy(), whole, tuple(followers)))
     options.append(Option("the norm's groups stay as they are", pinned=known))
     return Question(where, known, tuple(options), factors=True)
+
+
+def _in_step(labels: Tensor, axis: int) -> Index:
+    """Labels that share an axis with entries without one: those stay, so these do, or norm groups would differ."""
+    return _known(labels * (labels == 0).any(axis, keepdim=True))
 
 
 def scale_question(found: Attended, dense: Attended) -> Question:

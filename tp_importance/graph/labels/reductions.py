@@ -42,7 +42,18 @@ def _normalises(run: Run, call: Call, x: Tensor, layer: Tensor, axes: Iterable[i
     its own mean belongs to other channels.
     """
     axes = list(axes)
-    return call.name in _STATISTICS and len(axes) == 1 and run.depends(x) and run.statistic(layer, axes[0])
+    found = call.name in _STATISTICS and len(axes) == 1 and run.depends(x) and run.statistic(layer, axes[0])
+    if found and _divides_by_one_less(call) and x.shape[axes[0]] == call.inputs[0].numel() // call.outputs[0].numel():
+        run.ledger.several.append(compact(layer).unique().cpu().numpy())  # of a single channel it is not a number
+    return found
+
+
+def _divides_by_one_less(call: Call) -> bool:
+    """Whether a variance is divided by one less than the number of entries."""
+    names = [a.name for a in call.func._schema.arguments]
+    if "unbiased" in names:
+        return bool(call.argument(names.index("unbiased"), "unbiased", True))
+    return "correction" in names and call.kwargs.get("correction", 1) in (None, 1)
 
 
 def fold(run: Run, layer: Tensor, dims: Iterable[int], where: str) -> Tensor | None:
