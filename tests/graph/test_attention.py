@@ -366,3 +366,96 @@ def test_heads_are_found_where_the_first_pass_fills_a_cache():
     net = nn.Sequential(nn.Linear(3, 12), Remembered(12, 3, 4), nn.Linear(12, 2))
     groups = prunable_groups(net, torch.randn(2, 5, 3))
     assert units(groups) == {"0": (12, 12), "1.q": (12, 3), "1.out": (12, 12)} and net[1].table is None
+
+
+class Cross(nn.Module):
+    """Attention of one stream to another, or to itself."""
+
+    def __init__(self, width, other, heads, dim):
+        super().__init__()
+        self.dim, self.q = dim, nn.Linear(width, heads * dim)
+        self.k, self.v, self.out = nn.Linear(other, heads * dim), nn.Linear(other, heads * dim), nn.Linear(24, width)
+
+    def forward(self, x, y):
+        q, k, v = (t.unflatten(-1, (-1, self.dim)).transpose(1, 2) for t in (self.q(x), self.k(y), self.v(y)))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Latents(nn.Module):
+    """Learned tokens attend to the inputs, as in Perceiver: a norm sees them before any data."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.latents, self.norm, self.attention = nn.Parameter(torch.randn(4, 24)), norm(24), Cross(24, 6, 3, 8)
+        self.up, self.down, self.head = nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        latents = self.latents.expand(len(x), -1, -1)
+        latents = latents + self.attention(self.norm(latents), x)
+        return self.head((latents + self.down(F.gelu(self.up(latents)))).mean(1))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_learned_tokens_are_a_stream(norm):
+    torch.manual_seed(0)
+    net, x = Latents(norm).requires_grad_(False), torch.randn(2, 7, 6)  # torch counts no views of parameters
+    groups = prunable_groups(net, x)
+    assert units(groups) == {"attention.q": (24, 3), "attention.out": (24, 24), "up": (40, 40)}
+    small, removed = copy.deepcopy(net), sample_units(groups)
+    remove_units(groups, removed, model=small)
+    assert small.latents.shape == (4, 24 - len(removed["attention.out"]))
+    with torch.no_grad(), masked_units(net, groups, removed):
+        torch.testing.assert_close(small(x), net(x))
+    widths = {n: groups[n].width - len(u) * groups[n].unit_size for n, u in removed.items()}
+    assert CostModel.from_groups(groups).cost(widths).macs == count_ops(small, x)[0] == _macs_of_torch(small, x)
+
+
+def _macs_of_torch(net, x):
+    """Per sample."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), torch.no_grad():
+        with FlopCounterMode(display=False) as flops:
+            net(x)
+    return flops.get_total_flops() / 2 / len(x)
+
+
+def test_products_of_three_tensors_are_counted():
+    class Linear(nn.Module):
+        """Attention without a softmax, its products in the order in which they are cheap."""
+
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 72), nn.Linear(24, 5)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, -1, 8)).permute(2, 0, 3, 1, 4)
+            q, k = F.elu(q) + 1, F.elu(k) + 1
+            z = 1 / torch.einsum("bhnd,bhd->bhn", q, k.sum(2))
+            y = torch.einsum("bhnd,bhde,bhn->bhne", q, torch.einsum("bhnd,bhne->bhde", k, v), z)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    net, x = Linear(), torch.randn(2, 7, 6)
+    assert count_ops(net, x)[0] == _macs_of_torch(net, x)
+    assert units(prunable_groups(net, x)) == {"qkv": (72, 3)}
+
+
+def test_what_is_added_to_a_product_with_weight_zero_does_not_matter():
+    class Merged(nn.Module):
+        """Heads are part of the batch, and empty memory stands for a mask that is not there, as in diffusers."""
+
+        def __init__(self):
+            super().__init__()
+            self.heads, self.scale = 3, 8**-0.5
+            self.q, self.k, self.v, self.out = (nn.Linear(*sizes) for sizes in [(6, 24)] * 3 + [(24, 5)])
+
+        def forward(self, x):
+            q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            q, k, v = (t.reshape(-1, *t.shape[2:]) for t in (q, k, v))
+            empty = torch.empty(len(q), q.shape[1], k.shape[1], dtype=q.dtype)
+            scores = torch.baddbmm(empty, q, k.mT, beta=0, alpha=self.scale)
+            y = torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, self.heads))
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    net, x = Merged(), torch.randn(2, 7, 6)
+    assert units(prunable_groups(net, x)) == {"q": (24, 3)}

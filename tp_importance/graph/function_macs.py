@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..core.batches import tensors_in
 
 __all__ = [
     "FORMULAS",
@@ -55,18 +58,35 @@ def _contraction(out: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -
     return out.numel() * math.isqrt(left.numel() * right.numel() // max(out.numel(), 1))
 
 
-def _einsum(out: Tensor, equation: str, *operands: Any, **__: Any) -> int:
-    """The product of the sizes of all indices, for two operands."""
-    given = _operands_of((equation, *operands))
+def _einsum(_out: Tensor, equation: str, *operands: Any, **__: Any) -> int:
+    """The product of the sizes of all indices, for two operands; more are multiplied two at a time, from the left."""
+    given = tensors_in(operands)
+    terms, arrow, result = equation.replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
-    for term, tensor in zip(equation.replace(" ", "").split("->")[0].split(","), given, strict=True):
-        front, _, back = term.partition("...") if "..." in term else (term, "", "")
-        inner = tensor.shape[len(front) : tensor.dim() - len(back)]
-        shape = [*tensor.shape[: len(front)], *tensor.shape[tensor.dim() - len(back) :]]
-        places = [f".{i}" for i in range(len(inner), 0, -1)]  # counted from the right, as they are broadcast
-        for letter, size in zip([*front, *back, *places], [*shape, *inner], strict=True):
-            sizes[letter] = max(size, sizes.get(letter, 1))
-    return math.prod(sizes.values())
+    letters = [_letters(term, tensor, sizes) for term, tensor in zip(terms.split(","), given, strict=True)]
+    if len(given) == 2:
+        return math.prod(sizes.values())
+    if not arrow or "." in equation or torch.backends.opt_einsum.is_available():  # which asks for a path
+        raise NotImplementedError
+    total, left = 0, letters[0]
+    for i, right in enumerate(letters[1:], 1):
+        later = set(result).union(*letters[i + 1 :])
+        if (left & right) - later:  # else they are multiplied entry by entry
+            total += math.prod(sizes[c] for c in (left & right) | ((left | right) & later))
+        left = (left | right) & later
+    return total
+
+
+def _letters(term: str, tensor: Tensor, sizes: dict[str, int]) -> set[str]:
+    """The indices of one operand; their sizes are noted."""
+    front, _, back = term.partition("...") if "..." in term else (term, "", "")
+    inner = tensor.shape[len(front) : tensor.dim() - len(back)]
+    shape = [*tensor.shape[: len(front)], *tensor.shape[tensor.dim() - len(back) :]]
+    places = [f".{i}" for i in range(len(inner), 0, -1)]  # counted from the right, as they are broadcast
+    letters = [*front, *back, *places]
+    for letter, size in zip(letters, [*shape, *inner], strict=True):
+        sizes[letter] = max(size, sizes.get(letter, 1))
+    return set(letters)
 
 
 def _bilinear(out: Tensor, _left: Tensor, _right: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["STATISTICS", "CallCounter", "Kept", "KeptStatistics", "StatisticCall", "function_name"]
+__all__ = ["NORMS", "STATISTICS", "CallCounter", "Kept", "KeptStatistics", "StatisticCall", "function_name"]
 
-_NORMS = ("layer_norm", "rms_norm", "group_norm")
+NORMS = ("layer_norm", "rms_norm", "group_norm")
+"""Functions that are norms as a whole."""
 _REDUCTIONS = ("mean", "var", "std", "var_mean", "std_mean", "norm", "vector_norm", "linalg_vector_norm")
-STATISTICS = frozenset((*_NORMS, *_REDUCTIONS, "normalize"))
+STATISTICS = frozenset((*NORMS, *_REDUCTIONS, "normalize"))
 """Functions of torch, by name, that may run over the kept channels alone."""
 
 
@@ -172,7 +173,7 @@ def _over_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: 
     x, rest, named = _split(name, kept, args, kwargs)
     at = kept.channels.to(x.device)
     small = x.index_select(kept.axis, at)
-    if name not in (*_NORMS, "normalize"):
+    if name not in (*NORMS, "normalize"):
         return func(small, *rest, **named)
     if name == "normalize":
         made = func(small, *rest, **named)
@@ -192,7 +193,7 @@ def _over_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: 
 
 def _by_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply a norm to all channels, with statistics of those that are kept."""
-    if name not in (*_NORMS, "normalize"):
+    if name not in (*NORMS, "normalize"):
         return _over_kept(func, name, kept, args, kwargs)
     x, rest, named = _split(name, kept, args, kwargs)
     given, at = _arguments(name, rest, named), kept.channels.to(x.device)

@@ -145,7 +145,9 @@ class Operations(TorchFunctionMode):
     def _count(self, name: str, operands: list[Any], out: Tensor, mapped: bool) -> None:
         factors = tensors_in(operands[WEIGHTS.get(name, slice(None))])
         weights = self._weights_of(factors)
-        if name in PRODUCTS and not mapped and all(self._origin(t) is None for t in factors[:2]):
+        # what is attended is multiplied entry by entry for every sample, even if queries are learned
+        attended = name == "scaled_dot_product_attention"
+        if name in PRODUCTS and not mapped and (attended or all(self._origin(t) is None for t in factors[:2])):
             self._count_product(name, operands, out)
             return
         if not weights:

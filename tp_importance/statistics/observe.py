@@ -129,7 +129,9 @@ def observe(
             labels = batch_labels(batch, label_fn, forward_fn, need_labels)
             if wanted is not None:
                 labels = torch.where(torch.isin(labels, wanted), labels, -1)
-            current[:] = [with_positions(labels, counted_positions(batch, forward_fn)).to(device)]
+            known = need_labels or label_fn is not None
+            marks = labels if known else labels.clamp(max=0)  # 0 and -1 say what counts, of any number of rows
+            current[:] = [with_positions(marks, counted_positions(batch, forward_fn)).to(device)]
             if before_batch is not None:
                 before_batch(current[0])
             output = run_batch(model, batch, forward_fn)

@@ -80,11 +80,12 @@ class Run(Protocol):
     def pieces(self, tensor: Tensor, layer: Tensor, axis: int, bounds: Sequence[tuple[int, int]], call: Call) -> None:
         """The labelled axis of a tensor is cut into pieces, given by first index and index behind the last."""
 
-    def statistic(self, layer: Tensor, axis: int, groups: int = 1) -> bool:
+    def statistic(self, tensor: Tensor, layer: Tensor, axis: int, groups: int = 1) -> bool:
         """The function that runs takes a mean, a variance or a norm over all channels of a labelled axis.
 
         Returns:
-            Whether later passes can find the call again, so that it may run over the channels that are kept.
+            Whether these are activations, and later passes can find the call again, so that it may run over the
+            channels that are kept.
         """
 
     def norm_groups(self, labels: Tensor, call: Call) -> None:

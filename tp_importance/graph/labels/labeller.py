@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...core.batches import tensors_in
 from ...core.forward import layer_input
+from ..kept_statistics import NORMS
 from ..layer_pruners import RECURRENT
 from .attributes import Named, WatchedSizes
 from .calls import Call, Layers
@@ -173,10 +174,12 @@ class Labeller(TorchDispatchMode):
         labels = compact(layer).flatten()
         self._cuts.add(tensor, axis, labels, bounds, self._sizes, call)
 
-    def statistic(self, layer: Tensor, axis: int, groups: int = 1) -> bool:
+    def statistic(self, tensor: Tensor, layer: Tensor, axis: int, groups: int = 1) -> bool:
         """See :meth:`~.calls.Run.statistic`."""
         call = self._sizes.statistic
         if call is None or not self._open:  # outside of all modules nobody counts the calls of later passes
+            return False
+        if not (self.depends(tensor) or call.function in NORMS) or self._of_own_weight(compact(layer)):
             return False
         labels, pairs = along(layer, axis)
         self.ledger.tie(pairs)

@@ -39,10 +39,10 @@ def _normalises(run: Run, call: Call, x: Tensor, layer: Tensor, axes: Iterable[i
     """Whether an operation takes a mean, a variance or a norm of activations over one axis of channels.
 
     Where it does, it can do so over the channels that are kept. Computed weights are another matter: what is divided by
-    its own mean belongs to other channels.
+    its own mean belongs to other channels. Learned tokens are activations, too, if it is a whole norm that sees them.
     """
     axes = list(axes)
-    found = call.name in _STATISTICS and len(axes) == 1 and run.depends(x) and run.statistic(layer, axes[0])
+    found = call.name in _STATISTICS and len(axes) == 1 and run.statistic(x, layer, axes[0])
     if found and _divides_by_one_less(call) and x.shape[axes[0]] == call.inputs[0].numel() // call.outputs[0].numel():
         run.ledger.several.append(compact(layer).unique().cpu().numpy())  # of a single channel it is not a number
     return found
@@ -129,7 +129,7 @@ def group_norm(run: Run, call: Call) -> list[Layers]:
     x, groups = call.args[0], call.args[6]
     if groups < x.shape[1]:
         for layer in run.layers(x):
-            if axes_of(layer) == (1,) and run.depends(x) and run.statistic(layer, 1, groups):
+            if axes_of(layer) == (1,) and run.statistic(x, layer, 1, groups):
                 run.norm_groups(compact(layer).flatten().view(groups, -1), call)
             elif 1 in axes_of(layer):
                 run.flag(layer, "mixed", f"{call.where} normalises over its channels")
