@@ -80,10 +80,14 @@ class Attends(nn.Module):
 
 def test_count_of_attention():
     layer = nn.TransformerEncoderLayer(16, 2, 40, batch_first=True)
-    assert count_ops(layer, torch.zeros(3, 5, 16))[0] == 5 * (4 * 16 * 16 + 2 * 16 * 40)
+    layers, products = 5 * (4 * 16 * 16 + 2 * 16 * 40), 2 * 5 * 5 * 16
+    assert count_ops(layer, torch.zeros(3, 5, 16))[0] == layers + products
+    assert count_ops(layer, torch.zeros(3, 5, 16), attention=False)[0] == layers
     query, memory = torch.zeros(3, 5, 16), torch.zeros(3, 7, 16)
-    assert count_ops(Attends(), (query, memory))[0] == 2 * 5 * 16 * 16 + 2 * 7 * 16 * 16
-    assert count_ops(Attends(kdim=8, vdim=8), (query, memory[..., :8]))[0] == 2 * 5 * 16 * 16 + 2 * 7 * 16 * 8
+    products = 2 * 5 * 7 * 16
+    assert count_ops(Attends(), (query, memory))[0] == 2 * 5 * 16 * 16 + 2 * 7 * 16 * 16 + products
+    found = count_ops(Attends(kdim=8, vdim=8), (query, memory[..., :8]))[0]
+    assert found == 2 * 5 * 16 * 16 + 2 * 7 * 16 * 8 + products
 
 
 def test_count_refuses_inputs_whose_first_dimension_is_no_batch():
