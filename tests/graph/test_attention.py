@@ -459,3 +459,31 @@ def test_what_is_added_to_a_product_with_weight_zero_does_not_matter():
     torch.manual_seed(0)
     net, x = Merged(), torch.randn(2, 7, 6)
     assert units(prunable_groups(net, x)) == {"q": (24, 3)}
+
+
+@pytest.mark.parametrize("way", ["einsum", "fused"])
+def test_heads_of_queries_that_share_one_head_of_keys(way):
+    """Keys and values of a single head stay; their dimensions are no reason for the heads of the queries to."""
+
+    class MultiQuery(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.dim = 4, 6
+            self.q, self.kv, self.out = nn.Linear(16, 24), nn.Linear(16, 12), nn.Linear(24, 16)
+
+        def forward(self, x):
+            q = self.q(x).view(*x.shape[:-1], self.heads, self.dim).transpose(1, 2)
+            k, v = self.kv(x).split(self.dim, -1)
+            if way == "einsum":
+                scores = torch.einsum("bhid,bjd->bhij", q, k) * self.dim**-0.5
+                y = torch.einsum("bhij,bjd->bhid", scores.softmax(-1), v)
+            else:
+                k, v = (t[:, None].expand(-1, self.heads, -1, -1) for t in (k, v))
+                y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(1, 2).reshape(*x.shape[:-1], self.heads * self.dim))
+
+    torch.manual_seed(0)
+    groups = prunable_groups(nn.Sequential(MultiQuery(), nn.Linear(16, 3)).eval(), torch.randn(2, 5, 16))
+    assert units(groups) == {"0.q": (24, 4), "0.out": (16, 16)}
+    (reason,) = [e.reason for e in groups.excluded if e.kind == "mixed"]
+    assert "no whole heads: see attention='dims'" in reason

@@ -275,7 +275,7 @@ def _attended(ledger: Ledger, classes: Index, asked: Sequence[Index], attention:
     named = np.unique(classes[np.concatenate([np.zeros(0, np.int64), *asked])])
     for found in ledger.attended:
         by_heads, by_dims = found.varies
-        if not (by_dims if attention == "heads" else by_heads if attention == "dims" else True):
+        if found.may_go(attention):
             continue
         how = ""
         if attention != "none":

@@ -119,8 +119,19 @@ def trace(
         ) -> Ledger:
             inputs, outputs = fresh_inputs(example_inputs), partial(output_tensors, transform=options.output_transform)
             with untouched(model):  # what the first pass caches would change the numbers of operations in the second
-                return labels_of(model, inputs, run, outputs, axes=axes, custom=custom, answers=answers, before=before)
+                return labels_of(
+                    model,
+                    inputs,
+                    run,
+                    outputs,
+                    axes=axes,
+                    custom=custom,
+                    answers=answers,
+                    before=before,
+                    attention=attention,
+                )
 
+        attention = "" if options.with_heads else options.attention  # of layers that the user names dimensions go
         recorder = CallRecorder(model)
         try:
             ledger = labels(lambda net, inputs: recorder.run(net, inputs, options.forward_fn), {})

@@ -96,7 +96,7 @@ class Run(Protocol):
 
     def attend(
         self, layer: Tensor, axes: Sequence[int], where: str, *, queries: Literal["yes", "no", "perhaps"]
-    ) -> None:
+    ) -> bool:
         """A product of data with data reads a tensor.
 
         Args:
@@ -104,4 +104,7 @@ class Run(Protocol):
             axes: of which one may be that of dimensions, counted from the end.
             where: for people.
             queries: whether the code divides it by the root of the number of its dimensions, as it is then.
+
+        Returns:
+            Whether some of it may go; what has to stay need not be followed.
         """

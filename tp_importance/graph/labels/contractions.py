@@ -123,10 +123,7 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
     """Layers of the matrix product of a, shape (..., n, k), and b, shape (..., k, m)."""
     la, lb = run.layers(a), run.layers(b)
     if run.depends(a) and run.depends(b):
-        for tensor, layers in ((a, la), (b, lb)):
-            for layer in layers:
-                asks = tensor is a and a.dim() - 1 in axes_of(layer)
-                run.attend(layer, (-1, -2) if tensor.dim() > 1 else (-1,), where, queries="perhaps" if asks else "no")
+        la, lb = (tuple(v for v in layers if _attends(run, t, v, t is a, where)) for t, layers in ((a, la), (b, lb)))
         fronts = [
             labels_along(la, k) if labels_along(la, k) is not None else labels_along(lb, k) for k in range(a.dim() - 2)
         ]
@@ -154,6 +151,12 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
     if any(layers for _, layers in batches):  # heads, say: matrices of one with those of the other
         kept += run.combine(batches, out.shape, where)
     return tuple(kept)
+
+
+def _attends(run: Run, tensor: Tensor, layer: Tensor, left: bool, where: str) -> bool:
+    """Tell the pass of a factor of a product of data with data; whether some of it may go."""
+    asks = left and tensor.dim() - 1 in axes_of(layer)
+    return run.attend(layer, (-1, -2) if tensor.dim() > 1 else (-1,), where, queries="perhaps" if asks else "no")
 
 
 def match_products(run: Run, a: Tensor, b: Tensor, summed: list[Tensor], other: list[Tensor], where: str) -> None:

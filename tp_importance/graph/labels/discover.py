@@ -27,6 +27,7 @@ def labels_of(
     custom: Mapping[str, Any] | None = None,
     answers: Mapping[int, int] | None = None,
     before: Ledger | None = None,
+    attention: str = "",
 ) -> Ledger:
     """Run a network once with labels beside all tensors.
 
@@ -38,6 +39,7 @@ def labels_of(
         axes: parameters of which one axis alone may lose entries, by identity.
         custom: pruning functions of the user's, by qualified name of the module: what runs inside is not looked at.
         before: what an earlier pass has found out.
+        attention: of which factor of attention something may go, ``""``: of any.
         answers: what an earlier pass has found out about attention, see :func:`.attention.answers`.
 
     Returns:
@@ -45,7 +47,15 @@ def labels_of(
     """
     ledger, sizes = Ledger(), WatchedSizes()
     labeller = Labeller(
-        model, ledger, sizes, tensors_in(inputs), dict(axes or {}), dict(custom or {}), dict(answers or {}), before
+        model,
+        ledger,
+        sizes,
+        tensors_in(inputs),
+        dict(axes or {}),
+        dict(custom or {}),
+        dict(answers or {}),
+        before,
+        attention,
     )
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(named_sizes(model))

@@ -44,6 +44,7 @@ class Labeller(TorchDispatchMode):
         custom: pruning functions of the user's, by qualified name of the module.
         answers: the axis that shrinks of splits that an earlier pass has met, by number of the operation.
         before: what that pass has found out.
+        attention: of which factor of attention something may go, ``""``: of any.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class Labeller(TorchDispatchMode):
         custom: dict[str, Any] | None = None,
         answers: dict[int, int] | None = None,
         before: Ledger | None = None,
+        attention: str = "",
     ) -> None:
         super().__init__()
         self.ledger, self._sizes, self._axes = ledger, sizes, axes or {}
         self._number, self._answers, self._before = -1, answers or {}, before
+        self._attention, self._heads = attention, set[int]()
         self._model, self._cuts = type(model).__name__, Pieces()
         # a tensor that the pass has made, with its layers, and whether it depends on the inputs
         self._known: Any = WeakTensorKeyDictionary()
@@ -193,21 +196,27 @@ class Labeller(TorchDispatchMode):
         if axis in axes_of(layer):
             labels, pairs = along(layer, axis)
             self.ledger.tie(pairs)
+            self._heads.update(labels.tolist())
             return on_axis(labels, axis, layer.shape)
         self.ledger.ask(factors_question(layer, call.where, self._number))
         return layer
 
-    def attend(self, layer: Tensor, axes: Sequence[int], where: str, *, queries: str) -> None:
+    def attend(self, layer: Tensor, axes: Sequence[int], where: str, *, queries: str) -> bool:
         """See :meth:`~.calls.Run.attend`."""
-        found = self.ledger.attend(compact(layer), axes, where, self._number)
+        small = compact(layer)
+        settled = self._attention == "heads" and self._heads.issuperset(small[small > 0].tolist())
+        found = self.ledger.attend(small, () if settled else axes, where, self._number)
+        if not found.may_go(self._attention):
+            return False
         if queries == "no" or found.axis is None:
-            return
+            return True
         before = self._before.attended if self._before is not None else ()  # there every filter has a label of its own
         dense = next((a for a in before if a.number == self._number and a.axis is not None), found)
         if queries == "yes":
             self.ledger.scaled.append(dense)
         else:
             self.ledger.ask(scale_question(found, dense))
+        return True
 
     def norm_groups(self, labels: Tensor, call: Call) -> None:
         """See :meth:`~.calls.Run.norm_groups`."""

@@ -111,6 +111,11 @@ class Attended:
         axes = {axis for axis, size in enumerate(self.labels.shape) if size > 1}
         return bool(axes - {self.axis}), self.axis is not None
 
+    def may_go(self, attention: str) -> bool:
+        """Whether what is varied is only what a unit of attention is: heads or dimensions; ``""``: anything may go."""
+        by_heads, by_dims = self.varies
+        return {"heads": not by_dims, "dims": not by_heads, "none": False}.get(attention, True)
+
     def places(self) -> tuple[Index, Index, Index]:
         """Every label once, its index among the dimensions, and its first index along all other axes."""
         axis = self.labels.ndim - 1 if self.axis is None else self.axis

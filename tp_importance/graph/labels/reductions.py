@@ -163,12 +163,13 @@ def attention(run: Run, call: Call) -> list[Layers]:
     shape = call.outputs[0].shape
     given = [_for_every_head(t, run.layers(t), shape) for t in call.args[:3]]
     (query, of_query), (key, of_key), (value, of_value) = given
-    heads: list[tuple[Tensor, Layers]] = []
-    for tensor, layers in given:
-        own: Literal["yes", "no"] = "yes" if tensor is query and call.kwargs.get("scale") is None else "no"
-        for layer in layers:
-            run.attend(layer, (-1,), call.where, queries=own)
-        heads.append((tensor, _of_heads(layers, shape)))
+    scaled: Literal["yes", "no"] = "yes" if call.kwargs.get("scale") is None else "no"
+    of_query, of_key, of_value = (
+        tuple(v for v in layers if run.attend(v, (-1,), call.where, queries=asked))
+        for layers, asked in ((of_query, scaled), (of_key, "no"), (of_value, "no"))
+    )
+    given = [(query, of_query), (key, of_key), (value, of_value)]
+    heads: list[tuple[Tensor, Layers]] = [(tensor, _of_heads(layers, shape)) for tensor, layers in given]
     fronts = [labels_along(of_query, k) for k in range(query.dim() - 2)]
     pairs = shape[:-1].numel() * key.shape[-2]
     run.ledger.count(pairs * query.shape[-1], [*fronts, labels_along(of_query, query.dim() - 1)])
