@@ -27,7 +27,7 @@ from tp_importance.pruning.target import PruningTarget
 
 from .._compat import import_nni
 from ..config import Config, Masks
-from ..masked_norms import MaskedNorms
+from ..surgery.masked_norms import MaskedNorms
 from ..wrappers import SharedWrappers, require_unwrapped
 from .selection import (
     aligned_norms,

@@ -16,8 +16,8 @@ from tp_importance.graph.masking import masked_units
 from tp_importance.graph.reparametrised import computed_tensors
 
 from .._compat import NNIUnavailableError
-from ..masked_norms import under_norms
 from .groups import remove_groups
+from .masked_norms import under_norms
 from .masks import apply_masks
 from .model_speedup import shrink
 from .result import Changes, changes_of, check_widths, output_difference, width_changes

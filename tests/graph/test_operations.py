@@ -53,7 +53,6 @@ COUNTED = {
     "scale and shift": (lambda m, x, w, b: x * w + b, [(6, 8), (8,)], 0),
     "embedding": (lambda m, x, w: F.embedding(x.argmax(2), w), [(8, 5)], 0),
     "a matrix that is a buffer": (lambda m, x, w: (x @ m.constant) * w, [(8,)], 0),
-    "data with data": (lambda m, x, w: (x * w) @ x.mT, [(8,)], 0),
     "weights that are data": (lambda m, x, b: F.linear(x, x[0].detach(), b), [(6,)], 0),
     "weights with weights": (lambda m, x, v, w: x + (v @ w).sum(), [(8, 2), (2, 5)], 0),
     "weights with positions": (lambda m, x, w: x + torch.arange(6.0)[:, None] @ w, [(1, 8)], 0),
@@ -69,6 +68,13 @@ def test_functions_are_counted(name):
     assert sum(traced.functional.values()) == 2 * macs and not traced.uncounted
 
 
+def test_products_of_data_with_data_are_counted_apart():
+    model, x = Function(lambda m, x, w: (x * w) @ x.mT, (8,)).eval(), torch.randn(2, 6, 8)
+    assert count_ops(model, x)[0] == 6 * 6 * 8 and count_ops(model, x, attention=False)[0] == 0
+    traced = trace(model, x)
+    assert traced.products == 2 * 6 * 6 * 8 and not traced.functional and not traced.uncounted
+
+
 LAYERS = {
     "LSTM": (lambda: nn.LSTM(8, 4, batch_first=True), 6 * 4 * 4 * (8 + 4)),
     "two layers, both ways": (
@@ -78,7 +84,7 @@ LAYERS = {
     "projected": (lambda: nn.LSTM(8, 4, proj_size=2, batch_first=True), 6 * (16 * 8 + 16 * 2 + 2 * 4)),
     "RNN": (lambda: nn.RNN(8, 4, batch_first=True), 6 * 4 * (8 + 4)),
     "LayerNorm": (lambda: nn.LayerNorm([6, 8]), 0),
-    "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), 4 * 6 * 8 * 8),
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), 4 * 6 * 8 * 8 + 2 * 6 * 6 * 8),
     "Embedding": (lambda: nn.Sequential(nn.Flatten(), Index(), nn.Embedding(48, 5)), 0),
     "Bilinear": (lambda: Twice(nn.Bilinear(8, 8, 5)), 6 * 5 * 8 * 8),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 5)), 6 * 8 * 5),

@@ -49,6 +49,9 @@ def test_channels_that_a_shuffle_moves():
 
 
 def test_group_norms_let_a_diffusion_network_shrink():
-    """Ties of its skips leave whole norm groups to go; least widths are a few percent of the cost."""
+    """Ties of its skips leave whole norm groups to go; least widths are a few percent of the cost.
+
+    The single head of its attention stays.
+    """
     found = verified(Examination(CATALOGUE["diffusion-unet"], {}, repeats=1))
-    assert found["excluded"] == {"output": 1} and found["floor"] < 0.03, found
+    assert found["excluded"] == {"output": 1, "mixed": 1} and found["floor"] < 0.04, found

@@ -209,7 +209,7 @@ class ExplicitChannelAttention(_Dropping):
     ) -> None:
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(num_heads, head_dim, head_dim, 1.0, embed_dim, attention_dropout, dropout, **options)
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1, **options))
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """From ``(N, T, embed_dim)`` to the same shape."""

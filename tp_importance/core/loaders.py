@@ -94,6 +94,9 @@ class FirstSamples:
         loader: iterable of batches; a batch without tensors counts as one sample.
         samples: after the batch that reaches this number it ends.
 
+    Attributes:
+        loader: what it reads.
+
     Example:
         >>> import torch
         >>> [len(batch) for batch in FirstSamples([torch.zeros(4, 3)] * 9, 6)]
@@ -101,11 +104,11 @@ class FirstSamples:
     """
 
     def __init__(self, loader: Iterable[Any], samples: int) -> None:
-        self._loader, self._samples = loader, samples
+        self.loader, self._samples = loader, samples
 
     def __iter__(self) -> Iterator[Any]:
         seen = 0
-        for batch in iterate(self._loader):
+        for batch in iterate(self.loader):
             yield batch
             found = sample_count(tensors_in(batch))
             seen += 1 if found is None else found

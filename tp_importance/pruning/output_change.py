@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ class OutputChange:
     r"""How far outputs moved from those of the network before the step, on a few samples.
 
     Attributes:
-        samples: how many, of the loader, or the example inputs where there is none.
+        samples: how many: the first of the loader if it is a list, else the example inputs.
         relative_error: :math:`\|\hat y - y\| / \|y\|` over all of them.
         cosine: mean over samples of that between :math:`\hat y` and :math:`y`, all outputs of a sample as one vector.
     """
@@ -45,8 +44,8 @@ class Outputs:
 
     Args:
         model: the network.
-        example_inputs: taken where there is no loader, or one that gives its batches only once.
-        loader: iterable of batches.
+        example_inputs: taken where there is no list of batches, or the network does not take them as they are.
+        loader: its first batches are taken if it is a list or tuple: another one would have to be read once more.
         options: how the network is called and read.
     """
 
@@ -54,9 +53,16 @@ class Outputs:
         self, model: nn.Module, example_inputs: Any, loader: Iterable[Any] | None, options: TraceOptions
     ) -> None:
         self._options, self._examples = options, example_inputs
-        again = loader is not None and not isinstance(loader, Iterator)
-        self._batches = list(islice(FirstSamples(loader, SAMPLES), SAMPLES)) if loader is not None and again else None
-        self._before = list(self._rows(model))
+        inner = loader.loader if isinstance(loader, FirstSamples) else loader
+        at_hand = type(inner) in (list, tuple)
+        self._batches = list(FirstSamples(inner, SAMPLES)) if at_hand and inner is not None else None
+        try:
+            self._before = list(self._rows(model))
+        except Exception:  # a loader that nothing else would have read
+            if self._batches is None:
+                raise
+            self._batches = None
+            self._before = list(self._rows(model))
 
     def change(self, model: nn.Module) -> OutputChange | None:
         """How far the outputs are from those before; ``None`` if they are no numbers, or too few came back."""

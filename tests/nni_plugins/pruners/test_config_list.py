@@ -132,12 +132,20 @@ def test_reason_that_speaks_of_the_output_is_listed_too(monkeypatch):
 
 
 def test_reason_is_not_hidden_by_an_unselected_layer():
-    """The group holds a LayerNorm and an unselected layer: selecting that one would not help."""
+    """The group goes through a softmax and holds an unselected layer: selecting that one would not help."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+            self.fc = nn.Linear(8, NUM_CLASSES)
+
+        def forward(self, x):
+            return self.fc(self.c((self.a(x) + self.b(x)).softmax(1)).mean((2, 3)))
+
     with pytest.warns(UserWarning, match="left alone"):
-        pruner = catro(
-            "transformer_mlp", [{"op_types": ["Linear"], "exclude_op_names": ["blocks.0.mlp.3"], "sparse_ratio": 0.5}]
-        )
-    assert "LayerNorm" in pruner.left_out["embed"]
+        pruner = CATROPruner(Mixed(), [{**CONVS, "exclude_op_names": ["b"]}], loader=class_loader())
+    assert "softmax" in pruner.left_out["a"]
 
 
 def test_outputs_of_the_network_stay_without_a_word(recwarn):
@@ -258,14 +266,14 @@ def test_nothing_that_can_be_pruned():
     class Normalised(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Linear(8, NUM_CLASSES)
+            self.a, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, NUM_CLASSES)
 
         def forward(self, x):
-            return self.fc(F.relu(self.norm(self.a(x))).mean((2, 3)))
+            return self.fc(self.a(x).softmax(1).mean((2, 3)))
 
     model = Normalised()
     before = Snapshot(model)
-    with pytest.raises(ValueError, match="GroupNorm"):
+    with pytest.raises(ValueError, match="softmax"):
         CATROPruner(model, [CONVS], loader=class_loader())
     before.check()
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from tp_importance.graph.gates import ChannelGates
 from tp_importance.graph.groups import PrunableGroups
 
-from .surgery.units import dead_units, masked_axes
+from .units import dead_units, masked_axes
 
 __all__ = ["MaskedNorms", "under_norms"]
 
