@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HeadAttention", "linear", "part", "unpack"]
+__all__ = ["DroppingAttention", "HeadAttention", "linear", "part", "unpack"]
 
 
 class HeadAttention(nn.Module):
@@ -97,6 +97,42 @@ class HeadAttention(nn.Module):
         p = dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=self.scale)
         return out.transpose(-3, -2).flatten(-2)
+
+
+class DroppingAttention(HeadAttention):
+    """Attention with two rates of dropout.
+
+    Args:
+        num_heads: heads.
+        head_dim: size of a query and of a key.
+        value_dim: size of a value; default ``head_dim``.
+        scale: default ``head_dim ** -0.5``.
+        embed_dim: width of inputs and outputs; default ``num_heads * value_dim``.
+        attention_dropout: of the attention weights, in training.
+        dropout: of the outputs, in training.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        scale: float | None = None,
+        embed_dim: int | None = None,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_heads, head_dim, value_dim, scale, embed_dim, device=device, dtype=dtype)
+        self.attention_dropout, self.dropout = attention_dropout, dropout
+
+    def finish(self, heads: Tensor) -> Tensor:
+        """Output projection and dropout of ``(..., L, num_heads * value_dim)``."""
+        return F.dropout(self.out_proj(heads), self.dropout, self.training)
 
 
 def linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

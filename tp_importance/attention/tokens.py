@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import HeadAttention, linear, part, unpack
+from .heads import DroppingAttention, linear, part, unpack
 from .windows import joined, padded, windows
 
 __all__ = [
@@ -25,43 +25,7 @@ __all__ = [
 ]
 
 
-class _Dropping(HeadAttention):
-    """Attention with two rates of dropout.
-
-    Args:
-        num_heads: heads.
-        head_dim: size of a query and of a key.
-        value_dim: size of a value; default ``head_dim``.
-        scale: default ``head_dim ** -0.5``.
-        embed_dim: width of inputs and outputs; default ``num_heads * value_dim``.
-        attention_dropout: of the attention weights, in training.
-        dropout: of the outputs, in training.
-        device: of the parameters.
-        dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        value_dim: int | None = None,
-        scale: float | None = None,
-        embed_dim: int | None = None,
-        attention_dropout: float = 0.0,
-        dropout: float = 0.0,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_heads, head_dim, value_dim, scale, embed_dim, device=device, dtype=dtype)
-        self.attention_dropout, self.dropout = attention_dropout, dropout
-
-    def finish(self, heads: Tensor) -> Tensor:
-        """Output projection and dropout of ``(..., L, num_heads * value_dim)``."""
-        return F.dropout(self.out_proj(heads), self.dropout, self.training)
-
-
-class ExplicitReducedAttention(_Dropping):
+class ExplicitReducedAttention(DroppingAttention):
     """Self-attention whose keys and values come from a smaller feature map: PVT, Twins.
 
     Args:
@@ -111,7 +75,7 @@ class Reduction(nn.Module):
         return tokens if self.act is None else self.act(tokens)
 
 
-class ExplicitTokenAttention(_Dropping):
+class ExplicitTokenAttention(DroppingAttention):
     """Self-attention and nothing else: CAFormer, DaViT."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +83,7 @@ class ExplicitTokenAttention(_Dropping):
         return self.finish(self.attend(*self.project(x, x, x), None, self.attention_dropout))
 
 
-class ExplicitGroupedAttention(_Dropping):
+class ExplicitGroupedAttention(DroppingAttention):
     """Self-attention within windows of a feature map: Twins.
 
     Args:
@@ -172,7 +136,7 @@ class ExplicitGroupedAttention(_Dropping):
         return self.finish(image[:, : size[0], : size[1]].flatten(1, 2))
 
 
-class ExplicitClassAttention(_Dropping):
+class ExplicitClassAttention(DroppingAttention):
     """Attention of the first token to all of them: CaiT, XCiT, CrossViT."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +145,7 @@ class ExplicitClassAttention(_Dropping):
         return self.finish(self.attend(q, k, v, None, self.attention_dropout))
 
 
-class ExplicitChannelAttention(_Dropping):
+class ExplicitChannelAttention(DroppingAttention):
     """Attention between the channels of a head, by cosines times ``temperature``: XCiT, EdgeNeXt.
 
     Queries, keys and values have one size, ``head_dim``: what one channel looks at are channels.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import HeadAttention, unpack
+from .heads import DroppingAttention, unpack
 from .position_bias import ContinuousPositionBias, RelativePositionBias
 
 __all__ = [
@@ -48,7 +48,7 @@ def joined(x: Tensor, window_size: Sequence[int], sizes: Sequence[int]) -> Tenso
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-class ExplicitBiasedAttention(HeadAttention):
+class ExplicitBiasedAttention(DroppingAttention):
     """Self-attention over a window of tokens, with a bias per relative position.
 
     Args:
@@ -81,9 +81,9 @@ class ExplicitBiasedAttention(HeadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         scale = 1.0 if cosine and scale is None else scale
-        super().__init__(num_heads, head_dim, value_dim, scale, embed_dim, device=device, dtype=dtype)
-        self.window_size, self.attention_dropout, self.dropout = tuple(window_size), attention_dropout, dropout
-        self.cosine = cosine
+        sizes = (num_heads, head_dim, value_dim, scale, embed_dim)
+        super().__init__(*sizes, attention_dropout, dropout, device=device, dtype=dtype)
+        self.window_size, self.cosine = tuple(window_size), cosine
         kind = ContinuousPositionBias if cosine else RelativePositionBias
         self.position_bias: nn.Module | None = kind(window_size, num_heads, device=device, dtype=dtype)
         if cosine:
@@ -109,8 +109,7 @@ class ExplicitBiasedAttention(HeadAttention):
         if self.position_bias is not None:
             bias = self.position_bias()[None]  # four dimensions: for these kernels, too
             mask = bias if mask is None else bias + mask
-        out = self.out_proj(self.attend(q, k, v, mask, self.attention_dropout))
-        out = F.dropout(out, self.dropout, self.training)
+        out = self.finish(self.attend(q, k, v, mask, self.attention_dropout))
         return out.reshape(*leading, *out.shape[-2:])
 
 
