@@ -17,7 +17,7 @@ from ..core.stale_optimizers import replacing
 from ..errors import TracingError
 from ..graph.classes import ignored_modules
 from ..graph.option_checks import check_ignored
-from ..graph.replacement import COMPUTE_WEIGHTS, calls_counted, passing, replace_modules
+from ..graph.replacement import COMPUTE_WEIGHTS, calls_counted, passing, replace_modules, report_text
 from .rewriters import REWRITERS, Rewriter
 
 __all__ = ["ExplicitReport", "explicit_attention"]
@@ -48,10 +48,7 @@ class ExplicitReport:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"rewrote {len(self.rewritten)} of {len(self.rewritten) + len(self.left_out)} modules"]
-        lines += [f"  {name}: {cls}" for name, cls in self.rewritten.items()]
-        lines += [f"left alone: {name}: {reason}" for name, reason in self.left_out.items()]
-        return "\n".join(lines)
+        return report_text("rewrote", "modules", self.rewritten, self.left_out)
 
 
 @torch.inference_mode(False)  # what is made there could take no gradient

@@ -21,7 +21,7 @@ from ..errors import TracingError
 from .classes import ignored_modules
 from .option_checks import check_ignored
 from .reparametrised import LAYERS, computed_tensors
-from .replacement import COMPUTE_WEIGHTS, calls_counted, passing, replace_modules
+from .replacement import COMPUTE_WEIGHTS, calls_counted, passing, replace_modules, report_text
 
 __all__ = ["BakeReport", "bake_weights"]
 
@@ -48,10 +48,7 @@ class BakeReport:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"baked {len(self.baked)} of {len(self.baked) + len(self.left_out)} layers"]
-        lines += [f"  {name}: {by}" for name, by in self.baked.items()]
-        lines += [f"left alone: {name}: {reason}" for name, reason in self.left_out.items()]
-        return "\n".join(lines)
+        return report_text("baked", "layers", self.baked, self.left_out)
 
 
 @torch.inference_mode(False)  # what is made there could take no gradient

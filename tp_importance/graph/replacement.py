@@ -13,10 +13,25 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..core.untouched import untouched
 
-__all__ = ["COMPUTE_WEIGHTS", "calls_counted", "passing", "replace_modules"]
+__all__ = ["COMPUTE_WEIGHTS", "calls_counted", "passing", "replace_modules", "report_text"]
 
 COMPUTE_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
 """Forward pre-hooks of torch that compute a weight."""
+
+
+def report_text(did: str, what: str, done: Mapping[str, str], left_out: Mapping[str, str]) -> str:
+    """Lines of a report on modules that were replaced.
+
+    Args:
+        did: to them.
+        what: they are.
+        done: by name, what was replaced.
+        left_out: by name, why not.
+    """
+    lines = [f"{did} {len(done)} of {len(done) + len(left_out)} {what}"]
+    lines += [f"  {name}: {said}" for name, said in done.items()]
+    lines += [f"left alone: {name}: {reason}" for name, reason in left_out.items()]
+    return "\n".join(lines)
 
 
 @contextmanager
