@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.checkpoint import register_rebuilt
+from ..graph.wired import WIRED
 from .heads import linear
 from .multihead import ExplicitMultiheadAttention, explicit_multihead
 from .spatial import explicit_spatial
@@ -70,6 +71,8 @@ REWRITERS: dict[str, Rewriter] = {
     "ultralytics.nn.modules.block.AAttn": explicit_spatial,
 }
 """By the name of the class, so that nothing has to be imported or installed."""
+
+WIRED.update(REWRITERS)
 
 for _cls in (
     *(ExplicitMultiheadAttention, ExplicitWindowAttention, ExplicitBiasedAttention, ExplicitMaskedAttention),

@@ -8,29 +8,8 @@ from .groups import Excluded, PrunableGroups
 
 __all__ = ["REMEDY", "WIRED", "with_remedies"]
 
-WIRED = frozenset(
-    {
-        "torch.nn.modules.activation.MultiheadAttention",
-        "torchvision.models.swin_transformer.ShiftedWindowAttention",
-        "torchvision.models.swin_transformer.ShiftedWindowAttentionV2",
-        "torchvision.models.maxvit.RelativePositionalMultiHeadAttention",
-        "transformers.pytorch_utils.Conv1D",
-        "timm.models.swin_transformer_v2.WindowAttention",
-        "timm.models.beit.Attention",
-        "timm.models.pvt_v2.Attention",
-        "timm.models.twins.GlobalSubSampleAttn",
-        "timm.models.twins.LocallyGroupedAttn",
-        "timm.models.metaformer.Attention",
-        "timm.models.davit.WindowAttention",
-        "timm.models.crossvit.CrossAttention",
-        "timm.models.cait.ClassAttn",
-        "timm.models.xcit.XCA",
-        "timm.models.edgenext.CrossCovarianceAttn",
-        "ultralytics.nn.modules.block.Attention",
-        "ultralytics.nn.modules.block.AAttn",
-    }
-)
-"""Names of their classes; the package :mod:`tp_importance.attention` knows how to rewrite them."""
+WIRED: set[str] = set()
+"""Names of their classes; :mod:`tp_importance.attention` writes down those that it knows how to rewrite."""
 
 REMEDY = "explicit_attention(model, example_inputs) makes heads and sizes plain"
 
