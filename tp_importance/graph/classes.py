@@ -42,13 +42,15 @@ def build_groups(
     heads, asked, problems = _heads(traced, ledger, num_heads or {})
     classes = ledger.classes(options.choices, heads)
     reasons = ledger.reasons(classes, options.choices)
-    for labels, reason in [
-        *_attended(ledger, classes, asked, options.attention),
-        *problems,
-        *_contradictions(ledger.following(options.choices), classes),
-    ]:
-        for c in np.unique(classes[labels]).tolist():
-            reasons.setdefault(c, []).append(reason)
+    _add(
+        reasons,
+        classes,
+        [
+            *_attended(ledger, classes, asked, options.attention),
+            *problems,
+            *_contradictions(ledger.following(options.choices), classes),
+        ],
+    )
     places = layout.places(ledger, classes)
     late = len(order)
     places.sort(key=lambda p: (order.get(p.name, late), p.name, p.role))
@@ -56,9 +58,7 @@ def build_groups(
         for c, reason in layout.reasons_of(place, ignored):
             reasons.setdefault(c, []).append(reason)
     statistics, unlike = normalised(ledger, classes)
-    for labels, reason in unlike:
-        for c in np.unique(classes[labels]).tolist():
-            reasons.setdefault(c, []).append(reason)
+    _add(reasons, classes, unlike)
     several = {int(c) for labels in ledger.several for c in classes[labels[labels > 0]]}
     beside = [*counted(ledger, classes, options), *statistics, *multiplied(ledger, classes)]
     beside += queries(ledger, classes, options, places)
@@ -78,6 +78,13 @@ def build_groups(
         else:
             groups.append(group)
     return PrunableGroups(groups, excluded, traced, options)
+
+
+def _add(reasons: dict[int, list[Reason]], classes: Index, found: Iterable[tuple[Index, Reason]]) -> None:
+    """Give reasons for labels to the classes that these are in."""
+    for labels, reason in found:
+        for c in np.unique(classes[labels]).tolist():
+            reasons.setdefault(c, []).append(reason)
 
 
 def other_answers(groups: PrunableGroups, refused: Iterable[str]) -> tuple[int, ...] | None:

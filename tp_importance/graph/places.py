@@ -169,8 +169,9 @@ def queries(ledger: Ledger, classes: Index, options: TraceOptions, places: Seque
     found: list[Place] = []
     known: set[tuple[Any, ...]] = set()
     for number, scaled in enumerate(ledger.scaled_queries(options.choices)):
-        rows = np.moveaxis(scaled.labels, scaled.axis or -1, -1).reshape(-1, scaled.labels.shape[scaled.axis or -1])
-        if all(len(np.unique(classes[row])) == 1 for row in rows):  # whole heads: as many dimensions in each as before
+        if all(
+            len(np.unique(classes[row])) == 1 for row in scaled.rows
+        ):  # whole heads: as many dimensions in each as before
             continue
         layers: dict[str, Place] = {}
         for site in ledger.sites:

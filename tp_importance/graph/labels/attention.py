@@ -60,7 +60,7 @@ def answers(ledger: Ledger, attention: str, with_heads: Sequence[str] = ()) -> d
 def _axis(question: Question, attended: Attended, wanted: str) -> int | None:
     """The axis of a split that is the one of heads, or of dimensions, of what is attended; ``None`` if none is."""
     split = question.layer
-    labels, dims, heads = attended.places()
+    labels, dims, heads = attended.places
     shared = np.isin(labels, split)
     if not shared.any():
         return None

@@ -124,9 +124,7 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
     la, lb = run.layers(a), run.layers(b)
     if run.depends(a) and run.depends(b):
         la, lb = (tuple(v for v in layers if _attends(run, t, v, t is a, where)) for t, layers in ((a, la), (b, lb)))
-        fronts = [
-            labels_along(la, k) if labels_along(la, k) is not None else labels_along(lb, k) for k in range(a.dim() - 2)
-        ]
+        fronts = [labels_along((*la, *lb), k) for k in range(a.dim() - 2)]
         sides = (labels_along(la, a.dim() - 2), labels_along(lb, b.dim() - 1) if b.dim() > 1 else None)
         run.ledger.count(out.numel() * a.shape[-1], [*fronts, labels_along(la, a.dim() - 1), *sides])
     summed = [layer for layer in la if a.dim() - 1 in axes_of(layer)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -116,12 +117,17 @@ class Attended:
         by_heads, by_dims = self.varies
         return {"heads": not by_dims, "dims": not by_heads, "none": False}.get(attention, True)
 
+    @cached_property
+    def rows(self) -> Index:
+        """Labels by everything else and dimension, shape (n, d)."""
+        axis = self.labels.ndim - 1 if self.axis is None else self.axis
+        return np.moveaxis(self.labels, axis, -1).reshape(-1, self.labels.shape[axis])
+
+    @cached_property
     def places(self) -> tuple[Index, Index, Index]:
         """Every label once, its index among the dimensions, and its first index along all other axes."""
-        axis = self.labels.ndim - 1 if self.axis is None else self.axis
-        rows = np.moveaxis(self.labels, axis, -1).reshape(-1, self.labels.shape[axis])
-        labels, first = np.unique(rows, return_index=True)
-        heads, dims = np.divmod(first, rows.shape[1])
+        labels, first = np.unique(self.rows, return_index=True)
+        heads, dims = np.divmod(first, self.rows.shape[1])
         real = labels > 0
         return labels[real], dims[real], heads[real]
 
