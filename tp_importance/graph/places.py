@@ -169,9 +169,7 @@ def queries(ledger: Ledger, classes: Index, options: TraceOptions, places: Seque
     found: list[Place] = []
     known: set[tuple[Any, ...]] = set()
     for number, scaled in enumerate(ledger.scaled_queries(options.choices)):
-        if all(
-            len(np.unique(classes[row])) == 1 for row in scaled.rows
-        ):  # whole heads: as many dimensions in each as before
+        if all(len(np.unique(classes[row])) == 1 for row in scaled.rows):  # whole heads: their size stays
             continue
         layers: dict[str, Place] = {}
         for site in ledger.sites:
