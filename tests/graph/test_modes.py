@@ -320,3 +320,36 @@ def test_googlenet_with_auxiliary_heads():
     pruner = BudgetPruner(model, x, importance=importance, budget=Budget(macs=0.5), verify=False)
     assert pruner.step().cost.macs <= 0.5 * pruner.dense.macs
     assert [y.shape for y in model.train()(x.repeat(2, 1, 1, 1))] == [(2, 4)] * 3
+
+
+class Watchful(nn.Module):
+    """A norm by hand; training mode takes another mean over the channels before it."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.norm = Centred() if apart else None
+        self.a, self.b, self.c = nn.Linear(6, 12), nn.Linear(12, 16), nn.Linear(16, 4)
+        self.spread = torch.zeros(())
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.training:
+            self.spread = x.mean(-1).var()
+        x = x - x.mean(-1, keepdim=True) if self.norm is None else self.norm(x)
+        return self.c(F.relu(self.b(x)))
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(-1, keepdim=True)
+
+
+def test_statistics_are_counted_in_both_modes():
+    """A mask finds its statistic by the number of the call, which training must not change."""
+    x = torch.randn(3, 6)
+    groups = prunable_groups(Watchful(apart=False), x)
+    assert groups.names == ["b"]
+    (left,) = (e for e in groups.excluded if e.kind == "training")
+    assert left.name == "a" and "mean in the network" in left.reason and "allow_stale" in left.reason
+    assert prunable_groups(Watchful(apart=False), x, allow_stale=True).names == ["a", "b"]
+    assert prunable_groups(Watchful(apart=True), x).names == ["a", "b"]

@@ -14,7 +14,8 @@ from ..core.batches import tensors_in
 from ..core.forward import ForwardFn, fresh_inputs, run_model
 from ..core.untouched import untouched
 from ..errors import TracingError
-from .dataflow import Flow, function_name, is_question, made_tensors, record, watched_modules
+from .dataflow import Flow, is_question, made_tensors, record, watched_modules
+from .function_names import function_name
 
 __all__ = ["recording", "watch_activations"]
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from ..core.batches import tensors_in
 from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
+from .function_names import function_name
 from .layer_kinds import CONV
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "Kind",
     "Op",
     "Span",
-    "function_name",
     "is_batchnorm",
     "is_question",
     "made_tensors",
@@ -259,11 +259,6 @@ def watched_modules(
             if kind is not None:
                 whole.append(name)
             yield name, module, kind
-
-
-def function_name(func: Any) -> str:
-    """Name of a function of torch, without underscores."""
-    return getattr(func, "__name__", str(func)).strip("_")
 
 
 def made_tensors(name: str, given: list[Tensor], output: Any) -> list[Tensor]:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["NORMS", "STATISTICS", "CallCounter", "Kept", "KeptStatistics", "StatisticCall", "function_name"]
+from .function_names import function_name
+
+__all__ = ["NORMS", "STATISTICS", "CallCounter", "Kept", "KeptStatistics", "StatisticCall"]
 
 NORMS = ("layer_norm", "rms_norm", "group_norm")
 """Functions that are norms as a whole."""
@@ -45,16 +47,26 @@ class StatisticCall(NamedTuple):
         return f"{self.function} in {self.module or 'the network'}"
 
 
-def function_name(func: Any) -> str:
-    """What a function of torch is called, without underscores around it."""
-    return getattr(func, "__name__", str(func)).strip("_")
-
-
 class CallCounter:
     """Names the calls of functions by the module that runs."""
 
     def __init__(self) -> None:
         self._open: list[tuple[str, Counter[str]]] = [("", Counter())]
+
+    def watch(self, model: nn.Module) -> Callable[[], None]:
+        """Follow which module of a network runs; returns what takes the hooks out again."""
+
+        def entering(name: str, _module: nn.Module, _args: Any) -> None:
+            self.enter(name)
+
+        def leaving(name: str, _module: nn.Module, _args: Any, _output: Any) -> None:
+            self.leave(name)
+
+        stack = ExitStack()
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(partial(entering, name), prepend=True).remove)
+            stack.callback(module.register_forward_hook(partial(leaving, name), always_call=True).remove)
+        return stack.close
 
     def enter(self, module: str) -> None:
         """A module begins to run."""
@@ -94,7 +106,7 @@ class Kept:
 
 
 class KeptStatistics(TorchFunctionMode):
-    """While it is active in a pass that :meth:`watch` follows, statistics run over kept channels.
+    """While it is active in a pass that its :attr:`calls` follow, statistics run over kept channels.
 
     Args:
         kept: per call; of other calls nothing changes.
@@ -115,32 +127,18 @@ class KeptStatistics(TorchFunctionMode):
         self.calls = CallCounter()
         self._make = _over_kept if others == "zero" else _by_kept
 
-    def watch(self, model: nn.Module) -> Callable[[], None]:
-        """Follow which module runs; returns what takes the hooks out again."""
-        stack = ExitStack()
-        for name, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(partial(self._enter, name), prepend=True).remove)
-            stack.callback(module.register_forward_hook(partial(self._leave, name), always_call=True).remove)
-        return stack.close
-
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
         """Active inside the block, for passes of a network; does nothing if there is nothing to do."""
         if not self.kept:
             yield
             return
-        unwatch = self.watch(model)
+        unwatch = self.calls.watch(model)
         try:
             with self:
                 yield
         finally:
             unwatch()
-
-    def _enter(self, name: str, _module: nn.Module, _args: Any) -> None:
-        self.calls.enter(name)
-
-    def _leave(self, name: str, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self.calls.leave(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -197,8 +195,7 @@ def _by_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: di
         return _over_kept(func, name, kept, args, kwargs)
     x, rest, named = _split(name, kept, args, kwargs)
     given, at = _arguments(name, rest, named), kept.channels.to(x.device)
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    wide = x.float() if half else x
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     small = wide.index_select(kept.axis, at)
     weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps")
     if name == "normalize":
@@ -218,7 +215,8 @@ def _by_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: di
         weight, bias = (None if t is None else t.view(shape) for t in (weight, bias))
     made = made if weight is None else made * weight
     made = made if bias is None else made + bias
-    return made.to(x.dtype) if half and not torch.is_autocast_enabled(x.device.type) else made
+    autocast = torch.is_autocast_enabled(x.device.type)  # devices differ in what they make of which function
+    return made.to(func(x[:0], *rest, **named).dtype if autocast else x.dtype)
 
 
 def _group_norm(x: Tensor, kept: Tensor, groups: int, eps: float) -> Tensor:

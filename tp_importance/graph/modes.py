@@ -1,11 +1,11 @@
-"""What a network does in training mode only: auxiliary heads and other layers that no trace in eval mode meets."""
+"""What a network does in training mode only: auxiliary heads, and what else no trace in eval mode meets."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
 from ..errors import TracingError
 from .classes import strangers
-from .dataflow import function_name, is_question, made_tensors
+from .dataflow import is_question, made_tensors
+from .function_names import function_name
 from .groups import PrunableGroups
+from .kept_statistics import STATISTICS, CallCounter, StatisticCall
 from .trace_options import TraceOptions
 from .tracing import Trace, set_mode, trace
 
@@ -27,21 +29,32 @@ __all__ = ["TrainingPass", "training_pass"]
 
 @dataclass(frozen=True)
 class TrainingPass:
-    """What a network reads in training mode and not in eval mode.
+    """What a network does in training mode and not in eval mode.
 
     Attributes:
         trace: of the network in training mode; ``None`` if it reads nothing more there.
         added: parameters and buffers that it reads more often.
         runs: modules that are called.
+        renumbered: modules and functions that take statistics there another number of times.
     """
 
     trace: Trace | None = None
     added: frozenset[str] = frozenset()
     runs: frozenset[str] = frozenset()
+    renumbered: frozenset[tuple[str, str]] = frozenset()
 
     def reasons(self, groups: PrunableGroups) -> dict[str, str]:
-        """Why groups must stay that touch, in training mode, what they do not touch in eval mode."""
+        """Why groups must stay: in training mode a mask would not do to them what removal does."""
         found = {}
+        for own in groups:
+            calls = (s.call for s in own.statistics)
+            unlike = next((c for c in calls if (c.module, c.function) in self.renumbered), None)
+            if unlike is not None:
+                found[own.name] = (
+                    f"{unlike} is taken over it, another number of times in training mode than in eval mode, so that a "
+                    "mask could not tell which is which; give the statistic that training adds a module of its own, or "
+                    "pass allow_stale=True if training mode is never to run again"
+                )
         for group, touched in strangers(groups, self.trace).items() if self.trace else ():
             first = next(
                 (n for n in touched if n in self.added or any(f"{n}.{k}" in self.added for k in ("weight", "bias"))),
@@ -62,7 +75,8 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
     The surgery follows a trace in eval mode. A layer that runs in training mode only would keep its old input width,
     and the first training step after pruning would fail. So the network also runs once in training mode, with batch
     norms and dropout in eval mode. If more parameters are read there, labels are followed through that pass, too, and
-    say which groups touch layers that they do not touch in eval mode. Nothing of the network is changed.
+    say which groups touch layers that they do not touch in eval mode. Statistics over channels, which masks follow by
+    their numbers, are counted in both modes. Nothing of the network is changed.
 
     Args:
         model: the network.
@@ -96,7 +110,7 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
     run = options.forward_fn or call_model
     owners = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
     try:
-        usual, called = _reads(model, example_inputs, run, owners, training=False)
+        usual = _record(model, example_inputs, run, owners, training=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -105,15 +119,17 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
             f"{type(error).__name__}: {error}"
         ) from error
     try:
-        training, trained = _reads(model, example_inputs, run, owners, training=True)
-        more = {key for key, count in training.items() if count > usual[key]}
+        training = _record(model, example_inputs, run, owners, training=True)
+        more = {key for key, count in training.reads.items() if count > usual.reads[key]}
+        unlike = {c for c in usual.statistics | training.statistics if usual.statistics[c] != training.statistics[c]}
+        renumbered = frozenset((c.module, c.function) for c in unlike)
         if not more:
-            return TrainingPass()
+            return TrainingPass(renumbered=renumbered)
         traced = trace(model, example_inputs, options, training=True)
     except torch.OutOfMemoryError:  # says nothing about the network
         raise
     except Exception as error:
-        idle = _idle(model, usual, called)
+        idle = _idle(model, usual)
         if not idle:
             return TrainingPass()
         said = str(error).splitlines()[0][:160] if str(error) else ""
@@ -123,58 +139,82 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
             f"read channels that are to be pruned. Take them out (model.{idle[0]} = None), pass a forward_fn that runs "
             "in both modes, or allow_stale=True if they are never to run again"
         ) from error
-    runs = frozenset(name for name, module in model.named_modules() if module in trained)
-    return TrainingPass(traced, frozenset(owners[key] for key in more), runs)
+    runs = frozenset(name for name, module in model.named_modules() if module in training.called)
+    return TrainingPass(traced, frozenset(owners[key] for key in more), runs, renumbered)
 
 
-class _Reads(TorchFunctionMode):
-    """Count in how many operations every tensor of interest takes part."""
+@dataclass
+class _Pass:
+    """What happens in one pass.
 
-    def __init__(self, owners: Collection[int]) -> None:
+    Attributes:
+        reads: in how many operations every parameter and buffer takes part, by id.
+        statistics: how often every call that takes statistics is made.
+        called: modules that are called.
+    """
+
+    reads: Counter[int] = field(default_factory=Counter)
+    statistics: Counter[StatisticCall] = field(default_factory=Counter)
+    called: set[nn.Module] = field(default_factory=set)
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down which tensors functions read, and which of them take statistics.
+
+    Args:
+        owners: ids of the tensors of interest.
+        into: what to write to.
+    """
+
+    def __init__(self, owners: Collection[int], into: _Pass) -> None:
         super().__init__()
-        self.counts: Counter[int] = Counter()
-        self._owners = frozenset(owners)
+        self.calls = CallCounter()
+        self._into, self._owners = into, frozenset(owners)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = function_name(func)
+        if name in STATISTICS:
+            self._into.statistics[self.calls.call(name)] += 1
         output = func(*args, **kwargs)
         found = {id(t) for t in tensors_in((args, kwargs))} & self._owners
         if found:
-            name, given = function_name(func), tensors_in((args, kwargs))
+            given = tensors_in((args, kwargs))
             if not is_question(name, given, made_tensors(name, given, output)):
-                self.counts.update(found)
+                self._into.reads.update(found)
         return output
 
 
-def _reads(
+def _record(
     model: nn.Module,
     example_inputs: Any,
     run: Callable[[nn.Module, Any], Any],
     owners: Collection[int],
     *,
     training: bool,
-) -> tuple[Counter[int], set[nn.Module]]:
-    """How often every parameter and buffer is read in one pass, and which modules are called."""
-    called: set[nn.Module] = set()
-    inputs, mode = fresh_inputs(example_inputs), _Reads(owners)
+) -> _Pass:
+    """One pass, in which nothing of the network changes."""
+    found, inputs = _Pass(), fresh_inputs(example_inputs)
+    recorder = _Recorder(owners, found)
     with untouched(model), torch.no_grad(), ExitStack() as stack:
         for module in model.modules():
-            stack.callback(module.register_forward_pre_hook(lambda m, _: called.add(m)).remove)
+            stack.callback(module.register_forward_pre_hook(lambda m, _: found.called.add(m)).remove)
+        stack.callback(recorder.calls.watch(model))
         set_mode(model, training)
-        with mode:
+        with recorder:
             run(model, inputs)
-    return mode.counts, called
+    return found
 
 
-def _idle(model: nn.Module, usual: Counter[int], called: set[nn.Module]) -> list[str]:
+def _idle(model: nn.Module, usual: _Pass) -> list[str]:
     """The outermost modules with parameters or buffers of which a pass has read nothing and called nothing."""
     idle: list[str] = []
     for name, module in model.named_modules():
         if not name or any(name.startswith(f"{outer}.") for outer in idle):
             continue
         tensors = (*module.parameters(), *module.buffers())
-        if tensors and called.isdisjoint(module.modules()) and not any(usual[id(t)] for t in tensors):
+        if tensors and usual.called.isdisjoint(module.modules()) and not any(usual.reads[id(t)] for t in tensors):
             idle.append(name)
     return idle

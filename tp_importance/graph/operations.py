@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.batches import tensors_in
 from .function_macs import FORMULAS, KERNELS, PRODUCTS, RECURRENT, UNKNOWN, WEIGHTS, positional, sums, sums_over_last
+from .function_names import function_name
 
 __all__ = ["Operations"]
 
@@ -81,7 +82,7 @@ class Operations(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func)).strip("_")
+        name = function_name(func)
         with _disable_current_modes():  # what we ask the tensors is none of the network's operations
             self.follow(name, args, kwargs, output, opaque=name in UNKNOWN or _is_foreign(func))
         return output

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..core.batches import tensors_in
+from .function_names import function_name
 
 __all__ = ["Provenance"]
 
@@ -68,7 +69,7 @@ class Provenance(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name, given = getattr(func, "__name__", str(func)).strip("_"), _places((args, kwargs))
+        name, given = function_name(func), _places((args, kwargs))
         read = _NOTHING.union(*(self._names.get(p, _NOTHING) for p in given))
         self.read = read
         try:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..kept_statistics import STATISTICS, CallCounter, StatisticCall, function_name
+from ..function_names import function_name
+from ..kept_statistics import STATISTICS, CallCounter, StatisticCall
 
 __all__ = ["Named", "WatchedSizes", "named_sizes"]
 
