@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.types import Ints
 from .groups import Excluded, Member, PrunableGroups
+from .labels.ledger import Product
 from .layer_kinds import CONV, is_passthrough
 from .layer_pruners import input_weights
 from .reparametrised import owner_of, sliced_sides
@@ -98,13 +99,14 @@ class _Builder:
         counted_params: set[int] = set()
         for call in self.trace.calls:
             positions[call.name] += call.macs
+        functional = dict(self.trace.functional)
+        self._add_products(positions, functional)
         for name, macs in positions.items():
             self._add_layer(0, name, modules[name], Fraction(macs, self.trace.batch_size))
         parameters = dict(self.model.named_parameters())
-        for key, macs in self.trace.functional.items():
+        for key, macs in functional.items():
             name = key.rpartition(".")[0]
             self._add_parameter(0, key, name, modules[name], parameters[key], Fraction(macs, self.trace.batch_size))
-        self._add_products()
         for name, module in modules.items():
             for key, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in counted_params:
@@ -120,15 +122,26 @@ class _Builder:
         left_out = tuple(self._left_out(e, positions, modules) for e in self.excluded)
         return CostTerms(_integers(self.constant), _integers(self.linear), _integers(self.quadratic), left_out)
 
-    def _add_products(self) -> None:
-        """Products of data with data: proportional to what is left of every axis of theirs that loses anything."""
-        total, found = self.trace.products, self.trace.labels.products
+    def _add_products(self, layers: dict[str, int], functional: dict[str, int]) -> None:
+        """Products of data: proportional to what is left of every axis of theirs that loses anything.
+
+        Args:
+            layers: multiply-accumulates per layer; those of products with their weights are taken off.
+            functional: likewise, per parameter.
+        """
+        total = self.trace.products
         axes: dict[tuple[int, str], dict[int, Member]] = defaultdict(dict)
         for g, group in enumerate(self.groups):
             for number, member in group.products:
                 axes[number, member.name][g] = member
-        for number, product in enumerate(found if total else ()):
-            total -= product.macs
+        for number, product in enumerate(self.trace.labels.products):
+            if product.weights:
+                if not _take_off(product, layers, functional):
+                    continue
+            elif self.trace.products:
+                total -= product.macs
+            else:
+                continue
             sides = [self._fractions(members) for (n, _), members in axes.items() if n == number]
             if len(sides) > 2:
                 raise ValueError("the cost is no quadratic form: three axes of one product lose channels")
@@ -236,6 +249,17 @@ class _Builder:
         self.constant[field] += total * k
         for g, n in a.items():
             self.linear[field, g] += total * n
+
+
+def _take_off(product: Product, layers: dict[str, int], functional: dict[str, int]) -> bool:
+    """Take the operations of a product off those that are counted for its weight; whether they were."""
+    for key in product.weights:
+        module = key.rpartition(".")[0]
+        for counts, name in ((functional, key), (layers, module), (layers, (owner_of(module) or ("",))[0])):
+            if counts.get(name, 0) >= product.macs:
+                counts[name] -= product.macs
+                return True
+    return False
 
 
 def _integers(values: object) -> Ints:

@@ -127,6 +127,10 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
         fronts = [labels_along((*la, *lb), k) for k in range(a.dim() - 2)]
         sides = (labels_along(la, a.dim() - 2), labels_along(lb, b.dim() - 1) if b.dim() > 1 else None)
         run.ledger.count(out.numel() * a.shape[-1], [*fronts, labels_along(la, a.dim() - 1), *sides])
+    elif run.depends(a):
+        _count_shared(run, a, b, -1, -1, out.numel() * a.shape[-1])
+    elif run.depends(b):
+        _count_shared(run, b, a, -2, -2, out.numel() * a.shape[-1])
     summed = [layer for layer in la if a.dim() - 1 in axes_of(layer)]
     other = [layer for layer in lb if max(b.dim() - 2, 0) in axes_of(layer)]
     if a.shape[-1] > 1:
@@ -149,6 +153,25 @@ def _product(run: Run, a: Tensor, b: Tensor, out: Tensor, where: str) -> Layers:
     if any(layers for _, layers in batches):  # heads, say: matrices of one with those of the other
         kept += run.combine(batches, out.shape, where)
     return tuple(kept)
+
+
+def _count_shared(run: Run, data: Tensor, weight: Tensor, summed: int, produced: int, macs: int) -> None:
+    """A product with a weight, if it is made for every channel of another axis of the data than is summed over.
+
+    Args:
+        run: the pass.
+        data: one factor.
+        weight: the other one.
+        summed: axis of the data, counted from the end.
+        produced: axis of the weight that comes out, likewise.
+        macs: multiply-accumulates.
+    """
+    layers = run.layers(weight)
+    axes = [labels_along(run.layers(data), k) for k in range(data.dim())]
+    others = [found for k, found in enumerate(axes) if k != max(data.dim() + summed, 0)]
+    if any(found is not None and bool(found.any()) for found in others):
+        made = labels_along(layers, weight.dim() + produced) if weight.dim() > 1 else None
+        run.ledger.count(macs, [*axes, made], set().union(*map(run.ledger.names, layers)))
 
 
 def _attends(run: Run, tensor: Tensor, layer: Tensor, left: bool, where: str) -> bool:
@@ -201,6 +224,8 @@ def linear(run: Run, call: Call) -> list[Layers]:
     """``linear(x, weight, bias)``, where it arrives as one operation."""
     x, weight, bias = call.args[0], call.args[1], call.argument(2, "bias")
     out = call.outputs[0]
+    if run.depends(x) and not run.depends(weight):
+        _count_shared(run, x, weight, -1, -2, out.numel() * x.shape[-1])
     if x.shape[-1] > 1:
         match(run, consumed(run, x, x.dim() - 1), consumed(run, weight, 1), call.where)
     kept = [layer[..., :1].expand(out.shape) for layer in run.layers(x) if x.dim() - 1 not in axes_of(layer)]

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...core.batches import tensors_in
 from ...core.forward import layer_input
+from ..channel_axes import channel_dim
 from ..kept_statistics import NORMS
 from ..layer_pruners import RECURRENT
 from .attributes import Named, WatchedSizes
@@ -242,6 +243,7 @@ class Labeller(TorchDispatchMode):
             stack.callback(module.register_forward_pre_hook(self._enter(name), prepend=True).remove)
             if isinstance(module, _WEIGHTED):  # behind the hooks that compute weights
                 stack.callback(module.register_forward_pre_hook(self._find_weights).remove)
+                stack.callback(module.register_forward_pre_hook(self._refuse_samples, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._leave, with_kwargs=True).remove)
 
     def _enter(self, name: str) -> Any:
@@ -261,6 +263,17 @@ class Labeller(TorchDispatchMode):
                 if own is None and isinstance(tensor, Tensor) and id(tensor) not in self._owned:
                     self._owned[id(tensor)] = (tensor, f"{self._open[-1]}.{leaf}".lstrip("."))
                     self._kernels.add(id(tensor))
+
+    def _refuse_samples(self, module: Any, args: Any, kwargs: Any) -> None:
+        """What a layer reads is compared and refitted by its channels: all other axes keep their size."""
+        x = layer_input(args, kwargs)
+        if self._hidden or not isinstance(x, Tensor):
+            return
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            where = f"{self._open[-1]} ({type(module).__name__})"
+            for layer in self.layers(x):
+                if set(axes_of(layer)) - {x.dim() + channel_dim(module)}:
+                    self.flag(layer, "mixed", f"{where} runs once for every one of its channels")
 
     def _is_hidden(self, name: str, module: nn.Module) -> bool:
         return isinstance(module, RECURRENT) or name in self._custom

@@ -73,15 +73,17 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of data with data.
+    """A product of data with data; or with a weight that every channel of some axis of the data meets.
 
     Attributes:
         macs: multiply-accumulates, whole batch.
         axes: labels of every axis that has any, shape (n,) each: the cost is proportional to what is left of it.
+        weights: parameters that the weight is made of, by qualified name; none of data with data.
     """
 
     macs: int
     axes: tuple[Index, ...]
+    weights: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class Ledger:
         attended: what takes part in attention.
         several: labels of axes that must keep two entries, zeros among them.
         statistics: over channels.
-        products: of data with data.
+        products: of data with data, and of data with weights if the cost follows more than the axes of the weight.
         scaled: queries whose products with keys are divided by the root of the number of their channels.
     """
 
@@ -226,10 +228,16 @@ class Ledger:
         self.attended.append(found)
         return found
 
-    def count(self, macs: int, axes: Iterable[Tensor | None]) -> None:
-        """A product of data with data, see :class:`Product`."""
+    def count(self, macs: int, axes: Iterable[Tensor | None], weights: Iterable[str] = ()) -> None:
+        """A product, see :class:`Product`."""
         labelled = tuple(a.cpu().numpy() for a in axes if a is not None and len(a) > 1 and bool(a.any()))
-        self.products.append(Product(macs, labelled))
+        self.products.append(Product(macs, labelled, tuple(weights)))
+
+    def names(self, labels: Tensor) -> set[str]:
+        """Parameters and buffers whose axes have these labels."""
+        known = np.unique(labels.cpu().numpy())
+        at = np.searchsorted([s.first for s in self.sites], known[known > 0], "right") - 1
+        return {self.sites[i].name for i in at.tolist()}
 
     def ask(self, question: Question | None) -> None:
         """Leave something open."""
