@@ -241,3 +241,35 @@ def test_heads_of_queries_that_share_one_head_of_keys(way):
     assert units(groups) == {"0.q": (24, 4), "0.out": (16, 16)}
     (reason,) = [e.reason for e in groups.excluded if e.kind == "mixed"]
     assert "no whole heads: see attention='dims'" in reason
+
+
+@pytest.mark.parametrize("attention", ["heads", "dims"])
+@pytest.mark.parametrize("way", ["split", "slices", "kept sizes"])
+def test_packed_queries_and_shared_keys_are_cut_at_computed_places(way, attention):
+    """As in Falcon and Phi-3: four heads of queries, two of keys and two of values in one projection."""
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.kv_heads, self.dim = 4, 2, 6
+            self.q_size, self.kv_size = 24, 12
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(24, 16)
+
+        def parts(self, x):
+            q, kv = self.heads * self.dim, self.kv_heads * self.dim
+            if way == "split":
+                return x.split([q, kv, kv], -1)
+            if way == "slices":
+                return x[..., :q], x[..., q : q + kv], x[..., q + kv :]
+            return x.split([self.q_size, self.kv_size, self.kv_size], -1)
+
+        def forward(self, x):
+            q, k, v = (t.view(*x.shape[:2], -1, self.dim).transpose(1, 2) for t in self.parts(self.qkv(x)))
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    groups = prunable_groups(
+        nn.Sequential(Packed(), nn.Linear(16, 3)).eval(), torch.randn(2, 5, 16), attention=attention
+    )
+    assert units(groups) == {"0.qkv": (48, {"heads": 2, "dims": 6}[attention]), "0.out": (16, 16)}

@@ -24,9 +24,15 @@ _OF_NORMS = ("normalized_shape", "num_groups")
 
 
 class Named(int):
-    """A whole number that knows which attribute it was computed from."""
+    """A whole number that knows which attribute it was computed from.
+
+    Attributes:
+        origin: name of the attribute, its value, and whether surgery keeps it up to date.
+        parts: numbers that it is the sum of.
+    """
 
     origin: tuple[str, int, bool]
+    parts: tuple[Named, ...] = ()
 
     @classmethod
     def of(cls, value: int, name: str, start: int, kept: bool) -> Named:
@@ -47,16 +53,19 @@ class Named(int):
 
 
 def _carrying(name: str) -> Callable[..., Any]:
-    plain = getattr(int, name)
+    plain = getattr(int, f"__{name}__")
 
     def method(self: Named, other: Any) -> Any:
-        return self._computed(plain(self, other))
+        made = self._computed(plain(self, other))
+        if name in ("add", "radd") and isinstance(made, Named) and isinstance(other, Named):
+            made.parts = (self, other)
+        return made
 
     return method
 
 
 for _name in ("mul", "rmul", "floordiv", "add", "radd", "sub", "rsub"):
-    setattr(Named, f"__{_name}__", _carrying(f"__{_name}__"))
+    setattr(Named, f"__{_name}__", _carrying(_name))
 
 
 @contextmanager
@@ -142,7 +151,7 @@ def _shape(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seq
 
 def _sizes_in(value: Any) -> Iterator[Named]:
     if isinstance(value, Named):
-        yield value
+        yield from _sizes_in(value.parts) if value.parts else (value,)
     elif isinstance(value, torch.Tensor):
         return
     elif isinstance(value, dict):

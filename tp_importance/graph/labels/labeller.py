@@ -64,7 +64,7 @@ class Labeller(TorchDispatchMode):
         self.ledger, self._sizes, self._axes = ledger, sizes, axes or {}
         self._number, self._answers, self._before = -1, answers or {}, before
         self._attention, self._heads = attention, set[int]()
-        self._model, self._cuts = type(model).__name__, Pieces()
+        self._model, self._cuts = type(model).__name__, Pieces(attention == "heads")
         # a tensor that the pass has made, with its layers, and whether it depends on the inputs
         self._known: Any = WeakTensorKeyDictionary()
         self._owned: dict[int, tuple[Tensor, str]] = {}
@@ -272,7 +272,7 @@ class Labeller(TorchDispatchMode):
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             where = f"{self._open[-1]} ({type(module).__name__})"
             for layer in self.layers(x):
-                if set(axes_of(layer)) - {x.dim() + channel_dim(module)}:
+                if axes_of(layer) and x.dim() + channel_dim(module) not in axes_of(layer):
                     self.flag(layer, "mixed", f"{where} runs once for every one of its channels")
 
     def _is_hidden(self, name: str, module: nn.Module) -> bool:

@@ -28,12 +28,18 @@ class _Cut:
     followers: list[Follower] = field(default_factory=list)
     whole: bool = False  # cut into pieces that together are the axis
     told: bool = False  # the sizes were given, by numbers that modules keep
+    heads: list[Follower] = field(default_factory=list)  # numbers of which the sizes are multiples
 
 
 class Pieces:
-    """Collects cuts during a pass; several slices of one tensor are judged together."""
+    """Collects cuts during a pass; several slices of one tensor are judged together.
 
-    def __init__(self) -> None:
+    Args:
+        heads: whether it is heads of attention that may go.
+    """
+
+    def __init__(self, heads: bool) -> None:
+        self._heads = heads
         self._of: Any = WeakTensorKeyDictionary()
         self._cuts: list[_Cut] = []
 
@@ -67,6 +73,7 @@ class Pieces:
         followers = followers_of(sizes.sizes, [*found, labels])
         cut.followers += followers
         cut.told |= sizes.function == "split" and bool(followers)
+        cut.heads += _heads(sizes.sizes, found)
 
     def questions(self) -> Iterable[Question]:
         """What is open about all cuts."""
@@ -87,12 +94,28 @@ class Pieces:
                     options += [Option("the pieces shrink alike, by themselves", ties)]
             elif followers and not options:
                 options += [Option("the sizes follow", followers=followers)]
+            if cut.heads:
+                by_number = Option("the sizes follow a number of heads", followers=tuple(cut.heads))
+                anyhow = Option("the sizes are computed from numbers that follow")
+                options += [by_number, anyhow] if self._heads else [anyhow, by_number]
             rounded = n % 2 == 1 and not {n // 2, n // 2 + 1}.isdisjoint(ends)  # half of the channels, it seems
             if not cut.whole and not rounded:
                 first = labels[: max(e for e in ends if e < n)]
                 options += [Option("the code slices at a fixed channel", pinned=first[first > 0])]
             options += [Option("the code cuts channels at fixed places", pinned=labels[labels > 0])]
             yield Question(cut.where, labels[labels > 0], tuple(options))
+
+
+def _heads(sizes: Sequence[Named], axes: Sequence[Tensor]) -> list[Follower]:
+    """Numbers of which the lengths of axes are multiples, with a label of each of as many blocks."""
+    found, taken = [], set[int]()
+    for size in sizes:
+        name, value, kept = size.origin
+        i = next((i for i, a in enumerate(axes) if len(a) == int(size) and i not in taken), None)
+        if i is not None and 1 < value < len(axes[i]) and len(axes[i]) % value == 0:
+            taken.add(i)
+            found.append(Follower(name, value, axes[i].reshape(value, -1)[:, 0].cpu().numpy(), kept))
+    return found
 
 
 def followers_of(sizes: Sequence[Named], axes: Sequence[Tensor]) -> list[Follower]:
