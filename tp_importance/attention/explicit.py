@@ -72,14 +72,14 @@ def explicit_attention(
       (MaxViT) of torchvision;
     * ``Conv1D`` of transformers (GPT-2), a linear layer with its weight the other way round;
     * ``Attention`` and ``AAttn`` of ultralytics;
-    * the attention of timm's BEiT, PVT v2, Twins, XCiT, EdgeNeXt, CrossViT, CAFormer and Swin V2, the windows of its
-      DaViT and the class attention of its CaiT;
+    * the attention of timm's BEiT, EVA-02, DINOv3, ViTs with relative positions, PVT v2, Twins, XCiT, EdgeNeXt,
+      CrossViT, CAFormer and Swin V2, the windows of its DaViT and the class attention of its CaiT;
 
     and what ``rewriters`` names. The output stays, in training as well (with the same random numbers wherever dropout
     sees tensors of the same shape), gradients flow as before, and forward and backward hooks stay on the new modules.
     Names of parameters change, except in ultralytics, and weights of transformers are transposed: load weights of the
     old network first. :func:`~tp_importance.load_pruned` takes the factory of the network as it was; where layers of
-    ultralytics, of BEiT, PVT v2, Twins or of ``rewriters`` were rewritten, the factory must call this function.
+    ultralytics, of BEiT, EVA, ViTs with relative positions, PVT v2, Twins or of ``rewriters`` were rewritten, the factory must call this function.
 
     Args:
         model: the network; build the optimizer afterwards.

@@ -12,6 +12,7 @@ from ..checkpoints.checkpoint import register_rebuilt
 from ..graph.wired import WIRED
 from .heads import linear
 from .multihead import ExplicitMultiheadAttention, explicit_multihead
+from .rotary import explicit_positions, explicit_rotary
 from .spatial import explicit_spatial
 from .tokens import (
     ExplicitChannelAttention,
@@ -58,6 +59,8 @@ REWRITERS: dict[str, Rewriter] = {
     "transformers.pytorch_utils.Conv1D": explicit_linear,
     "timm.models.swin_transformer_v2.WindowAttention": explicit_cosine,
     "timm.models.beit.Attention": explicit_shared_bias,
+    "timm.models.eva.EvaAttention": explicit_rotary,
+    "timm.models.vision_transformer_relpos.RelPosAttention": explicit_positions,
     "timm.models.pvt_v2.Attention": explicit_reduced,
     "timm.models.twins.GlobalSubSampleAttn": explicit_reduced,
     "timm.models.twins.LocallyGroupedAttn": explicit_groups,

@@ -17,6 +17,7 @@ __all__ = [
     "ExplicitGroupedAttention",
     "ExplicitReducedAttention",
     "ExplicitTokenAttention",
+    "dropout_options",
     "explicit_channels",
     "explicit_class_token",
     "explicit_groups",
@@ -189,7 +190,7 @@ def explicit_reduced(old: Any) -> nn.Module:
     Args:
         old: an ``Attention`` of timm's PVT v2 or a ``GlobalSubSampleAttn`` of its Twins.
     """
-    new = ExplicitReducedAttention(*_sizes(old, old.q), **_options(old))
+    new = ExplicitReducedAttention(*_sizes(old, old.q), **dropout_options(old))
     size = old.q.out_features
     new.q_proj, new.out_proj = linear(old.q.weight, old.q.bias), linear(old.proj.weight, old.proj.bias)
     for i, name in enumerate(("k_proj", "v_proj")):
@@ -206,7 +207,7 @@ def explicit_tokens(old: Any) -> nn.Module:
     Args:
         old: an ``Attention`` of timm's MetaFormer or a ``WindowAttention`` of its DaViT.
     """
-    new = ExplicitTokenAttention(old.num_heads, old.qkv.out_features // 3 // old.num_heads, **_options(old))
+    new = ExplicitTokenAttention(old.num_heads, old.qkv.out_features // 3 // old.num_heads, **dropout_options(old))
     unpack(new, old.qkv, old.proj)
     return new
 
@@ -217,7 +218,7 @@ def explicit_groups(old: Any) -> nn.Module:
     Args:
         old: a ``LocallyGroupedAttn`` of timm's Twins.
     """
-    new = ExplicitGroupedAttention(*_sizes(old, old.proj), ws=old.ws, **_options(old))
+    new = ExplicitGroupedAttention(*_sizes(old, old.proj), ws=old.ws, **dropout_options(old))
     unpack(new, old.qkv, old.proj)
     return new
 
@@ -229,7 +230,7 @@ def explicit_class_token(old: Any) -> nn.Module:
         old: a ``ClassAttn`` of timm's CaiT or a ``CrossAttention`` of its CrossViT.
     """
     layers = [getattr(old, name, None) or getattr(old, f"w{name}") for name in "qkv"]
-    new = ExplicitClassAttention(*_sizes(old, layers[0]), **_options(old))
+    new = ExplicitClassAttention(*_sizes(old, layers[0]), **dropout_options(old))
     for name, layer in zip(("q_proj", "k_proj", "v_proj", "out_proj"), (*layers, old.proj), strict=True):
         setattr(new, name, linear(layer.weight, layer.bias))
     return new
@@ -241,7 +242,7 @@ def explicit_channels(old: Any) -> nn.Module:
     Args:
         old: an ``XCA`` of timm's XCiT or a ``CrossCovarianceAttn`` of its EdgeNeXt.
     """
-    new = ExplicitChannelAttention(*_sizes(old, old.proj), **_options(old))
+    new = ExplicitChannelAttention(*_sizes(old, old.proj), **dropout_options(old))
     unpack(new, old.qkv, old.proj)
     new.temperature = old.temperature
     return new
@@ -251,7 +252,12 @@ def _sizes(old: Any, layer: nn.Linear) -> tuple[int, int]:
     return old.num_heads, layer.out_features // old.num_heads
 
 
-def _options(old: Any) -> dict[str, Any]:
+def dropout_options(old: Any) -> dict[str, Any]:
+    """Both rates of dropout of a module of timm, and that the parameters of the new one need no memory.
+
+    Args:
+        old: with ``attn_drop`` and ``proj_drop``, or without.
+    """
     rates = {name: getattr(old, name, None) for name in ("attn_drop", "proj_drop")}
     p = {name: 0.0 if layer is None else layer.p for name, layer in rates.items()}
     return {"attention_dropout": p["attn_drop"], "dropout": p["proj_drop"], "device": "meta"}
