@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo.scramble import scramble
-from tp_importance import bake_weights
+from tp_importance import bake_weights, explicit_attention
 from tp_importance.core.forward import ForwardFn, run_model
 
 Inputs = Callable[[torch.Generator], Any]
@@ -43,7 +43,7 @@ class Network:
     baked: bool = False
 
     def ready(self, seed: int = 0) -> tuple[nn.Module, Any]:
-        """The network in eval mode with nothing in it that is trivially equal, and its inputs."""
+        """The network in eval mode with nothing in it that is trivially equal and no wired heads, and its inputs."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.build().eval()
@@ -51,6 +51,7 @@ class Network:
             scramble(model, lambda: self.run(model, inputs), torch.Generator().manual_seed(seed))
             if self.baked:
                 bake_weights(model, inputs, forward_fn=self.forward_fn)
+            explicit_attention(model, inputs, forward_fn=self.forward_fn)
         return model, inputs
 
     def run(self, model: nn.Module, inputs: Any) -> Any:

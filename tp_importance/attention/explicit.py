@@ -79,7 +79,8 @@ def explicit_attention(
     sees tensors of the same shape), gradients flow as before, and forward and backward hooks stay on the new modules.
     Names of parameters change, except in ultralytics, and weights of transformers are transposed: load weights of the
     old network first. :func:`~tp_importance.load_pruned` takes the factory of the network as it was; where layers of
-    ultralytics, of BEiT, EVA, ViTs with relative positions, PVT v2, Twins or of ``rewriters`` were rewritten, the factory must call this function.
+    ultralytics, of BEiT, EVA, ViTs with relative positions, PVT v2, Twins or of ``rewriters`` were rewritten, the
+    factory must call this function.
 
     Args:
         model: the network; build the optimizer afterwards.
