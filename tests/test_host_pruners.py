@@ -10,6 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from helpers.attention_networks import Packed
 from helpers.networks import make_zoo_network
 from tp_importance import OBSImportance, label_groups, prunable_groups, refitted_step
 from tp_importance.graph.label_graph import LabelGraph
@@ -338,3 +339,29 @@ def test_refitted_steps_where_torch_pruning_itself_cuts_wrong_channels():
     assert [(m.in_channels, m.out_channels) for m in model if isinstance(m, nn.Conv2d)] == [(3, 8), (2, 4), (4, 2)]
     assert {row.name: row.after < row.before for row in report.rows} == {"3": True, "5": True}
     assert refitted_step(pruner, x[:2], [x]).rows == [] and model[0].out_channels == 8  # all steps are done
+
+
+def test_heads_of_a_packed_projection():
+    """Dimensions of all heads by num_heads; whole heads without."""
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(Packed(12, 3, 4, fused=True), nn.Linear(12, 5)).eval()
+        return model, torch.randn(2, 5, 12), tp.importance.MagnitudeImportance()
+
+    def sizes(attention):
+        assert attention.all == attention.proj.in_features == attention.qkv.out_features / 3
+        return attention.heads, attention.dim
+
+    model, x, magnitude = made()
+    with label_groups():
+        options = {"pruning_ratio": 0.5, "ignored_layers": [model[1], model[0].proj], "num_heads": {model[0].qkv: 3}}
+        tp.pruner.BasePruner(model, x, magnitude, **options).step()
+    assert sizes(model[0]) == (3, 2)
+    model, x, magnitude = made()
+    with label_groups():
+        options = {"pruning_ratio": 0.3, "ignored_layers": [model[1], model[0].proj]}
+        tp.pruner.BasePruner(model, x, magnitude, **options).step()
+        with pytest.raises(ValueError, match="prune_num_heads=True: inside label_groups whole heads are units"):
+            tp.pruner.BasePruner(model, x, magnitude, **options, prune_num_heads=True)
+    assert sizes(model[0]) == (2, 4)

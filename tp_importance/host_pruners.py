@@ -45,6 +45,7 @@ def label_groups(
         progress: show progress bars.
 
     Raises:
+        ValueError: if a pruner is given ``prune_num_heads=True``: heads are units of the groups anyway.
         RuntimeError: if this version of Torch-Pruning builds its pruners in another way.
 
     Example:
@@ -108,6 +109,11 @@ def _constructor(original: Any) -> Any:
             original(self, *args, **kwargs)
             return
         given = signature.bind(self, *args, **kwargs)
+        if given.arguments.get("prune_num_heads"):
+            raise ValueError(
+                "prune_num_heads=True: inside label_groups whole heads are units like all others, which pruning_ratio "
+                "takes; leave num_heads and prune_num_heads out, or pass num_heads alone for dimensions of all heads"
+            )
         for name in _MUTABLE:
             given.arguments.setdefault(name, {})
         make = partial(

@@ -204,7 +204,9 @@ class LabelGraph(HostGraph):
             for member in group.members:
                 self.node(member.dimension)
         self._hosts = self._arranged()
-        self._blocks = {host.root: host.blocks for host in self._hosts}
+        # of a packed projection with heads, pruners rank the inputs of the layer behind: one block per head
+        heads = self._discover.keywords["num_heads"] or {}
+        self._blocks = {host.root: heads.get(host.root, host.blocks) for host in self._hosts}
         # pruners ask the layers of the network themselves, but no stand-in
         self._ranked |= {h.root: h.blocks for h in self._hosts if isinstance(h.root, Channels) and h.blocks > 1}
         return self
