@@ -99,5 +99,7 @@ def test_heads_and_stream_of_timm(name):
     before = model(x)
     assert explicit_attention(model, x).rewritten
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
-    left_out = {e.kind for e in prunable_groups(model, x).excluded}
-    assert left_out <= {"output", "minimum"}
+    groups = prunable_groups(model, x)
+    heads = [g for g in groups if g.name.endswith("attn.q_proj")]
+    assert len(heads) == len(model.blocks) and {g.n_units for g in heads} == {model.blocks[0].attn.num_heads}
+    assert "patch_embed.proj" in groups.names and {e.kind for e in groups.excluded} == {"output"}

@@ -41,6 +41,21 @@ def parameter(*shape):
 IMAGE, SEQUENCE, VECTOR = (2, 3, 8, 8), (2, 5, 6), (2, 6)
 
 # name: (network, input, {group: (width, unit size)}, {layer: kind of exclusion})
+
+
+class Cut(nn.Module):
+    """Cuts the outputs of a layer where a number says, twelve channels and six."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.w, self.cut = 6, cut
+        self.a, self.left, self.right, self.c = nn.Linear(5, 18), nn.Linear(12, 5), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        left, right = self.cut(self.w, self.a(x))
+        return self.c(self.left(left).relu() + self.right(right).relu())
+
+
 CASES = {
     "add": (
         lambda: Net(lambda m, x: m.c(m.a(x) + m.b(x)), a=conv(3, 8), b=conv(3, 8), c=conv(8, 2)),
@@ -261,6 +276,18 @@ CASES = {
         lambda: Net(lambda m, x: m.c(m.b(m.b(m.a(x)).relu())), a=conv(3, 8), b=conv(8, 8), c=conv(8, 2)),
         IMAGE,
         {"a": (8, 1)},
+        {"c": "output"},
+    ),
+    "blocks told by a number": (
+        lambda: Cut(lambda w, x: x.split([2 * w, w], -1)),
+        (2, 5),
+        {"a": (18, 3), "left": (5, 1)},
+        {"c": "output"},
+    ),
+    "slices at a multiple of a number": (
+        lambda: Cut(lambda w, x: (x[..., : w * 2], x[..., w * 2 :])),
+        (2, 5),
+        {"a/0": (12, 2), "a/1": (6, 1), "left": (5, 1)},
         {"c": "output"},
     ),
     "written in place": (

@@ -78,3 +78,49 @@ def test_a_layer_that_runs_once_per_channel_keeps_them():
     groups = prunable_groups(Mixer().eval(), X)
     (reason,) = [e.reason for e in groups.excluded if e.name == "stem"]
     assert reason == "tokens (Linear) runs once for every one of its channels" and not len(groups)
+
+
+class PerGroup(nn.Module):
+    """One small weight for each of four blocks of channels, not attention; a sum over positions that nobody counts."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim, self.stem, self.small, self.head = dim, nn.Linear(7, 4 * dim), nn.Linear(dim, 3), nn.Linear(12, 2)
+
+    def forward(self, x):
+        blocks = self.stem(x).relu().unflatten(-1, (4, -1))
+        blocks = torch.ones(5, 5).tril() @ blocks.transpose(1, 2)
+        return self.head(nn.functional.linear(blocks, self.small.weight).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("dim", "units"), [(6, 6), (2, 2)])
+def test_blocks_of_channels_are_no_axis_that_goes(dim, units):
+    torch.manual_seed(0)
+    model = PerGroup(dim).eval()
+    groups = prunable_groups(model, X)
+    assert {g.name: g.n_units for g in groups} == {"stem": units, "small": 3}
+    cost = CostModel.from_groups(groups)
+    remove_units(groups, {"stem": [0]})
+    assert tuple(cost.evaluate([units - 1, 3])) == count_ops(model, X)
+
+
+class Shared(nn.Module):
+    """A parameter is multiplied from the left, which is not counted, and from the right, which is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(7, 4), nn.Linear(7, 5), nn.Linear(4, 3), nn.Linear(5, 3)
+        self.mix = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x):
+        return self.c(self.mix @ self.a(x).relu()) + self.d(nn.functional.linear(self.b(x), self.mix))
+
+
+def test_what_another_use_of_a_weight_costs_stays():
+    torch.manual_seed(0)
+    model = Shared().eval()
+    groups = prunable_groups(model, X)
+    assert groups.names == ["a"]
+    cost = CostModel.from_groups(groups)
+    remove_units(groups, {"a": [0, 2]})
+    assert tuple(cost.evaluate([2])) == count_ops(model, X)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,7 +13,6 @@ from torch import nn
 
 from ..core.types import Ints
 from .groups import Excluded, Member, PrunableGroups
-from .labels.ledger import Product
 from .layer_kinds import CONV, is_passthrough
 from .layer_pruners import input_weights
 from .reparametrised import owner_of, sliced_sides
@@ -135,8 +134,8 @@ class _Builder:
             for number, member in group.products:
                 axes[number, member.name][g] = member
         for number, product in enumerate(self.trace.labels.products):
-            if product.weights:
-                if not _take_off(product, layers, functional):
+            if product.weights is not None:
+                if not self._take_off(product.weights, product.macs, layers, functional):
                     continue
             elif self.trace.products:
                 total -= product.macs
@@ -148,6 +147,20 @@ class _Builder:
             first, second = [*sides, _ONE, _ONE][:2]
             self._add_product(0, Fraction(product.macs, self.trace.batch_size), first, second)
         self.constant[0] += Fraction(total, self.trace.batch_size)  # what labels have not seen
+
+    def _take_off(
+        self, weights: Iterable[str], macs: int, layers: dict[str, int], functional: dict[str, int]
+    ) -> bool:
+        """Take the operations of a product off those that are counted for its weight; whether they were."""
+        for key in weights:
+            module = key.rpartition(".")[0]
+            if (module or key) in self.trace.uncounted:  # this product, maybe
+                continue
+            for counts, name in ((functional, key), (layers, module), (layers, (owner_of(module) or ("",))[0])):
+                if counts.get(name, 0) >= macs:
+                    counts[name] -= macs
+                    return True
+        return False
 
     def _fractions(self, members: Mapping[int, Member]) -> _Affine:
         """What is left of an axis that groups have a part in."""
@@ -249,17 +262,6 @@ class _Builder:
         self.constant[field] += total * k
         for g, n in a.items():
             self.linear[field, g] += total * n
-
-
-def _take_off(product: Product, layers: dict[str, int], functional: dict[str, int]) -> bool:
-    """Take the operations of a product off those that are counted for its weight; whether they were."""
-    for key in product.weights:
-        module = key.rpartition(".")[0]
-        for counts, name in ((functional, key), (layers, module), (layers, (owner_of(module) or ("",))[0])):
-            if counts.get(name, 0) >= product.macs:
-                counts[name] -= product.macs
-                return True
-    return False
 
 
 def _integers(values: object) -> Ints:

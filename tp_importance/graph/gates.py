@@ -206,7 +206,8 @@ def _multiplied(groups: PrunableGroups, group: ChannelGroup) -> tuple[Member, ..
 
     That is the queries, if they are known; else all filters, and closed gates then feel nothing.
     """
-    if groups.options.attention != "dims" or not group.products:
+    products = groups.trace.labels.products
+    if groups.options.attention != "dims" or all(products[i].weights is not None for i, _ in group.products):
         return ()
     return tuple(m for queries in group.queries for m in queries.own) or group.producers
 

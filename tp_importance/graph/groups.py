@@ -118,7 +118,7 @@ class ChannelGroup:
         attributes: whole numbers that modules hold (``name`` is ``"<module>.<attribute>"``, or
             ``"<module>.<attribute>.<index>"`` inside of a list) and that must follow: they fall by one per position.
         statistics: means, variances and norms over the channels.
-        products: axes of products of data with data whose cost the channels have a part in: the number of the product
+        products: axes of products whose cost the channels have a part in: the number of the product
             among those of the trace, and the axis.
         queries: filters whose outputs are divided by the root of how many of them a head has: what is left is
             multiplied by a number when some go, of this group or another.

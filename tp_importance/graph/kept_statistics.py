@@ -215,8 +215,9 @@ def _by_kept(func: Any, name: str, kept: Kept, args: tuple[Any, ...], kwargs: di
         weight, bias = (None if t is None else t.view(shape) for t in (weight, bias))
     made = made if weight is None else made * weight
     made = made if bias is None else made + bias
-    autocast = torch.is_autocast_enabled(x.device.type)  # devices differ in what they make of which function
-    return made.to(func(x[:0], *rest, **named).dtype if autocast else x.dtype)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return made.to(func(x, *rest, **named).dtype if autocast else x.dtype)  # devices differ in what they make of it
 
 
 def _group_norm(x: Tensor, kept: Tensor, groups: int, eps: float) -> Tensor:

@@ -222,7 +222,9 @@ class LabelGraph(HostGraph):
             ignored_layers: leave out groups that make outputs of these modules.
             root_module_types: only groups that make outputs of a module of one of these types.
         """
-        for host in self._hosts:
+        heads = self._discover.keywords["num_heads"] or {}
+        # Torch-Pruning re-roots attention at the layer behind; of groups with one root it takes the last
+        for host in sorted(self._hosts, key=lambda h: h.root in heads):
             groups = [self.groups[name] for name in host.names]
             makers = [self.holder(m.name) for group in groups for m in group.members if m.role == "out"]
             ignored = any(maker is layer for maker in makers for layer in ignored_layers)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ..core.batches import tensors_in
 from ..core.forward import call_model, fresh_inputs
@@ -35,25 +36,24 @@ class TrainingPass:
         trace: of the network in training mode; ``None`` if it reads nothing more there.
         added: parameters and buffers that it reads more often.
         runs: modules that are called.
-        renumbered: modules and functions that take statistics there another number of times.
+        renumbered: calls that take a statistic of something else there.
     """
 
     trace: Trace | None = None
     added: frozenset[str] = frozenset()
     runs: frozenset[str] = frozenset()
-    renumbered: frozenset[tuple[str, str]] = frozenset()
+    renumbered: frozenset[StatisticCall] = frozenset()
 
     def reasons(self, groups: PrunableGroups) -> dict[str, str]:
         """Why groups must stay: in training mode a mask would not do to them what removal does."""
         found = {}
         for own in groups:
-            calls = (s.call for s in own.statistics)
-            unlike = next((c for c in calls if (c.module, c.function) in self.renumbered), None)
+            unlike = next((s.call for s in own.statistics if s.call in self.renumbered), None)
             if unlike is not None:
                 found[own.name] = (
-                    f"{unlike} is taken over it, another number of times in training mode than in eval mode, so that a "
-                    "mask could not tell which is which; give the statistic that training adds a module of its own, or "
-                    "pass allow_stale=True if training mode is never to run again"
+                    f"{unlike} is taken over it, but training mode calls that function for something else before, so "
+                    "that a mask could not tell which is which; give what training adds a module of its own, or pass "
+                    "allow_stale=True if training mode is never to run again"
                 )
         for group, touched in strangers(groups, self.trace).items() if self.trace else ():
             first = next(
@@ -75,8 +75,8 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
     The surgery follows a trace in eval mode. A layer that runs in training mode only would keep its old input width,
     and the first training step after pruning would fail. So the network also runs once in training mode, with batch
     norms and dropout in eval mode. If more parameters are read there, labels are followed through that pass, too, and
-    say which groups touch layers that they do not touch in eval mode. Statistics over channels, which masks follow by
-    their numbers, are counted in both modes. Nothing of the network is changed.
+    say which groups touch layers that they do not touch in eval mode. Statistics over channels, which masks know by
+    their numbers, must be the same in both modes. Nothing of the network is changed.
 
     Args:
         model: the network.
@@ -118,11 +118,11 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
             f"{type(model).__name__} could be traced, but does not run a second time on the same inputs: "
             f"{type(error).__name__}: {error}"
         ) from error
+    renumbered: frozenset[StatisticCall] = frozenset()
     try:
         training = _record(model, example_inputs, run, owners, training=True)
         more = {key for key, count in training.reads.items() if count > usual.reads[key]}
-        unlike = {c for c in usual.statistics | training.statistics if usual.statistics[c] != training.statistics[c]}
-        renumbered = frozenset((c.module, c.function) for c in unlike)
+        renumbered = frozenset(c for c, seen in usual.statistics.items() if training.statistics[c] - seen)
         if not more:
             return TrainingPass(renumbered=renumbered)
         traced = trace(model, example_inputs, options, training=True)
@@ -131,7 +131,7 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
     except Exception as error:
         idle = _idle(model, usual)
         if not idle:
-            return TrainingPass()
+            return TrainingPass(renumbered=renumbered)
         said = str(error).splitlines()[0][:160] if str(error) else ""
         raise ValueError(
             f"{', '.join(idle)}: eval mode does not run them, and {type(model).__name__} cannot be followed in "
@@ -149,12 +149,12 @@ class _Pass:
 
     Attributes:
         reads: in how many operations every parameter and buffer takes part, by id.
-        statistics: how often every call that takes statistics is made.
+        statistics: the forms in which every call that takes statistics is made: axes of its tensor, other arguments.
         called: modules that are called.
     """
 
     reads: Counter[int] = field(default_factory=Counter)
-    statistics: Counter[StatisticCall] = field(default_factory=Counter)
+    statistics: defaultdict[StatisticCall, set[str]] = field(default_factory=lambda: defaultdict(set))
     called: set[nn.Module] = field(default_factory=set)
 
 
@@ -177,7 +177,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = function_name(func)
         if name in STATISTICS:
-            self._into.statistics[self.calls.call(name)] += 1
+            form = tree_map_only(Tensor, Tensor.dim, (args, kwargs))
+            self._into.statistics[self.calls.call(name)].add(str(form))
         output = func(*args, **kwargs)
         found = {id(t) for t in tensors_in((args, kwargs))} & self._owners
         if found:

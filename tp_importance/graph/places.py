@@ -153,12 +153,19 @@ def _kind(module: Any, role: Role) -> Kind:
 
 
 def multiplied(ledger: Ledger, classes: Index) -> list[Place]:
-    """Every labelled axis of every product of data with data."""
+    """Every labelled axis of every product."""
     return [
-        Place(f"product {i}, axis {k}", "in", "passthrough", np.where(axis > 0, classes[axis], -1), product=i)
+        Place(f"product {i}, axis {k}", "in", "passthrough", _whole(axis, classes), product=i)
         for i, product in enumerate(ledger.products)
         for k, axis in enumerate(product.axes)
     ]
+
+
+def _whole(labels: Index, classes: Index) -> Index:
+    """The class of every index of an axis, shape (n,), of labels (n, m); -1 if it has none, or several."""
+    found = np.where(labels > 0, classes[labels], -1)
+    most: Index = found.max(1)
+    return np.where(((found == most[:, None]) | (found < 0)).all(1), most, -1)
 
 
 def queries(ledger: Ledger, classes: Index, options: TraceOptions, places: Sequence[Place]) -> list[Place]:

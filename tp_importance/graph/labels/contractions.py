@@ -30,10 +30,9 @@ def consumed(run: Run, tensor: Tensor, axis: int) -> Tensor | None:
 
 
 def labels_along(layers: Layers, axis: int) -> Tensor | None:
-    """Labels per index of an axis, shape (C,), of whatever layer has any there."""
-    if axis < 0:
-        return None
-    return next((along(layer, axis)[0] for layer in layers if axis in axes_of(layer)), None)
+    """All labels per index of an axis, shape (C, m), of whatever layer has any there."""
+    layer = next((layer for layer in layers if axis >= 0 and axis in axes_of(layer)), None)
+    return None if layer is None else compact(layer).movedim(axis, 0).flatten(1)
 
 
 def match(run: Run, data: Tensor | None, weight: Tensor | None, where: str) -> None:
@@ -171,7 +170,9 @@ def _count_shared(run: Run, data: Tensor, weight: Tensor, summed: int, produced:
     others = [found for k, found in enumerate(axes) if k != max(data.dim() + summed, 0)]
     if any(found is not None and bool(found.any()) for found in others):
         made = labels_along(layers, weight.dim() + produced) if weight.dim() > 1 else None
-        run.ledger.count(macs, [*axes, made], set().union(*map(run.ledger.names, layers)))
+        names = set().union(*map(run.ledger.names, layers))
+        if names:  # else a constant, whose products are not counted
+            run.ledger.count(macs, [*axes, made], sorted(names))
 
 
 def _attends(run: Run, tensor: Tensor, layer: Tensor, left: bool, where: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -64,7 +65,7 @@ class Labeller(TorchDispatchMode):
         self.ledger, self._sizes, self._axes = ledger, sizes, axes or {}
         self._number, self._answers, self._before = -1, answers or {}, before
         self._attention, self._heads = attention, set[int]()
-        self._model, self._cuts = type(model).__name__, Pieces(attention == "heads")
+        self._model, self._cuts = type(model).__name__, Pieces()
         # a tensor that the pass has made, with its layers, and whether it depends on the inputs
         self._known: Any = WeakTensorKeyDictionary()
         self._owned: dict[int, tuple[Tensor, str]] = {}
@@ -233,7 +234,9 @@ class Labeller(TorchDispatchMode):
         for tensor in outputs:
             for layer in self.layers(tensor):
                 self.flag(layer, "output", "produces the network's output")
-        for question in self._cuts.questions():
+        first = self._before or self.ledger  # there every filter has a label of its own
+        attended = [a.known for a in first.attended] if self._attention == "dims" else []
+        for question in self._cuts.questions(np.concatenate([*attended, np.zeros(0, np.int64)])):
             self.ledger.ask(question)
         self.ledger.questions = in_order(self.ledger.questions, self.ledger.ties, self.ledger.size)
 

@@ -77,13 +77,14 @@ class Product:
 
     Attributes:
         macs: multiply-accumulates, whole batch.
-        axes: labels of every axis that has any, shape (n,) each: the cost is proportional to what is left of it.
-        weights: parameters that the weight is made of, by qualified name; none of data with data.
+        axes: labels of every axis that has any, shape (n, m) each: the cost is proportional to the indices that are
+            left, those of which not all m are gone.
+        weights: parameters that the weight is made of, by qualified name; ``None`` for data with data.
     """
 
     macs: int
     axes: tuple[Index, ...]
-    weights: tuple[str, ...] = ()
+    weights: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -228,10 +229,10 @@ class Ledger:
         self.attended.append(found)
         return found
 
-    def count(self, macs: int, axes: Iterable[Tensor | None], weights: Iterable[str] = ()) -> None:
+    def count(self, macs: int, axes: Iterable[Tensor | None], weights: Sequence[str] | None = None) -> None:
         """A product, see :class:`Product`."""
         labelled = tuple(a.cpu().numpy() for a in axes if a is not None and len(a) > 1 and bool(a.any()))
-        self.products.append(Product(macs, labelled, tuple(weights)))
+        self.products.append(Product(macs, labelled, None if weights is None else tuple(weights)))
 
     def names(self, labels: Tensor) -> set[str]:
         """Parameters and buffers whose axes have these labels."""

@@ -29,17 +29,13 @@ class _Cut:
     whole: bool = False  # cut into pieces that together are the axis
     told: bool = False  # the sizes were given, by numbers that modules keep
     heads: list[Follower] = field(default_factory=list)  # numbers of which the sizes are multiples
+    blocks: list[Index] = field(default_factory=list)  # labels by such a number, shape (value, size)
 
 
 class Pieces:
-    """Collects cuts during a pass; several slices of one tensor are judged together.
+    """Collects cuts during a pass; several slices of one tensor are judged together."""
 
-    Args:
-        heads: whether it is heads of attention that may go.
-    """
-
-    def __init__(self, heads: bool) -> None:
-        self._heads = heads
+    def __init__(self) -> None:
         self._of: Any = WeakTensorKeyDictionary()
         self._cuts: list[_Cut] = []
 
@@ -73,10 +69,16 @@ class Pieces:
         followers = followers_of(sizes.sizes, [*found, labels])
         cut.followers += followers
         cut.told |= sizes.function == "split" and bool(followers)
-        cut.heads += _heads(sizes.sizes, found)
+        for follower, blocks in _heads(sizes.sizes, found):
+            cut.heads.append(follower)
+            cut.blocks.append(blocks)
 
-    def questions(self) -> Iterable[Question]:
-        """What is open about all cuts."""
+    def questions(self, dimensions: Index) -> Iterable[Question]:
+        """What is open about all cuts.
+
+        Args:
+            dimensions: labels of dimensions of heads, if these may go.
+        """
         for cut in self._cuts:
             labels, n = cut.labels, len(cut.labels)
             ends = sorted({0, n, *(b for bound in cut.bounds for b in bound)})
@@ -95,9 +97,10 @@ class Pieces:
             elif followers and not options:
                 options += [Option("the sizes follow", followers=followers)]
             if cut.heads:
-                by_number = Option("the sizes follow a number of heads", followers=tuple(cut.heads))
-                anyhow = Option("the sizes are computed from numbers that follow")
-                options += [by_number, anyhow] if self._heads else [anyhow, by_number]
+                if np.isin(labels[labels > 0], dimensions).all():  # their number follows where heads are told apart
+                    options += [Option("the sizes are computed from numbers that follow")]
+                ties = np.concatenate([_within(blocks) for blocks in cut.blocks], axis=1)
+                options += [Option("the sizes follow a number of blocks", ties, followers=(*cut.heads, *followers))]
             rounded = n % 2 == 1 and not {n // 2, n // 2 + 1}.isdisjoint(ends)  # half of the channels, it seems
             if not cut.whole and not rounded:
                 first = labels[: max(e for e in ends if e < n)]
@@ -106,16 +109,22 @@ class Pieces:
             yield Question(cut.where, labels[labels > 0], tuple(options))
 
 
-def _heads(sizes: Sequence[Named], axes: Sequence[Tensor]) -> list[Follower]:
-    """Numbers of which the lengths of axes are multiples, with a label of each of as many blocks."""
-    found, taken = [], set[int]()
+def _heads(sizes: Sequence[Named], axes: Sequence[Tensor]) -> Iterable[tuple[Follower, Index]]:
+    """Numbers of which the lengths of axes are multiples, and the labels of as many blocks."""
+    taken = set[int]()
     for size in sizes:
         name, value, kept = size.origin
         i = next((i for i, a in enumerate(axes) if len(a) == int(size) and i not in taken), None)
         if i is not None and 1 < value < len(axes[i]) and len(axes[i]) % value == 0:
             taken.add(i)
-            found.append(Follower(name, value, axes[i].reshape(value, -1)[:, 0].cpu().numpy(), kept))
-    return found
+            blocks = axes[i].reshape(value, -1).cpu().numpy()
+            yield Follower(name, value, blocks.max(1), kept), blocks
+
+
+def _within(blocks: Index) -> Index:
+    """Pairs that tie what is in one block, shape (2, m)."""
+    pairs = np.stack([np.broadcast_to(blocks.max(1, keepdims=True), blocks.shape).ravel(), blocks.ravel()])
+    return pairs[:, (pairs > 0).all(0)]
 
 
 def followers_of(sizes: Sequence[Named], axes: Sequence[Tensor]) -> list[Follower]:
