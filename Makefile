@@ -30,7 +30,7 @@ demo-sweep: $(STAMP) ## show ITPruner's widths for many budgets
 
 JOBS ?= 2
 test: $(STAMP) ## run all tests and doctests, in two processes (ARGS="-k name", JOBS=1)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(PY) -m ruff check .
