@@ -148,9 +148,7 @@ class _Builder:
             self._add_product(0, Fraction(product.macs, self.trace.batch_size), first, second)
         self.constant[0] += Fraction(total, self.trace.batch_size)  # what labels have not seen
 
-    def _take_off(
-        self, weights: Iterable[str], macs: int, layers: dict[str, int], functional: dict[str, int]
-    ) -> bool:
+    def _take_off(self, weights: Iterable[str], macs: int, layers: dict[str, int], functional: dict[str, int]) -> bool:
         """Take the operations of a product off those that are counted for its weight; whether they were."""
         for key in weights:
             module = key.rpartition(".")[0]
