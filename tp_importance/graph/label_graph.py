@@ -216,7 +216,7 @@ class LabelGraph(HostGraph):
     def get_all_groups(
         self, ignored_layers: Sequence[Any] = (), root_module_types: Sequence[type] = _ROOTS
     ) -> Iterator[LabelGroup]:
-        """All groups with all their channels, those first that the network computes first.
+        """All groups with all their channels, those first that the network computes first; named attention is last.
 
         Args:
             ignored_layers: leave out groups that make outputs of these modules.
