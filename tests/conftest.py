@@ -4,6 +4,8 @@ import gc
 
 import pytest
 
+gc.set_threshold(100_000, 50, 100)  # a fifth of the time went into looking through what torch and tests had imported
+
 
 @pytest.fixture
 def one_thread():
@@ -15,7 +17,6 @@ def one_thread():
 
 
 def pytest_collection_finish(session):
-    """A fifth of the time went into looking through what torch and the tests themselves have imported."""
+    """What is imported stays."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
