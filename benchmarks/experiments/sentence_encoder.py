@@ -2,8 +2,8 @@
 
 Every arm prunes the same groups under the same budget, by 512 sentences of Python's documentation; 1,000 others are
 embedded by the dense and the pruned encoder and compared (:func:`benchmarks.sentences.quality`). The embedding is the
-mean of the hidden states, so the hidden width stays; heads (or dimensions of heads) and MLP channels go. OBS
-is ours (CATRO needs classes, which sentences have not); L1, L2, Taylor and random are Torch-Pruning's importances, on our
+mean of the hidden states, so the hidden width stays; heads (or dimensions of heads) and MLP channels go. OBS is ours
+(CATRO needs classes, which sentences have not); L1, L2, Taylor and random are Torch-Pruning's importances, on our
 groups. "uniform": one ratio for all groups; "greedy": ranked over all of them. Taylor's loss is SimCSE's: a sentence
 must find its own embedding under dropout among those of all sentences of the batch, about a hundred. The networks are
 kept in outputs/sentence-encoder.
