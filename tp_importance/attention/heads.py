@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DroppingAttention", "HeadAttention", "linear", "part", "unpack"]
+__all__ = ["DroppingAttention", "HeadAttention", "adopt", "dropout_options", "linear", "part", "unpack"]
 
 
 class HeadAttention(nn.Module):
@@ -160,6 +160,20 @@ def part(parameter: Tensor, start: int, size: int) -> nn.Parameter:
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
 
 
+def adopt(new: HeadAttention, q: Any, k: Any, v: Any, out: Any) -> None:
+    """Give an attention the weights of four layers.
+
+    Args:
+        new: the attention, changed.
+        q: to queries.
+        k: to keys.
+        v: to values.
+        out: the output projection.
+    """
+    for name, layer in zip(("q_proj", "k_proj", "v_proj", "out_proj"), (q, k, v, out), strict=True):
+        setattr(new, name, linear(layer.weight, layer.bias))
+
+
 def unpack(new: HeadAttention, packed: nn.Linear, out: Any) -> None:
     """Give an attention the weights of one layer for queries, keys and values, and those of its output projection.
 
@@ -173,3 +187,14 @@ def unpack(new: HeadAttention, packed: nn.Linear, out: Any) -> None:
         bias = None if packed.bias is None else part(packed.bias, i * size, size)
         setattr(new, name, linear(part(packed.weight, i * size, size), bias))
     new.out_proj = linear(out.weight, out.bias)
+
+
+def dropout_options(old: Any) -> dict[str, Any]:
+    """Both rates of dropout of a module of timm, and that the parameters of the new one need no memory.
+
+    Args:
+        old: with ``attn_drop`` and ``proj_drop``, or without.
+    """
+    rates = {name: getattr(old, name, None) for name in ("attn_drop", "proj_drop")}
+    p = {name: 0.0 if layer is None else layer.p for name, layer in rates.items()}
+    return {"attention_dropout": p["attn_drop"], "dropout": p["proj_drop"], "device": "meta"}

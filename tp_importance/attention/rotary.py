@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import DroppingAttention, linear, part, unpack
-from .tokens import dropout_options
+from .heads import DroppingAttention, adopt, dropout_options, unpack
 
 __all__ = ["ExplicitPositionAttention", "ExplicitRotaryAttention", "explicit_positions", "explicit_rotary", "rotated"]
 
@@ -127,16 +126,10 @@ def explicit_rotary(old: Any) -> nn.Module:
     sizes = (old.num_heads, old.head_dim, None, old.scale, old.proj.out_features)
     new = ExplicitRotaryAttention(*sizes, **options, **dropout_options(old))
     if old.qkv is None:
-        for name, layer in zip(
-            ("q_proj", "k_proj", "v_proj", "out_proj"), (old.q_proj, old.k_proj, old.v_proj, old.proj), strict=True
-        ):
-            setattr(new, name, linear(layer.weight, layer.bias))
+        adopt(new, old.q_proj, old.k_proj, old.v_proj, old.proj)
     else:
-        size = old.num_heads * old.head_dim
-        for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            bias = (old.q_bias, None, old.v_bias)[i]  # that of keys is a buffer of zeros
-            setattr(new, name, linear(part(old.qkv.weight, i * size, size), bias))
-        new.out_proj = linear(old.proj.weight, old.proj.bias)
+        unpack(new, old.qkv, old.proj)
+        new.q_proj.bias, new.v_proj.bias = old.q_bias, old.v_bias  # that of keys is a buffer of zeros
     new.q_norm, new.k_norm, new.norm, new.gate = old.q_norm, old.k_norm, old.norm, getattr(old, "gate", None)
     return new
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import DroppingAttention, linear, part, unpack
+from .heads import DroppingAttention, adopt, dropout_options, linear, part, unpack
 from .windows import joined, padded, windows
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "ExplicitGroupedAttention",
     "ExplicitReducedAttention",
     "ExplicitTokenAttention",
-    "dropout_options",
     "explicit_channels",
     "explicit_class_token",
     "explicit_groups",
@@ -229,10 +228,9 @@ def explicit_class_token(old: Any) -> nn.Module:
     Args:
         old: a ``ClassAttn`` of timm's CaiT or a ``CrossAttention`` of its CrossViT.
     """
-    layers = [getattr(old, name, None) or getattr(old, f"w{name}") for name in "qkv"]
-    new = ExplicitClassAttention(*_sizes(old, layers[0]), **dropout_options(old))
-    for name, layer in zip(("q_proj", "k_proj", "v_proj", "out_proj"), (*layers, old.proj), strict=True):
-        setattr(new, name, linear(layer.weight, layer.bias))
+    q, k, v = (getattr(old, name, None) or getattr(old, f"w{name}") for name in "qkv")
+    new = ExplicitClassAttention(*_sizes(old, q), **dropout_options(old))
+    adopt(new, q, k, v, old.proj)
     return new
 
 
@@ -250,14 +248,3 @@ def explicit_channels(old: Any) -> nn.Module:
 
 def _sizes(old: Any, layer: nn.Linear) -> tuple[int, int]:
     return old.num_heads, layer.out_features // old.num_heads
-
-
-def dropout_options(old: Any) -> dict[str, Any]:
-    """Both rates of dropout of a module of timm, and that the parameters of the new one need no memory.
-
-    Args:
-        old: with ``attn_drop`` and ``proj_drop``, or without.
-    """
-    rates = {name: getattr(old, name, None) for name in ("attn_drop", "proj_drop")}
-    p = {name: 0.0 if layer is None else layer.p for name, layer in rates.items()}
-    return {"attention_dropout": p["attn_drop"], "dropout": p["proj_drop"], "device": "meta"}

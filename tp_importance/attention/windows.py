@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import DroppingAttention, unpack
+from .heads import DroppingAttention, dropout_options, unpack
 from .position_bias import ContinuousPositionBias, RelativePositionBias
 
 __all__ = [
@@ -285,10 +285,8 @@ def explicit_cosine(old: Any) -> nn.Module:
         heads,
         size // heads,
         window_size=old.window_size,
-        attention_dropout=old.attn_drop.p,
-        dropout=old.proj_drop.p,
         cosine=True,
-        device="meta",
+        **dropout_options(old),
     )
     unpack(new, old.qkv, old.proj)
     new.q_proj.bias, new.v_proj.bias = old.q_bias, old.v_bias
@@ -309,9 +307,7 @@ def explicit_shared_bias(old: Any) -> nn.Module:
         heads,
         size // heads,
         window_size=old.window_size or (1, 1),
-        attention_dropout=old.attn_drop.p,
-        dropout=old.proj_drop.p,
-        device="meta",
+        **dropout_options(old),
     )
     unpack(new, old.qkv, old.proj)
     new.q_proj.bias, new.v_proj.bias = old.q_bias, old.v_bias
