@@ -126,6 +126,7 @@ class LabelGraph(HostGraph):
         self._ranked = {} if out_channel_groups is None else out_channel_groups
         self._stand_ins: dict[type, Any] = {}
         self.direct_history: list[list[Any]] = []
+        self._heads = dict(num_heads or {})
         self._blocks: dict[Any, int] = {}
         self._hosts: list[_Host] = []
         self._first: dict[nn.Module, Any] = {}
@@ -205,8 +206,7 @@ class LabelGraph(HostGraph):
                 self.node(member.dimension)
         self._hosts = self._arranged()
         # of a packed projection with heads, pruners rank the inputs of the layer behind: one block per head
-        heads = self._discover.keywords["num_heads"] or {}
-        self._blocks = {host.root: heads.get(host.root, host.blocks) for host in self._hosts}
+        self._blocks = {host.root: self._heads.get(host.root, host.blocks) for host in self._hosts}
         # pruners ask the layers of the network themselves, but no stand-in
         self._ranked |= {h.root: h.blocks for h in self._hosts if isinstance(h.root, Channels) and h.blocks > 1}
         return self
@@ -222,9 +222,8 @@ class LabelGraph(HostGraph):
             ignored_layers: leave out groups that make outputs of these modules.
             root_module_types: only groups that make outputs of a module of one of these types.
         """
-        heads = self._discover.keywords["num_heads"] or {}
         # Torch-Pruning re-roots attention at the layer behind; of groups with one root it takes the last
-        for host in sorted(self._hosts, key=lambda h: h.root in heads):
+        for host in sorted(self._hosts, key=lambda h: h.root in self._heads):
             groups = [self.groups[name] for name in host.names]
             makers = [self.holder(m.name) for group in groups for m in group.members if m.role == "out"]
             ignored = any(maker is layer for maker in makers for layer in ignored_layers)
