@@ -68,12 +68,19 @@ def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, missing: T
     p_all, w_all = double(second), double(weight)
     kept = kept.to(p_all.device)
     w_all = w_all.to(p_all.device)
-    result = torch.zeros_like(w_all)
-    for i, (p, w, k) in enumerate(zip(p_all, w_all, kept, strict=True)):
-        gram = p[k][:, k]
-        lacking = p[k][:, ~k] @ w[:, ~k].T if missing is None else double(missing[i])[k]
-        result[i, :, k] = w[:, k] + _solve(gram, lacking, ridge).T
-    return result
+    if missing is None:
+        lacking = p_all @ (w_all * ~kept.unsqueeze(1)).mT
+    else:
+        lacking = double(missing).to(p_all)
+    if g == 1:  # without the rows that go
+        k = kept[0].nonzero().squeeze(1)
+        result = torch.zeros_like(w_all)
+        result[0, :, k] = w_all[0, :, k] + _solve(p_all[:, k.unsqueeze(1), k], lacking[:, k], ridge)[0].mT
+        return result
+    stays = kept.to(p_all)
+    gram = p_all * stays.unsqueeze(2) * stays.unsqueeze(1)
+    step = _solve(gram, lacking * stays.unsqueeze(2), ridge, stays.sum(1)).mT
+    return (w_all + step) * stays.unsqueeze(1)
 
 
 @dataclass
@@ -180,23 +187,39 @@ def residual_energy(second: Tensor, weight: Tensor, cross: Tensor, target: Tenso
     return (y - 2 * (w * c.mT).sum(2) + ((w @ p) * w).sum(2)).clamp(min=0)
 
 
-def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """(gram + εI)⁻¹ right for a positive semidefinite matrix that rounding may have made slightly indefinite."""
-    if not gram.numel() or not bool(gram.diagonal().any()):
-        return torch.zeros_like(right)  # the features do not vary: nothing to be learnt from them
-    epsilon = ridge * gram.diagonal().mean()
+def _solve(gram: Tensor, right: Tensor, ridge: float, count: Tensor | None = None) -> Tensor:
+    """(gram + εI)⁻¹ right for positive semidefinite matrices that rounding may have made slightly indefinite.
+
+    Args:
+        gram: shape (G, d, d).
+        right: shape (G, d, O).
+        ridge: ε relative to the mean of the diagonal.
+        count: features of every matrix, if the others are zero.
+    """
+    if not gram.numel():
+        return torch.zeros_like(right)
+    total = gram.diagonal(dim1=1, dim2=2).sum(1)
+    epsilon = (ridge * total / (gram.shape[1] if count is None else count.clamp_min(1))).view(-1, 1, 1)
+    varies = total > 0  # else nothing is to be learnt
+    solved, failed = torch.zeros_like(right), varies
     if ridge > 0:
         shifted = gram.clone()
-        shifted.diagonal().add_(epsilon)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed:
-            return torch.cholesky_solve(right, factor)
+        shifted.diagonal(dim1=1, dim2=2).add_(torch.where(varies.view(-1, 1, 1), epsilon, 1.0).squeeze(2))
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        failed = varies & (info != 0)
+        solved = torch.where(varies.view(-1, 1, 1), torch.cholesky_solve(right, factor), 0.0)
+    if failed.any():
+        solved[failed] = _by_eigenvalues(gram[failed], right[failed], epsilon[failed], ridge)
+    return solved
+
+
+def _by_eigenvalues(gram: Tensor, right: Tensor, epsilon: Tensor, ridge: float) -> Tensor:
     values, vectors = eigen(gram)
-    values = values.clamp(min=0)
+    values = values.clamp(min=0).unsqueeze(2)
     inverse = (values + epsilon).reciprocal()
     if ridge == 0:
-        inverse = torch.where(values > SINGULAR * values[-1], inverse, 0.0)
-    return vectors @ (inverse.unsqueeze(1) * (vectors.mT @ right))
+        inverse = torch.where(values > SINGULAR * values[:, -1:], inverse, 0.0)
+    return vectors @ (inverse * (vectors.mT @ right))
 
 
 def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
