@@ -2,13 +2,17 @@ import pytest
 import torch
 
 from tp_importance.maths.least_squares import refit, residual_energy
-from tp_importance.maths.ridge import ALIKE, RIDGES, choose_ridge
+from tp_importance.maths.ridge import ALIKE, RIDGES, cross_validated
 
 F64 = torch.float64
 
 
 def rows(n, *shape, seed=0):
     return torch.randn(n, *shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def chosen(*arguments, **options):
+    return cross_validated(*arguments, **options)[1]
 
 
 def moments(u, e):
@@ -44,7 +48,7 @@ def test_it_is_the_minimum_of_gcv_by_hand(groups, noise, n, constant):
     if groups > 1:
         kept[0] = False  # a group that goes as a whole
     shares = torch.rand(groups, outputs, dtype=F64, generator=torch.Generator().manual_seed(4))
-    found = choose_ridge(moments(u, e)[0], kept, *moments(u, e)[1:], n, shares, constant=constant)
+    found = chosen(moments(u, e)[0], kept, *moments(u, e)[1:], n, shares, constant=constant)
     scores = {r: by_hand(u, e, kept, r, shares, constant) for r in RIDGES}
     assert found == best(scores)
 
@@ -57,7 +61,7 @@ def test_fewer_rows_take_a_stronger_pull():
     u, w = rows(4000, 1, 40), rows(1, 40, 8, seed=1)
     e = torch.einsum("rgd,gdo->rgo", u, w) + 20 * rows(4000, 1, 8, seed=2)
     kept = torch.ones(1, 40, dtype=torch.bool)
-    found = [choose_ridge(*_with(kept, moments(u[:n], e[:n])), n) for n in (30, 4000)]
+    found = [chosen(*_with(kept, moments(u[:n], e[:n])), n) for n in (30, 4000)]
     assert found[0] > found[1]
 
 
@@ -71,15 +75,15 @@ def test_it_errs_less_on_other_rows_than_a_small_ridge():
     def elsewhere(ridge):
         return float(residual_energy(true, refit(p, nothing, kept, ridge, missing=m), cross, energy).sum())
 
-    assert elsewhere(choose_ridge(p, kept, m, error, 50)) < 0.7 * elsewhere(RIDGES[0])
+    assert elsewhere(chosen(p, kept, m, error, 50)) < 0.7 * elsewhere(RIDGES[0])
 
 
 def test_nothing_lacking_and_nothing_varying():
     kept = torch.tensor([[True, True, False], [False, False, False]])
     still = torch.zeros(2, 3, 3, dtype=F64)
-    assert choose_ridge(still, kept, torch.zeros(2, 3, 2, dtype=F64), torch.zeros(2, 2, dtype=F64), 10) == RIDGES[0]
+    assert chosen(still, kept, torch.zeros(2, 3, 2, dtype=F64), torch.zeros(2, 2, dtype=F64), 10) == RIDGES[0]
     u = rows(10, 2, 3)
-    assert choose_ridge(*_with(kept, moments(u, torch.zeros(10, 2, 2, dtype=F64))), 10) == RIDGES[0]
+    assert chosen(*_with(kept, moments(u, torch.zeros(10, 2, 2, dtype=F64))), 10) == RIDGES[0]
 
 
 def test_a_minimum_behind_a_hill_is_found():
@@ -90,7 +94,7 @@ def test_a_minimum_behind_a_hill_is_found():
     e = 250 * u[..., :1] + 8 * torch.randn(400, 1, 1, dtype=F64, generator=generator)
     kept, shares = torch.ones(1, 190, dtype=torch.bool), torch.ones(1, 1, dtype=F64)
     scores = {r: by_hand(u, e, kept, r, shares) for r in RIDGES}
-    assert choose_ridge(*_with(kept, moments(u, e)), 400) == best(scores) > RIDGES[0]
+    assert chosen(*_with(kept, moments(u, e)), 400) == best(scores) > RIDGES[0]
     assert scores[RIDGES[1]] > scores[RIDGES[0]]
 
 
@@ -100,7 +104,7 @@ def test_too_few_rows_to_tell_take_the_strongest_pull(n, constant):
     u, e = rows(n, 1, 40), rows(n, 1, 3, seed=1)
     if constant:
         u, e = u - u.mean(0), e - e.mean(0)
-    found = choose_ridge(*_with(torch.ones(1, 40, dtype=torch.bool), moments(u, e)), n, constant=constant)
+    found = chosen(*_with(torch.ones(1, 40, dtype=torch.bool), moments(u, e)), n, constant=constant)
     assert found == (RIDGES[0] if n == 1 and constant else RIDGES[-1])  # one centred row lacks nothing
 
 
@@ -109,7 +113,7 @@ def test_outputs_without_a_share_do_not_count():
     e = torch.einsum("rgd,gdo->rgo", u, w)
     e[..., 1] = 100 * rows(30, 1, seed=2)
     arguments = _with(torch.ones(1, 20, dtype=torch.bool), moments(u, e))
-    assert choose_ridge(*arguments, 30) > choose_ridge(*arguments, 30, torch.tensor([[1.0, 0.0]])) == RIDGES[0]
+    assert chosen(*arguments, 30) > chosen(*arguments, 30, torch.tensor([[1.0, 0.0]])) == RIDGES[0]
 
 
 def _with(kept, found):

@@ -110,7 +110,7 @@ class Features:
         Raises:
             ImpreciseError: if the covariance is not positive definite in ``dtype``.
         """
-        own, weight = slice(self.stay, None), self.weight.to(dtype)
+        own, weight = slice(self.stay, None), self.weight.to(dtype, copy=True)
         factor = self._factor(self.index, dtype)
         if weight.shape[2] > 1.5 * weight.shape[1]:  # only its Gram matters
             weight = torch.linalg.qr(weight.mT, mode="r")[1].mT.contiguous()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .moments import Moments
 
-__all__ = ["Shortfall", "output_energy", "refit", "residual_energy"]
+__all__ = ["Shortfall", "output_energy", "refit", "residual_energy", "solve"]
 
 SINGULAR = 1e-12
 """Without a ridge, eigenvalues below this fraction of the largest count as zero."""
@@ -75,11 +75,11 @@ def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, missing: T
     if g == 1:  # without the rows that go
         k = kept[0].nonzero().squeeze(1)
         result = torch.zeros_like(w_all)
-        result[0, :, k] = w_all[0, :, k] + _solve(p_all[:, k.unsqueeze(1), k], lacking[:, k], ridge)[0].mT
+        result[0, :, k] = w_all[0, :, k] + solve(p_all[:, k.unsqueeze(1), k], lacking[:, k], ridge)[0].mT
         return result
     stays = kept.to(p_all)
     gram = p_all * stays.unsqueeze(2) * stays.unsqueeze(1)
-    step = _solve(gram, lacking * stays.unsqueeze(2), ridge, stays.sum(1)).mT
+    step = solve(gram, lacking * stays.unsqueeze(2), ridge, stays.sum(1)).mT
     return (w_all + step) * stays.unsqueeze(1)
 
 
@@ -187,7 +187,7 @@ def residual_energy(second: Tensor, weight: Tensor, cross: Tensor, target: Tenso
     return (y - 2 * (w * c.mT).sum(2) + ((w @ p) * w).sum(2)).clamp(min=0)
 
 
-def _solve(gram: Tensor, right: Tensor, ridge: float, count: Tensor | None = None) -> Tensor:
+def solve(gram: Tensor, right: Tensor, ridge: float, count: Tensor | None = None) -> Tensor:
     """(gram + εI)⁻¹ right for positive semidefinite matrices that rounding may have made slightly indefinite.
 
     Args:

@@ -12,27 +12,29 @@ count as independent, which they are not; it chose well all the same (docs/bench
 Wahba 1979; its use here is ours.
 
 With :math:`A = (P_{kk} + \epsilon I)^{-1}` the numerator is :math:`e - \operatorname{tr} M^\top A M - \epsilon
-\operatorname{tr} M^\top A^2 M`, and df = d - ε tr A; so one Cholesky factorisation per candidate does. The candidates
-are taken from the middle downhill, mostly three of five. Of large consumers tr A is estimated by random vectors
-(Hutchinson 1990), the same ones for all candidates, and the arithmetic is float32.
+\operatorname{tr} M^\top A^2 M`, and df = d - ε tr A; so one Cholesky factorisation per candidate does, and it gives the
+slope as well. From the middle candidate the slope says where to go on, mostly two of five are looked at. Of larger
+consumers tr A is estimated by random vectors (Hutchinson 1990), the same ones for all candidates, and the arithmetic is
+float32; the weights are then refined to float64 (Wilkinson 1963).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .least_squares import double
+from .least_squares import double, solve
 
-__all__ = ["RIDGES", "choose_ridge"]
+__all__ = ["RIDGES", "cross_validated"]
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates, relative to the mean second moment of the kept features."""
 
-FIRST = 1
-"""The candidate to begin with, and the next larger one; they are chosen most often."""
+FIRST = 2
+"""The candidate to begin with; it is chosen most often."""
 
 ALIKE = 1e-3
 """Scores that differ by less than this fraction are alike."""
@@ -43,8 +45,11 @@ EXACT = 144
 PROBES = 64
 """Random vectors for the trace beyond."""
 
+RESIDUAL = 1e-8
+"""What the equations for new weights may be off by, relative to their right-hand side."""
 
-def choose_ridge(
+
+def cross_validated(
     second: Tensor,
     kept: Tensor,
     missing: Tensor,
@@ -53,21 +58,22 @@ def choose_ridge(
     shares: Tensor | None = None,
     *,
     constant: bool = True,
-) -> float:
-    r"""The candidate of :data:`RIDGES` with the least generalised cross-validation.
+) -> tuple[Tensor, float]:
+    r"""What to add to the weights, :math:`(P_{kk} + \epsilon I)^{-1} M_k`, with ε by generalised cross-validation.
 
     Args:
         second: P, second moments of the inputs, shape (G, d, d).
         kept: features that stay, bool, shape (G, d).
-        missing: moments of the inputs and of what the outputs lack, shape (G, d, O).
+        missing: M, moments of the inputs and of what the outputs lack, shape (G, d, O).
         error: mean squares of what they lack, shape (G, O).
         rows: n, how many rows the moments are means of.
         shares: s, shape (G, O); default: all 1.
         constant: whether a constant is fitted as well (the moments are centred).
 
     Returns:
-        The ridge; the smallest if nothing is lacking, the largest of those that score alike (all do if there are too
-        few rows to tell). It is a local minimum next to which both neighbours are no better.
+        The step, shape (G, O, d), float64, 0 at removed features; and the ridge relative to the mean second moment of
+        the kept features, one of :data:`RIDGES`: the smallest if nothing is lacking, the largest of those that score
+        alike (all do if there are too few rows to tell). Where the score has several minima, the next one downhill.
 
     Example:
         25 rows of 20 features: targets they explain need no pull, targets that are noise a strong one.
@@ -75,48 +81,69 @@ def choose_ridge(
         >>> generator = torch.Generator().manual_seed(0)
         >>> u, w, noise = (torch.randn(n, generator=generator).double() for n in ((25, 20), (20, 50), (25, 50)))
         >>> kept, p = torch.ones(1, 20, dtype=torch.bool), u.T @ u / 25
-        >>> [choose_ridge(p[None], kept, (u.T @ y / 25)[None], y.square().mean(0)[None], 25) for y in (u @ w, noise)]
-        [0.001, 10.0]
+        >>> for y in (u @ w, noise):
+        ...     step, ridge = cross_validated(p[None], kept, (u.T @ y / 25)[None], y.square().mean(0)[None], 25)
+        ...     ridge, bool((step[0] - w.T).abs().max() < 0.1)
+        (0.001, True)
+        (10.0, False)
     """
-    e = double(error)
-    if shares is not None:
-        e = e * shares.to(e)
-    lost = e.sum(1)
-    if not bool((lost > 0).any()):
-        return RIDGES[0]
-    problem = _Problem.of(second, kept, missing, shares, lost, (rows, constant))
-    scores: dict[int, float] = {}
+    problem = _Problem.of(second, kept, missing, error, shares, (rows, constant))
+    if not bool((problem.lacking > 0).any()):
+        return problem.weights(problem.candidate(RIDGES[0])), RIDGES[0]
+    at = FIRST
+    best = problem.candidate(RIDGES[at])
+    down = best.rises
+    while at > 0 if down else not best.rises and at + 1 < len(RIDGES):
+        at += -1 if down else 1
+        other = problem.candidate(RIDGES[at])
+        if other.score * (1 + ALIKE) >= best.score if down else other.score > best.score * (1 + ALIKE):
+            break
+        best = other
+        if down and not best.rises:
+            break
+    return problem.weights(best), best.ridge
 
-    def score(i: int) -> float:
-        if i not in scores:
-            scores[i] = problem.score(RIDGES[i])
-        return scores[i]
 
-    best, last = FIRST, len(RIDGES) - 1
-    while best < last and score(best + 1) <= score(best) * (1 + ALIKE):
-        best += 1
-    if best == FIRST:
-        while best > 0 and score(best - 1) * (1 + ALIKE) < score(best):
-            best -= 1
-    return RIDGES[best]
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A ridge, its score, the slope of that over log ε, the factor, and A M; without a score, neither is there."""
+
+    ridge: float
+    score: float
+    slope: float
+    factor: Tensor
+    step: Tensor | None
+
+    @property
+    def rises(self) -> bool:
+        """Whether larger ridges are worse; not if they are alike, or if there is no score."""
+        return self.slope > ALIKE * self.score
 
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """The moments of the kept features, scaled so that their mean is 1, and what is lacking in all is 1.
+    r"""The moments of the kept features, divided by the mean square of a feature.
 
     Attributes:
         second: P, shape (G, d, d).
-        right: M and the vectors that estimate a trace, shape (G, d, O + v).
-        outputs: O.
-        weights: what is lacking in every conv group, shape (G,).
+        missing: M, shape (G, d, O).
+        size: what they were divided by, shape (G,).
+        unit: what M was divided by besides.
+        right: M and the vectors that estimate a trace, in the precision of the work, shape (G, d, O + v).
+        lacking: :math:`\sum_o s_o e_o`, shape (G,), in the same units.
+        shares: of each output, shape (G, 1, O).
+        kept: features that stay, shape (G, d).
         rows: n, and whether a constant takes one of them.
     """
 
     second: Tensor
+    missing: Tensor
+    size: Tensor
+    unit: float
     right: Tensor
-    outputs: int
-    weights: Tensor
+    lacking: Tensor
+    shares: Tensor
+    kept: Tensor
     rows: tuple[float, bool]
 
     @classmethod
@@ -125,23 +152,25 @@ class _Problem:
         second: Tensor,
         kept: Tensor,
         missing: Tensor,
+        error: Tensor,
         shares: Tensor | None,
-        lost: Tensor,
         rows: tuple[float, bool],
     ) -> _Problem:
-        p, kept = double(second), kept.to(lost.device)
-        m = double(missing) if shares is None else double(missing) * shares.to(p).sqrt().unsqueeze(1)
-        count = kept.sum(1).clamp_min(1)
-        size = (p.diagonal(dim1=1, dim2=2) * kept).sum(1) / count
+        p, m, e = double(second), double(missing), double(error)
+        kept = kept.to(p.device)
+        share = torch.ones_like(e) if shares is None else shares.to(e)
+        size = (p.diagonal(dim1=1, dim2=2) * kept).sum(1) / kept.sum(1).clamp_min(1)
         size = torch.where(size > 0, size, 1.0)
+        scale = 1 / size.view(-1, 1, 1)
         if len(kept) == 1:
             at = kept[0].nonzero().squeeze(1)
-            p, m = p[:, at.unsqueeze(1), at], m[:, at]
+            p, m = p[:, at.unsqueeze(1), at] * scale, m[:, at] * scale
         else:
-            p, m = p * kept.unsqueeze(2) * kept.unsqueeze(1), m * kept.unsqueeze(2)
-        weights = torch.where(lost > 0, lost, 0.0)
-        m = m / (size * torch.where(lost > 0, lost, 1.0)).sqrt().view(-1, 1, 1)
-        d, dtype = p.shape[1], torch.float64 if p.shape[1] <= EXACT else torch.float32
+            p, m = p * (scale * kept.unsqueeze(2) * kept.unsqueeze(1)), m * (scale * kept.unsqueeze(2))
+        unit = float(m.abs().amax()) or 1.0
+        m /= unit
+        d = p.shape[1]
+        dtype = torch.float64 if d <= EXACT else torch.float32
         if d <= EXACT:
             probes = torch.eye(d, dtype=dtype, device=p.device)
         else:
@@ -149,24 +178,61 @@ class _Problem:
             signs = torch.randint(0, 2, (d, PROBES), generator=generator, device="cpu") * 2 - 1
             probes = signs.to(p.device, dtype) * PROBES**-0.5
         right = torch.cat([m.to(dtype), probes.expand(len(p), -1, -1)], 2)
-        return cls((p / size.view(-1, 1, 1)).to(dtype), right, m.shape[2], weights, rows)
+        lacking = (e * share).sum(1) / (size * unit**2)
+        return cls(p, m, size, unit, right, lacking, share.unsqueeze(1), kept, rows)
 
-    def score(self, ridge: float) -> float:
-        """Generalised cross-validation of a candidate; infinite if there are too few rows for it."""
-        shifted = self.second.clone()
+    def candidate(self, ridge: float) -> _Candidate:
+        """Score and slope of a ridge; infinite if there are too few rows for it, or it does not hold P up."""
+        shifted = self.second.to(self.right.dtype, copy=True)
         shifted.diagonal(dim1=1, dim2=2).add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if failed.any():
-            return float("inf")
+            return _Candidate(ridge, math.inf, 0.0, factor, None)
+        o, (rows, constant) = self.missing.shape[2], self.rows
         half = torch.linalg.solve_triangular(factor, self.right, upper=False)
-        known, probes = half[:, :, : self.outputs], half[:, :, self.outputs :]
-        whole = torch.linalg.solve_triangular(factor.mT, known, upper=True)
-        left = 1 - _energy(known) - ridge * _energy(whole)
-        rows, constant = self.rows
-        free = 1 - (self.second.shape[1] - ridge * _energy(probes) + constant) / rows
-        score = torch.where(free > 0, left.clamp_min(0) / free.square(), torch.inf)
-        return float(torch.where(self.weights > 0, score * self.weights, 0.0).sum())
+        whole = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        step = whole[:, :, :o].contiguous()
+        more = torch.linalg.solve_triangular(factor, step, upper=False)
+        known, twice, thrice = (_energy(x, self.shares) for x in (half[:, :, :o], step, more))
+        trace, square = (_energy(x[:, :, o:]) for x in (half, whole))
+        left = (self.lacking - known - ridge * twice).clamp_min(0)
+        free = 1 - (self.second.shape[1] - ridge * trace + constant) / rows
+        counts = self.lacking > 0
+        if bool((free[counts] <= 0).any()):
+            return _Candidate(ridge, math.inf, 0.0, factor, step)
+        left, free, size = left[counts], free[counts], self.size[counts]
+        grows = 2 * ridge**2 * thrice[counts] / free**2
+        shrinks = 2 * left * ridge * (trace - ridge * square)[counts] / (rows * free**3)
+        return _Candidate(
+            ridge, float((size * left / free**2).sum()), float((size * (grows - shrinks)).sum()), factor, step
+        )
+
+    def weights(self, best: _Candidate) -> Tensor:
+        """A M in float64, all features, shape (G, O, d)."""
+        found = None if best.step is None else self._refined(best.step.double(), best)
+        if found is None:
+            found = solve(self.second, self.missing, best.ridge, self.kept.sum(1))
+        if len(self.kept) > 1:
+            return found.mT * (self.unit * self.kept.unsqueeze(1))
+        whole = found.new_zeros(1, found.shape[2], self.kept.shape[1])
+        whole[:, :, self.kept[0]] = found.mT * self.unit
+        return whole
+
+    def _refined(self, step: Tensor, best: _Candidate) -> Tensor | None:
+        """The step, corrected by the same factor until it solves the equations in float64; None if it never does."""
+        if self.right.dtype == torch.float64:
+            return step
+        size = float(self.missing.square().sum())
+        for _ in range(4):
+            off = torch.baddbmm(self.missing - best.ridge * step, self.second, step, alpha=-1)
+            if float(off.square().sum()) <= RESIDUAL**2 * size:
+                return step
+            correction = torch.linalg.solve_triangular(best.factor, off.to(best.factor), upper=False)
+            step = step + torch.linalg.solve_triangular(best.factor.mT, correction, upper=True)
+        return None
 
 
-def _energy(x: Tensor) -> Tensor:
-    return x.square().sum((1, 2)).double()
+def _energy(x: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Sum of squares per conv group, over the outputs as their shares say."""
+    columns = x.square().sum(1, keepdim=True).double()
+    return (columns if shares is None else columns * shares).sum((1, 2))

@@ -17,7 +17,7 @@ from ..graph.patches import bn_gain, consumer_weight, feature_channels, set_cons
 from ..graph.reparametrised import computed_tensors
 from ..graph.surgery import checked_units
 from ..maths.least_squares import refit
-from ..maths.ridge import choose_ridge
+from ..maths.ridge import cross_validated
 from ..statistics.consumers import MAX_FEATURES
 from .report import RefitRow
 from .settings import Ridge
@@ -70,11 +70,12 @@ class LayerRefit:
             error: mean squares of what it lacks, shape (G, O).
             rows: rows behind the moments.
         """
-        if ridge == "auto":
-            gain = bn_gain(self.batch_norm, self.outputs.numel()).view(self.outputs.shape)
-            shares = gain.square().to(error) * self.outputs.to(error)
-            ridge = choose_ridge(second, self.kept, missing, error, rows, shares, constant=self.centred)
-        return self.rounded(refit(second, self.weight, self.kept, ridge, missing=missing)), ridge
+        if ridge != "auto":
+            return self.rounded(refit(second, self.weight, self.kept, ridge, missing=missing)), ridge
+        gain = bn_gain(self.batch_norm, self.outputs.numel()).view(self.outputs.shape)
+        shares = gain.square().to(error) * self.outputs.to(error)
+        step, chosen = cross_validated(second, self.kept, missing, error, rows, shares, constant=self.centred)
+        return self.rounded(self.plain.to(step) + step), chosen
 
     def adopt(
         self,
