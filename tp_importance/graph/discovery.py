@@ -115,7 +115,7 @@ def prunable_groups(
     )
     with phase("tracing", progress=progress) as running:
         traced = trace(model, example_inputs, options)
-        in_training = cache(lambda: training_pass(model, example_inputs, options))
+        in_training = cache(lambda: training_pass(model, example_inputs, options, usual=traced.reads))
 
         def answered(choices: tuple[int, ...]) -> PrunableGroups:
             chosen = replace(options, choices=choices)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.forward import ForwardFn
+from ..graph.activations import recording
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.patches import at_positions, bn_gain, consumer_weight, feature_channels, fork, unfolded_input
 from ..maths.moments import Moments, consumer_scatter
@@ -64,7 +65,7 @@ class ConsumerStatistics:
     """
 
     def __init__(self, groups: PrunableGroups, *, positions: int | None = 8, seed: int = 0) -> None:
-        self._model = groups.trace.model
+        self._trace, self._model = groups.trace, groups.trace.model
         self._names = list(dict.fromkeys(r.name for g in groups for r in g.consumers))
         self._gains = {}
         self._norms = {name: groups.trace.batch_norm_behind(name) for name in self._names}
@@ -106,9 +107,10 @@ class ConsumerStatistics:
         Warns:
             UserWarning: if the model does other operations than on its example inputs; no sum is used then.
         """
-        return watch_residual_sums(
-            self._model, self._norms, self._disturbed, lambda: self.labels, example_inputs, forward_fn
-        )
+        trace = self._trace
+        same = example_inputs is trace.example_inputs and forward_fn is trace.options.forward_fn
+        flow = trace.call if same else recording(self._model, example_inputs, forward_fn)
+        return watch_residual_sums(self._model, self._norms, self._disturbed, lambda: self.labels, flow)
 
     def energy(self, name: str) -> float:
         """Variance, summed over channels, of what errors of consumer ``name`` disturb.
