@@ -252,17 +252,21 @@ class ConsumerStatistics:
         project = self._sketch(module, self._gains[name], generator) if _is_wide(module) else None
 
         def fn(x: Tensor, out: Tensor, labels: Tensor) -> None:
-            again = fork(generator)
+            again = fork(generator) if labels.dim() == 2 else None
             u = unfolded_input(module, x, out, self._positions, generator)
-            if labels.dim() == 2:
+            if again is not None:
                 labels = at_positions(labels, self._positions, again)
-            else:
-                labels = labels.unsqueeze(1).expand(-1, u.shape[1])
             keep = labels >= 0
-            self._samples[id(moments)] += int(keep.any(1).sum())
-            rows, labels = u.flatten(0, 1), labels.flatten()
-            if not keep.all():
-                rows, labels = rows[keep.flatten()], labels[keep.flatten()]
+            counts = keep if again is None else keep.any(1)
+            self._samples[id(moments)] += int(counts.sum())
+            if again is None:  # all positions of a sample count, or none
+                if not keep.all():
+                    u, labels = u[keep], labels[keep]
+                rows, labels = u.flatten(0, 1), labels.repeat_interleave(u.shape[1])
+            else:
+                rows, labels = u.flatten(0, 1), labels.flatten()
+                if not keep.all():
+                    rows, labels = rows[keep.flatten()], labels[keep.flatten()]
             moments.update(rows if project is None else project(rows), labels)
 
         return fn
