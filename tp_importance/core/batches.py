@@ -94,12 +94,32 @@ def _split_mapping(batch: Mapping[Any, Any]) -> tuple[tuple[Any, ...], dict[str,
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in nested tuples, lists, dicts and data classes, in order."""
     found = list[Tensor]()
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) or isinstance(leaf, SimpleNamespace):
-            found += tensors_in(dict(vars(leaf)))
+    _gather(value, found)
     return found
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None), slice, torch.Size, torch.dtype, torch.device})
+"""Types of what holds no tensors and is met all the time."""
+
+
+def _gather(value: Any, found: list[Tensor]) -> None:
+    kind = type(value)
+    if kind in _PLAIN:
+        return
+    if kind is tuple or kind is list:
+        for part in value:
+            _gather(part, found)
+    elif kind is dict:
+        for part in value.values():
+            _gather(part, found)
+    elif isinstance(value, Tensor):
+        found.append(value)
+    else:  # named tuples, containers that somebody registered with torch, ...
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif is_dataclass(leaf) or isinstance(leaf, SimpleNamespace):
+                _gather(dict(vars(leaf)), found)
 
 
 def sample_count(values: Iterable[Any]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -14,12 +15,14 @@ __all__ = ["copied", "copied_with", "copy_memo"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def copied(model: Model) -> Model:
+def copied(model: Model, *, shared: Iterable[nn.Parameter] = ()) -> Model:
     """A deep copy of a network, also after a forward pass with gradients left a tensor with a graph in it.
 
     Args:
         model: the network; tensors inside of it that are not leaves of the autograd graph, such as the weight under the
             older ``torch.nn.utils.weight_norm`` or a cached activation, are copied without their graph.
+        shared: parameters whose values the copy is to share: they are other objects, but lie in the same memory.
+            For copies whose values nobody writes to.
 
     Example:
         >>> import torch
@@ -28,12 +31,20 @@ def copied(model: Model) -> Model:
         >>> net.weight.is_leaf, twin.weight.is_leaf
         (False, True)
     """
-    return copied_with(model, None)[0]
+    # others (tensors of inference mode, subclasses) are better left to themselves
+    alike = [p for p in shared if type(p) is nn.Parameter and p.is_leaf and not p.is_inference()]
+    return copied_with(model, None, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in alike})[0]
 
 
-def copied_with(model: Model, others: Any) -> tuple[Model, Any]:
-    """The same, and a copy of ``others``, in which the layers of the network are those of its copy."""
-    twin, options = copy.deepcopy((model, others), copy_memo(model))
+def copied_with(model: Model, others: Any, memo: dict[int, Any] | None = None) -> tuple[Model, Any]:
+    """The same, and a copy of ``others``, in which the layers of the network are those of its copy.
+
+    Args:
+        model: the network.
+        others: what else is copied.
+        memo: what :func:`copy.deepcopy` is to take for some objects, by id.
+    """
+    twin, options = copy.deepcopy((model, others), copy_memo(model) | (memo or {}))
     for module in twin.modules():
         if is_parametrized(module):  # copies share a class, and removing a parametrization changes the class
             kind = type(module)

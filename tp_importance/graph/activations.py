@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..core.batches import tensors_in
-from ..core.forward import ForwardFn, fresh_inputs, run_model
-from ..core.untouched import untouched
+from ..core.forward import ForwardFn
 from ..errors import TracingError
 from .dataflow import Flow, is_question, made_tensors, record, watched_modules
 from .function_names import function_name
@@ -20,23 +18,22 @@ from .function_names import function_name
 __all__ = ["recording", "watch_activations"]
 
 
-def recording(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> Flow | None:
+def recording(
+    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None, *, known: Flow | None = None
+) -> Flow | None:
     """Operations of the call of ``model`` that a pass makes; ``None`` if later passes could not be compared with it.
 
     That is so if the forward function does not call the model exactly once, or if something in it is scripted.
+
+    Args:
+        model: the network.
+        example_inputs: what it is called with.
+        forward_fn: ``forward_fn(model, example_inputs)``.
+        known: of a pass over the same inputs; without ``forward_fn`` it need not be made again.
     """
-    calls: list[tuple[Any, Any]] = []
-    with untouched(model), torch.no_grad():  # takes the hook away again
-        model.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append(fresh_inputs((args, kwargs))), with_kwargs=True
-        )
-        model.eval()
-        run_model(model, example_inputs, forward_fn)
-    if len(calls) != 1:
-        return None
-    args, kwargs = calls[0]
-    flow = record(model, None, forward_fn=lambda m, _: m(*args, **kwargs))
-    return None if not all(op.seen for op in flow.ops) else flow
+    flow = known if forward_fn is None else None
+    flow = record(model, example_inputs, forward_fn=forward_fn, within=True) if flow is None else flow
+    return flow if flow.calls_of_model == 1 and all(op.seen for op in flow.ops) else None
 
 
 @contextmanager

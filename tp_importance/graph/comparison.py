@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,15 +16,22 @@ from .layer_kinds import is_batch_norm
 __all__ = ["StrongNeighbours", "difference", "scrambled_copy"]
 
 
-def scrambled_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def scrambled_copy(
+    model: nn.Module, dtype: torch.dtype | None = None, *, shared: Iterable[nn.Parameter] = ()
+) -> nn.Module:
     """A copy whose norms and biases do something: at their initial values a wrong surgery can look right.
 
     Batch norms get new weights; every other parameter of one axis whose entries are all equal, as in a new layer norm,
     gets others, of the same sign.
     In ``dtype``, or where that is ``None`` in float32 for what is of half precision.
+
+    Args:
+        model: the network.
+        dtype: of the copy.
+        shared: parameters of more than one axis whose values the copy is to share, see :func:`.core.copies.copied`.
     """
     halves = (torch.float16, torch.bfloat16)
-    twin = copied(model).eval()
+    twin = copied(model, shared=(p for p in shared if p.dim() > 1)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():

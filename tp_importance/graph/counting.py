@@ -19,7 +19,7 @@ from .function_macs import attention_products
 from .layer_kinds import CONV, COUNTED
 from .operations import Operations
 
-__all__ = ["Call", "CallRecorder", "batch_size", "count_ops"]
+__all__ = ["Call", "CallRecorder", "batch_size", "count_ops", "per_sample"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,26 @@ def _attention_products(module: Any, query: Tensor, key: Tensor, *_: Any, **__: 
     return attention_products(query, key, module.embed_dim, batch_first=module.batch_first)
 
 
+def per_sample(calls: Iterable[Call], functional: Mapping[str, int], products: int, n: int) -> int:
+    """Multiply-accumulates of one sample of a batch of ``n``.
+
+    Args:
+        calls: of the layers.
+        functional: of functions, by parameter, whole batch.
+        products: of data with data, whole batch.
+        n: samples.
+
+    Raises:
+        ValueError: if they do not divide by the batch.
+    """
+    macs = sum(call.macs for call in calls) + sum(functional.values()) + products
+    if macs % n:
+        raise ValueError(
+            f"{macs} MACs do not divide by the batch of {n}: the first dimension of example_inputs is not the batch"
+        )
+    return macs // n
+
+
 class CallRecorder:
     """Forward hooks that write down every call of every leaf module (and attention), and what functions cost."""
 
@@ -135,13 +155,7 @@ class CallRecorder:
         Raises:
             ValueError: if they do not divide by the batch.
         """
-        macs = sum(call.macs for call in self.calls) + sum(self.functional(n)[0].values())
-        macs += self.products if attention else 0
-        if macs % n:
-            raise ValueError(
-                f"{macs} MACs do not divide by the batch of {n}: the first dimension of example_inputs is not the batch"
-            )
-        return macs // n
+        return per_sample(self.calls, self.functional(n)[0], self.products if attention else 0, n)
 
     def _enter(self, *_: Any) -> None:
         self._operations.inside += 1

@@ -156,12 +156,14 @@ class Flow:
         spans: calls of modules that are no layers.
         shapes: shape of every tensor.
         outputs: tensors the network returned.
+        calls_of_model: how often the network itself was called.
     """
 
     ops: list[Op]
     spans: list[Span]
     shapes: list[tuple[int, ...]]
     outputs: tuple[int, ...]
+    calls_of_model: int = 1
 
     @cached_property
     def maker(self) -> dict[int, Op]:
@@ -215,6 +217,7 @@ def record(
     *,
     layers: Mapping[type[nn.Module], Kind] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    within: bool = False,
 ) -> Flow:
     """Run ``model`` once in eval mode without gradients and write down what reads what; nothing is changed.
 
@@ -226,6 +229,8 @@ def record(
         layers: further module types that count as one operation, besides convolutions, linear layers and batch norms,
             and what kind of operation they are.
         forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
+        within: leave out what ``forward_fn`` does outside of the calls of the model; the outputs are those of its last
+            call, and :attr:`Flow.calls_of_model` says how many there were.
 
     Returns:
         The :class:`Flow`.
@@ -235,15 +240,17 @@ def record(
         >>> [(op.name, op.kind) for op in record(net, torch.zeros(1, 3, 8, 8)).ops]
         [('0', 'layer'), ('relu', 'relu'), ('flatten', 'homogeneous')]
     """
-    recorder, inputs = _Recorder(), fresh_inputs(example_inputs)
+    recorder, inputs = _Recorder(running=not within), fresh_inputs(example_inputs)
     with untouched(model), torch.no_grad(), ExitStack() as stack:
         model.eval()
         for name, module, kind in watched_modules(model, layers or {}):
             recorder.watch(stack, name, module, kind)
+        recorder.watch_model(stack, model, within)
         stack.enter_context(recorder)
         output = (forward_fn or call_model)(model, inputs)
-    outputs = tuple(recorder.value(t) for t in tensors_in(output))
-    return Flow(recorder.ops, recorder.spans, [tuple(t.shape) for t in recorder.tensors], outputs)
+    outputs = tuple(recorder.value(t) for t in (recorder.returned if within else tensors_in(output)))
+    shapes = [tuple(t.shape) for t in recorder.tensors]
+    return Flow(recorder.ops, recorder.spans, shapes, outputs, recorder.calls)
 
 
 def watched_modules(
@@ -272,8 +279,9 @@ def is_question(name: str, given: list[Tensor], made: list[Tensor]) -> bool:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, running: bool = True) -> None:
         super().__init__()
+        self.running, self.calls, self.returned = running, 0, list[Tensor]()
         self.ops: list[Op] = []
         self.spans: list[Span] = []
         self.tensors: list[Tensor] = []  # kept alive: their ids must stay theirs
@@ -287,12 +295,32 @@ class _Recorder(TorchFunctionMode):
             self.tensors.append(tensor)
         return self._value[id(tensor)]
 
+    def watch_model(self, stack: ExitStack, model: nn.Module, within: bool) -> None:
+        """Count the calls of the network and, if asked for, run only within them."""
+
+        def before(_module: nn.Module, _args: Any) -> None:
+            self.calls += 1
+            if within:
+                self.running = True
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.returned = tensors_in(output)
+            if within:
+                self.running = False
+
+        stack.callback(model.register_forward_pre_hook(before, prepend=True).remove)
+        stack.callback(model.register_forward_hook(after).remove)
+
     def watch(self, stack: ExitStack, name: str, module: nn.Module, kind: Kind | None) -> None:
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self.running:
+                return
             self._open.append((tuple(self.value(t) for t in tensors_in((args, kwargs))), len(self.ops)))
             self._depth += kind is not None
 
         def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not self.running:
+                return
             inputs, first = self._open.pop()
             self._depth -= kind is not None
             if kind is not None:
@@ -315,7 +343,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._depth:
+        if self._depth or not self.running:
             return func(*args, **kwargs)
         given = tensors_in((args, kwargs))
         inputs = tuple(self.value(t) for t in given)

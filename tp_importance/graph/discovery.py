@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..core.arguments import checked_model
+from ..core.collector import rarely_collected
 from ..core.progress import phase, shown
 from .classes import build_groups, other_answers
 from .groups import PrunableGroups, Verifier
@@ -27,6 +28,7 @@ MAX_ANSWERS = 3
 """How often other answers to what one pass leaves open are tried, each at the cost of a verification."""
 
 
+@rarely_collected()
 def prunable_groups(
     model: nn.Module,
     example_inputs: Any,
@@ -115,7 +117,7 @@ def prunable_groups(
     )
     with phase("tracing", progress=progress) as running:
         traced = trace(model, example_inputs, options)
-        in_training = cache(lambda: training_pass(model, example_inputs, options))
+        in_training = cache(lambda: training_pass(model, example_inputs, options, usual=traced.reads))
 
         def answered(choices: tuple[int, ...]) -> PrunableGroups:
             chosen = replace(options, choices=choices)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-from ..core.batches import tensors_in
 from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
 from ..errors import TracingError
 from .classes import strangers
-from .dataflow import is_question, made_tensors
-from .function_names import function_name
 from .groups import PrunableGroups
-from .kept_statistics import STATISTICS, CallCounter, StatisticCall
+from .kept_statistics import StatisticCall
+from .reads import Reads, reading, tensor_names
 from .trace_options import TraceOptions
 from .tracing import Trace, set_mode, trace
 
@@ -69,7 +62,9 @@ class TrainingPass:
         return found
 
 
-def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) -> TrainingPass:
+def training_pass(
+    model: nn.Module, example_inputs: Any, options: TraceOptions, *, usual: Reads | None = None
+) -> TrainingPass:
     """Run a network in training mode and compare what it reads there.
 
     The surgery follows a trace in eval mode. A layer that runs in training mode only would keep its old input width,
@@ -82,6 +77,8 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
         model: the network.
         example_inputs: tensor, tuple or dict, batch dimension first.
         options: of the trace in eval mode.
+        usual: what the network reads in eval mode, if that is known: :attr:`.tracing.Trace.reads`. Default: it runs
+            once more to find out.
 
     Returns:
         what it reads in training mode only.
@@ -107,21 +104,12 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
         >>> groups.names, list(training_pass(net, x, groups.options).reasons(groups))
         (['a', 'b'], ['a'])
     """
-    run = options.forward_fn or call_model
-    owners = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-    try:
-        usual = _record(model, example_inputs, run, owners, training=False)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise TracingError(
-            f"{type(model).__name__} could be traced, but does not run a second time on the same inputs: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    owners, first = tensor_names(model), usual is None
+    usual = _usual(model, example_inputs, options) if usual is None else usual
     renumbered: frozenset[StatisticCall] = frozenset()
     try:
-        training = _record(model, example_inputs, run, owners, training=True)
-        more = {key for key, count in training.reads.items() if count > usual.reads[key]}
+        training = _record(model, example_inputs, options, training=True)
+        more = {key for key, count in training.counts.items() if count > usual.counts[key]}
         renumbered = frozenset(c for c, seen in usual.statistics.items() if training.statistics[c] - seen)
         if not more:
             return TrainingPass(renumbered=renumbered)
@@ -129,6 +117,8 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
     except torch.OutOfMemoryError:  # says nothing about the network
         raise
     except Exception as error:
+        if not first:  # whether it is the mode, or that the network runs once only
+            _usual(model, example_inputs, options)
         idle = _idle(model, usual)
         if not idle:
             return TrainingPass(renumbered=renumbered)
@@ -143,79 +133,36 @@ def training_pass(model: nn.Module, example_inputs: Any, options: TraceOptions) 
     return TrainingPass(traced, frozenset(owners[key] for key in more), runs, renumbered)
 
 
-@dataclass
-class _Pass:
-    """What happens in one pass.
-
-    Attributes:
-        reads: in how many operations every parameter and buffer takes part, by id.
-        statistics: the forms in which every call that takes statistics is made: axes of its tensor, other arguments.
-        called: modules that are called.
-    """
-
-    reads: Counter[int] = field(default_factory=Counter)
-    statistics: defaultdict[StatisticCall, set[str]] = field(default_factory=lambda: defaultdict(set))
-    called: set[nn.Module] = field(default_factory=set)
-
-
-class _Recorder(TorchFunctionMode):
-    """Writes down which tensors functions read, and which of them take statistics.
-
-    Args:
-        owners: ids of the tensors of interest.
-        into: what to write to.
-    """
-
-    def __init__(self, owners: Collection[int], into: _Pass) -> None:
-        super().__init__()
-        self.calls = CallCounter()
-        self._into, self._owners = into, frozenset(owners)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = function_name(func)
-        if name in STATISTICS:
-            form = tree_map_only(Tensor, Tensor.dim, (args, kwargs))
-            self._into.statistics[self.calls.call(name)].add(str(form))
-        output = func(*args, **kwargs)
-        found = {id(t) for t in tensors_in((args, kwargs))} & self._owners
-        if found:
-            given = tensors_in((args, kwargs))
-            if not is_question(name, given, made_tensors(name, given, output)):
-                self._into.reads.update(found)
-        return output
-
-
-def _record(
-    model: nn.Module,
-    example_inputs: Any,
-    run: Callable[[nn.Module, Any], Any],
-    owners: Collection[int],
-    *,
-    training: bool,
-) -> _Pass:
+def _record(model: nn.Module, example_inputs: Any, options: TraceOptions, *, training: bool) -> Reads:
     """One pass, in which nothing of the network changes."""
-    found, inputs = _Pass(), fresh_inputs(example_inputs)
-    recorder = _Recorder(owners, found)
-    with untouched(model), torch.no_grad(), ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(module.register_forward_pre_hook(lambda m, _: found.called.add(m)).remove)
-        stack.callback(recorder.calls.watch(model))
+    found, inputs = Reads(), fresh_inputs(example_inputs)
+    with untouched(model), torch.no_grad(), reading(model, found) as mode:
         set_mode(model, training)
-        with recorder:
-            run(model, inputs)
+        with mode():
+            (options.forward_fn or call_model)(model, inputs)
     return found
 
 
-def _idle(model: nn.Module, usual: _Pass) -> list[str]:
+def _usual(model: nn.Module, example_inputs: Any, options: TraceOptions) -> Reads:
+    """The same in eval mode."""
+    try:
+        return _record(model, example_inputs, options, training=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise TracingError(
+            f"{type(model).__name__} could be traced, but does not run a second time on the same inputs: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _idle(model: nn.Module, usual: Reads) -> list[str]:
     """The outermost modules with parameters or buffers of which a pass has read nothing and called nothing."""
     idle: list[str] = []
     for name, module in model.named_modules():
         if not name or any(name.startswith(f"{outer}.") for outer in idle):
             continue
         tensors = (*module.parameters(), *module.buffers())
-        if tensors and usual.called.isdisjoint(module.modules()) and not any(usual.reads[id(t)] for t in tensors):
+        if tensors and usual.called.isdisjoint(module.modules()) and not any(usual.counts[id(t)] for t in tensors):
             idle.append(name)
     return idle

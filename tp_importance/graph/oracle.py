@@ -71,7 +71,9 @@ class Oracle:
         blame: Blame | None = None,
     ) -> None:
         self._groups, self._gated, self._surgery = groups, gated, surgery
-        self._original = scrambled_copy(groups.trace.model, dtype)
+        self._alone = {m.name for part in (groups, gated) for g in part for m in g.members if m.axis is not None}
+        model = groups.trace.model
+        self._original = scrambled_copy(model, dtype, shared=self._shared(model))
         self._inputs = to_model(self._original, example_inputs)  # the copies of half-precision networks are float32
         self._tolerance, self._blame = tolerance, blame or Blame(groups)
         self._layers = read_layers(groups)
@@ -128,9 +130,16 @@ class Oracle:
         output = run_model(model, self._inputs, options.forward_fn)
         return output if options.output_transform is None else options.output_transform(output)
 
+    def _shared(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters whose values copies need not have for themselves: neither masks nor surgery write into them."""
+        if self._groups.options.customized_pruners:  # who knows what these write into
+            return []
+        own = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in self._alone}
+        return [p for p in model.parameters() if id(p) not in own]
+
     def _pruned(self, removal: Removal) -> nn.Module:
         with torch._C.DisableTorchFunction():  # of the pass that is running
-            pruned = copied(self._original)
+            pruned = copied(self._original, shared=self._shared(self._original))
             self._surgery(pruned, removal.units)
         return pruned
 

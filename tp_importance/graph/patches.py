@@ -68,9 +68,11 @@ def unfolded_input(
     )
     index, inside = index.to(x.device)[chosen], inside.to(x.device)[chosen]  # (N, Q, taps)
     n, c, (q, taps) = len(x), x.shape[1], index.shape[1:]
-    patches = x.flatten(2).gather(2, index.flatten(1).unsqueeze(1).expand(-1, c, -1)).view(n, c, q, taps)
-    patches = patches * inside.unsqueeze(1).to(patches.dtype)
-    return patches.permute(0, 2, 1, 3).reshape(n, q, module.groups, c // module.groups * taps)
+    maps = x.flatten(2).unsqueeze(1).expand(-1, q, -1, -1)
+    patches = maps.gather(3, index.unsqueeze(2).expand(-1, -1, c, -1))  # (N, Q, C, taps)
+    if not bool(inside.all()):
+        patches.mul_(inside.unsqueeze(2))
+    return patches.view(n, q, module.groups, c // module.groups * taps)
 
 
 def require_batched(name: str, module: nn.Module, x: Tensor) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -69,7 +70,9 @@ class Provenance(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name, given = function_name(func), _places((args, kwargs))
+        name = function_name(func)
+        with torch._C.DisableTorchFunction():  # other modes need not see what is asked of the tensors
+            given = _places((args, kwargs))
         read = _NOTHING.union(*(self._names.get(p, _NOTHING) for p in given))
         self.read = read
         try:
@@ -77,7 +80,9 @@ class Provenance(TorchFunctionMode):
         except Exception as error:
             self.raised = (error, name, read)
             raise
-        for place in _places(args[:1] if name == "setitem" else output):
+        with torch._C.DisableTorchFunction():
+            made = _places(args[:1] if name == "setitem" else output)
+        for place in made:
             # shared with what it has read: a view, or written in place
             self._names[place] = read | self._names.get(place, _NOTHING) if place in given else read
         return output

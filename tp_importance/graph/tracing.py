@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,14 +15,16 @@ from ..core.arguments import checked_model
 from ..core.devices import to_model
 from ..core.forward import call_model, fresh_inputs
 from ..core.untouched import untouched
-from .counting import Call, CallRecorder, batch_size
+from .activations import recording
+from .counting import Call, CallRecorder, batch_size, per_sample
 from .dataflow import Flow, record
 from .following import batch_norm_behind, feeds_alone
 from .labels.attention import answers as attention_answers
 from .labels.discover import labels_of
 from .labels.ledger import Ledger
 from .layer_pruners import users_layers
-from .reparametrised import as_leaves
+from .reads import Reads, reading
+from .reparametrised import as_leaves, computed_tensors
 from .trace_options import TraceOptions, failed_trace, output_tensors
 
 __all__ = ["Trace", "set_mode", "trace"]
@@ -38,6 +41,7 @@ class Trace:
         products: multiply-accumulates of data with data, whole batch, as QKᵀ; 0 if they are not to be counted.
         uncounted: reason per module or parameter whose multiply-accumulates are not known.
         options: how the network is called and read.
+        reads: what the pass has read; ``None`` if weights are computed, which it saw as leaves.
     """
 
     model: nn.Module
@@ -50,6 +54,7 @@ class Trace:
     uncounted: dict[str, str] = field(default_factory=dict)
     options: TraceOptions = TraceOptions()
     products: int = 0
+    reads: Reads | None = field(default=None, repr=False)
 
     def first_call(self) -> dict[str, int]:
         """Position of the first call of each module in execution order."""
@@ -58,11 +63,23 @@ class Trace:
             order.setdefault(call.name, i)
         return order
 
+    @property
+    def ops(self) -> tuple[int, int]:
+        """What :func:`~tp_importance.graph.counting.count_ops` gives: multiply-accumulates per sample, parameters."""
+        macs = per_sample(self.calls, self.functional, self.products, self.batch_size)
+        return macs, sum(math.prod(p.shape) for p in self.model.parameters())
+
     @cached_property
     def flow(self) -> Flow:
         """What reads what in the network, by one more forward pass when it is first asked for."""
         inputs = to_model(self.model, self.example_inputs)  # the network may have moved meanwhile
         return record(self.model, inputs, forward_fn=self.options.forward_fn)
+
+    @cached_property
+    def call(self) -> Flow | None:
+        """The same of the call of the network alone, see :func:`~tp_importance.graph.activations.recording`."""
+        inputs = to_model(self.model, self.example_inputs)
+        return recording(self.model, inputs, self.options.forward_fn, known=self.flow)
 
     def batch_norm_behind(self, name: str, *, alone: bool = False) -> nn.Module | None:
         """The batch norm that alone receives the output of a layer, if there is one.
@@ -111,43 +128,58 @@ def trace(
     names.update({p: name for name, p in model.named_parameters()})
     custom = users_layers(model, options.customized_pruners)
     axes = {id(p): dim for p, dim in options.unwrapped_parameters or ()}
-    with untouched(model), torch.inference_mode(False), as_leaves(model):
-        set_mode(model, training)
+    attention = "" if options.with_heads else options.attention  # of layers that the user names dimensions go
+    run, reads = options.forward_fn or call_model, Reads()
 
-        def labels(
-            run: Callable[[nn.Module, Any], Any], answers: Mapping[int, int], before: Ledger | None = None
-        ) -> Ledger:
-            inputs, outputs = fresh_inputs(example_inputs), partial(output_tensors, transform=options.output_transform)
-            with untouched(model):  # what the first pass caches would change the numbers of operations in the second
-                return labels_of(
-                    model,
-                    inputs,
-                    run,
-                    outputs,
-                    axes=axes,
-                    custom=custom,
-                    answers=answers,
-                    before=before,
-                    attention=attention,
-                )
+    def labels(
+        run: Callable[[nn.Module, Any], Any], answers: Mapping[int, int], before: Ledger | None = None
+    ) -> Ledger:
+        return labels_of(
+            model,
+            fresh_inputs(example_inputs),
+            run,
+            partial(output_tensors, transform=options.output_transform),
+            axes=axes,
+            custom=custom,
+            answers=answers,
+            before=before,
+            attention=attention,
+        )
 
-        attention = "" if options.with_heads else options.attention  # of layers that the user names dimensions go
-        recorder = CallRecorder(model)
-        try:
-            ledger = labels(lambda net, inputs: recorder.run(net, inputs, options.forward_fn), {})
-            recorder.remove()
-            found = attention_answers(ledger, options.attention, options.with_heads)
-            if found:
-                ledger = labels(options.forward_fn or call_model, found, ledger)
-        except torch.OutOfMemoryError:  # says nothing about the network
-            raise
-        except Exception as error:
-            raise failed_trace(model, example_inputs, error) from error
-        finally:
-            recorder.remove()
+    try:
+        with untouched(model), torch.inference_mode(False), as_leaves(model), reading(model, reads) as mode:
+
+            def watched(net: nn.Module, inputs: Any) -> Any:
+                with mode():
+                    return run(net, inputs)
+
+            set_mode(model, training)
+            recorder = CallRecorder(model)  # its hooks go with all others
+            ledger = labels(lambda net, inputs: recorder.run(net, inputs, watched), {})
+        found = attention_answers(ledger, options.attention, options.with_heads)
+        if found:  # what the first pass caches would change the numbers of operations
+            with untouched(model), torch.inference_mode(False), as_leaves(model):
+                set_mode(model, training)
+                ledger = labels(run, found, ledger)
+    except torch.OutOfMemoryError:  # says nothing about the network
+        raise
+    except Exception as error:
+        raise failed_trace(model, example_inputs, error) from error
     functional, uncounted = recorder.functional(n)
     products = recorder.products if options.count_attention else 0
-    return Trace(model, ledger, recorder.calls, n, example_inputs, names, functional, uncounted, options, products)
+    return Trace(
+        model,
+        ledger,
+        recorder.calls,
+        n,
+        example_inputs,
+        names,
+        functional,
+        uncounted,
+        options,
+        products,
+        None if any(map(computed_tensors, model.modules())) else reads,
+    )
 
 
 # Batch norms that normalise by the batch refuse a single value per channel, and dropout only draws random numbers.

@@ -25,7 +25,6 @@ from ..core.stale_optimizers import replacing
 from ..errors import BudgetError
 from ..graph.classes import AT_MINIMUM, build_groups
 from ..graph.cost import LATENCY, CostModel
-from ..graph.counting import count_ops
 from ..graph.discovery import prunable_groups
 from ..graph.groups import PrunableGroups
 from ..graph.history import PruningHistory, repeat, units_of
@@ -341,16 +340,15 @@ class PruningTarget:
                 report = replace(report, refit=made)
             with phase("removing channels", before=self.cost_model.dense, after=plan.cost):
                 cuts = remove_units(self.groups, plan.removed)
-            counted = count_ops(
-                self.model, self.example_inputs, forward_fn=run, attention=self.groups.options.count_attention
-            )
+            left = self._left(self.groups, plan.removed)
+            counted = left.trace.ops
             if Cost(*counted) != plan.cost:
                 raise RuntimeError(f"the pruned network costs {Cost(*counted)}, planned were {plan.cost}")
             if follows and loader is not None:
                 recalibrate_batchnorm(self.model, loader, reference=reference, forward_fn=run)
             report = replace(report, outputs=outputs.change(self.model))
             history = PruningHistory.of(self.groups, plan.removed, cuts)
-            state = self._adopting(self._left(self.groups, plan.removed), history)
+            state = self._adopting(left, history)
             if reference is not None:
                 state["_reference"] = reference.stamped(self.model)
             step.commit()
@@ -421,12 +419,7 @@ class PruningTarget:
                 known = build_groups(self.groups.trace, None, self._num_heads, self.groups.options)
                 done = repeat(entries, known)
                 groups = self._left(known, None if done.host is None else units_of(done.host, known))
-                counted = count_ops(
-                    self.model,
-                    self.example_inputs,
-                    forward_fn=self.groups.options.forward_fn,
-                    attention=self.groups.options.count_attention,
-                )
+                counted = groups.trace.ops
                 if Cost(*counted) != CostModel.from_groups(groups).dense:
                     raise ValueError(f"after it the network costs {Cost(*counted)}, its widths say otherwise")
                 state = self._adopting(groups, done)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.forward import ForwardFn
+from ..graph.activations import recording
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.patches import at_positions, bn_gain, consumer_weight, feature_channels, fork, unfolded_input
 from ..maths.moments import Moments, consumer_scatter
@@ -64,7 +65,7 @@ class ConsumerStatistics:
     """
 
     def __init__(self, groups: PrunableGroups, *, positions: int | None = 8, seed: int = 0) -> None:
-        self._model = groups.trace.model
+        self._trace, self._model = groups.trace, groups.trace.model
         self._names = list(dict.fromkeys(r.name for g in groups for r in g.consumers))
         self._gains = {}
         self._norms = {name: groups.trace.batch_norm_behind(name) for name in self._names}
@@ -106,9 +107,10 @@ class ConsumerStatistics:
         Warns:
             UserWarning: if the model does other operations than on its example inputs; no sum is used then.
         """
-        return watch_residual_sums(
-            self._model, self._norms, self._disturbed, lambda: self.labels, example_inputs, forward_fn
-        )
+        trace = self._trace
+        same = example_inputs is trace.example_inputs and forward_fn is trace.options.forward_fn
+        flow = trace.call if same else recording(self._model, example_inputs, forward_fn)
+        return watch_residual_sums(self._model, self._norms, self._disturbed, lambda: self.labels, flow)
 
     def energy(self, name: str) -> float:
         """Variance, summed over channels, of what errors of consumer ``name`` disturb.
@@ -250,17 +252,21 @@ class ConsumerStatistics:
         project = self._sketch(module, self._gains[name], generator) if _is_wide(module) else None
 
         def fn(x: Tensor, out: Tensor, labels: Tensor) -> None:
-            again = fork(generator)
+            again = fork(generator) if labels.dim() == 2 else None
             u = unfolded_input(module, x, out, self._positions, generator)
-            if labels.dim() == 2:
+            if again is not None:
                 labels = at_positions(labels, self._positions, again)
-            else:
-                labels = labels.unsqueeze(1).expand(-1, u.shape[1])
             keep = labels >= 0
-            self._samples[id(moments)] += int(keep.any(1).sum())
-            rows, labels = u.flatten(0, 1), labels.flatten()
-            if not keep.all():
-                rows, labels = rows[keep.flatten()], labels[keep.flatten()]
+            counts = keep if again is None else keep.any(1)
+            self._samples[id(moments)] += int(counts.sum())
+            if again is None:  # all positions of a sample count, or none
+                if not keep.all():
+                    u, labels = u[keep], labels[keep]
+                rows, labels = u.flatten(0, 1), labels.repeat_interleave(u.shape[1])
+            else:
+                rows, labels = u.flatten(0, 1), labels.flatten()
+                if not keep.all():
+                    rows, labels = rows[keep.flatten()], labels[keep.flatten()]
             moments.update(rows if project is None else project(rows), labels)
 
         return fn

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.forward import ForwardFn
 from ..core.precision import at_least_float, undisturbed
 from ..errors import TracingError
-from ..graph.activations import recording, watch_activations
+from ..graph.activations import watch_activations
+from ..graph.dataflow import Flow
 from ..graph.residual_sums import addition, norm_behind
 from ..maths.batchnorm import ChannelMoments, PooledMoments
 from .labels import labels_per_position, labels_per_row
@@ -61,8 +61,7 @@ def watch_residual_sums(
     norms: Mapping[str, nn.Module | None],
     into: Disturbed,
     labels: Callable[[], Tensor | None],
-    example_inputs: Any,
-    forward_fn: ForwardFn | None,
+    flow: Flow | None,
 ) -> Iterator[None]:
     """While the model runs over the data, pool the moments of what errors in the outputs of consumers disturb.
 
@@ -71,13 +70,11 @@ def watch_residual_sums(
         norms: per consumer the batch norm behind it, if any.
         into: gets the moments; empty in the end if the model does other operations than on its example inputs.
         labels: gives those of the present batch; samples whose label is negative do not count.
-        example_inputs: to find the sums with.
-        forward_fn: how the model is called; also with the example inputs.
+        flow: of the call of the model, to find the sums with; ``None`` if later calls cannot be compared with it.
 
     Warns:
         UserWarning: if the model does other operations than on its example inputs; no sum is used then.
     """
-    flow = recording(model, example_inputs, forward_fn)
     consumers: dict[int, list[str]] = {}
     for name, norm in norms.items():
         if flow is None:

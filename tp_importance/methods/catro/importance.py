@@ -105,6 +105,7 @@ class CATROImportance(StatisticalImportance):
             assert self._consumers is not None
             consumers = self._consumers
             return {g.name: self._consumer_curve(consumers, groups, g) for g in _each(groups)}
+        _require_finite(self._scatter)
         return {
             g.name: _channel_curve(groups, g, self._scatter[g.consumers[0].name], self.ratio) for g in _each(groups)
         }
@@ -175,10 +176,17 @@ def _channel_watches(groups: PrunableGroups, store: dict[str, ClassScatter], poo
     for group in groups:
         store[group.consumers[0].name] = ClassScatter()
     modules = {name: groups.trace.model.get_submodule(name) for name in store}
-    return [Watch(name, modules[name], _feed(modules[name], name, store[name], pool)) for name in store]
+    return [Watch(name, modules[name], _feed(modules[name], store[name], pool)) for name in store]
 
 
-def _feed(module: nn.Module, name: str, statistics: ClassScatter, pool: bool) -> WatchFn:
+def _require_finite(store: Mapping[str, ClassScatter]) -> None:
+    """Refuse sums over values that were not finite: so are the sums, whatever came after."""
+    for name, statistics in store.items():
+        if statistics.squares is not None and not torch.isfinite(statistics.squares).all():
+            raise ValueError(f"the input of layer {name} is not finite; check the data and the model")
+
+
+def _feed(module: nn.Module, statistics: ClassScatter, pool: bool) -> WatchFn:
     def fn(x: Tensor, _out: Tensor, labels: Tensor) -> None:
         if isinstance(module, CONV):
             x = x.flatten(2)
@@ -187,7 +195,5 @@ def _feed(module: nn.Module, name: str, statistics: ClassScatter, pool: bool) ->
         x = x.mean(2, keepdim=True) if pool else x
         keep = labels >= 0
         statistics.update(x[keep], labels[keep])
-        if statistics.squares is not None and not torch.isfinite(statistics.squares).all():
-            raise ValueError(f"the input of layer {name} is not finite; check the data and the model")
 
     return fn
