@@ -27,6 +27,7 @@ from benchmarks.cells import ROOT
 from benchmarks.experiment import FOLLOWED, Experiment, Run, find
 from benchmarks.tables import Rows, markdown
 from benchmarks.tasks import Task
+from benchmarks.timing import in_turns, ratios
 from benchmarks.training import train
 from tp_importance import Budget, ResConvPruner, count_ops, fuse, load_pruned, save_pruned
 
@@ -68,6 +69,21 @@ def cell(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     save_pruned(model.cpu(), path_of(run, key))
     top1 = task.top1(model.to(run.device), run.n_test)
     return {"at_once": round(at_once, 2), "top1": round(top1, 2), "macs": macs, "params": params, **what}
+
+
+def planning(run: Run, network: str, images: int = 500, rounds: int = 3) -> dict[str, Any]:
+    """How long the whole ``plan()`` by the output takes, as a ratio to a bare pass over the same images."""
+    task = run.task(network)
+    loader, model = task.draw(0, images), task.fresh()
+    pruner = ResConvPruner(task.fresh(), task.inputs, loader, budget=Budget(macs=0.5), importance="output")
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for x, _ in loader:
+                model(x)
+
+    spent, plans = in_turns({"bare": bare, "plan": pruner.plan}, rounds, run.device)
+    return {"network": network, "images": images, "removed": plans["plan"][-1].removed, **ratios(spent, "bare")}
 
 
 def sparse(run: Run, task: Task, images: int, seed: int) -> nn.Module:

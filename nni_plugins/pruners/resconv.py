@@ -14,7 +14,7 @@ from tp_importance import ResConvPruner as LayerPruner
 from tp_importance.core.guards import transaction
 from tp_importance.core.processes import warned_once
 from tp_importance.core.progress import Phase, phase
-from tp_importance.methods.resconv import LayerImportance, LayerPlan, ResConv2d, resconv_layers
+from tp_importance.methods.resconv import LayerImportance, LayerPlan, resconv_layers
 
 from .._compat import import_nni
 from ..config import Config, Masks, chosen_convolutions, require_chosen
@@ -126,7 +126,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
             if missed:
                 warnings.warn(f"left alone, though named in config_list: {missed}", stacklevel=2)
             # refuse a budget now rather than after the training
-            LayerPruner(model, example_inputs, importance=_nothing, **options).plan()
+            self._planner.require_reachable()
             scalars = [f"{name}.{scalar}" for name in layers for scalar in ("s", "a")]
             hold_scalars(evaluator, model, before, scalars)
             config = [{"op_names": [name], "target_names": [LAYER_TARGET]} for name in layers]  # in this order
@@ -240,7 +240,3 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
 
     def _scale(self, name: str) -> Tensor:
         return self._module_wrappers[name].s.detach()
-
-
-def _nothing(model: nn.Module, layers: dict[str, ResConv2d]) -> dict[str, float]:
-    return dict.fromkeys(layers, 0.0)

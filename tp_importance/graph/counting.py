@@ -19,7 +19,7 @@ from .function_macs import attention_products
 from .layer_kinds import CONV, COUNTED
 from .operations import Operations
 
-__all__ = ["Call", "CallRecorder", "batch_size", "count_ops", "per_sample"]
+__all__ = ["Call", "CallRecorder", "batch_size", "count_ops", "per_sample", "record_calls"]
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,23 @@ def count_ops(
     """
     checked_model(model)
     n = batch_size(example_inputs)
+    recorder = record_calls(model, example_inputs, forward_fn)
+    return recorder.per_sample(n, attention=attention), sum(math.prod(p.shape) for p in model.parameters())
+
+
+def record_calls(
+    model: nn.Module, example_inputs: Any, forward_fn: Callable[[nn.Module, Any], Any] | None = None
+) -> CallRecorder:
+    """Run the model once, in eval mode and without gradients; nothing is changed.
+
+    Args:
+        model: the network.
+        example_inputs: as for :func:`count_ops`.
+        forward_fn: ``forward_fn(model, example_inputs)``; default calls the model.
+
+    Returns:
+        What was called.
+    """
     with untouched(model), torch.no_grad():
         model.eval()
         recorder = CallRecorder(model)
@@ -228,4 +245,4 @@ def count_ops(
             recorder.run(model, fresh_inputs(example_inputs), forward_fn)
         finally:
             recorder.remove()
-    return recorder.per_sample(n, attention=attention), sum(math.prod(p.shape) for p in model.parameters())
+    return recorder

@@ -160,7 +160,7 @@ def undisturbed():
     return pruner.step(refit="batchnorm"), pruner.model.state_dict()
 
 
-STAGES = ["remove_layers", "recalibrate_batchnorm", "fuse_layers", "count_ops", "LayerCosts.of", "_cheapest"]
+STAGES = ["remove_layers", "recalibrate_batchnorm", "fuse_layers", "count_ops", "LayerCosts.without", "_cheapest"]
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["instead", "afterwards"])
@@ -169,7 +169,7 @@ def test_all_or_nothing(stage, late, monkeypatch):
     pruner = fresh(loader=LOADER)
     pruner.model.train()
     snapshot = Snapshot(pruner.model)
-    owner, name = (plan_module.LayerCosts, "of") if "." in stage else (pruner_module, stage)
+    owner, name = (plan_module.LayerCosts, "without") if "." in stage else (pruner_module, stage)
     owner = plan_module if stage == "_cheapest" else owner
     real = getattr(owner, name)
 

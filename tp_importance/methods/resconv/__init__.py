@@ -49,8 +49,9 @@ def _prune_layers(job: Job) -> None:
         **job.options,
         **options,
     )
-    if pruner.plan().removed:
-        pruner.step(fuse=False, refit=job.repair)
+    plan = pruner.plan()
+    if plan.removed:
+        pruner.apply(plan, fuse=False, refit=job.repair)
     if job.train is not None:
         job.train(job.model)
     if pruner.layers:

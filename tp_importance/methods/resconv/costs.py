@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,11 @@ from typing import Any
 from torch import nn
 
 from ...budget import Cost
+from ...core.arguments import checked_model
 from ...core.copies import copied
 from ...core.processes import warn_of_processes
 from ...core.progress import track
-from ...graph.counting import Call, batch_size, count_ops
+from ...graph.counting import Call, batch_size, record_calls
 from ...graph.dataflow import record
 from ...latency.measure import least_latency, measure_latency
 from ...latency.table import LatencyTable, conditions_of, timed_layer
@@ -46,18 +48,20 @@ class LayerCosts:
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> LayerCosts:
         """Count, by one forward pass."""
-        flow = record(model, example_inputs, layers=LAYERS, forward_fn=forward_fn)
-        counted, params = count_ops(model, example_inputs, forward_fn=forward_fn)
-        samples, before, after = batch_size(example_inputs), params, params
+        checked_model(model)
+        samples = batch_size(example_inputs)
+        recorder = record_calls(model, example_inputs, forward_fn)
+        counted, params = recorder.per_sample(samples), sum(math.prod(p.shape) for p in model.parameters())
+        macs = Counter[str]()
+        for call in recorder.calls:
+            macs[call.name] += call.macs
+        before = after = params
         savings: dict[str, dict[str, int]] = {"macs": {}, "params": {}}
-        for op in flow.ops:
-            if isinstance(op.module, ResConv2d):
-                conv = op.module.conv
-                positions = math.prod(flow.shapes[op.outputs[0]]) // samples
-                savings["macs"][op.name] = conv.weight[0].numel() * positions
-                savings["params"][op.name] = conv.weight.numel() + conv.out_channels
-                before -= op.module.s.numel() + op.module.a.numel()
-                after += savings["params"][op.name] - sum(p.numel() for p in op.module.parameters())
+        for name, layer in resconv_layers(model).items():
+            savings["macs"][name] = macs[f"{name}.conv"] // samples
+            savings["params"][name] = layer.conv.weight.numel() + layer.conv.out_channels
+            before -= layer.s.numel() + layer.a.numel()
+            after += savings["params"][name] - sum(p.numel() for p in layer.parameters())
         return cls(Cost(counted, before), Cost(counted, after), savings)
 
     def without(self, removed: list[str]) -> Cost:

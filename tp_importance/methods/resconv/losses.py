@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...core.batches import tensors_in
-from ...core.forward import run_batch, run_model
-from ...core.loaders import iterate
-from ...core.progress import phase, track
+from ...core.forward import run_model
 from ...core.untouched import untouched
 from ...graph.counting import batch_size
 from ...graph.dataflow import record
 from ...statistics.labels import LabelFn
 from ...statistics.observe import Watch, WatchFn, observe
 from .block import ResConv2d
+from .elimination import eliminated
 from .fusion import layer_loss
+from .passes import passes_of
 from .removal import LAYERS
 
 __all__ = ["LayerImportance", "output_losses", "removal_controls", "scale_losses"]
 
 LEAST_CONTROL = 1e-3
 """Smallest factor a removed layer hands on."""
-MOST = 1e6
-"""Largest loss; the network is no good long before."""
 
 LayerImportance = Callable[[nn.Module, dict[str, ResConv2d]], Mapping[str, float]]
 """``importance(model, layers)``: what is lost with each layer, ≥ 0 and on one scale."""
@@ -97,6 +93,8 @@ def output_losses(
     loader: Iterable[Any] | None,
     example_inputs: Any,
     forward_fn: ForwardFn | None = None,
+    *,
+    controls: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     r"""How much the network's output has changed by the time a layer goes, in a greedy elimination of all of them.
 
@@ -108,7 +106,14 @@ def output_losses(
     the largest e seen up to its turn. A layer often costs nothing once its neighbour is gone, as in a residual branch
     that is dead already; so after each removal the layers of the same block are asked anew, and from the others only
     those that come next (their old answers order them: lazy greedy). From e > 1 on, where the network is no good any
-    more, the old answers are taken. About five passes per layer.
+    more, the old answers are taken.
+
+    A quarter of the samples says which layers may come next (at least one batch: give several); those are asked on
+    further batches until the best one has been asked on all, so the loss of a layer is that of all samples up to e = 1.
+    Only what comes behind the layer in question is run, from activations that are kept (up to 1 GiB with the batches),
+    and layers that are gone are one multiplication: see :mod:`tp_importance.methods.resconv.passes`. Where a network
+    cannot be replayed in parts (it reads values of tensors, draws random numbers or keeps a state), it runs as a whole;
+    the log says so.
 
     Args:
         model: the network; its (first) output is compared.
@@ -116,52 +121,16 @@ def output_losses(
         loader: re-iterable of batches in a fixed order; ``None``: the example inputs.
         example_inputs: as for the pruner.
         forward_fn: ``forward_fn(model, batch)``, also called with the example inputs.
+        controls: what :func:`removal_controls` gives for these layers, if that is known.
 
     Source: ours.
     """
-    controls = removal_controls(model, layers, loader, example_inputs, forward_fn)
+    if controls is None:
+        controls = removal_controls(model, layers, loader, example_inputs, forward_fn)
     batches, run, _ = _batches(loader, example_inputs, forward_fn)
-    found: dict[str, float] = {}
-    with untouched(model), torch.no_grad(), _scalars_kept(layers), ExitStack() as stack:
+    with untouched(model), torch.no_grad(), _scalars_kept(layers):
         model.eval()
-        dense = [tensors_in(run_batch(model, batch, run))[0].double() for batch in iterate(batches)]
-        total = max(sum(float(y.square().sum()) for y in dense), 1e-300)
-
-        def error_without(name: str) -> float:
-            s, a = layers[name].s.item(), layers[name].a.item()
-            _set(layers[name], 0.0, controls[name])
-            outputs = (tensors_in(run_batch(model, batch, run))[0].double() for batch in iterate(batches))
-            error = sum(float((out - y).square().sum()) for out, y in zip(outputs, dense, strict=True)) / total
-            _set(layers[name], s, a)
-            return error
-
-        known = {name: error_without(name) for name in track(layers, "leaving out single layers", unit="layer")}
-        for name, error in known.items():
-            if not math.isfinite(error):
-                raise ValueError(
-                    f"the output changes by {error} without layer {name}; look for NaN in the weights and the batches"
-                )
-        worst = 0.0
-        running = stack.enter_context(phase("ordering layers", len(known), unit="layer"))
-        while known:
-            chosen = min(known, key=known.__getitem__)
-            if worst <= 1.0 and found:  # what comes next must be fresh
-                fresh: set[str] = set()
-                while chosen not in fresh:
-                    known[chosen] = error_without(chosen)
-                    fresh.add(chosen)
-                    chosen = min(known, key=known.__getitem__)
-            error = known.pop(chosen)
-            worst = max(worst, error if error < MOST else MOST)  # NaN: the network has overflown
-            found[chosen] = worst
-            running.advance()
-            _set(layers[chosen], 0.0, controls[chosen])
-            if worst <= 1.0:
-                block = chosen.rpartition(".")[0]
-                for name in known:
-                    if block and name.rpartition(".")[0] == block:
-                        known[name] = error_without(name)
-    return {name: found[name] for name in layers}
+        return eliminated(passes_of(model, layers, controls, batches, run), list(layers))
 
 
 def removal_controls(
@@ -210,11 +179,6 @@ def removal_controls(
         value = xy / xx if "add" in consumers[name] else (yy / xx).sqrt()
         controls[name] = max(float(value), LEAST_CONTROL)
     return controls
-
-
-def _set(layer: ResConv2d, s: float, a: float) -> None:
-    layer.s.fill_(s)
-    layer.a.fill_(a)
 
 
 @contextmanager

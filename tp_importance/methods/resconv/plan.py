@@ -13,7 +13,7 @@ from ...allocation.limits import count_hint
 from ...budget import Budget, Cost
 from ...core.arguments import checked_budget
 from ...core.processes import warned_once
-from ...core.progress import phase, shows_progress
+from ...core.progress import phase, shown, shows_progress
 from ...errors import BudgetError
 from ...graph.cost import exceeded
 from ...latency.times import LatencyTimes
@@ -27,7 +27,7 @@ __all__ = ["LOSSES", "LayerPlan", "LayerPlanner"]
 
 ATTEMPTS = 12
 """Measurements towards a latency budget; the last one removes all layers, so what is called unreachable was tried."""
-LOSSES = {"scale": scale_losses, "output": output_losses}
+LOSSES: dict[str, Callable[..., dict[str, float]]] = {"scale": scale_losses, "output": output_losses}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class LayerPlanner:
         self.model, self.loader, self.budget, self.conversion = model, loader, budget, conversion
         self._example_inputs, self._forward_fn, self._min_run_time = example_inputs, forward_fn, min_run_time
         self._importance, self._progress = importance, progress
-        self.dense: Cost = LayerCosts.of(model, example_inputs, forward_fn).dense
+        self._counted: tuple[Any, LayerCosts] | None = None
+        self.dense: Cost = self._costs().dense
         self._dense_ms: float | None = None
 
     @property
@@ -105,12 +106,16 @@ class LayerPlanner:
             RuntimeError: after the model was fused.
             ValueError: if the importance gives a value that is missing, negative or not finite, or for bad data.
         """
+        return self._losses({})
+
+    def _losses(self, controls: dict[str, float]) -> dict[str, float]:
         layers = self._require_layers()
         if callable(self._importance):
             found = dict(self._importance(self.model, layers))
         else:
             measure = LOSSES[self._importance]
-            found = measure(self.model, layers, self.loader, self._example_inputs, self._forward_fn)
+            options: dict[str, Any] = {"controls": controls} if controls else {}
+            found = measure(self.model, layers, self.loader, self._example_inputs, self._forward_fn, **options)
         for name in layers:
             if not (np.isfinite(found.get(name, np.nan)) and found[name] >= 0):
                 raise ValueError(
@@ -130,7 +135,29 @@ class LayerPlanner:
             RuntimeError: after the model was fused.
         """
         chosen = checked_budget(self.budget if budget is None else budget)
-        losses, costs = self.losses(), LayerCosts.of(self.model, self._example_inputs, self._forward_fn)
+        with shown(self._progress):
+            # the losses by the output need them for all layers, the plan for those that go
+            controls = self._controls(list(self._require_layers())) if self._importance == "output" else {}
+            losses = self._losses(controls)
+            return self._cheapest_plan(chosen, losses, controls)
+
+    def require_reachable(self, budget: Budget | None = None) -> None:
+        """Refuse a budget that cannot be reached whatever the losses; the model is not touched.
+
+        Args:
+            budget: default: the pruner's.
+
+        Raises:
+            BudgetError: as :meth:`plan`.
+            RuntimeError: after the model was fused.
+        """
+        chosen = checked_budget(self.budget if budget is None else budget)
+        with shown(self._progress):
+            self._cheapest_plan(chosen, dict.fromkeys(self._require_layers(), 0.0), None)
+
+    def _cheapest_plan(self, chosen: Budget, losses: dict[str, float], known: dict[str, float] | None) -> LayerPlan:
+        """The plan for given losses; ``known``: what layers hand on, ``None``: nobody wants to know."""
+        costs = self._costs()
         limits, least = chosen.marked_limits(self.dense), costs.without(list(losses)).as_dict()
         for f in exceeded(least, limits):
             raise BudgetError(
@@ -141,11 +168,20 @@ class LayerPlanner:
             )
         needed = {f: float(costs.fused.as_dict()[f] - limit) for f, limit in limits.items()}
         if chosen.is_measured:
-            return self._timed_plan(chosen, losses, costs, needed, limits)
-        with phase("choosing layers", progress=self._progress, layers=len(losses)):
-            gone = _cheapest(losses, costs.savings, needed)
-        controls = self._controls(gone)
-        return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, controls, savings=costs.savings)
+            gone, times = self._timed_removal(chosen, losses, costs, needed)
+        else:
+            with phase("choosing layers", layers=len(losses)):
+                gone, times = _cheapest(losses, costs.savings, needed), LatencyTimes()
+        controls = {name: known[name] for name in gone} if known else {} if known is None else self._controls(gone)
+        return LayerPlan(gone, losses, costs.without(gone), self.dense, limits, controls, times, costs.savings)
+
+    def _costs(self) -> LayerCosts:
+        """Costs of the network as it is, counted once for the same modules and shapes."""
+        modules = tuple((name, type(module)) for name, module in self.model.named_modules())
+        now = (modules, tuple(p.shape for p in self.model.parameters()))
+        if self._counted is None or self._counted[0] != now:
+            self._counted = now, LayerCosts.of(self.model, self._example_inputs, self._forward_fn)
+        return self._counted[1]
 
     def _require_layers(self) -> dict[str, ResConv2d]:
         layers = self.layers
@@ -153,7 +189,6 @@ class LayerPlanner:
             raise RuntimeError("the model has no ResConv2d any more (it was fused); make a new pruner to go on")
         return layers
 
-    @shows_progress
     def _controls(self, removed: list[str]) -> dict[str, float]:
         """Factors of layers to remove; empty without data, where those with a = 0 become the identity."""
         if self.loader is None:
@@ -161,16 +196,10 @@ class LayerPlanner:
         chosen = {name: layer for name, layer in self.layers.items() if name in removed}
         return removal_controls(self.model, chosen, self.loader, self._example_inputs, self._forward_fn)
 
-    @shows_progress
     @phase("measuring latency")
-    def _timed_plan(
-        self,
-        budget: Budget,
-        losses: dict[str, float],
-        costs: LayerCosts,
-        needed: dict[str, float],
-        limits: dict[str, int],
-    ) -> LayerPlan:
+    def _timed_removal(
+        self, budget: Budget, losses: dict[str, float], costs: LayerCosts, needed: dict[str, float]
+    ) -> tuple[list[str], LatencyTimes]:
         """Plan by the times of single layers, measure the result, and ask for more as long as it is too slow."""
         clock = LayerClock(self.model, self._example_inputs, self._forward_fn, self._min_run_time)
         if self._dense_ms is None:
@@ -186,10 +215,7 @@ class LayerPlanner:
             predicted = now - sum(each[name] for name in gone)
             measured = clock.without_ms(gone) if gone else now
             if measured <= limit:
-                found = LatencyTimes(dense=self._dense_ms, limit=limit, predicted=predicted, measured=measured)
-                controls = self._controls(gone)
-                left = costs.without(gone)
-                return LayerPlan(gone, losses, left, self.dense, limits, controls, found, costs.savings)
+                return gone, LatencyTimes(dense=self._dense_ms, limit=limit, predicted=predicted, measured=measured)
             if len(gone) == len(losses):
                 break
             short = now - predicted + max(measured - limit, 0.5 * min(each[n] for n in losses if n not in gone))

@@ -1,0 +1,314 @@
+"""One forward pass as a list of operations on tensors, of which any last part can run again by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..core.batches import tensors_in
+
+__all__ = ["NotReplayable", "Tape", "record_tape"]
+
+Values = dict[int, Tensor]
+"""Tensors by their number."""
+
+
+class NotReplayable(Exception):
+    """Running the operations again would not be the same as running the network again; says why."""
+
+
+@dataclass(frozen=True)
+class _Value:
+    """Stands for a tensor among recorded arguments."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What is known of a tensor: the first one in its memory, whether it fills that, and its size."""
+
+    root: int
+    dense: bool
+    bytes: int
+
+
+@dataclass(slots=True)
+class _Step:
+    """One operation: of torch, or the call of a whole module if ``unit`` is its name."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    run: Any = None
+    leaves: list[Any] = field(default_factory=list)
+    form: Any = None
+    unit: str = ""
+    stride: tuple[int, ...] = ()
+    written: tuple[int, ...] = ()
+    dead: tuple[int, ...] = ()
+
+    def __call__(self, values: Values, units: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        if self.unit:
+            values[self.outputs[0]] = _laid_out(units[self.unit](values[self.inputs[0]]), self.stride)
+        else:
+            leaves = [values[x.id] if type(x) is _Value else x for x in self.leaves]
+            args, kwargs = tree_unflatten(leaves, self.form)
+            made = tensors_in(self.run(*args, **kwargs))
+            values.update(zip(self.outputs, made, strict=True))
+        for number in self.dead:
+            del values[number]
+
+
+class Tape:
+    """The operations of one pass, in order; :func:`record_tape` makes it.
+
+    Attributes:
+        first: for every module that was followed and called, the step of its first call.
+        cuts: steps among them before which a run can be interrupted and taken up again, any number of times.
+        end: how many steps there are.
+    """
+
+    def __init__(self, steps: list[_Step], notes: list[_Note], inputs: list[int], output: int) -> None:
+        self._steps, self._notes, self._inputs, self._output = steps, notes, inputs, output
+        self.end = len(steps)
+        self.first: dict[str, int] = {}
+        last, born = [-1] * len(notes), [-1] * len(notes)
+        last_write: dict[int, int] = {}
+        for i, step in enumerate(steps):
+            if step.unit:
+                self.first.setdefault(step.unit, i)
+            for number in (*step.inputs, *step.outputs):
+                last[number] = i
+            for number in step.outputs:
+                born[number] = i if born[number] < 0 and number not in inputs else born[number]
+            for number in step.written:
+                last_write[notes[number].root] = i
+        last[output] = len(steps)
+        for number, i in enumerate(last):
+            if 0 <= i < len(steps):
+                steps[i].dead += (number,)
+        self._born, self._last, self._last_write = born, last, last_write
+        self.cuts = [i for i in sorted(set(self.first.values())) if self._can_stop(i)]
+
+    def _can_stop(self, cut: int) -> bool:
+        """Whether what is written later can be copied: it shares its memory with nothing else that is needed."""
+        roots = [self._notes[number].root for number in self.live(cut)]
+        copied = [self._notes[number] for number in self._copied(cut)]
+        return all(roots.count(note.root) == 1 and note.dense for note in copied)
+
+    def live(self, cut: int) -> list[int]:
+        """The tensors made before a step and needed from there on."""
+        return [number for number, born in enumerate(self._born) if born < cut <= self._last[number]]
+
+    def _copied(self, cut: int) -> list[int]:
+        return [number for number in self.live(cut) if self._last_write.get(self._notes[number].root, -1) >= cut]
+
+    def kept_bytes(self, cuts: Collection[int]) -> int:
+        """Memory of what :meth:`play` keeps at some cuts."""
+        copied = {cut: set(self._copied(cut)) for cut in cuts}
+        kept = {(number, cut if number in copied[cut] else -1) for cut in cuts for number in self.live(cut)}
+        return sum(self._notes[number].bytes for number, _ in kept)
+
+    def start(self, inputs: list[Tensor]) -> Values:
+        """What a run from the first step on begins with: copies of the input tensors."""
+        return {n: x.clone() for n, x in zip(self._inputs, inputs, strict=True) if self._last[n] >= 0}
+
+    def play(
+        self,
+        units: Mapping[str, Callable[[Tensor], Tensor]],
+        values: Values,
+        start: int = 0,
+        *,
+        keep: Collection[int] = (),
+        kept: dict[int, Values] | None = None,
+        until: int | None = None,
+    ) -> Tensor:
+        """Run the steps from ``start`` on.
+
+        Args:
+            units: what to call for the modules that were followed, by name.
+            values: what is kept at ``start``, or :meth:`start`; is not changed.
+            start: first step.
+            keep: cuts at which to keep the tensors that are needed from there on.
+            kept: where to keep them.
+            until: keep nothing behind this step.
+
+        Returns:
+            The output.
+        """
+        values, end = dict(values), len(self._steps) if until is None else until
+        for number in self._copied(start) if start else ():
+            values[number] = values[number].clone()
+        for i in range(start, len(self._steps)):
+            if kept is not None and i in keep and start < i <= end and i not in kept:
+                copied = self._copied(i)
+                kept[i] = {n: values[n].clone() if n in copied else values[n] for n in self.live(i)}
+            self._steps[i](values, units)
+        return values[self._output]
+
+
+def record_tape(run: Callable[[], Any], inputs: list[Tensor], units: Mapping[str, nn.Module]) -> tuple[Tape, Tensor]:
+    """Run a network once and write down all operations; gradients and modes are the caller's business.
+
+    Args:
+        run: runs the network.
+        inputs: the tensors that it is given there; nothing else may change between runs.
+        units: modules by name of which each call counts as one operation, from one tensor to one.
+
+    Returns:
+        The tape and the (first) output.
+
+    Raises:
+        NotReplayable: if Python reads values that depend on a unit, or shapes depend on such values; if random numbers
+            are drawn, or parameters, buffers or other tensors from outside are written; if a unit is called otherwise,
+            or the output is no tensor that torch has computed. What happens out of sight of torch's dispatcher (in
+            NumPy, say) is not noticed: compare a run with one of the network.
+    """
+    recorder = _Recorder(inputs)
+    with ExitStack() as stack:
+        for name, module in units.items():
+            recorder.watch(stack, name, module)
+        stack.enter_context(recorder)
+        output = run()
+    return recorder.tape(output)
+
+
+def _laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The tensor as the network lays it out in memory, for views of it."""
+    if tensor.stride() == stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self._steps: list[_Step] = []
+        self._notes: list[_Note] = []
+        self._numbers: Any = WeakTensorKeyDictionary()
+        self._of_units, self._foreign, self._rigid = set[int](), set[int](), set[int]()  # roots
+        self._inside, self._reason = 0, ""
+        self._inputs = [self._add(x, None) for x in inputs]
+
+    def tape(self, output: Any) -> tuple[Tape, Tensor]:
+        """What was recorded, and the output."""
+        found = tensors_in(output)
+        number = self._numbers.get(found[0]) if found else None
+        if number is None or self._reason:
+            raise NotReplayable(self._reason or "its output is made out of sight")
+        notes = [replace(note, dense=note.dense and note.root not in self._rigid) for note in self._notes]
+        return Tape(self._steps, notes, self._inputs, number), found[0]
+
+    def watch(self, stack: ExitStack, name: str, module: nn.Module) -> None:
+        """Take each call of a module for one operation."""
+
+        def before(_module: nn.Module, _args: Any) -> None:
+            self._inside += 1
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._inside -= 1
+            if self._inside:
+                return
+            plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+            if not plain or self._numbers.get(args[0]) is None or self._numbers.get(output) is not None:
+                self._refuse(f"{name} is not called with one tensor that torch has computed")
+            elif {args[0].dtype, output.dtype} != {p.dtype for p in module.parameters()}:
+                self._refuse(f"{name} runs in another precision than that of its weights")
+            else:
+                number = self._numbers[args[0]]
+                made = self._add(output, None)
+                self._of_units.add(made)
+                self._steps.append(_Step((number,), (made,), unit=name, stride=output.stride()))
+
+        stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+        stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Or else the first operation imports the compiler, which takes longer than many a pass."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not self._inside and not self._reason:
+            self._write_down(func, args, kwargs, output)
+        return output
+
+    def _write_down(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        leaves, form = tree_flatten((args, kwargs))
+        numbers = [self._numbers.get(x) if isinstance(x, Tensor) else None for x in leaves]
+        inputs = tuple(dict.fromkeys(n for n in numbers if n is not None))
+        depends, made = any(map(self._depends, inputs)), tensors_in(output)
+        written = list(_written(func, args, kwargs))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._refuse(f"{func} may draw random numbers")
+        elif depends and (_looks_at_values(func, leaves) or not (made or written)):
+            self._refuse(f"{func} reads values of tensors")
+        for x in written:
+            number = self._numbers.get(x)
+            if number is None or self._notes[number].root in self._foreign:
+                self._refuse(f"{func} writes into a tensor that was there before")
+            elif depends:
+                self._of_units.add(self._notes[number].root)
+        if self._reason or not (made or written):
+            return
+        if "as_strided" in str(func):
+            self._rigid.update(self._notes[n].root for n in inputs)
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        outputs = tuple(self._number(x, tensors, depends) for x in made)
+        named = [x if n is None else _Value(n) for x, n in zip(leaves, numbers, strict=True)]
+        changed = tuple(dict.fromkeys(self._numbers[x] for x in written))
+        self._steps.append(_Step(inputs, outputs, func, named, form, written=changed))
+
+    def _number(self, x: Tensor, given: list[Tensor], depends: bool) -> int:
+        known = self._numbers.get(x)
+        if known is not None:  # written in place
+            return int(known)
+        if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
+            self._refuse(f"there are tensors of type {type(x).__name__}, {x.layout}")
+            return self._add(x, None)
+        place = x.untyped_storage()._cdata
+        base = next((t for t in given if t.layout == torch.strided and t.untyped_storage()._cdata == place), None)
+        number = None if base is None else self._numbers.get(base)
+        made = self._add(x, None if number is None else self._notes[number].root)
+        if base is not None and number is None:
+            self._foreign.add(made)
+        if depends:
+            self._of_units.add(self._notes[made].root)
+        return made
+
+    def _add(self, x: Tensor, root: int | None) -> int:
+        number = self._numbers[x] = len(self._notes)
+        dense = x.layout == torch.strided and (
+            x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        )
+        self._notes.append(_Note(number if root is None else root, dense, x.numel() * x.element_size()))
+        return number
+
+    def _depends(self, number: int) -> bool:
+        return self._notes[number].root in self._of_units
+
+    def _refuse(self, reason: str) -> None:
+        self._reason = self._reason or reason
+
+
+def _looks_at_values(func: Any, leaves: list[Any]) -> bool:
+    if func is torch.ops.aten.index.Tensor:  # the shape depends on masks only
+        return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in leaves[1:])
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """Tensors that a function writes into."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from tensors_in(args[i] if i < len(args) else kwargs.get(argument.name))
