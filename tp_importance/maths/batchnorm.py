@@ -35,12 +35,20 @@ class ChannelMoments:
 
     @classmethod
     def of(cls, x: Tensor) -> ChannelMoments:
-        """ChannelMoments of a batch ``x`` of shape (B, C, ...), accumulated in float64 whatever its dtype."""
-        x = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)  # MPS has no float64
-        dims = [d for d in range(x.dim()) if d != 1]
-        mean = x.mean(dims)  # two passes are 2.5 times faster than torch.var_mean on a CPU
-        m2 = (x - mean.view(1, -1, *[1] * (x.dim() - 2))).square_().sum(dims)
-        return cls(x.numel() // x.shape[1], mean, m2)
+        """ChannelMoments of a batch ``x`` of shape (B, C, ...).
+
+        Sums over one sample are taken in the precision of ``x``, about the mean of its channel, and added up in
+        float64: several times as fast as all in float64, which has to copy the batch, and as exact as ``x`` is.
+        """
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        x = x.detach().flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        n = x.shape[0] * x.shape[2]
+        about = x.mean(2).to(wide).mean(0).to(x)
+        x = x - about.view(1, -1, 1)
+        off = x.sum(2).to(wide).sum(0)
+        m2 = torch.linalg.vector_norm(x, dim=2).to(wide).square().sum(0) - off.square() / n
+        return cls(n, about.to(wide) + off / n, m2.clamp_min(0))
 
     def merged(self, other: ChannelMoments) -> ChannelMoments:
         """ChannelMoments of both samples together, without cancellation.

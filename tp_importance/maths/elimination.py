@@ -7,8 +7,8 @@ the features R go and the others are refitted (with ridge ε, see :mod:`.least_s
 
 the ridge term :math:`\varepsilon \|\Delta W\|^2` included (:mod:`.elimination_state` has the formulas). Greedy would
 remove the unit of least price, refit, and price all others anew. That is done here for many units at a time: of the
-cheapest sixteenth, those go together that are still no dearer than all others once the ones before them in this round
-are gone; so of two copies one stays. The losses count all interactions and are those of a direct refit; only the order
+cheapest sixteenth, those go together that are no dearer than all others once the ones before them in this round are
+gone; so of two copies one stays. The losses count all interactions and are those of a direct refit; only the order
 differs a little from that of single steps (docs/methods/obs.md has what was measured).
 
 Large consumers are worked on in float32. The loss of the half that goes first is then checked in float64, and
@@ -132,7 +132,7 @@ def _ranked(
 def _together(
     states: Sequence[State], units: NDArray[np.int64], limit: float, n_units: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Remove those of ``units`` that cost at most ``limit`` after the ones before; returns them and their costs."""
+    """Remove those of ``units`` that cost at most ``limit`` after the ones before; gives them and their costs."""
     while True:
         steps = [state.without(units) for state in states]
         cost = np.zeros(n_units)

@@ -34,11 +34,11 @@ class Moments:
     r"""Streaming first and second moments of rows u with class labels; merging is exact.
 
     Sums are kept in float64 about a fixed ``shift`` (the mean of the first batch), which removes the cancellation
-    of :math:`\sum uu^\top - n\,mm^\top` when means are large.
+    of :math:`\sum uu^\top - n\,mm^\top` when means are large. Rows are held back until there are half as many as
+    features: adding a d × d product for every small batch would take longer than the products.
 
     Attributes:
         shift: shape (G, d) for G independent blocks (conv groups of the consumer).
-        second: :math:`\sum (u-s)(u-s)^\top`, shape (G, d, d).
         class_sums: :math:`\sum_{k} (u-s)` per class, shape (K, G, d).
         class_rows: rows per class, shape (K,).
 
@@ -52,14 +52,27 @@ class Moments:
     """
 
     shift: Tensor | None = None
-    second: Tensor | None = None
     class_sums: Tensor | None = None
     class_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu"))
+
+    _second: Tensor | None = field(default=None, repr=False)
+    _held: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def rows(self) -> float:
         """Rows seen."""
         return float(self.class_rows.sum())
+
+    @property
+    def second(self) -> Tensor | None:
+        r""":math:`\sum (u-s)(u-s)^\top`, shape (G, d, d); None before the first row."""
+        if self._held:
+            rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
+            self._held.clear()
+            product = torch.einsum("rgd,rge->gde", rows, rows) if rows.shape[1] > 1 else _gram(rows)
+            assert self.shift is not None
+            self._second = product.to(self.shift) if self._second is None else self._second.add_(product)
+        return self._second
 
     def update(self, u: Tensor, labels: Tensor) -> Moments:
         """Add rows ``u`` of shape (R, G, d) with class ``labels`` of shape (R,); returns self."""
@@ -67,12 +80,13 @@ class Moments:
             return self
         if self.shift is None:
             self.shift = u.mean(0).to(torch.float32 if u.device.type == "mps" else torch.float64)
-            self.second = self.shift.new_zeros(*u.shape[1:], u.shape[-1])
             self.class_sums = self.shift.new_zeros(0, *u.shape[1:])
             self.class_rows = self.shift.new_zeros(0)
-        assert self.second is not None and self.class_sums is not None
+        assert self.class_sums is not None
         centred = u - self.shift.to(u.dtype)
-        self.second += torch.einsum("rgd,rge->gde", centred, centred) if u.shape[1] > 1 else _gram(centred)
+        self._held.append(centred)
+        if sum(map(len, self._held)) >= u.shape[2] // 2:
+            _ = self.second
         self._grow(int(labels.max()) + 1)
         sums = centred.new_zeros(self.class_sums.shape).index_add_(0, labels, centred)
         self.class_sums += sums
@@ -84,7 +98,7 @@ class Moments:
         if other.shift is None:
             return self
         if self.shift is None:
-            self.shift, self.second = other.shift.clone(), other.second.clone()  # type: ignore[union-attr]
+            self.shift, self._second = other.shift.clone(), other.second.clone()  # type: ignore[union-attr]
             self.class_sums, self.class_rows = other.class_sums.clone(), other.class_rows.clone()  # type: ignore[union-attr]
             return self
         assert self.second is not None and self.class_sums is not None
@@ -93,7 +107,7 @@ class Moments:
         d = other.shift - self.shift
         total = other.class_sums.sum(0)
         cross = torch.einsum("gd,ge->gde", total, d)
-        self.second += other.second + cross + cross.mT + other.rows * torch.einsum("gd,ge->gde", d, d)
+        self.second.add_(other.second + cross + cross.mT + other.rows * torch.einsum("gd,ge->gde", d, d))
         k = len(other.class_rows)
         self._grow(k)
         self.class_sums[:k] += other.class_sums + other.class_rows.view(-1, 1, 1) * d
