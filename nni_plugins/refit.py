@@ -35,7 +35,7 @@ def refit_masks(
     groups: PrunableGroups | None = None,
     forward_fn: ForwardFn | None = None,
     label_fn: LabelFn | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> RefitReport:
     """Refit the consumers of masked channels, in place; then call :func:`nni_plugins.speedup` with the same masks.
 
@@ -53,7 +53,7 @@ def refit_masks(
         groups: groups of the model, if they are at hand.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal.
 
     Returns:
         The :class:`tp_importance.refitting.report.RefitReport`.

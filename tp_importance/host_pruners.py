@@ -26,7 +26,7 @@ _OPTIONS: ContextVar[Mapping[str, Any] | None] = ContextVar("tp_importance.label
 
 @contextmanager
 def label_groups(
-    *, verify: bool | Verifier = True, allow_stale: bool = False, progress: bool = False
+    *, verify: bool | Verifier = True, allow_stale: bool = False, progress: bool | None = None
 ) -> Iterator[None]:
     """Pruners of Torch-Pruning that are built inside the block work on :func:`~tp_importance.prunable_groups`.
 
@@ -42,7 +42,7 @@ def label_groups(
         verify: compare masked and pruned copies, and leave out groups for which they differ, or ask a function
             that knows; see :func:`~tp_importance.prunable_groups`.
         allow_stale: also offer channels that layers read in training mode only.
-        progress: show progress bars.
+        progress: show progress bars; by default in a terminal.
 
     Raises:
         ValueError: if a pruner is given ``prune_num_heads=True``: heads are units of the groups anyway.

@@ -79,7 +79,7 @@ def refitted_step(
     output_transform: Callable[[Any], Any] | None = None,
     label_fn: LabelFn | None = None,
     allow_stale: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> RefitReport:
     """``pruner.step()``, and the layers that read removed channels are refitted to those that stay.
 
@@ -104,7 +104,7 @@ def refitted_step(
         output_transform: as given to the pruner.
         label_fn: ``label_fn(batch)``.
         allow_stale: accept that layers which run in training mode only keep their old width.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal.
 
     Returns:
         The :class:`~tp_importance.refitting.report.RefitReport`.

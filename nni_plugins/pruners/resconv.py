@@ -133,7 +133,7 @@ class ResConvPruner(SharedWrappers, _compressor.Pruner):  # type: ignore[name-de
             super().__init__(model, config, evaluator, existed_wrappers)
         self.plan: LayerPlan | None = None
         self._handed_on: dict[str, float] = {}
-        self._steps, self._progress, self._running = 0, bool(options.get("progress")), Phase("training")
+        self._steps, self._progress, self._running = 0, options.get("progress"), Phase("training")
 
     @warned_once()
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:

@@ -295,9 +295,42 @@ def test_inner_bars_are_wiped_and_outer_ones_stay(monkeypatch):
 
 
 def test_bars_follow_the_block_not_the_process(capsys):
-    with shown(), shown(False), phase("on"):
+    with shown(), shown(None), phase("on"):
         pass
     assert "on" in capsys.readouterr().err
+    with shown(), shown(False), phase("off"):
+        pass
     with phase("off"):
         pass
     assert capsys.readouterr().err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stderr", "progress", "seen"),
+    [
+        (Terminal, None, True),
+        (Terminal, True, True),
+        (Terminal, False, False),
+        (io.StringIO, None, False),
+        (io.StringIO, True, True),
+    ],
+)
+def test_a_terminal_shows_bars_unless_told_otherwise(stderr, progress, seen, monkeypatch):
+    monkeypatch.setattr("tp_importance.core.progress._DELAY", 0.0)
+    monkeypatch.setattr(sys, "stderr", stderr())
+    model, x = residual()
+    prune(model, x, LOADER, budget=HALF, progress=progress)
+    text = sys.stderr.getvalue()
+    assert [name for name in (*FIRST, *REST) if name in text] == ([*FIRST, *REST] if seen else [])
+
+
+def test_short_phases_do_not_flicker_in_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for _ in track(range(3), "short"):
+        pass
+    assert sys.stderr.getvalue() == ""

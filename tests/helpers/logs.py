@@ -15,7 +15,7 @@ def fresh_logging(monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
     logger.manager._clear_cache()
-    depth, shown_before = progress._DEPTH.set(0), progress._SHOWN.set(False)
+    depth, shown_before = progress._DEPTH.set(0), progress._SHOWN.set(None)
     yield
     progress._DEPTH.reset(depth)
     progress._SHOWN.reset(shown_before)

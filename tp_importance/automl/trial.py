@@ -186,7 +186,7 @@ def prune_trial(
     latency_seconds: float | None = 0.2,
     seed: int = 0,
     keep: Callable[[nn.Module], None] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     **pruner_options: Any,
 ) -> dict[str, float]:
     """Prune a copy of a network as the parameters of one trial say, train it if asked to, and measure it.
@@ -212,7 +212,7 @@ def prune_trial(
         latency_seconds: how long to measure; None leaves the latency out.
         seed: of torch during the trial; the generator of the caller is not touched.
         keep: called with the pruned network, to save it say.
-        progress: show a progress bar for every phase, see :mod:`tp_importance.core.progress`.
+        progress: show a bar for every phase; by default in a terminal, see :mod:`tp_importance.core.progress`.
         **pruner_options: of the pruner, such as ``ignored_layers`` or ``round_to``; layers are named by ``model``.
 
     Returns:

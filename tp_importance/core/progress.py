@@ -5,13 +5,15 @@ came out of it; what is part of another phase at DEBUG. To see them::
 
     logging.basicConfig(level=logging.INFO)
 
-Bars are shown where somebody asked for them (``progress=True``): :func:`shown` turns them on for everything inside,
-in this thread. So functions deep below need no argument.
+Bars are shown in a terminal, of phases that take longer than a second, with the time that remains where the number of
+steps is known. ``progress=True`` shows all of them anywhere, ``progress=False`` none: :func:`shown` says so for
+everything inside, in this thread. So functions deep below need no argument.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,8 +29,11 @@ __all__ = ["LOGGER", "Phase", "phase", "shown", "shows_progress", "track"]
 LOGGER = logging.getLogger("tp_importance")
 LOGGER.addHandler(logging.NullHandler())  # silent until the user configures logging
 
-_SHOWN: ContextVar[bool] = ContextVar("tp_importance.core.progress", default=False)
+_SHOWN: ContextVar[bool | None] = ContextVar("tp_importance.core.progress", default=None)
 _DEPTH: ContextVar[int] = ContextVar("tp_importance.depth", default=0)
+
+_DELAY = 1.0
+"""Seconds after which a bar appears that nobody asked for."""
 
 _UNCOUNTED = "{desc} [{elapsed}]"
 _UNTOLD = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}]"  # counted, though how many there will be is not known
@@ -60,8 +65,8 @@ class Phase:
 
 
 @contextmanager
-def shown(progress: bool = True) -> Iterator[None]:
-    """Show a bar for every phase inside the block; ``False`` changes nothing: bars that are on stay on.
+def shown(progress: bool | None = True) -> Iterator[None]:
+    """Show a bar for every phase inside the block, or none; ``None`` changes nothing.
 
     Example:
         >>> with shown():  # doctest: +SKIP
@@ -69,7 +74,7 @@ def shown(progress: bool = True) -> Iterator[None]:
         collecting: 100%|██████████| 8/8 [00:01<00:00,  6.1batch/s]
     """
     before = _SHOWN.get()
-    _SHOWN.set(before or bool(progress))
+    _SHOWN.set(before if progress is None else bool(progress))
     try:
         yield
     finally:
@@ -78,9 +83,9 @@ def shown(progress: bool = True) -> Iterator[None]:
 
 @contextmanager
 def phase(
-    name: str, total: int | None = None, *, unit: str | None = None, progress: bool = False, **facts: Any
+    name: str, total: int | None = None, *, unit: str | None = None, progress: bool | None = None, **facts: Any
 ) -> Iterator[Phase]:
-    """Log a phase, and show it as a bar on stderr if asked for, here or by :func:`shown`.
+    """Log a phase, and show it as a bar on stderr: in a terminal, or if asked for, here or by :func:`shown`.
 
     The bar is closed on any exit. A bar inside another one disappears when it is done, the others stay.
 
@@ -88,7 +93,7 @@ def phase(
         name: what is done, such as ``"collecting"``.
         total: how many steps there will be, if that is known.
         unit: what is counted, such as ``"batch"``; without it and ``total`` only the time is shown.
-        progress: show bars inside the block, as :func:`shown`.
+        progress: whether bars are shown inside the block, as for :func:`shown`.
         **facts: what the log says at the end, besides the duration.
 
     Yields:
@@ -105,10 +110,12 @@ def phase(
     with shown(progress):
         LOGGER.debug("%s ...", name)
         bar, start = None, time.perf_counter()
-        if _SHOWN.get():
+        wanted = _SHOWN.get()
+        if wanted or (wanted is None and sys.stderr.isatty()):
             bar_format = None if total else _UNTOLD if unit else _UNCOUNTED
             # leave=None: the outermost bar stays
-            bar = tqdm(desc=name, total=total, unit=unit or "it", leave=None, bar_format=bar_format)
+            delay = 0.0 if wanted else _DELAY
+            bar = tqdm(desc=name, total=total, unit=unit or "it", leave=None, bar_format=bar_format, delay=delay)
         running = Phase(name, bar)
         running.note(**facts)
         outcome = ""
@@ -136,7 +143,7 @@ def track(
     total: int | None = None,
     *,
     unit: str = "it",
-    progress: bool = False,
+    progress: bool | None = None,
     **facts: Any,
 ) -> Iterator[T]:
     """Go through ``items`` in a :func:`phase` that counts them; use it in the head of a ``for``.
@@ -165,14 +172,14 @@ def track(
 
 
 def shows_progress(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """For methods of objects with an attribute ``_progress``: bars are shown inside if it is true.
+    """For methods of objects with an attribute ``_progress``, what :func:`shown` takes.
 
     Not for methods that warn: the place that a warning names would be this one.
     """
 
     @wraps(method)
     def wrapper(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
-        with shown(getattr(self, "_progress", False)):
+        with shown(getattr(self, "_progress", None)):
             return method(self, *args, **kwargs)
 
     return wrapper

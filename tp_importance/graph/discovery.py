@@ -43,7 +43,7 @@ def prunable_groups(
     allow_stale: bool = False,
     count_attention: bool = True,
     verify: bool | Verifier = True,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> PrunableGroups:
     """Find the coupled channel groups of any network, and keep only those that can be pruned safely.
 
@@ -75,7 +75,7 @@ def prunable_groups(
         verify: compare masked and pruned copies (default). Costs two deep copies and two passes if all groups are safe,
             and as much again for every test that it takes to find those that are not. Or a function that knows the
             verdict: ``verify(groups, example_inputs) → reason per unsafe group``.
-        progress: show progress bars.
+        progress: show progress bars; by default in a terminal.
 
     Returns:
         :class:`PrunableGroups`.

@@ -91,7 +91,7 @@ class LabelGraph(HostGraph):
         num_heads: heads per projection, as in Torch-Pruning.
         verify: compare masked and pruned copies, see :func:`~tp_importance.prunable_groups`.
         allow_stale: also offer channels that layers read in training mode only.
-        progress: show progress bars.
+        progress: show progress bars; by default in a terminal.
         out_channel_groups: the pruner's, of the blocks in which it ranks channels; stand-ins are added.
 
     Attributes:
@@ -119,7 +119,7 @@ class LabelGraph(HostGraph):
         num_heads: Mapping[nn.Module, int] | None = None,
         verify: bool | Verifier = True,
         allow_stale: bool = False,
-        progress: bool = False,
+        progress: bool | None = None,
         out_channel_groups: dict[Any, int] | None = None,
     ) -> None:
         tp.DependencyGraph.__init__(self)

@@ -118,7 +118,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
         ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
         forward_fn: ForwardFn | None = None,
         label_fn: LabelFn | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> Self:
         """Collect the statistics in one pass over ``loader``; the model is not changed.
 
@@ -130,7 +130,7 @@ class StatisticalImportance(tp.importance.Importance, abc.ABC):
             ignored_layers: as in Torch-Pruning; only without ``groups``.
             forward_fn: ``forward_fn(model, batch)``, also called with ``example_inputs``.
             label_fn: ``label_fn(batch)``.
-            progress: show a progress bar.
+            progress: show a progress bar; by default in a terminal.
 
         Returns:
             self, ready to be passed to Torch-Pruning as ``importance=``.

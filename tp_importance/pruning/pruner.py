@@ -117,7 +117,7 @@ class BudgetPruner:
         self._collected: _Collected | None = None
 
     @property
-    def _progress(self) -> bool:
+    def _progress(self) -> bool | None:
         return self.target._progress
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

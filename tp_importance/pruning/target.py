@@ -70,7 +70,7 @@ class PruningTarget:
             be met without them; all other allocators weigh them against the other groups. Measured in
             docs/benchmarks.md.
         latency_table: layer times for latency budgets, or the file to keep them in; default: measured afresh.
-        progress: show a progress bar for every phase, see :mod:`tp_importance.core.progress`.
+        progress: show a bar for every phase; by default in a terminal, see :mod:`tp_importance.core.progress`.
         **options: see :func:`~tp_importance.prunable_groups`.
 
     Attributes:
@@ -103,7 +103,7 @@ class PruningTarget:
         max_widths: Mapping[str, int] | None = None,
         keep_padded: bool | None = None,
         latency_table: LatencyTable | str | os.PathLike[str] | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
         **options: Any,
     ) -> None:
         (for_groups,) = split_options(type(self), options, prunable_groups)

@@ -40,7 +40,7 @@ def refit_consumers(
     classes: Sequence[int] | None = None,
     forward_fn: ForwardFn | None = None,
     label_fn: LabelFn | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> RefitReport:
     r"""Refit all consumers to the removal of units that is about to take place; the shapes stay.
 
@@ -68,7 +68,7 @@ def refit_consumers(
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal.
 
     Returns:
         The :class:`~tp_importance.refitting.report.RefitReport`.

@@ -31,7 +31,7 @@ def recalibrate_batchnorm(
     *,
     reference: nn.Module | DenseReference | None = None,
     forward_fn: ForwardFn | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> nn.Module:
     r"""Adjust the running statistics of all batch normalisation layers to the network as it is now, in place.
 
@@ -66,7 +66,7 @@ def recalibrate_batchnorm(
             runs together with the one before it.
         reference: ``copy.deepcopy(model)`` made before pruning; it comes back as it was.
         forward_fn: ``forward_fn(model, batch)`` for batches of another form; it moves them itself.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal.
 
     Returns:
         The same model.
@@ -127,7 +127,7 @@ def recalibrate_batchnorm(
 
 
 def _batch_moments(
-    networks: Sequence[nn.Module], loader: Iterable[Any], forward_fn: ForwardFn | None, progress: bool
+    networks: Sequence[nn.Module], loader: Iterable[Any], forward_fn: ForwardFn | None, progress: bool | None
 ) -> tuple[list[PooledMoments], int]:
     """ChannelMoments at every batch norm of every network over the same batches, and their number; buffers stay."""
     pooled = [PooledMoments() for _ in networks]

@@ -77,7 +77,7 @@ def observe(
     forward_fn: ForwardFn | None = None,
     label_fn: LabelFn | None = None,
     need_labels: bool = True,
-    progress: bool = False,
+    progress: bool | None = None,
     before_batch: Callable[[Tensor], None] | None = None,
     gradients: bool = False,
 ) -> Observed:
@@ -94,7 +94,7 @@ def observe(
         forward_fn: ``forward_fn(model, batch)`` for batches of another form.
         label_fn: ``label_fn(batch)`` gives their labels.
         need_labels: refuse unlabelled batches and a single class; else unlabelled samples count as class 0.
-        progress: show a progress bar.
+        progress: show a progress bar; by default in a terminal.
         before_batch: called with the labels of each batch before it runs, for what looks at several layers; of its
             positions, shape (N, T), where padding is known (:func:`.counted_positions`).
         gradients: build the graph, for watches that call :func:`torch.autograd.grad`; parameters get no gradients by

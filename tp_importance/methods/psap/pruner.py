@@ -103,7 +103,7 @@ class PSAPPruner:
         self.budget = checked_budget(budget)
         (for_target,) = split_options(type(self), options, PruningTarget, leave=("latency_table",))
         self.target = PruningTarget(model, example_inputs, max_pruning_ratio=max_pruning_ratio, **for_target)
-        self._progress = bool(options.get("progress"))
+        self._progress = options.get("progress")
         self.groups.require_some()
         self._soft = SoftPruning(
             self.groups,

@@ -67,7 +67,7 @@ class LayerPlanner:
         conversion: what was converted, and why the rest was not.
         forward_fn: ``forward_fn(model, example_inputs)``.
         min_run_time: seconds per latency measurement.
-        progress: show a progress bar for every phase.
+        progress: show a progress bar for every phase; by default in a terminal.
 
     Attributes:
         dense: cost of the network before conversion.
@@ -84,7 +84,7 @@ class LayerPlanner:
         conversion: ConversionReport,
         forward_fn: Callable[[nn.Module, Any], Any] | None,
         min_run_time: float,
-        progress: bool,
+        progress: bool | None,
     ) -> None:
         self.model, self.loader, self.budget, self.conversion = model, loader, budget, conversion
         self._example_inputs, self._forward_fn, self._min_run_time = example_inputs, forward_fn, min_run_time

@@ -72,7 +72,7 @@ class ResConvPruner(LayerPlanner):
         ignored_layers: modules, parameters or module types to leave alone.
         forward_fn: ``forward_fn(model, example_inputs)``, also called with the loader's batches.
         min_run_time: seconds per latency measurement.
-        progress: show a progress bar for every phase, see :mod:`tp_importance.core.progress`.
+        progress: show a bar for every phase; by default in a terminal, see :mod:`tp_importance.core.progress`.
 
     Attributes:
         dense: cost of the network before conversion.
@@ -109,7 +109,7 @@ class ResConvPruner(LayerPlanner):
         ignored_layers: Sequence[nn.Module | nn.Parameter | type] | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         min_run_time: float = 0.5,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> None:
         checked_model(model)
         checked_budget(budget)
