@@ -166,6 +166,13 @@ def test_sampled_positions_are_the_same_in_both_networks(limit):
     assert any(r.removed for r in report.rows)
 
 
+@pytest.mark.parametrize("limit", [4 << 30, 0])
+def test_the_log_says_why_layers_take_passes_of_their_own(limit, caplog):
+    with caplog.at_level("INFO", "tp_importance"):
+        refitted("plain", Refit("sequential", memory_limit=limit))
+    assert any("memory_limit is 0.0" in message for message in caplog.messages) == (limit == 0)
+
+
 def test_sweep_and_passes_draw_the_same_positions():
     weights = []
     for limit in (4 << 30, 0):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.batches import FlatBatch, joined
 from ..core.loaders import iterate
-from ..core.progress import track
+from ..core.progress import LOGGER, track
 from ..graph.tracing import Trace
 from .layers import LayerRefit
 
@@ -62,6 +62,13 @@ def one_batch(loader: Iterable[Any], bytes_per_sample: int, limit: int) -> Any |
             return None
         samples += flat.samples
         if samples * bytes_per_sample > limit:
+            LOGGER.info(
+                "%d samples would take %.1f GiB at once, memory_limit is %.1f: every layer takes two passes of its own; "
+                "fewer samples or Refit(memory_limit=...) take two in all",
+                samples,
+                samples * bytes_per_sample / 2**30,
+                limit / 2**30,
+            )
             return None
         batches.append(flat)
     if not batches:
