@@ -63,7 +63,7 @@ def one_batch(loader: Iterable[Any], bytes_per_sample: int, limit: int) -> Any |
         samples += flat.samples
         if samples * bytes_per_sample > limit:
             LOGGER.info(
-                "%d samples would take %.1f GiB at once, memory_limit is %.1f: every layer takes two passes of its own; "
+                "%d samples would take %.1f GiB at once, memory_limit is %.1f: every layer takes passes of its own; "
                 "fewer samples or Refit(memory_limit=...) take two in all",
                 samples,
                 samples * bytes_per_sample / 2**30,

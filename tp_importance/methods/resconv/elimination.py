@@ -14,7 +14,7 @@ __all__ = ["eliminated"]
 
 FEW = 0.25
 """Part of the samples that layers are first looked at with."""
-MARGIN = 0.2
+MARGIN = 0.5
 """By what part of its size the change that one layer makes may be smaller on all samples than on the first few."""
 MOST = 1e6
 """Largest loss; the network is no good long before."""
