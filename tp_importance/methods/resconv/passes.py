@@ -129,7 +129,7 @@ class _Batch:
     recorded: Tensor | None
     keep: set[int] = field(default_factory=set)
     kept: dict[int, Values] = field(default_factory=dict)
-    dense: Tensor = field(default_factory=lambda: torch.empty(0))
+    dense: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
     def output(self, units: Mapping[str, Unit], changed: str, inputs: list[Tensor]) -> Tensor:
         """The output; a layer that may differ from the last call's is run anew, with all that comes after it."""
