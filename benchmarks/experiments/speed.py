@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision import models
 
 from benchmarks.experiment import Experiment, Run
 from benchmarks.tables import Rows, listing, markdown
-from benchmarks.timing import Images, bare, in_turns, peak_mb, seconds
+from benchmarks.timing import Images, bare, in_turns, network, peak_mb, seconds
 from tp_importance import Budget, prune
 from tp_importance.core.progress import LOGGER
 
@@ -60,10 +59,9 @@ class Phases(logging.Handler):
         LOGGER.setLevel(self._level)
 
 
-def pretrained_like(name: str) -> nn.Module:
+def with_random_norms(name: str) -> nn.Module:
     """A network of torchvision with random weights, and batch norms that are not all alike."""
-    torch.manual_seed(0)
-    model = getattr(models, name)().eval()
+    model, _ = network(name, None)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -71,10 +69,8 @@ def pretrained_like(name: str) -> nn.Module:
     return model
 
 
-def options(model: nn.Module, mlps: bool) -> dict[str, Any]:
-    """For vision transformers: MLPs only, or all."""
-    if not mlps:
-        return {}
+def mlps_only(model: nn.Module) -> dict[str, Any]:
+    """Options by which a vision transformer loses channels of its MLPs only."""
     mlp = {id(m) for name, m in model.named_modules() if ".mlp." in name}
     return {
         "attention": "none",
@@ -84,19 +80,18 @@ def options(model: nn.Module, mlps: bool) -> dict[str, Any]:
 
 def pruned(name: str, images: int, batch: int, method: str, refit: str | None) -> dict[str, float]:
     """Seconds per phase of one pruning."""
-    model = pretrained_like(name)
+    model = with_random_norms(name)
     loader, x = Images(images, SIZE, batch), torch.zeros(1, 3, SIZE, SIZE)
+    options = mlps_only(model) if name.startswith("vit") else {}
     with Phases() as phases:
-        prune(
-            model, x, loader, budget=Budget(macs=0.5), method=method, refit=refit, **options(model, name == "vit_b_16")
-        )
+        prune(model, x, loader, budget=Budget(macs=0.5), method=method, refit=refit, **options)
     return phases.seconds
 
 
 def speed(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     """Fixed cost and passes of one network, as ratios within a round."""
     name, few, many = key["network"], run.images, 4 * run.images
-    model = pretrained_like(name)
+    model = with_random_norms(name)
     work: dict[str, Callable[[], Any]] = {"bare": partial(bare, model, Images(many, SIZE, run.batch_size))}
     for count in (few, many):
         work[str(count)] = partial(pruned, name, count, run.batch_size, key["method"], key["refit"])
@@ -167,7 +162,7 @@ def large(run: Run, key: dict[str, Any]) -> dict[str, Any]:
 
 def large_probe(run: Run, key: dict[str, Any]) -> float:
     work = partial(pruned, key["network"], run.images, run.batch_size, "obs", "sequential")
-    return peak_mb(work, pretrained_like(key["network"]), SIZE)
+    return peak_mb(work, with_random_norms(key["network"]), SIZE)
 
 
 def times(rows: Rows) -> str:

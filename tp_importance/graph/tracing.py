@@ -76,10 +76,20 @@ class Trace:
         return record(self.model, inputs, forward_fn=self.options.forward_fn)
 
     @cached_property
-    def call(self) -> Flow | None:
-        """The same of the call of the network alone, see :func:`~tp_importance.graph.activations.recording`."""
+    def _call(self) -> Flow | None:
         inputs = to_model(self.model, self.example_inputs)
         return recording(self.model, inputs, self.options.forward_fn, known=self.flow)
+
+    def call(self, example_inputs: Any, forward_fn: Callable[[nn.Module, Any], Any] | None) -> Flow | None:
+        """The same of the call of the network alone, see :func:`~tp_importance.graph.activations.recording`.
+
+        Args:
+            example_inputs: recorded once if they are those of the trace.
+            forward_fn: as the trace's, too.
+        """
+        if example_inputs is self.example_inputs and forward_fn is self.options.forward_fn:
+            return self._call
+        return recording(self.model, example_inputs, forward_fn)
 
     def batch_norm_behind(self, name: str, *, alone: bool = False) -> nn.Module | None:
         """The batch norm that alone receives the output of a layer, if there is one.

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import torch
@@ -134,13 +133,11 @@ class Features:
         kept, mine = self.index[~gone], self.index[gone]
         weight = self.weight[:, torch.from_numpy(gone[self.stay :].nonzero()[0]).to(self.weight.device)]
         rows = [torch.from_numpy(x).to(self.covariance.device) for x in (kept, mine)]
-        own = self.covariance[:, rows[1].unsqueeze(1), rows[1]].to(weight) @ weight
-        own += self.epsilon.view(-1, 1, 1) * weight
         cross = self.covariance[:, rows[0].unsqueeze(1), rows[1]].to(weight) @ weight
         factor = self._factor(kept, torch.float64)
         if self.metric is None:
-            known = torch.linalg.solve_triangular(factor, cross, upper=False)
-            return float((weight * own).sum() - known.square().sum())
+            own = _gathered(self.covariance, mine, torch.float64) @ weight + self.epsilon.view(-1, 1, 1) * weight
+            return float((weight * own).sum() - _solved(factor, cross).square().sum())
         change = torch.cat([torch.cholesky_solve(cross, factor), -weight], 1)
         metric = _gathered(self.metric, np.concatenate([kept, mine]), torch.float64)
         return float((change * (metric @ change)).sum())
@@ -159,7 +156,6 @@ class Step:
     Attributes:
         units: those of them that are read here, in order.
         costs: of each after those before it.
-        at: their places in the state.
         rows: their features there.
         factor: L.
         t: Tᵀ, shape (Z, r, O).
@@ -169,7 +165,6 @@ class Step:
 
     units: NDArray[np.int64]
     costs: NDArray[np.float64]
-    at: NDArray[np.int64]
     rows: Tensor
     factor: Tensor
     t: Tensor
@@ -192,9 +187,12 @@ class State:
 
     def _begin(self, parts: Sequence[Tensor], units: NDArray[np.int64]) -> None:
         self.parts, self.units = list(parts), units
-        self._alive = np.ones(len(units), bool)
-        self._place = np.full(int(units.max(initial=-1)) + 1, -1)
+        self._place = np.full(int(units.max(initial=-1)) + 1, -1)  # of a unit that is left; -1 for others
         self._place[units] = np.arange(len(units))
+
+    @property
+    def _left(self) -> NDArray[np.bool_]:
+        return self._place[self.units] >= 0
 
     def prices(self) -> NDArray[np.float64]:
         """What each of ``units`` alone costs, 0 for those that are gone."""
@@ -216,7 +214,7 @@ class State:
                 solved = torch.cholesky_solve(self._blocks(n), factor) @ solved
                 solved -= 2 * torch.cholesky_solve(y.view_as(own) @ own.mT, factor)
             price = solved.diagonal(dim1=-2, dim2=-1).sum(2)
-        return np.where(self._alive, price.sum(0).double().cpu().numpy(), 0.0)
+        return np.where(self._left, price.sum(0).double().cpu().numpy(), 0.0)
 
     def without(self, units: NDArray[np.int64]) -> Step | None:
         """What ``units`` cost if they go in this order; None if none of them is read here.
@@ -240,7 +238,7 @@ class State:
             shared = (t @ t.mT) * c
             costs = shared.diagonal(dim1=1, dim2=2) + 2 * shared.tril(-1).sum(2) - 2 * (t * d).sum(2)
         per_unit = costs.sum(0).view(-1, self.taps).sum(1).double().cpu().numpy()
-        return Step(self.units[at], per_unit, at, rows, factor, t, c, d)
+        return Step(self.units[at], per_unit, rows, factor, t, c, d)
 
     def remove(self, step: Step) -> None:
         """Refit without the units of a step."""
@@ -255,12 +253,12 @@ class State:
             y.baddbmm_(x.mT, step.d, alpha=-1).baddbmm_(rest.mT, step.t, alpha=-1)
         b.baddbmm_(x.mT, x, alpha=-1)
         w.baddbmm_(x.mT, step.t, alpha=-1)
-        self._alive[step.at] = False
         self._place[step.units] = -1
-        if self._alive.mean() <= COMPACT:
-            keep = torch.from_numpy(self._alive.repeat(self.taps).nonzero()[0]).to(b.device)
+        left = self._left
+        if left.mean() <= COMPACT:
+            keep = torch.from_numpy(left.repeat(self.taps).nonzero()[0]).to(b.device)
             parts = [x[:, keep.unsqueeze(1), keep] if i % 2 == 0 else x[:, keep] for i, x in enumerate(self.parts)]
-            self._begin(parts, self.units[self._alive])
+            self._begin(parts, self.units[left])
             return
         for i, part in enumerate(self.parts):  # what rounding has left of them
             part[:, step.rows] = 0
@@ -285,11 +283,12 @@ def stacked(consumers: Sequence[Features], dtype: torch.dtype) -> list[State]:
         state = consumer.state(dtype)
         key = state.taps, state.units.tobytes(), tuple(x.shape[1:] for x in state.parts), state.parts[0].device
         alike.setdefault(key, []).append(state)
-    return [reduce(_joined, states) if len(states) > 1 else states[0] for states in alike.values()]
+    return [_joined(states) if len(states) > 1 else states[0] for states in alike.values()]
 
 
-def _joined(first: State, second: State) -> State:
-    return State([torch.cat(x) for x in zip(first.parts, second.parts, strict=True)], first.units, first.taps)
+def _joined(states: Sequence[State]) -> State:
+    parts = [torch.cat(part) for part in zip(*(state.parts for state in states), strict=True)]
+    return State(parts, states[0].units, states[0].taps)
 
 
 def _cholesky(matrix: Tensor, message: str) -> Tensor:

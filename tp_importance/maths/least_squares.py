@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .moments import Moments
 
-__all__ = ["Shortfall", "output_energy", "refit", "residual_energy", "solve"]
+__all__ = ["Shortfall", "of_all", "of_kept", "output_energy", "refit", "residual_energy", "solve"]
 
 SINGULAR = 1e-12
 """Without a ridge, eigenvalues below this fraction of the largest count as zero."""
@@ -72,15 +72,31 @@ def refit(second: Tensor, weight: Tensor, kept: Tensor, ridge: float, missing: T
         lacking = p_all @ (w_all * ~kept.unsqueeze(1)).mT
     else:
         lacking = double(missing).to(p_all)
-    if g == 1:  # without the rows that go
-        k = kept[0].nonzero().squeeze(1)
-        result = torch.zeros_like(w_all)
-        result[0, :, k] = w_all[0, :, k] + solve(p_all[:, k.unsqueeze(1), k], lacking[:, k], ridge)[0].mT
-        return result
-    stays = kept.to(p_all)
-    gram = p_all * stays.unsqueeze(2) * stays.unsqueeze(1)
-    step = solve(gram, lacking * stays.unsqueeze(2), ridge, stays.sum(1)).mT
-    return (w_all + step) * stays.unsqueeze(1)
+    step = solve(*of_kept(p_all, lacking, kept), ridge, kept.sum(1))
+    return w_all * kept.unsqueeze(1) + of_all(step, kept)
+
+
+def of_kept(gram: Tensor, right: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Equations of the features that stay; of several conv groups, which keep different ones, those that go are 0.
+
+    Args:
+        gram: shape (G, d, d).
+        right: shape (G, d, O).
+        kept: bool, shape (G, d).
+    """
+    if len(kept) == 1:
+        at = kept[0].nonzero().squeeze(1)
+        return gram[:, at.unsqueeze(1), at], right[:, at]
+    return gram * kept.unsqueeze(2) * kept.unsqueeze(1), right * kept.unsqueeze(2)
+
+
+def of_all(solution: Tensor, kept: Tensor) -> Tensor:
+    """A solution of :func:`of_kept` as a weight of all features, 0 at those that go, shape (G, O, d)."""
+    if len(kept) > 1:
+        return solution.mT * kept.unsqueeze(1)
+    whole = solution.new_zeros(1, solution.shape[2], kept.shape[1])
+    whole[:, :, kept[0]] = solution.mT
+    return whole
 
 
 @dataclass
@@ -194,7 +210,7 @@ def solve(gram: Tensor, right: Tensor, ridge: float, count: Tensor | None = None
         gram: shape (G, d, d).
         right: shape (G, d, O).
         ridge: ε relative to the mean of the diagonal.
-        count: features of every matrix, if the others are zero.
+        count: features of every matrix, if there are others that are zero; shape (G,).
     """
     if not gram.numel():
         return torch.zeros_like(right)

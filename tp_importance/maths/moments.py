@@ -66,13 +66,17 @@ class Moments:
     @property
     def second(self) -> Tensor | None:
         r""":math:`\sum (u-s)(u-s)^\top`, shape (G, d, d); None before the first row."""
-        if self._held:
-            rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
-            self._held.clear()
-            product = torch.einsum("rgd,rge->gde", rows, rows) if rows.shape[1] > 1 else _gram(rows)
-            assert self.shift is not None
-            self._second = product.to(self.shift) if self._second is None else self._second.add_(product)
+        self._add_held()
         return self._second
+
+    def _add_held(self) -> None:
+        if not self._held:
+            return
+        rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
+        self._held.clear()
+        product = torch.einsum("rgd,rge->gde", rows, rows) if rows.shape[1] > 1 else _gram(rows)
+        assert self.shift is not None
+        self._second = product.to(self.shift) if self._second is None else self._second.add_(product)
 
     def update(self, u: Tensor, labels: Tensor) -> Moments:
         """Add rows ``u`` of shape (R, G, d) with class ``labels`` of shape (R,); returns self."""
@@ -86,7 +90,7 @@ class Moments:
         centred = u - self.shift.to(u.dtype)
         self._held.append(centred)
         if sum(map(len, self._held)) >= u.shape[2] // 2:
-            _ = self.second
+            self._add_held()
         self._grow(int(labels.max()) + 1)
         sums = centred.new_zeros(self.class_sums.shape).index_add_(0, labels, centred)
         self.class_sums += sums

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .least_squares import double, solve
+from .least_squares import double, of_all, of_kept, solve
 
 __all__ = ["RIDGES", "cross_validated"]
 
@@ -90,17 +90,15 @@ def cross_validated(
     problem = _Problem.of(second, kept, missing, error, shares, (rows, constant))
     if not bool((problem.lacking > 0).any()):
         return problem.weights(problem.candidate(RIDGES[0])), RIDGES[0]
-    at = FIRST
-    best = problem.candidate(RIDGES[at])
+    best = problem.candidate(RIDGES[FIRST])
     down = best.rises
-    while at > 0 if down else not best.rises and at + 1 < len(RIDGES):
-        at += -1 if down else 1
-        other = problem.candidate(RIDGES[at])
+    for ridge in reversed(RIDGES[:FIRST]) if down else RIDGES[FIRST + 1 :]:
+        if best.rises != down:  # the minimum lies between the last two
+            break
+        other = problem.candidate(ridge)
         if other.score * (1 + ALIKE) >= best.score if down else other.score > best.score * (1 + ALIKE):
             break
         best = other
-        if down and not best.rises:
-            break
     return problem.weights(best), best.ridge
 
 
@@ -162,11 +160,8 @@ class _Problem:
         size = (p.diagonal(dim1=1, dim2=2) * kept).sum(1) / kept.sum(1).clamp_min(1)
         size = torch.where(size > 0, size, 1.0)
         scale = 1 / size.view(-1, 1, 1)
-        if len(kept) == 1:
-            at = kept[0].nonzero().squeeze(1)
-            p, m = p[:, at.unsqueeze(1), at] * scale, m[:, at] * scale
-        else:
-            p, m = p * (scale * kept.unsqueeze(2) * kept.unsqueeze(1)), m * (scale * kept.unsqueeze(2))
+        p, m = of_kept(p, m, kept)
+        p, m = p * scale, m * scale
         unit = float(m.abs().amax()) or 1.0
         m /= unit
         d = p.shape[1]
@@ -212,11 +207,7 @@ class _Problem:
         found = None if best.step is None else self._refined(best.step.double(), best)
         if found is None:
             found = solve(self.second, self.missing, best.ridge, self.kept.sum(1))
-        if len(self.kept) > 1:
-            return found.mT * (self.unit * self.kept.unsqueeze(1))
-        whole = found.new_zeros(1, found.shape[2], self.kept.shape[1])
-        whole[:, :, self.kept[0]] = found.mT * self.unit
-        return whole
+        return of_all(found * self.unit, self.kept)
 
     def _refined(self, step: Tensor, best: _Candidate) -> Tensor | None:
         """The step, corrected by the same factor until it solves the equations in float64; None if it never does."""
@@ -227,8 +218,7 @@ class _Problem:
             off = torch.baddbmm(self.missing - best.ridge * step, self.second, step, alpha=-1)
             if float(off.square().sum()) <= RESIDUAL**2 * size:
                 return step
-            correction = torch.linalg.solve_triangular(best.factor, off.to(best.factor), upper=False)
-            step = step + torch.linalg.solve_triangular(best.factor.mT, correction, upper=True)
+            step = step + torch.cholesky_solve(off.to(best.factor), best.factor)
         return None
 
 

@@ -84,7 +84,7 @@ class SequentialRefit:
         """
         model, n = self.groups.trace.model, len(self.refits)
         wanted_classes(self.classes)
-        self._targets = Targets(model, self.refits, self.settings, self.example_inputs, self.forward_fn)
+        self._targets = Targets(self.groups.trace, self.refits, self.settings, self.example_inputs, self.forward_fn)
         batch = None if self._repeated else self._one_batch(loader)
         statistics = (b for m in model.modules() if is_batch_norm(m) for b in m.buffers(recurse=False))
         kept = untouched(model, statistics)  # which are to change, as the weights are

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..core.forward import ForwardFn
 from ..core.precision import at_least_float, undisturbed
 from ..errors import TracingError
-from ..graph.activations import recording, watch_activations
+from ..graph.activations import watch_activations
 from ..graph.dataflow import Flow
 from ..graph.patches import bn_gain, require_batched, sampled_output, unfolded_input
 from ..graph.residual_sums import added_to
+from ..graph.tracing import Trace
 from .layers import LayerRefit
 from .settings import Refit
 
@@ -44,10 +45,10 @@ class Targets:
     """Where targets come from; consumers go by their number in ``refits``.
 
     Args:
-        model: the network.
+        trace: of the network.
         refits: consumers to be refitted, in execution order.
         settings: of the refit.
-        example_inputs: what the groups were traced with.
+        example_inputs: as what the groups were traced with.
         forward_fn: ``forward_fn(model, batch)``.
 
     Attributes:
@@ -57,14 +58,14 @@ class Targets:
 
     def __init__(
         self,
-        model: nn.Module,
+        trace: Trace,
         refits: Sequence[LayerRefit],
         settings: Refit,
         example_inputs: Any,
         forward_fn: ForwardFn | None,
     ) -> None:
         self._refits, self._settings = refits, settings
-        self._flow: Flow | None = recording(model, example_inputs, forward_fn) if settings.residual else None
+        self._flow: Flow | None = trace.call(example_inputs, forward_fn) if settings.residual else None
         found = {i: self._added_to(r) for i, r in enumerate(refits)}
         self.sums = {i: other for i, other in found.items() if other is not None}
 

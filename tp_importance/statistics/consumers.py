@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.forward import ForwardFn
-from ..graph.activations import recording
 from ..graph.groups import ChannelGroup, PrunableGroups
 from ..graph.patches import at_positions, bn_gain, consumer_weight, feature_channels, fork, unfolded_input
 from ..maths.moments import Moments, consumer_scatter
@@ -107,9 +106,7 @@ class ConsumerStatistics:
         Warns:
             UserWarning: if the model does other operations than on its example inputs; no sum is used then.
         """
-        trace = self._trace
-        same = example_inputs is trace.example_inputs and forward_fn is trace.options.forward_fn
-        flow = trace.call if same else recording(self._model, example_inputs, forward_fn)
+        flow = self._trace.call(example_inputs, forward_fn)
         return watch_residual_sums(self._model, self._norms, self._disturbed, lambda: self.labels, flow)
 
     def energy(self, name: str) -> float:
