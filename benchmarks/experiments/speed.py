@@ -223,7 +223,7 @@ EXPERIMENTS = (
             "refit": ["sequential"],
         },
         speed,
-        settings={"images": 16, "batch_size": 16, "rounds": 3, "threads": 2, "device": "cpu"},
+        settings={"images": 16, "batch_size": 16, "rounds": 2, "threads": 2, "device": "cpu"},
         show={"times": times, "phases": phases},
         dense=False,
         smoke={"network": ["mobilenet_v3_small"], "images": 2, "batch_size": 2, "rounds": 1},

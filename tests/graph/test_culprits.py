@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers.group_cases import shifted, zoo
+from helpers.logs import fresh_logging  # noqa: F401 - a fixture
 from tp_importance import prunable_groups
 from tp_importance.graph import culprits, verify
 from tp_importance.graph.groups import PrunableGroups
@@ -212,12 +213,14 @@ def number(y):
     return torch.tensor(float(y.shape[1]))
 
 
+@pytest.mark.usefixtures("fresh_logging")
 def test_what_nothing_points_to_is_bisected(caplog):
     with caplog.at_level(logging.DEBUG, "tp_importance"):
         reasons, _ = found(Leaking(number))
     assert list(reasons) == ["blocks.1.a.0"] and "bisecting" in caplog.text
 
 
+@pytest.mark.usefixtures("fresh_logging")
 def test_who_knows_more_may_name_the_groups(caplog):
     asked = []
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.logs import fresh_logging  # noqa: F401 - a fixture
 from helpers.refit_cases import MODES, duplicated, images, inputs_of, refitted
 from helpers.states import same_state, state
 from tp_importance import Refit, prunable_groups
@@ -166,6 +167,7 @@ def test_sampled_positions_are_the_same_in_both_networks(limit):
     assert any(r.removed for r in report.rows)
 
 
+@pytest.mark.usefixtures("fresh_logging")
 @pytest.mark.parametrize("limit", [4 << 30, 0])
 def test_the_log_says_why_layers_take_passes_of_their_own(limit, caplog):
     with caplog.at_level("INFO", "tp_importance"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.logs import fresh_logging  # noqa: F401 - a fixture
 from helpers.resconv_cases import CASES, HEAD, ONE, TWO, Basic, R, Wired, X, fresh, head, ready, resnet
 from tp_importance import Budget, ResConvPruner
 from tp_importance.core.progress import shown
@@ -103,6 +104,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("fresh_logging")
 @pytest.mark.parametrize("name", REFUSED)
 @torch.no_grad()
 def test_what_cannot_be_replayed_runs_whole(name, caplog):
