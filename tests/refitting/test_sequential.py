@@ -13,7 +13,9 @@ from tp_importance import Refit, prunable_groups
 from tp_importance.graph.masking import masked_units as gates
 from tp_importance.graph.patches import consumer_weight, set_consumer_weight
 from tp_importance.graph.surgery import remove_units
+from tp_importance.graph.tape import NotReplayable
 from tp_importance.graph.verify import sample_units
+from tp_importance.refitting import sequential
 from tp_importance.refitting.layers import refittable
 from tp_importance.refitting.refit import refit_consumers
 from tp_importance.testing import make_network
@@ -56,28 +58,35 @@ def naive_sequence(dense, model, groups, removed, data, recalibrate, downstream)
                 module.running_var.mul_(var_p / var_d)
 
 
+def not_replayable(*_):
+    raise NotReplayable("it is to run as a whole")
+
+
 @pytest.mark.parametrize("name", ["plain", "residual", "grouped", "depthwise", "concat", "transposed"])
 @pytest.mark.parametrize(("recalibrate", "downstream"), [(False, False), (True, False), (False, True)])
-def test_one_sweep_equals_one_pass_per_consumer(name, recalibrate, downstream):
+def test_one_sweep_equals_one_pass_per_consumer(name, recalibrate, downstream, monkeypatch):
     dense, x = make_network(name)
     dense, x = dense.double(), x.double()
     data = torch.randn(16, *x.shape[1:], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     wide = prunable_groups(dense, x, verify=False)
     removed = sample_units(wide)
     models, reports = [], []
-    for limit in (4 << 30, 0):
+    for limit, replayed in ((4 << 30, True), (0, True), (4 << 30, False)):
         model = copy.deepcopy(dense)
         groups = prunable_groups(model, x, verify=False)
+        if not replayed:
+            monkeypatch.setattr(sequential, "ReplayedPasses", not_replayable)
         how = Refit("sequential", 0.0, None, downstream, residual=False, memory_limit=limit, recalibrate=recalibrate)
         loader = data.split(6)
         reports.append(refit_consumers(model, x, loader, removed, how, groups=groups))
         models.append(model)
     naive = copy.deepcopy(dense)
     naive_sequence(dense, naive, prunable_groups(naive, x, verify=False), removed, data, recalibrate, downstream)
-    assert reports[0].passes == 2 < reports[1].passes
-    for a, b in zip(reports[0].rows, reports[1].rows, strict=True):
-        assert a.name == b.name and a.after == pytest.approx(b.after, abs=1e-9)
-        assert a.after < a.before or not a.removed
+    assert reports[0].passes == 2 < reports[1].passes == reports[2].passes
+    for other in reports[1:]:
+        for a, b in zip(reports[0].rows, other.rows, strict=True):
+            assert a.name == b.name and a.after == pytest.approx(b.after, abs=1e-9)
+            assert a.after < a.before or not a.removed
     remove = [prunable_groups(m, x, verify=False) for m in (*models, naive)]
     for groups in remove:
         remove_units(groups, removed)
@@ -169,10 +178,10 @@ def test_sampled_positions_are_the_same_in_both_networks(limit):
 
 @pytest.mark.usefixtures("fresh_logging")
 @pytest.mark.parametrize("limit", [4 << 30, 0])
-def test_the_log_says_why_layers_take_passes_of_their_own(limit, caplog):
+def test_the_log_says_at_how_many_layers_memory_is_too_small(limit, caplog):
     with caplog.at_level("INFO", "tp_importance"):
         refitted("plain", Refit("sequential", memory_limit=limit))
-    assert any("memory_limit is 0.0" in message for message in caplog.messages) == (limit == 0)
+    assert any("memory_limit=0.0 GiB" in message for message in caplog.messages) == (limit == 0)
 
 
 def test_sweep_and_passes_draw_the_same_positions():
@@ -239,12 +248,3 @@ def test_a_layer_that_runs_several_times_pools_its_calls(mode):
         y, left = u @ dense.b.weight.flatten(1).T, u[:, r.kept[0]]
         left, y = left - left.mean(0), y - y.mean(0)
         torch.testing.assert_close(r.weight[0][:, r.kept[0]].T, torch.linalg.lstsq(left, y).solution)
-
-
-def test_batches_that_do_not_join_take_a_pass_per_consumer():
-    model, x = make_network("plain")
-    loader = [torch.randn(4, 3, size, size) for size in (16, 12)]
-    report = refit_consumers(
-        model, x, loader, sample_units(prunable_groups(model, x)), Refit("sequential", recalibrate=False)
-    )
-    assert report.passes == 2 * len(report.rows) > 2

@@ -162,6 +162,10 @@ class FlatBatch:
         """Length of the tensors."""
         return len(self.tensors[0])
 
+    def part(self, start: int, stop: int | None) -> FlatBatch:
+        """Some of the samples; their memory is that of the batch."""
+        return FlatBatch([t[start:stop] for t in self.tensors], self.form)
+
 
 def joined(batches: Sequence[FlatBatch | None]) -> Any | None:
     """Several batches as one, in the form they had.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.batches import tensors_in
+from ..core.forward import layer_input
 
-__all__ = ["NotReplayable", "Tape", "record_tape"]
+__all__ = ["Mark", "NotReplayable", "Recorder", "Tape", "Values", "record_tape"]
 
 Values = dict[int, Tensor]
 """Tensors by their number."""
@@ -41,9 +43,27 @@ class _Note:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where a layer is about to run.
+
+    Attributes:
+        step: its first step.
+        number: the tensor that it gets.
+        shape: of what it gives.
+    """
+
+    step: int
+    number: int
+    shape: tuple[int, ...] = ()
+
+
 @dataclass(slots=True)
 class _Step:
-    """One operation: of torch, or the call of a whole module if ``unit`` is its name."""
+    """One operation: of torch, or the call of a whole module if ``unit`` is its name.
+
+    Without a ``form``, the leaves are its positional arguments.
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -60,8 +80,12 @@ class _Step:
             values[self.outputs[0]] = _laid_out(units[self.unit](values[self.inputs[0]]), self.stride)
         else:
             leaves = [values[x.id] if type(x) is _Value else x for x in self.leaves]
-            args, kwargs = tree_unflatten(leaves, self.form)
-            made = tensors_in(self.run(*args, **kwargs))
+            if self.form is None:
+                output = self.run(*leaves)
+            else:
+                args, kwargs = tree_unflatten(leaves, self.form)
+                output = self.run(*args, **kwargs)
+            made = [output] if isinstance(output, Tensor) else tensors_in(output)
             values.update(zip(self.outputs, made, strict=True))
         for number in self.dead:
             del values[number]
@@ -74,11 +98,21 @@ class Tape:
         first: for every module that was followed and called, the step of its first call.
         cuts: steps among them before which a run can be interrupted and taken up again, any number of times.
         end: how many steps there are.
+        marks: for every module that was marked and called, where that was.
+        named: numbers of tensors that were given a name.
     """
 
-    def __init__(self, steps: list[_Step], notes: list[_Note], inputs: list[int], output: int) -> None:
+    def __init__(
+        self,
+        steps: list[_Step],
+        notes: list[_Note],
+        inputs: list[int],
+        output: int,
+        marks: dict[str, Mark] | None = None,
+        named: dict[Hashable, int] | None = None,
+    ) -> None:
         self._steps, self._notes, self._inputs, self._output = steps, notes, inputs, output
-        self.end = len(steps)
+        self.end, self.marks, self.named = len(steps), marks or {}, named or {}
         self.first: dict[str, int] = {}
         last, born = [-1] * len(notes), [-1] * len(notes)
         last_write: dict[int, int] = {}
@@ -96,9 +130,9 @@ class Tape:
             if 0 <= i < len(steps):
                 steps[i].dead += (number,)
         self._born, self._last, self._last_write = born, last, last_write
-        self.cuts = [i for i in sorted(set(self.first.values())) if self._can_stop(i)]
+        self.cuts = [i for i in sorted(set(self.first.values())) if self.can_stop(i)]
 
-    def _can_stop(self, cut: int) -> bool:
+    def can_stop(self, cut: int) -> bool:
         """Whether what is written later can be copied: it shares its memory with nothing else that is needed."""
         roots = [self._notes[number].root for number in self.live(cut)]
         copied = [self._notes[number] for number in self._copied(cut)]
@@ -116,6 +150,25 @@ class Tape:
         copied = {cut: set(self._copied(cut)) for cut in cuts}
         kept = {(number, cut if number in copied[cut] else -1) for cut in cuts for number in self.live(cut)}
         return sum(self._notes[number].bytes for number, _ in kept)
+
+    def live_bytes(self, cut: int) -> int:
+        """Memory of what a run that stands before a step holds."""
+        roots = {self._notes[number].root for number in self.live(cut)}
+        return sum(self._notes[root].bytes for root in roots)
+
+    def copy(self, values: Values, cut: int) -> Values:
+        """What a run can go on with from a step that it has to go on from again later."""
+        copied = set(self._copied(cut))
+        return {n: x.clone() if n in copied else x for n, x in values.items()}
+
+    def advance(self, values: Values, start: int, stop: int) -> None:
+        """Run the steps from ``start`` to ``stop``; ``values`` then is what is needed from there on."""
+        for step in self._steps[start:stop]:
+            step(values, {})
+
+    def output(self, values: Values) -> Tensor:
+        """The output, after the last step."""
+        return values[self._output]
 
     def start(self, inputs: list[Tensor]) -> Values:
         """What a run from the first step on begins with: copies of the input tensors."""
@@ -172,7 +225,7 @@ def record_tape(run: Callable[[], Any], inputs: list[Tensor], units: Mapping[str
             or the output is no tensor that torch has computed. What happens out of sight of torch's dispatcher (in
             NumPy, say) is not noticed: compare a run with one of the network.
     """
-    recorder = _Recorder(inputs)
+    recorder = Recorder(inputs)
     with ExitStack() as stack:
         for name, module in units.items():
             recorder.watch(stack, name, module)
@@ -188,15 +241,26 @@ def _laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-class _Recorder(TorchDispatchMode):
-    def __init__(self, inputs: list[Tensor]) -> None:
+class Recorder(TorchDispatchMode):
+    """Writes down what runs inside of it, see :func:`record_tape`.
+
+    Args:
+        inputs: the tensors that the network is given.
+        others: the operations are to run on other inputs as well: Python may not read values that depend on them.
+    """
+
+    def __init__(self, inputs: list[Tensor], others: bool = False) -> None:
         super().__init__()
         self._steps: list[_Step] = []
         self._notes: list[_Note] = []
         self._numbers: Any = WeakTensorKeyDictionary()
         self._of_units, self._foreign, self._rigid = set[int](), set[int](), set[int]()  # roots
         self._inside, self._reason = 0, ""
+        self._marks: dict[str, Mark] = {}
+        self._named: dict[Hashable, int] = {}
         self._inputs = [self._add(x, None) for x in inputs]
+        if others:
+            self._of_units.update(self._inputs)
 
     def tape(self, output: Any) -> tuple[Tape, Tensor]:
         """What was recorded, and the output."""
@@ -205,7 +269,45 @@ class _Recorder(TorchDispatchMode):
         if number is None or self._reason:
             raise NotReplayable(self._reason or "its output is made out of sight")
         notes = [replace(note, dense=note.dense and note.root not in self._rigid) for note in self._notes]
-        return Tape(self._steps, notes, self._inputs, number), found[0]
+        tape = Tape(self._steps, notes, self._inputs, number, self._marks, self._named)
+        for name, mark in self._marks.items():
+            if mark.number not in tape.live(mark.step):
+                raise NotReplayable(f"{name} does not use its input")
+        return tape, found[0]
+
+    def name(self, key: Hashable, tensor: Tensor) -> None:
+        """Remember which tensor this is, for :attr:`Tape.named`."""
+        number = self._numbers.get(tensor)
+        if number is None:
+            self._refuse(f"tensor {key} is made out of sight")
+        else:
+            self._named[key] = number
+
+    def mark(self, stack: ExitStack, name: str, module: nn.Module) -> None:
+        """Remember where a module runs, whose weights may be others later, for :attr:`Tape.marks`.
+
+        Hooks that change its input come before.
+        """
+
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            number = self._numbers.get(layer_input(args, kwargs))
+            if number is None or name in self._marks:
+                self._refuse(f"{name} runs twice, or its input is made out of sight")
+            else:
+                self._marks[name] = Mark(len(self._steps), number)
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            for i, x in enumerate(tensors_in(output)):
+                number = self._numbers.get(x)
+                if number is None:
+                    self._refuse(f"the output of {name} is made out of sight")
+                else:
+                    self._of_units.add(self._notes[number].root)
+                if not i and name in self._marks:
+                    self._marks[name] = replace(self._marks[name], shape=tuple(x.shape))
+
+        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(after).remove)
 
     def watch(self, stack: ExitStack, name: str, module: nn.Module) -> None:
         """Take each call of a module for one operation."""
@@ -249,7 +351,7 @@ class _Recorder(TorchDispatchMode):
         inputs = tuple(dict.fromkeys(n for n in numbers if n is not None))
         depends, made = any(map(self._depends, inputs)), tensors_in(output)
         written = list(_written(func, args, kwargs))
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and _argument(func, args, kwargs, "dropout_p") != 0:
             self._refuse(f"{func} may draw random numbers")
         elif depends and (_looks_at_values(func, leaves) or not (made or written)):
             self._refuse(f"{func} reads values of tensors")
@@ -266,8 +368,14 @@ class _Recorder(TorchDispatchMode):
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         outputs = tuple(self._number(x, tensors, depends) for x in made)
         named = [x if n is None else _Value(n) for x, n in zip(leaves, numbers, strict=True)]
+        run: Any = func
+        layout: Any = form
+        if all(isinstance(x, Tensor) or not tensors_in(x) for x in args) and not tensors_in(kwargs):
+            run, layout = partial(func, **kwargs) if kwargs else func, None  # several times as fast
+            known = {id(x): _Value(n) for x, n in zip(leaves, numbers, strict=True) if n is not None}
+            named = [known.get(id(x), x) for x in args]
         changed = tuple(dict.fromkeys(self._numbers[x] for x in written))
-        self._steps.append(_Step(inputs, outputs, func, named, form, written=changed))
+        self._steps.append(_Step(inputs, outputs, run, named, layout, written=changed))
 
     def _number(self, x: Tensor, given: list[Tensor], depends: bool) -> int:
         known = self._numbers.get(x)
@@ -309,6 +417,14 @@ def _looks_at_values(func: Any, leaves: list[Any]) -> bool:
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """Tensors that a function writes into."""
-    for i, argument in enumerate(func._schema.arguments):
+    for argument in func._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from tensors_in(args[i] if i < len(args) else kwargs.get(argument.name))
+            yield from tensors_in(_argument(func, args, kwargs, argument.name))
+
+
+def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
+    """The value of an argument, ``None`` if the function has none of this name."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name == name:
+            return args[i] if i < len(args) else kwargs.get(name, argument.default_value)
+    return None

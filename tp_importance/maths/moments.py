@@ -74,7 +74,7 @@ class Moments:
             return
         rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
         self._held.clear()
-        product = torch.einsum("rgd,rge->gde", rows, rows) if rows.shape[1] > 1 else _gram(rows)
+        product = _gram(rows)
         assert self.shift is not None
         self._second = product.to(self.shift) if self._second is None else self._second.add_(product)
 
@@ -89,7 +89,7 @@ class Moments:
         assert self.class_sums is not None
         centred = u - self.shift.to(u.dtype)
         self._held.append(centred)
-        if sum(map(len, self._held)) >= u.shape[2] // 2:
+        if sum(map(len, self._held)) >= u.shape[2]:
             self._add_held()
         self._grow(int(labels.max()) + 1)
         sums = centred.new_zeros(self.class_sums.shape).index_add_(0, labels, centred)
@@ -151,9 +151,29 @@ class Moments:
             self.class_rows = torch.cat([self.class_rows, self.class_rows.new_zeros(missing)])
 
 
+HALVED = 256
+"""Features above which a Gram is put together from blocks, of which those below the diagonal need not be computed."""
+
+
 def _gram(rows: Tensor) -> Tensor:
-    flat = rows.flatten(1)
-    return (flat.mT @ flat).unsqueeze(0)
+    """Gram of each conv group, rows (R, G, d)."""
+    if rows.shape[1] > 1:
+        return torch.einsum("rgd,rge->gde", rows, rows)
+    gram = rows.new_empty(1, rows.shape[2], rows.shape[2])
+    _write_gram(rows.flatten(1), gram[0])
+    return gram
+
+
+def _write_gram(rows: Tensor, into: Tensor) -> None:
+    d = rows.shape[1]
+    if d <= HALVED:
+        torch.mm(rows.mT, rows, out=into)
+        return
+    h = d // 2
+    _write_gram(rows[:, :h], into[:h, :h])
+    _write_gram(rows[:, h:], into[h:, h:])
+    torch.mm(rows[:, :h].mT, rows[:, h:], out=into[:h, h:])
+    into[h:, :h] = into[:h, h:].mT
 
 
 def consumer_scatter(moments: Tensor, weight: Tensor, gain: Tensor, units: Tensor, n_units: int) -> Tensor:

@@ -10,28 +10,15 @@ from torch import Tensor, nn
 from ..core.forward import ForwardFn, layer_input, run_batch
 from ..core.precision import at_least_float, undisturbed
 
-__all__ = ["after_layer", "before_layer", "run_until_cut"]
+__all__ = ["after_layer", "run_until_cut"]
 
 
 class _Enough(BaseException):
     """Cuts a forward pass off; no ``Exception``, lest a forward function swallow it."""
 
 
-def before_layer(module: nn.Module, fn: Callable[[Tensor], None], cut: bool = False) -> Callable[[], None]:
-    """Call ``fn(input)`` before the module runs, and end the pass there if ``cut``; returns what takes it off."""
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = layer_input(args, kwargs)
-        with undisturbed(x.device):
-            fn(at_least_float(x))
-        if cut:
-            raise _Enough
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
-
-
 def after_layer(module: nn.Module, fn: Callable[[Tensor, Tensor], None], cut: bool = False) -> Callable[[], None]:
-    """Call ``fn(input, output)`` after the module ran, and end the pass there if ``cut``."""
+    """Call ``fn(input, output)`` after the module ran, and end the pass there if ``cut``; returns what takes it off."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         x = layer_input(args, kwargs)

@@ -1,50 +1,52 @@
 """Refit one consumer after the other, each to its inputs in the network pruned so far.
 
-Where memory allows, all samples go through the network as one batch: every consumer is refitted at the moment it is
-about to run, so one forward pass refits them all. Otherwise each takes a pass of its own, cut off at the consumer, next
-to a dense copy that gives the targets.
+All samples go through the network, and through a dense copy that gives the targets, up to a consumer; it gets its new
+weights, and they go on to the next one. So one pass refits them all.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.chunks import Chunks
 from ..core.copies import copied
+from ..core.devices import reference_tensor
 from ..core.forward import ForwardFn
-from ..core.loaders import iterate, require_reiterable
 from ..core.positions import counted_positions, with_positions
-from ..core.progress import Phase, phase
+from ..core.progress import LOGGER, Phase, phase
 from ..core.untouched import untouched
 from ..graph.groups import PrunableGroups
 from ..graph.layer_kinds import is_batch_norm
 from ..graph.masking import masked_units
 from ..graph.patches import at_positions, fork
+from ..graph.tape import NotReplayable
 from ..maths.batchnorm import ChannelMoments, PooledMoments
 from ..maths.least_squares import Shortfall
 from ..refitting.report import RefitRow
 from ..statistics.consumers import checked_moments
 from ..statistics.labels import LabelFn, batch_labels, counted, labels_per_position, require_classes, wanted_classes
 from ..statistics.running_statistics import is_calibrated, move_statistics
-from .hooks import after_layer, before_layer, run_until_cut
 from .layers import LayerRefit
-from .one_batch import bytes_per_sample, one_batch
+from .passes import Passes, ReplayedPasses, Stop, WholePasses
 from .settings import Refit
 from .solving import refitted_by_shortfall
 from .targets import Target, Targets
 
 __all__ = ["SequentialRefit"]
 
-_MORE = (
-    "runs more often on the data than on the example inputs; give example inputs like the data, or use mode='parallel'"
-)
+CHUNK_BYTES = 1 << 26
+"""Memory of what goes in and out of the largest layer at once, on a CPU; larger batches are rather slower."""
+MOST = 64
+"""Samples at once at most: the first of them also serve to record the operations."""
+FLOAT = 4
+"""Bytes of a number."""
 
 
 @dataclass
@@ -85,126 +87,104 @@ class SequentialRefit:
         model, n = self.groups.trace.model, len(self.refits)
         wanted_classes(self.classes)
         self._targets = Targets(self.groups.trace, self.refits, self.settings, self.example_inputs, self.forward_fn)
-        batch = None if self._repeated else self._one_batch(loader)
         statistics = (b for m in model.modules() if is_batch_norm(m) for b in m.buffers(recurse=False))
         kept = untouched(model, statistics)  # which are to change, as the weights are
         with kept, torch.no_grad(), phase("refitting", n, unit="layer", layers=n) as self._running:
             model.eval()
-            if batch is not None:
-                self.passes = 2
-                return self._sweep(model, batch)
-            require_reiterable(loader)
-            return self._one_by_one(model, loader)
+            limit = self.settings.memory_limit
+            dense, chunks = copied(model), Chunks(loader, self._chunk(), limit // 4)
+            with masked_units(model, self.groups, _lists(self.removed)):
+                if (passes := self._replayed(dense, chunks, limit - limit // 4)) is not None:
+                    try:
+                        rows = self._by(passes)
+                        passes.check()
+                        return rows
+                    except NotReplayable as error:
+                        self._start_again(dense, f"because {error}")
+                flow, note = self._targets.flow, self._labels
+                return self._by(WholePasses(dense, model, self._stops(), flow, chunks, note, self.forward_fn))
 
-    # -- one pass
+    # -- passes
 
-    def _sweep(self, model: nn.Module, batch: Any) -> list[RefitRow]:
-        labels, rows = self._labels(batch), dict[str, RefitRow]()
-        require_classes(wanted_classes(self.classes), self._counts)
-        targets, found = self._targets, dict[int, Target]()
-        dense, pruned = dict[int, Tensor](), dict[int, Tensor]()
-        before: dict[str, ChannelMoments] = {}
+    def _replayed(self, dense: nn.Module, chunks: Chunks, limit: int) -> ReplayedPasses | None:
+        model, stops = self.groups.trace.model, self._stops()
+        if any(stop.repeated for stop in stops):
+            self._running.note(whole_passes="because layers run several times")
+            return None
+        try:
+            flow = self._targets.flow
+            passes = ReplayedPasses(dense, model, stops, flow, chunks, self._labels, self.forward_fn, limit)
+        except NotReplayable as error:
+            self._running.note(whole_passes=f"because {error}")
+            return None
+        if passes.count > 2:
+            LOGGER.info(
+                "memory_limit=%.1f GiB does not hold all samples at %d of %d layers: the network runs again up to them",
+                self.settings.memory_limit / 2**30,
+                passes.count // 2 - 1,
+                len(stops),
+            )
+        return passes
 
-        def look(i: int, x: Tensor, out: Tensor) -> None:
-            found[i] = targets.dense(i, x, out, targets.generator(i))
+    def _start_again(self, dense: nn.Module, reason: str) -> None:
+        self._running.note(whole_passes=reason)
+        for name, module in self.groups.trace.model.named_modules():
+            twin = dense.get_submodule(name)
+            for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                value.copy_(getattr(twin, key))
 
-        def act(i: int, x: Tensor) -> None:
-            r = self.refits[i]
-            if i not in found:
-                raise ValueError(f"layer {r.name} {_MORE}")
-            sums, target = Shortfall(), found.pop(i)
-            if i in targets.sums:
-                target = targets.with_sum(i, target, dense.pop(i), pruned.pop(i))
-            self._add(sums, i, x, target, labels, targets.generator(i))
-            rows[r.name] = self._solve(r, sums)
+    def _stops(self) -> list[Stop]:
+        """Layers to be refitted and batch norms to be moved, in the order in which they first run."""
+        counts = Counter(call.name for call in self.groups.trace.calls)
+        order = self.groups.trace.first_call()
+        added = {self.refits[i].name: value for i, value in self._targets.sums.items()}
+        names = [*(r.name for r in self.refits), *(name for name, _ in self._norms())]
+        stops = [Stop(name, added.get(name), counts[name] > 1) for name in names]
+        return sorted(stops, key=lambda stop: order.get(stop.name, 0))
 
-        def measure(name: str, x: Tensor) -> None:
-            before[name] = ChannelMoments.of(x)
-
-        def calibrate(name: str, norm: nn.Module, x: Tensor) -> None:
-            if name not in before:
-                raise ValueError(f"layer {name} {_MORE}")
-            move_statistics(norm, name, before.pop(name), ChannelMoments.of(x))
-
-        with ExitStack() as stack:
-            for i, r in enumerate(self.refits):
-                stack.callback(after_layer(r.module, partial(look, i)))
-            for name, norm in self._norms():
-                stack.callback(before_layer(norm, partial(measure, name)))
-            stack.enter_context(targets.summands(model, {i: (dense, targets.generator(i)) for i in targets.sums}))
-            run_until_cut(model, batch, self.forward_fn)
-        with masked_units(model, self.groups, _lists(self.removed)), ExitStack() as stack:
-            for i, r in enumerate(self.refits):
-                stack.callback(before_layer(r.module, partial(act, i)))
-            for name, norm in self._norms():
-                stack.callback(before_layer(norm, partial(calibrate, name, norm)))
-            stack.enter_context(targets.summands(model, {i: (pruned, targets.generator(i)) for i in targets.sums}))
-            run_until_cut(model, batch, self.forward_fn)
+    def _by(self, passes: Passes) -> list[RefitRow]:
+        self.passes = passes.count
+        index, rows = {r.name: i for i, r in enumerate(self.refits)}, list[RefitRow]()
+        for stop in passes.stops:
+            if stop.name in index:
+                rows.append(self._refit(passes, stop, index[stop.name]))
+            else:
+                self._recalibrate(passes, stop)
+        found = {row.name for row in rows}
         for r in self.refits:
-            if r.name not in rows:
+            if r.name not in found:
                 checked_moments(r.name, None)
-        return [rows[r.name] for r in self.refits]
-
-    # -- one pass per consumer
-
-    def _one_by_one(self, model: nn.Module, loader: Iterable[Any]) -> list[RefitRow]:
-        dense, rows, order = copied(model), [], self.groups.trace.first_call()
-        index = {r.name: i for i, r in enumerate(self.refits)}
-        stops = [*index, *(name for name, _ in self._norms())]
-        with masked_units(model, self.groups, _lists(self.removed)):
-            for name in sorted(stops, key=lambda n: order.get(n, 0)):
-                self.passes += 2
-                if name in index:
-                    rows.append(self._refit_alone(model, dense, index[name], loader))
-                else:
-                    self._recalibrate(model, dense, name, loader)
         return rows
 
-    def _refit_alone(self, model: nn.Module, dense: nn.Module, i: int, loader: Iterable[Any]) -> RefitRow:
-        r, sums = self.refits[i], Shortfall()
-        twin, cut = dense.get_submodule(r.name), r.name not in self._repeated
-        targets = self._targets
-        ours, theirs, *at_sum = (targets.generator(i) for _ in range(4))
-        calls: list[tuple[Tensor, Tensor]] = []
-        inputs: list[Tensor] = []
-        added = [i] if i in targets.sums else []
-        for batch in iterate(loader):
-            other: tuple[dict[int, Tensor], dict[int, Tensor]] = {}, {}
-            with ExitStack() as stack:
-                stack.callback(after_layer(twin, lambda x, out: calls.append((x.clone(), out)), cut))
-                stack.enter_context(targets.summands(dense, {j: (other[0], at_sum[0]) for j in added}))
-                run_until_cut(dense, batch, self.forward_fn)
-            with ExitStack() as stack:
-                stack.callback(before_layer(r.module, lambda x: inputs.append(x.clone()), cut))
-                stack.enter_context(targets.summands(model, {j: (other[1], at_sum[1]) for j in added}))
-                run_until_cut(model, batch, self.forward_fn)
-            labels = self._labels(batch)
-            for x, call in zip(inputs, calls, strict=True):
-                target = targets.dense(i, *call, theirs)
-                if added:
-                    target = targets.with_sum(i, target, other[0][i], other[1][i])
-                self._add(sums, i, x, target, labels, ours)
-            calls.clear()
-            inputs.clear()
+    def _refit(self, passes: Passes, stop: Stop, i: int) -> RefitRow:
+        targets, sums = self._targets, Shortfall()
+        ours, theirs, at_sum = (targets.generator(i) for _ in range(3))
+        for labels, (dense, pruned) in passes.at(stop):
+            for there, here in zip(dense, pruned, strict=True):
+                target = targets.dense(i, there.x, there.shape, theirs)
+                if there.added is not None and here.added is not None:
+                    target = targets.with_sum(i, target, there.added, here.added, at_sum)
+                self._add(sums, i, here.x, target, labels, ours)
         require_classes(wanted_classes(self.classes), self._counts)
-        return self._solve(r, sums)
+        return self._solve(self.refits[i], sums)
 
-    def _recalibrate(self, model: nn.Module, dense: nn.Module, name: str, loader: Iterable[Any]) -> None:
-        networks = (dense, model)
+    def _recalibrate(self, passes: Passes, stop: Stop) -> None:
         pooled = PooledMoments(), PooledMoments()
-
-        def look(found: PooledMoments, x: Tensor) -> None:
-            found.add(name, ChannelMoments.of(x))
-
-        with ExitStack() as stack:
-            for network, found in zip(networks, pooled, strict=True):
-                norm = network.get_submodule(name)
-                stack.callback(before_layer(norm, partial(look, found), name not in self._repeated))
-            for batch in iterate(loader):
-                for network in networks:
-                    run_until_cut(network, batch, self.forward_fn)
+        for _, both in passes.at(stop):
+            for found, calls in zip(pooled, both, strict=True):
+                for seen in calls:
+                    found.add(stop.name, ChannelMoments.of(seen.x))
         if all(pooled):
-            move_statistics(model.get_submodule(name), name, pooled[0][name], pooled[1][name])
+            norm = self.groups.trace.model.get_submodule(stop.name)
+            move_statistics(norm, stop.name, pooled[0][stop.name], pooled[1][stop.name])
+
+    def _chunk(self) -> int:
+        """Samples per batch with which the largest layer takes about :data:`CHUNK_BYTES`."""
+        trace = self.groups.trace
+        sizes = (FLOAT * (math.prod(c.in_shape) + math.prod(c.out_shape)) for c in trace.calls)
+        device = reference_tensor(trace.model)
+        chunk = CHUNK_BYTES if device is None or device.device.type == "cpu" else 16 * CHUNK_BYTES
+        return min(max(1, chunk * trace.batch_size // max(sizes, default=chunk)), MOST)
 
     # -- parts
 
@@ -252,16 +232,6 @@ class SequentialRefit:
             for name, m in self.groups.trace.model.named_modules()
             if self.settings.recalibrate and is_calibrated(m) and order.get(name, -1) > first and m not in own
         ]
-
-    @cached_property
-    def _repeated(self) -> set[str]:
-        """Layers of interest that run more than once per forward pass: all their calls must be pooled."""
-        counts = Counter(call.name for call in self.groups.trace.calls)
-        return {n for n in [*(r.name for r in self.refits), *(n for n, _ in self._norms())] if counts[n] > 1}
-
-    def _one_batch(self, loader: Iterable[Any]) -> Any | None:
-        needed = bytes_per_sample(self.groups.trace, self.refits, self.settings.sampled, self._targets.sums)
-        return one_batch(loader, needed, self.settings.memory_limit)
 
 
 def _lists(removed: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

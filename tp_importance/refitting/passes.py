@@ -1,0 +1,322 @@
+"""What goes into one layer after the other, in the dense network and in the one pruned and refitted so far.
+
+:class:`ReplayedPasses` run both networks piece by piece: all samples up to a layer, then, once it has its new weights,
+on to the next. :class:`WholePasses` run them from the start for every layer, cut off there; that serves any network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batches import FlatBatch, tensors_in
+from ..core.chunks import Chunks
+from ..core.forward import ForwardFn, fresh_inputs, run_batch
+from ..core.precision import at_least_float, undisturbed
+from ..errors import TracingError
+from ..graph.activations import watch_activations
+from ..graph.comparison import difference
+from ..graph.dataflow import Flow
+from ..graph.tape import NotReplayable, Recorder, Tape, Values
+from .hooks import after_layer, run_until_cut
+
+__all__ = ["Passes", "ReplayedPasses", "Seen", "Stop", "WholePasses"]
+
+TOLERANCE = 1e-3
+"""Largest difference of outputs between the network and its replay, relative to the largest output."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A layer that is looked at.
+
+    Attributes:
+        name: of the layer.
+        added: number of a tensor of the recorded network that is wanted, too, if any.
+        repeated: whether it runs more than once per pass.
+    """
+
+    name: str
+    added: int | None = None
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A layer is about to run.
+
+    Attributes:
+        x: its input, float32 if it is of half precision.
+        shape: of its output.
+        added: the other tensor that is wanted.
+    """
+
+    x: Tensor
+    shape: tuple[int, ...]
+    added: Tensor | None = None
+
+
+Both = tuple[list[Seen], list[Seen]]
+"""All calls of a layer on one batch, in the dense and in the pruned network."""
+
+
+class Passes(Protocol):
+    """Two networks on the same batches.
+
+    Attributes:
+        stops: layers that run, in their order.
+        count: passes over the data that all of them take, cut-off ones included.
+    """
+
+    stops: list[Stop]
+    count: int
+
+    def at(self, stop: Stop) -> Iterator[tuple[Any, Both]]:
+        """Per batch, what was noted of it, and what a layer is about to get in either network.
+
+        Layers come in the order in which they run, and what comes before one is final.
+        """
+        ...
+
+
+class WholePasses:
+    """Two passes for every layer, cut off there.
+
+    Args:
+        dense: a copy of the network.
+        pruned: the network, masked.
+        stops: layers to be looked at, in the order in which they first run.
+        flow: operations of the network, if tensors inside of it are wanted.
+        chunks: re-iterable batches.
+        note: what to remember of a batch.
+        forward_fn: ``forward_fn(model, batch)``.
+
+    Raises:
+        ValueError: in a pass in which ``flow`` does not hold.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        pruned: nn.Module,
+        stops: Sequence[Stop],
+        flow: Flow | None,
+        chunks: Iterable[Any],
+        note: Callable[[Any], Any],
+        forward_fn: ForwardFn | None,
+    ) -> None:
+        self.stops, self.count = list(stops), 2 * len(stops)
+        self._dense, self._pruned, self._flow = dense, pruned, flow
+        self._chunks, self._note, self._forward_fn = chunks, note, forward_fn
+
+    def at(self, stop: Stop) -> Iterator[tuple[Any, Both]]:
+        """See :class:`Passes`."""
+        for chunk in self._chunks:
+            yield self._note(chunk), (self._seen(self._dense, stop, chunk), self._seen(self._pruned, stop, chunk))
+
+    def _seen(self, model: nn.Module, stop: Stop, chunk: Any) -> list[Seen]:
+        calls: list[Seen] = []
+        added: list[Tensor] = []
+
+        def see(x: Tensor, out: Tensor) -> None:
+            calls.append(Seen(x.clone(), tuple(out.shape), added[-1] if added else None))
+
+        with ExitStack() as stack:
+            stack.callback(after_layer(model.get_submodule(stop.name), see, not stop.repeated))
+            if stop.added is not None and self._flow is not None:
+                watches = {stop.added: lambda x: added.append(at_least_float(x).clone())}
+                stack.enter_context(watch_activations(model, self._flow, watches))
+            try:
+                run_until_cut(model, chunk, self._forward_fn)
+            except TracingError as error:
+                raise ValueError(
+                    f"{error}: its control flow depends on the data; pass Refit(residual=False)"
+                ) from error
+        return calls
+
+
+@dataclass
+class _Chunk:
+    """One batch: the recorded operations of both networks, and what was noted of it."""
+
+    tapes: tuple[Tape, Tape]
+    note: Any
+
+
+class ReplayedPasses:
+    """Both networks as recorded operations, which are run from layer to layer; see :class:`Passes`.
+
+    What has to be known of all samples to go on is kept where it fits into memory. Until it does, at the first layers
+    of a network for large images, the pieces begin where it did last, or with the batches themselves.
+
+    Args:
+        dense: a copy of the network.
+        pruned: the network, masked; its layers may get new weights, in place.
+        stops: layers to be looked at, none of which is repeated.
+        flow: operations of the network, if tensors inside of it are wanted.
+        chunks: the batches.
+        note: what to remember of a batch.
+        forward_fn: ``forward_fn(model, batch)``.
+        limit: bytes that may be kept.
+
+    Raises:
+        NotReplayable: where that is not the same as running the networks.
+        ValueError: if there is no batch.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        pruned: nn.Module,
+        stops: Sequence[Stop],
+        flow: Flow | None,
+        chunks: Chunks,
+        note: Callable[[Any], Any],
+        forward_fn: ForwardFn | None,
+        limit: int,
+    ) -> None:
+        self._networks, self.stops, self._flow = (dense, pruned), list(stops), flow
+        self._batches, self._forward_fn = chunks, forward_fn
+        self._known: dict[Any, tuple[Tape, Tape]] = {}
+        self._chunks = [_Chunk(self._tapes(batch), note(batch)) for batch in chunks]
+        if not self._chunks:
+            raise ValueError(
+                "the loader gave no batch; a re-iterable of batches is needed (a generator runs only once)"
+            )
+        self.stops = self._ordered()
+        self._keeps = self._kept_at(limit)
+        self.count = 2 * (len(self._keeps) - sum(self._keeps))
+        self._state: list[tuple[Values, Values]] | None = None  # of all chunks at the stop `_at`
+        self._at = -1
+
+    # -- recording
+
+    def _tapes(self, batch: Any) -> tuple[Tape, Tape]:
+        flat = FlatBatch.of(batch)
+        form = None if flat is None else (str(flat.form), *((tuple(t.shape), t.dtype, t.device) for t in flat.tensors))
+        if form is None:
+            return self._recorded(batch, False)
+        if form not in self._known:
+            try:
+                self._known[form] = self._recorded(batch, True)
+            except NotReplayable:  # Python looks at the batch: operations are those of this one only
+                return self._recorded(batch, False)
+        return self._known[form]
+
+    def _recorded(self, batch: Any, others: bool) -> tuple[Tape, Tape]:
+        dense, pruned = (self._record(network, batch, others) for network in self._networks)
+        return dense, pruned
+
+    def _record(self, model: nn.Module, batch: Any, others: bool) -> Tape:
+        batch = fresh_inputs(batch)
+        torch.clear_autocast_cache()  # a weight that is cast only once would not be cast anew
+        recorder = Recorder(tensors_in(batch), others)
+        wanted = {stop.added for stop in self.stops if stop.added is not None}
+        try:
+            with ExitStack() as stack:
+                if wanted and self._flow is not None:
+                    watches = {value: partial(recorder.name, value) for value in wanted}
+                    stack.enter_context(watch_activations(model, self._flow, watches))
+                for stop in self.stops:
+                    recorder.mark(stack, stop.name, model.get_submodule(stop.name))
+                stack.enter_context(recorder)
+                output = run_batch(model, batch, self._forward_fn)
+        except NotReplayable:
+            raise
+        except Exception as error:  # if it is the network's own, it comes again without the recording
+            raise NotReplayable(f"recording raised {type(error).__name__}: {error}") from error
+        return recorder.tape(output)[0]
+
+    def _ordered(self) -> list[Stop]:
+        """Stops that were met, in the order of the steps, which must be the same in all recordings."""
+        orders = set()
+        for tapes in {id(c.tapes): c.tapes for c in self._chunks}.values():
+            for tape in tapes:
+                steps = {s.name: tape.marks[s.name].step for s in self.stops if s.name in tape.marks}
+                orders.add(tuple(sorted(steps, key=lambda name: steps[name])))
+                for stop in self.stops:
+                    mark = tape.marks.get(stop.name)
+                    if mark and stop.added is not None and tape.named.get(stop.added, -1) not in tape.live(mark.step):
+                        raise NotReplayable(f"what {stop.name} is added to is not there when it runs")
+        if len(orders) > 1:
+            raise NotReplayable("batches go through the layers in different orders")
+        (order,) = orders
+        return sorted((s for s in self.stops if s.name in order), key=lambda s: order.index(s.name))
+
+    def _kept_at(self, limit: int) -> list[bool]:
+        """Whether what has to be known is kept at every stop."""
+        fits, whole = list[bool](), list[bool]()
+        for stop in self.stops:
+            tapes = [(tape, tape.marks[stop.name].step) for c in self._chunks for tape in c.tapes]
+            needed = {(id(tape), step): (tape.live_bytes(step), tape.can_stop(step)) for tape, step in set(tapes)}
+            fits.append(sum(needed[id(tape), step][0] for tape, step in tapes) <= limit)
+            whole.append(all(can_stop for _, can_stop in needed.values()))
+        return [fits[k] and (whole[k] or fits[k + 1]) for k in range(len(fits) - 1)] + [False]
+
+    # -- running
+
+    def at(self, stop: Stop) -> Iterator[tuple[Any, Both]]:
+        """See :class:`Passes`."""
+        k = self.stops.index(stop)
+        state: list[tuple[Values, Values]] = []
+        for chunk, values in zip(self._chunks, self._begun(self._keeps[k]), strict=True):
+            seen = []
+            for tape, mine in zip(chunk.tapes, values, strict=True):
+                mark = tape.marks[stop.name]
+                self._advance(tape, mine, self._step(tape, self._at), mark.step)
+                added = None if stop.added is None else at_least_float(mine[tape.named[stop.added]])
+                seen.append([Seen(at_least_float(mine[mark.number]), mark.shape, added)])
+            yield chunk.note, (seen[0], seen[1])
+            if self._keeps[k]:
+                state.append(values)
+        if self._keeps[k]:
+            self._state, self._at = state, k
+
+    def check(self) -> None:
+        """Compare the pruned network, as it is now, with what was recorded.
+
+        Raises:
+            NotReplayable: if they differ: the network does something out of sight of torch.
+        """
+        for batch, chunk in zip(self._batches, self._chunks, strict=True):  # the last one is that, often, not recorded
+            last, tape = batch, chunk.tapes[1]
+        values = tape.start(tensors_in(fresh_inputs(last)))
+        self._advance(tape, values, 0, tape.end)
+        output = run_batch(self._networks[1], last, self._forward_fn)
+        if reason := difference(tensors_in(output)[0], tape.output(values), TOLERANCE):
+            raise NotReplayable(f"the replayed output {reason}")
+
+    def _begun(self, moves: bool) -> Iterator[tuple[Values, Values]]:
+        """Both networks, per chunk, where they can be taken up."""
+        if self._state is None:
+            for batch, chunk in zip(self._batches, self._chunks, strict=True):
+                dense, pruned = (tape.start(tensors_in(fresh_inputs(batch))) for tape in chunk.tapes)
+                yield dense, pruned
+            return
+        state = self._state[::-1]
+        if moves:
+            self._state = []
+        for chunk in self._chunks:
+            values = state.pop()
+            if moves:
+                yield values
+            else:
+                dense, pruned = (t.copy(v, self._step(t, self._at)) for t, v in zip(chunk.tapes, values, strict=True))
+                yield dense, pruned
+
+    def _step(self, tape: Tape, k: int) -> int:
+        return 0 if k < 0 else tape.marks[self.stops[k].name].step
+
+    def _advance(self, tape: Tape, values: Values, start: int, stop: int) -> None:
+        device = next(iter(values.values())).device if values else torch.device("cpu")
+        try:
+            with undisturbed(device):  # casts are among the operations
+                tape.advance(values, start, stop)
+        except Exception as error:
+            raise NotReplayable(f"replaying raised {type(error).__name__}: {error}") from error
