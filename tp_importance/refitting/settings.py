@@ -32,9 +32,9 @@ class Refit:
         residual: in sequential mode, where the output of a layer is added to a tensor that is there already, let it
             make up for the error of that tensor, too.
         seed: of the positions.
-        memory_limit: bytes that ``"sequential"`` may keep of the samples and their activations between two layers. Where
-            they do not fit, as at the first layers for many large images, the network runs again from the last layer at
-            which they did, and from the loader's batches at the worst; the result is the same.
+        memory_limit: bytes that ``"sequential"`` may keep of the samples and their activations between two layers.
+            Where they do not fit, as at the first layers for many large images, the network runs again from the last
+            layer at which they did, and from the loader's batches at the worst; the result is the same.
         recalibrate: move the batch norm statistics by the change of the network on the loader, see
             :func:`~tp_importance.recalibrate_batchnorm`: as it goes in sequential mode, where that is of use; else
             after the surgery.
