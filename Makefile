@@ -57,7 +57,7 @@ demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a
 BENCH = $(PY) benchmarks/run.py
 .PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-option-a bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
 	bench-recovery bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
-	bench-speed bench-psap-overhead bench-latency bench-vit bench-zoo bench-random-graphs bench-masked-removed \
+	bench-speed bench-ordering bench-psap-overhead bench-latency bench-vit bench-zoo bench-random-graphs bench-masked-removed \
 	bench-sentence-encoder bench-sentence-latency demo-sentences zoo-venv bench-tables host-tests
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR
@@ -112,6 +112,10 @@ bench-speed: $(STAMP) ## measure the fixed cost of one-shot pruning, how it grow
 	$(BENCH) speed $(ARGS)
 	$(BENCH) scaling
 	$(BENCH) large
+
+bench-ordering: $(STAMP) ## what rounds instead of single steps, and the search for a ridge, cost
+	$(BENCH) ordering $(ARGS)
+	$(BENCH) ridge
 
 bench-itpruner-cost: $(STAMP) ## measure what ITPruner costs
 	$(BENCH) itpruner-cost $(ARGS)

@@ -13,6 +13,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "automl": ("automl", "automl-pareto"),
     "scoring": ("scoring", "scoring-2threads", "one-shot-cost"),
     "speed": ("speed", "scaling", "large"),
+    "ordering": ("ordering", "ridge"),
     "itpruner_cost": ("itpruner-cost",),
     "latency": ("latency",),
     "sentence_encoder": ("sentence-encoder", "sentence-encoder-latency"),

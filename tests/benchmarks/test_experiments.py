@@ -43,6 +43,8 @@ COST = (
     "speed",
     "scaling",
     "large",
+    "ordering",
+    "ridge",
 )
 NEEDS = {
     "scoring": "torchvision",
