@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -284,11 +285,11 @@ class ReplayedPasses:
         Raises:
             NotReplayable: if they differ: the network does something out of sight of torch.
         """
-        for batch, chunk in zip(self._batches, self._chunks, strict=True):  # the last one is that, often, not recorded
-            last, tape = batch, chunk.tapes[1]
-        values = tape.start(tensors_in(fresh_inputs(last)))
+        *_, (batch, chunk) = islice(zip(self._batches, self._chunks, strict=False), 2)  # the first one was recorded
+        tape = chunk.tapes[1]
+        values = tape.start(tensors_in(fresh_inputs(batch)))
         self._advance(tape, values, 0, tape.end)
-        output = run_batch(self._networks[1], last, self._forward_fn)
+        output = run_batch(self._networks[1], batch, self._forward_fn)
         if reason := difference(tensors_in(output)[0], tape.output(values), TOLERANCE):
             raise NotReplayable(f"the replayed output {reason}")
 
