@@ -120,7 +120,7 @@ def by_trial(progress):
 
 
 RUNS = {
-    "prune": (by_prune, [*FIRST, "collecting", *REST, "reading", "refitting"]),
+    "prune": (by_prune, [*FIRST, "collecting", *REST, "refitting"]),
     "prune, no refit": (
         lambda progress: by_prune(progress, refit="batchnorm"),
         [*FIRST, "collecting", *REST, "recalibrating batch norms"],
