@@ -1,0 +1,196 @@
+"""Which tensors of a pruned network can be compared with those of the dense one, and how far they are from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batches import tensors_in
+from ..maths.distillation import distillation_loss, feature_loss
+
+__all__ = ["common_features", "feature_losses", "kept_channels", "output_loss", "outputs_of"]
+
+MOST = 16
+"""Features that are compared at most, spread evenly."""
+ALIKE = 0.5
+"""Correlation from which on a channel counts as one of the dense network."""
+
+
+@contextmanager
+def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What some modules put out in the last pass, while the block runs.
+
+    Args:
+        model: the network.
+        names: of its modules.
+    """
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                found[name] = output
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
+        yield found
+
+
+@torch.no_grad()
+def common_features(dense: nn.Module, pruned: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Tensor | None]:
+    """Modules of several layers, such as blocks, whose outputs can be compared in both networks, and which differ.
+
+    They have the same shape in both, or the pruned network has fewer channels of which each belongs to one of the dense
+    network, in the same order, as their values tell. Where there are none, single layers. What is the output of the
+    network itself is none of them. Of modules that put out the same tensor one is named.
+
+    Args:
+        dense: the network before pruning.
+        pruned: the network.
+        run: runs one of them, always on the same batch.
+
+    Returns:
+        Per name, in the order in which they run, the channels of the dense network that are left, ``None`` for all.
+    """
+    seen = []
+    for model in (dense, pruned):
+        calls: dict[str, list[Any]] = {}
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                if name:
+                    note = _noting(calls, name)
+                    stack.callback(module.register_forward_hook(note).remove)
+            output = run(model)
+        seen.append((calls, {_place(t) for t in tensors_in(output)}))
+    (theirs, _), (ours, ends) = seen
+    found: dict[Any, str] = {}
+    channels: dict[str, Tensor | None] = {}
+    for name, values in ours.items():
+        there = theirs.get(name, [])
+        if len(values) != 1 or len(there) != 1 or not all(isinstance(t, Tensor) for t in (*values, *there)):
+            continue
+        x, y = values[0], there[0]
+        if x.dim() < 3 or not x.is_floating_point() or _place(x) in ends:
+            continue
+        if x.shape == y.shape:
+            if torch.equal(x, y.to(x)):
+                continue
+            channels[name] = None
+        elif (left := kept_channels(x, y)) is not None:
+            channels[name] = left
+        else:
+            continue
+        found[_place(x)] = name
+    names = list(found.values())
+    blocks = [name for name in names if next(pruned.get_submodule(name).children(), None) is not None]
+    chosen = blocks or names
+    if len(chosen) > MOST:
+        chosen = [chosen[i * (len(chosen) - 1) // (MOST - 1)] for i in range(MOST)]
+    return {name: channels[name] for name in chosen}
+
+
+def kept_channels(pruned: Tensor, dense: Tensor) -> Tensor | None:
+    """Channels of a tensor that are left in another one, by their correlation; ``None`` if that does not tell.
+
+    Args:
+        pruned: shape (N, C', ...) of images, (N, T, C') of tokens.
+        dense: the same with C channels.
+
+    Returns:
+        Ascending positions, shape (C',).
+
+    Example:
+        >>> x = torch.randn(4, 6, 5, 5)
+        >>> kept_channels(x[:, [0, 2, 5]] + 0.1, x).tolist(), kept_channels(x[:, [2, 0]], x)
+        ([0, 2, 5], None)
+    """
+    axis = channel_axis(pruned)
+    if pruned.dim() != dense.dim() or pruned.shape[axis] > dense.shape[axis]:
+        return None
+    rows = [x.float().movedim(axis, 0).flatten(1) for x in (pruned, dense.to(pruned.device))]
+    if rows[0].shape[1] != rows[1].shape[1]:
+        return None
+    p, d = (nn.functional.normalize(x - x.mean(1, keepdim=True), dim=1) for x in rows)
+    likeness, at = (p @ d.mT).max(1)
+    alike = bool((likeness > ALIKE).all()) and bool((at.diff() > 0).all())
+    return at if alike else None
+
+
+def channel_axis(x: Tensor) -> int:
+    """Where the channels of a feature are: behind the samples for images, last for tokens."""
+    return 1 if x.dim() > 3 else x.dim() - 1
+
+
+def _noting(calls: dict[str, list[Any]], name: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        calls.setdefault(name, []).append(output)
+
+    return hook
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), tuple(x.shape), x.stride()
+
+
+def output_loss(student: Any, teacher: Any, temperature: float, marks: Tensor | None = None) -> Tensor:
+    r"""How far all outputs of a network are from those of another.
+
+    The sum over all floating tensors of the relative squared error (:func:`.feature_loss`) and, where a tensor has two
+    dimensions and more than one column, so that it may be logits, of :math:`T^2 \mathrm{KL}`
+    (:func:`.distillation_loss`).
+
+    Args:
+        student: what the network gives.
+        teacher: what the other one gives, in the same form.
+        temperature: T.
+        marks: bool, shape (N, T): tokens that count; outputs of shape (N, T, ...) are compared there.
+
+    Raises:
+        ValueError: if there is nothing to compare, or shapes differ.
+    """
+    pairs = [
+        (s, t)
+        for s, t in zip(tensors_in(student), tensors_in(teacher), strict=True)
+        if s.is_floating_point() and s.requires_grad | (not torch.is_grad_enabled())
+    ]
+    if not pairs:
+        raise ValueError("the network gives no floating tensor that depends on its weights")
+    total = pairs[0][0].new_zeros((), dtype=torch.float32)
+    for s, t in pairs:
+        if s.shape != t.shape:
+            raise ValueError(
+                f"the pruned network gives an output of shape {tuple(s.shape)}, the dense one {tuple(t.shape)}: "
+                "they must be the same task"
+            )
+        if marks is not None and s.shape[:2] == marks.shape:
+            s, t = s[marks], t[marks]
+        total = total + feature_loss(s, t)
+        if s.dim() == 2 and s.shape[1] > 1:
+            total = total + distillation_loss(s, t, temperature=temperature)
+    return total
+
+
+def feature_losses(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], features: Mapping[str, Tensor | None]
+) -> Tensor:
+    """Mean of :func:`.feature_loss` over the features that ran.
+
+    Args:
+        student: outputs of the pruned network, by name.
+        teacher: of the dense one.
+        features: see :func:`common_features`.
+    """
+    losses = []
+    for name, left in features.items():
+        if name in student and name in teacher:
+            y = teacher[name]
+            y = y if left is None else y.index_select(channel_axis(y), left.to(y.device))
+            losses.append(feature_loss(student[name], y))
+    return torch.stack(losses).mean() if losses else torch.zeros((), device="cpu")
