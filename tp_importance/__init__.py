@@ -31,6 +31,8 @@ from .pruning.importance import StatisticalImportance
 from .pruning.pruner import BudgetPruner
 from .pruning.registry import register_method
 from .recovery.distillation import Distiller
+from .recovery.recover import recover
+from .recovery.settings import Recovery
 from .recovery.subtask import slice_classifier
 from .refitted_step import refitted_step
 from .refitting.settings import Refit
@@ -58,6 +60,7 @@ __all__ = [
     "PSAPPruner",
     "PSAPSchedule",
     "PaddedForward",
+    "Recovery",
     "Refit",
     "ResConvImportance",
     "ResConvPruner",
@@ -75,6 +78,7 @@ __all__ = [
     "prunable_groups",
     "prune",
     "recalibrate_batchnorm",
+    "recover",
     "refitted_step",
     "register_method",
     "save_pruned",

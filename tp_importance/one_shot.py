@@ -11,12 +11,17 @@ from torch import nn
 from .allocation.registry import Allocator
 from .budget import Budget
 from .core.arguments import checked_budget
+from .core.copies import copied
+from .core.guards import transaction
 from .core.loaders import FirstSamples, check_loader, require_reiterable
 from .core.options import hand_on, parameters_of, split_options
 from .core.processes import warned_once
 from .pruning.pruner import BudgetPruner
 from .pruning.registry import find_criterion, find_importance
 from .pruning.report import PruningReport
+from .recovery.recover import RecoveryReport
+from .recovery.recover import recover as recover_network
+from .recovery.settings import Recovery
 from .refitting.settings import Refit
 from .statistics.gradients import LossFn, checked_loss_fn
 
@@ -31,14 +36,16 @@ class OneShot:
         model: the network that was given, pruned in place.
         report: widths, costs, what was left alone, and how well the refit restored every layer.
         pruner: the pruner, for its ``pruning_history()`` and further steps; it holds a copy of the dense network.
+        recovery: what the recovery did, if there was one.
     """
 
     model: nn.Module
     report: PruningReport
     pruner: BudgetPruner
+    recovery: RecoveryReport | None = None
 
     def __str__(self) -> str:
-        return str(self.report)
+        return "\n".join(str(part) for part in (self.report, self.recovery) if part is not None)
 
 
 @warned_once()
@@ -51,6 +58,7 @@ def prune(
     method: str | Any = "obs",
     allocator: str | Allocator | None = None,
     refit: Refit | str | bool | None = "sequential",
+    recover: Recovery | bool | float | None = None,
     samples: int | None = 512,
     loss_fn: LossFn | None = None,
     **options: Any,
@@ -80,6 +88,8 @@ def prune(
             :func:`~tp_importance.allocation.registry.default_allocator`.
         refit: how the network is repaired, see :class:`~tp_importance.Refit`; ``"parallel"`` is faster and less
             accurate, ``"batchnorm"`` only moves batch norm statistics, ``None`` does nothing.
+        recover: train the pruned network afterwards to give what the dense one gives on the samples, without labels:
+            ``True``, a number of minutes or a :class:`~tp_importance.Recovery`; see :func:`~tp_importance.recover`.
         samples: stop after the batch with which there are that many samples, ``None`` for all. Fewer than a few
             hundred cost accuracy (docs/benchmarks.md).
         loss_fn: ``loss_fn(output, labels)`` for the methods that look at gradients of a loss, ``"taylor"`` and
@@ -110,7 +120,7 @@ def prune(
     """
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise ValueError(f"samples={samples!r} must be a positive integer, e.g. 512, or None for all of the loader")
-    settings = Refit.of(refit)
+    settings, recovery = Refit.of(refit), Recovery.of(recover)
     _refuse_options_of_the_method(method, options)
     (chosen,) = split_options(prune, options, BudgetPruner, leave=("importance",))
     data = loader
@@ -122,13 +132,22 @@ def prune(
         raise ValueError(
             f"refit={settings.mode!r} needs images: pass a loader, prune(model, x, loader, ...), or refit=None"
         )
+    if recovery is not None and data is None:
+        raise ValueError(f"recover={recover!r} needs images: pass a loader, prune(model, x, loader, ...)")
     importance = find_importance(method, "method")
     if loss_fn is not None:
         _take_loss(loss_fn, importance, method)
     pruner = BudgetPruner(
         model, example_inputs, data, importance=importance, budget=checked_budget(budget), allocator=allocator, **chosen
     )
-    return OneShot(model, pruner.step(refit=settings), pruner)
+    if recovery is None or data is None:
+        return OneShot(model, pruner.step(refit=settings), pruner)
+    dense = copied(model)
+    with transaction(model, (*model.parameters(), *model.buffers())):
+        report = pruner.step(refit=settings)
+        groups = pruner.groups
+        recovered = recover_network(model, dense, data, recovery, forward_fn=groups.options.forward_fn)
+    return OneShot(model, report, pruner, recovered)
 
 
 hand_on(prune, BudgetPruner, leave=("importance",))
