@@ -127,11 +127,12 @@ class SequentialRefit:
         return passes
 
     def _start_again(self, dense: nn.Module, reason: str) -> None:
+        """Undo what was refitted; other weights may be masked for the while."""
         self._running.note(whole_passes=reason)
+        written = {m for r in self.refits for m in (r.module, r.batch_norm)} | {m for _, m in self._norms()}
         for name, module in self.groups.trace.model.named_modules():
-            twin = dense.get_submodule(name)
-            for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                value.copy_(getattr(twin, key))
+            if module in written:
+                module.load_state_dict(dense.get_submodule(name).state_dict())
 
     def _stops(self) -> list[Stop]:
         """Layers to be refitted and batch norms to be moved, in the order in which they first run."""
