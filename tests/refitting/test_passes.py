@@ -78,6 +78,13 @@ class Early(Block):
         return x * (1 + 5 * self.head.weight.abs().mean())
 
 
+class Normed(Block):
+    """Takes statistics over channels outside of any layer: in the dense network, over all of them."""
+
+    def looked_at(self, y):
+        return nn.functional.layer_norm(y, y.shape[1:])
+
+
 class Heads(Block):
     """Reads a weight for an output that is not the first."""
 
@@ -158,7 +165,7 @@ def test_new_weights_count_from_the_next_layer_on():
     passes.check()
 
 
-NETWORKS = [Masked, Scaled, Hidden, Recurrent, Listed, Early, Heads, Overlapping]
+NETWORKS = [Masked, Scaled, Hidden, Recurrent, Listed, Early, Heads, Normed, Overlapping]
 
 
 @pytest.mark.parametrize("make", NETWORKS)
@@ -176,7 +183,7 @@ def test_any_network_is_refitted_to_the_same_weights(make, monkeypatch):
         fitted.append(torch.cat([t.flatten() for t in model.state_dict().values()]))
         passes.append(report.passes)
     torch.testing.assert_close(*fitted)
-    assert (passes[0] == 2) == (make in (Masked, Recurrent, Listed, Overlapping)) and passes[1] > 2
+    assert (passes[0] == 2) == (make in (Masked, Recurrent, Listed, Normed, Overlapping)) and passes[1] > 2
 
 
 @pytest.mark.parametrize("limit", [4 << 30, 1_000_000, 700_000, 500_000, 300_000, 0])

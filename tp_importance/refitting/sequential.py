@@ -93,7 +93,7 @@ class SequentialRefit:
             model.eval()
             limit = self.settings.memory_limit
             dense, chunks = copied(model), Chunks(loader, self._chunk(), limit // 4)
-            with masked_units(model, self.groups, _lists(self.removed)):
+            with masked_units(model, self.groups, _lists(self.removed)) as masked, masked.apart(dense):
                 if (passes := self._replayed(dense, chunks, limit - limit // 4)) is not None:
                     try:
                         rows = self._by(passes)
