@@ -71,6 +71,15 @@ class Listed(Block):
         return x * torch.tensor(x.mean((1, 2, 3)).tolist()).to(x).view(-1, 1, 1, 1)
 
 
+class Exchanged(Block):
+    """Puts values into another tensor out of sight."""
+
+    def looked_at(self, y):
+        z = torch.zeros_like(y)
+        z.data = 2 * y
+        return z
+
+
 class Early(Block):
     """Uses the weight of a layer before that runs."""
 
@@ -165,7 +174,7 @@ def test_new_weights_count_from_the_next_layer_on():
     passes.check()
 
 
-NETWORKS = [Masked, Scaled, Hidden, Recurrent, Listed, Early, Heads, Normed, Overlapping]
+NETWORKS = [Masked, Scaled, Hidden, Recurrent, Listed, Exchanged, Early, Heads, Normed, Overlapping]
 
 
 @pytest.mark.parametrize("make", NETWORKS)

@@ -343,8 +343,10 @@ class Recorder(TorchDispatchMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._unseen.__exit__(*error)
+        try:
+            super().__exit__(*error)
+        finally:
+            self._unseen.__exit__(*error)
 
     def read(self, func: Any, tensors: list[Tensor]) -> None:
         """Values of tensors are read out of sight of the dispatcher."""
@@ -384,6 +386,8 @@ class Recorder(TorchDispatchMode):
                 self._refuse(f"{func} writes into a tensor that was there before")
             elif depends:
                 self._of_units.add(self._notes[number].root)
+        if func.overloadpacket is torch.ops.aten.set_:
+            self._refuse("a tensor gets the memory of another one")
         if self._reason or not (made or written):
             return
         if "as_strided" in str(func):
@@ -437,9 +441,18 @@ class Recorder(TorchDispatchMode):
 
 
 class _Unseen(TorchFunctionMode):
-    """Tells a recorder of values that leave torch, which its dispatcher does not see."""
+    """Tells a recorder of values that leave torch or get into other tensors, which its dispatcher does not see."""
 
-    FUNCTIONS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.__deepcopy__})
+    FUNCTIONS = frozenset(
+        {
+            Tensor.numpy,
+            Tensor.tolist,
+            Tensor.__array__,
+            Tensor.__dlpack__,
+            Tensor.__deepcopy__,
+            Tensor.data.__set__,  # type: ignore[attr-defined]
+        }
+    )
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
