@@ -122,7 +122,7 @@ def one_shot(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     work: dict[str, Callable[[], Any]] = {"bare": partial(bare, model, batches)}
     for mode in MODES:
         work[mode] = lambda mode=mode: pruned(copy.deepcopy(model), batches, batches[0][0][:1], mode, run.memory)
-    spent, found = in_turns(work, run.rounds, run.device)
+    spent, found = in_turns(work, run.rounds, run.device, warmup=0 if run.smoke else 1)
     stepped = {"bare": spent["bare"], **{m: [step for _, step, _ in found[m]] for m in MODES}}
     return {
         "images": sum(len(y) for _, y in batches),

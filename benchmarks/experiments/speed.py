@@ -95,7 +95,7 @@ def speed(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     work: dict[str, Callable[[], Any]] = {"bare": partial(bare, model, Images(many, SIZE, run.batch_size))}
     for count in (few, many):
         work[str(count)] = partial(pruned, name, count, run.batch_size, key["method"], key["refit"])
-    spent, found = in_turns(work, run.rounds, run.device)
+    spent, found = in_turns(work, run.rounds, run.device, warmup=0 if run.smoke else 1)
     rounds = list(zip(spent["bare"], spent[str(few)], spent[str(many)], strict=True))
     passes = [(t_many - t_few) / (many - few) / (b / many) for b, t_few, t_many in rounds]
     fixed = [(t_few - (t_many - t_few) * few / (many - few)) / (b * REFERENCE / many) for b, t_few, t_many in rounds]
@@ -144,7 +144,7 @@ def scaling(run: Run, key: dict[str, Any]) -> dict[str, Any]:
 
 def scaling_probe(run: Run, key: dict[str, Any]) -> float:
     torch.manual_seed(0)
-    setting = {**BASE, key["axis"]: key["value"]}
+    setting = {**BASE, **({"depth": 4} if run.smoke else {}), key["axis"]: key["value"]}
     model = Blocks(setting["width"], setting["depth"], setting["classes"]).eval()
     loader = Images(setting["samples"], 16, 64)
     x = torch.zeros(2, 3, 16, 16)
@@ -226,7 +226,7 @@ EXPERIMENTS = (
         settings={"images": 16, "batch_size": 16, "rounds": 2, "threads": 2, "device": "cpu"},
         show={"times": times, "phases": phases},
         dense=False,
-        smoke={"network": ["mobilenet_v3_small"], "images": 2, "batch_size": 2, "rounds": 1},
+        smoke={"network": ["resnet8"], "images": 1, "batch_size": 2, "rounds": 1},
         device="cpu",
         threads=2,
     ),
@@ -251,7 +251,7 @@ EXPERIMENTS = (
         settings={"images": 32, "batch_size": 16, "threads": 2, "device": "cpu"},
         show={"peaks": lambda rows: listing(rows, {"network": "{network}", "peak GiB": "{peak_gb}"})},
         dense=False,
-        smoke={"network": ["mobilenet_v3_small"], "images": 2, "batch_size": 2},
+        smoke={"network": ["resnet8"], "images": 1, "batch_size": 1},
         device="cpu",
         threads=2,
         probe=large_probe,

@@ -160,6 +160,8 @@ WORKER = """
     from tp_importance.automl import Int, Parameter, SearchSpace, optuna_objective
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.load_study(study_name="s", storage=sys.argv[1])
+    while sys.argv[2] == "later" and any(t.state.name == "WAITING" for t in study.trials):
+        time.sleep(0.05)
     def run(params):
         if sys.argv[2] == "die" and len(study.trials) > 3:
             os._exit(1)
@@ -180,8 +182,10 @@ def test_killed_and_resumed_with_two_workers(tmp_path):
     lost = [t for t in study.trials if t.state.name == "RUNNING"]
     assert len(done) == 3 and len(lost) == 1
     assert requeue_interrupted(study) == 1
-    workers = [start([*command, "live", "4"]) for _ in range(2)]
-    assert [w.wait(60) for w in workers] == [0, 0]
+    # Optuna locks nothing in SQLite: two workers that ask at once both get a queued trial, and one of them fails
+    workers = [start([*command, when, "4"]) for when in ("first", "later")]
+    said = [w.communicate(timeout=60)[0] for w in workers]
+    assert [w.returncode for w in workers] == [0, 0], said
     complete = [t for t in study.trials if t.state.name == "COMPLETE"]
     assert len(complete) == 11
     assert lost[0].params in [t.params for t in complete]

@@ -318,10 +318,10 @@ def places(value, at=()):
 def test_anything_anywhere_of_a_wrong_type(path, sealed):
     """Every entry of every dict deleted, or another value in its place: the same network, or refused."""
     expected, content = bits(load_pruned(network, path)), torch.load(path, weights_only=True)
-    random.seed(1)
+    random.seed(1 + sealed)
     for place in places({k: v for k, v in content.items() if k != "digests" or not sealed}):
         deep = place and place[0] in ("digests", "modules", "metadata")
-        for wrong in (KeyError, *(random.sample(WRONG, 2) if deep else WRONG)):
+        for wrong in (KeyError, *(random.sample(WRONG, 1) if deep else WRONG)):
             changed = copy.deepcopy(content)
             target = changed
             for key in place[:-1]:

@@ -1,7 +1,7 @@
 """Importances of Torch-Pruning score our groups as they score its own."""
 
 import copy
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -30,9 +30,21 @@ BEYOND_THE_HOST = {("fpgm", "grouped"): "it cannot repeat a two-dimensional impo
 OTHERWISE = {("l1 of the first layer", "depthwise"): "Torch-Pruning's search decides which layer is first"}
 
 
-def as_the_host(importance, groups, group):
+@cache
+def scored(name):
+    """Groups of a network with gradients, and Torch-Pruning's own graph of it; scoring changes neither."""
+    model, x = make_network(name)
+    model(x).square().sum().backward()
+    groups = prunable_groups(model, x, verify=False)
+    return groups, graph_of(groups)
+
+
+def graph_of(groups):
+    return tp.DependencyGraph().build_dependency(groups.trace.model, groups.trace.example_inputs)
+
+
+def as_the_host(importance, groups, group, graph):
     """Score per unit by the group that Torch-Pruning's own graph gives; `None` where it gives none."""
-    graph = tp.DependencyGraph().build_dependency(groups.trace.model, groups.trace.example_inputs)
     module = groups.trace.model.get_submodule(group.root[0])
     pruner = graph.get_pruner_of_module(module)
     whole = graph.get_pruning_group(module, pruner.prune_out_channels, range(graph.get_out_channels(module)))
@@ -47,14 +59,12 @@ def as_the_host(importance, groups, group):
 @pytest.mark.parametrize("name", sorted(set(TOPOLOGIES) - MISTRACED))
 @pytest.mark.parametrize("kind", IMPORTANCES)
 def test_as_on_the_groups_of_the_host(kind, name):
-    model, x = make_network(name)
-    model(x).square().sum().backward()
-    groups = prunable_groups(model, x, verify=False)
+    groups, graph = scored(name)
     compared = 0
     for group in groups:
         if (kind, name) in BEYOND_THE_HOST and group.unit_size > 1:
             continue
-        expected = as_the_host(IMPORTANCES[kind](), groups, group)
+        expected = as_the_host(IMPORTANCES[kind](), groups, group, graph)
         if expected is None:
             continue
         found = host_scores(IMPORTANCES[kind](), groups, group)
@@ -68,8 +78,9 @@ def test_as_on_the_groups_of_the_host(kind, name):
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_on_networks_of_torchvision(name):
     case = zoo(name)
+    graph = graph_of(case.groups)
     for group in list(case.groups)[::7]:
-        expected = as_the_host(tp.importance.MagnitudeImportance(), case.groups, group)
+        expected = as_the_host(tp.importance.MagnitudeImportance(), case.groups, group, graph)
         np.testing.assert_allclose(
             host_scores(tp.importance.MagnitudeImportance(), case.groups, group), expected, rtol=1e-5
         )
@@ -82,11 +93,12 @@ def test_obdc():
     groups = prunable_groups(model, x, verify=False)
     importance = tp.importance.OBDCImportance(num_classes=0)
     importance.steps = 1
+    graph = graph_of(groups)
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             importance.Fisher[module] = module.weight.detach().flatten(1).abs()
     for group in groups:
-        expected = as_the_host(importance, groups, group)
+        expected = as_the_host(importance, groups, group, graph)
         np.testing.assert_allclose(host_scores(importance, groups, group), expected, rtol=1e-5)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from tp_importance import Budget, PSAPPruner, PSAPSchedule
 from tp_importance.testing import loader_for, make_network
+from tp_importance.testing.cases import verified
 
 SCHEDULE = PSAPSchedule(prune_steps=3, begin=0.1, end=0.7, pulse=3)
 TOTAL = 20
@@ -52,7 +53,8 @@ def adam(model):
 
 def make(name="residual", budget=Budget(macs=0.5), optimizer=sgd, total=TOTAL, start=True, **options):  # noqa: B008
     model, x = make_network(name)
-    pruner = PSAPPruner(model, x, budget=budget, schedule=options.pop("schedule", SCHEDULE), **options)
+    options = {"schedule": SCHEDULE, **verified(name), **options}
+    pruner = PSAPPruner(model, x, budget=budget, **options)
     run = Run(model, x, optimizer(model), pruner, loader_for(x))
     if start:
         pruner.start(run.optimizer, total_steps=total)

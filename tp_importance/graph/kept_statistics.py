@@ -26,6 +26,7 @@ __all__ = ["NORMS", "STATISTICS", "CallCounter", "Kept", "KeptStatistics", "Stat
 NORMS = ("layer_norm", "rms_norm", "group_norm")
 """Functions that are norms as a whole."""
 _REDUCTIONS = ("mean", "var", "std", "var_mean", "std_mean", "norm", "vector_norm", "linalg_vector_norm")
+_OTHER = "another network"
 STATISTICS = frozenset((*NORMS, *_REDUCTIONS, "normalize"))
 """Functions of torch, by name, that may run over the kept channels alone."""
 
@@ -139,6 +140,17 @@ class KeptStatistics(TorchFunctionMode):
                 yield
         finally:
             unwatch()
+
+    @contextmanager
+    def apart(self, other: nn.Module) -> Iterator[None]:
+        """Passes of another network inside the block take statistics over all channels."""
+        enter = other.register_forward_pre_hook(lambda *_: self.calls.enter(_OTHER), prepend=True)
+        leave = other.register_forward_hook(lambda *_: self.calls.leave(_OTHER), always_call=True)
+        try:
+            yield
+        finally:
+            enter.remove()
+            leave.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -20,7 +20,9 @@ __all__ = ["kept_of", "masked_units"]
 
 
 @contextmanager
-def masked_units(model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[int]]) -> Iterator[None]:
+def masked_units(
+    model: nn.Module, groups: PrunableGroups, removed: Mapping[str, list[int]]
+) -> Iterator[KeptStatistics]:
     """Zero the channels of ``removed`` units where they are produced and where they are read, inside the context.
 
     Means, variances and norms over channels run over those that are kept. Weights that no layer owns (of
@@ -30,6 +32,9 @@ def masked_units(model: nn.Module, groups: PrunableGroups, removed: Mapping[str,
         model: the network.
         groups: its groups.
         removed: units, by group.
+
+    Yields:
+        What keeps statistics over channels to those that stay.
     """
     weights: list[tuple[Tensor, int, Index]] = []
     inputs: dict[str, list[Index]] = defaultdict(list)
@@ -55,8 +60,9 @@ def masked_units(model: nn.Module, groups: PrunableGroups, removed: Mapping[str,
             module = model.get_submodule(name)
             post = _zero_output(channel_dim(module), torch.as_tensor(np.concatenate(positions), device="cpu"))
             stack.callback(module.register_forward_hook(post, prepend=True).remove)
-        stack.enter_context(KeptStatistics(kept_of(groups, removed)).running(model))
-        yield
+        statistics = KeptStatistics(kept_of(groups, removed))
+        stack.enter_context(statistics.running(model))
+        yield statistics
 
 
 def kept_of(groups: PrunableGroups, removed: Mapping[str, Iterable[int]]) -> dict[StatisticCall, Kept]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -222,8 +223,8 @@ def record_tape(run: Callable[[], Any], inputs: list[Tensor], units: Mapping[str
     Raises:
         NotReplayable: if Python reads values that depend on a unit, or shapes depend on such values; if random numbers
             are drawn, or parameters, buffers or other tensors from outside are written; if a unit is called otherwise,
-            or the output is no tensor that torch has computed. What happens out of sight of torch's dispatcher (in
-            NumPy, say) is not noticed: compare a run with one of the network.
+            or the output is no tensor that torch has computed. What happens out of sight of torch (in C++ that looks at
+            memory, say) is not noticed: compare a run with one of the network.
     """
     recorder = Recorder(inputs)
     with ExitStack() as stack:
@@ -257,7 +258,9 @@ class Recorder(TorchDispatchMode):
         self._of_units, self._foreign, self._rigid = set[int](), set[int](), set[int]()  # roots
         self._inside, self._reason = 0, ""
         self._marks: dict[str, Mark] = {}
+        self._owners: dict[int, str] = {}  # marked modules, by the memory of their weights
         self._named: dict[Hashable, int] = {}
+        self._unseen = _Unseen(self)
         self._inputs = [self._add(x, None) for x in inputs]
         if others:
             self._of_units.update(self._inputs)
@@ -306,6 +309,7 @@ class Recorder(TorchDispatchMode):
                 if not i and name in self._marks:
                     self._marks[name] = replace(self._marks[name], shape=tuple(x.shape))
 
+        self._owners.update((place, name) for t in (*module.parameters(), *module.buffers()) if (place := _place(t)))
         stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(module.register_forward_hook(after).remove)
 
@@ -333,6 +337,23 @@ class Recorder(TorchDispatchMode):
         stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
         stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
 
+    def __enter__(self) -> Recorder:
+        self._unseen.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self._unseen.__exit__(*error)
+
+    def read(self, func: Any, tensors: list[Tensor]) -> None:
+        """Values of tensors are read out of sight of the dispatcher."""
+        known = [n for x in tensors if (n := self._numbers.get(x)) is not None]
+        if not self._inside and (self._owned(tensors) or any(map(self._depends, known))):
+            self._refuse(f"{func.__name__} reads values of tensors")
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Or else the first operation imports the compiler, which takes longer than many a pass."""
@@ -349,7 +370,11 @@ class Recorder(TorchDispatchMode):
         leaves, form = tree_flatten((args, kwargs))
         numbers = [self._numbers.get(x) if isinstance(x, Tensor) else None for x in leaves]
         inputs = tuple(dict.fromkeys(n for n in numbers if n is not None))
-        depends, made = any(map(self._depends, inputs)), tensors_in(output)
+        owners = self._owned([x for x, n in zip(leaves, numbers, strict=True) if n is None and isinstance(x, Tensor)])
+        depends, made = bool(owners) or any(map(self._depends, inputs)), tensors_in(output)
+        for owner in owners:
+            if owner not in self._marks:
+                self._refuse(f"weights of {owner} are used before it runs")
         written = list(_written(func, args, kwargs))
         if torch.Tag.nondeterministic_seeded in func.tags and _argument(func, args, kwargs, "dropout_p") != 0:
             self._refuse(f"{func} may draw random numbers")
@@ -361,6 +386,8 @@ class Recorder(TorchDispatchMode):
                 self._refuse(f"{func} writes into a tensor that was there before")
             elif depends:
                 self._of_units.add(self._notes[number].root)
+        if func.overloadpacket is torch.ops.aten.set_:
+            self._refuse("a tensor gets the memory of another one")
         if self._reason or not (made or written):
             return
         if "as_strided" in str(func):
@@ -402,6 +429,10 @@ class Recorder(TorchDispatchMode):
         self._notes.append(_Note(number if root is None else root, dense, x.numel() * x.element_size()))
         return number
 
+    def _owned(self, tensors: list[Tensor]) -> list[str]:
+        """Marked modules whose weights are among tensors."""
+        return [self._owners[place] for x in tensors if (place := _place(x)) in self._owners] if self._owners else []
+
     def _depends(self, number: int) -> bool:
         return self._notes[number].root in self._of_units
 
@@ -409,9 +440,40 @@ class Recorder(TorchDispatchMode):
         self._reason = self._reason or reason
 
 
+class _Unseen(TorchFunctionMode):
+    """Tells a recorder of values that leave torch or get into other tensors, which its dispatcher does not see."""
+
+    FUNCTIONS = frozenset(
+        {
+            Tensor.numpy,
+            Tensor.tolist,
+            Tensor.__array__,
+            Tensor.__dlpack__,
+            Tensor.__deepcopy__,
+            Tensor.data.__set__,  # type: ignore[attr-defined]
+        }
+    )
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.FUNCTIONS:
+            self._recorder.read(func, tensors_in(args))
+        return func(*args, **(kwargs or {}))
+
+
+def _place(x: Tensor) -> int:
+    """The memory of a tensor; 0 for one of none."""
+    return int(x.untyped_storage()._cdata) if x.layout == torch.strided and not x.is_meta else 0
+
+
 def _looks_at_values(func: Any, leaves: list[Any]) -> bool:
     if func is torch.ops.aten.index.Tensor:  # the shape depends on masks only
         return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in leaves[1:])
+    if func is torch.ops.aten._pack_padded_sequence.default:  # how many sequences are left at each step
+        return True
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -144,10 +143,11 @@ class WholePasses:
 
 @dataclass
 class _Chunk:
-    """One batch: the recorded operations of both networks, and what was noted of it."""
+    """One batch: the recorded operations of both networks, what was noted of it, and if it is what was recorded."""
 
     tapes: tuple[Tape, Tape]
     note: Any
+    own: bool = True
 
 
 class ReplayedPasses:
@@ -183,35 +183,47 @@ class ReplayedPasses:
         limit: int,
     ) -> None:
         self._networks, self.stops, self._flow = (dense, pruned), list(stops), flow
-        self._batches, self._forward_fn = chunks, forward_fn
+        self._batches, self._note, self._forward_fn = chunks, note, forward_fn
         self._known: dict[Any, tuple[Tape, Tape]] = {}
-        self._chunks = [_Chunk(self._tapes(batch), note(batch)) for batch in chunks]
+        self._order: list[str] | None = None
+        self._chunks = [self._chunk(batch) for batch in chunks]
         if not self._chunks:
             raise ValueError(
                 "the loader gave no batch; a re-iterable of batches is needed (a generator runs only once)"
             )
-        self.stops = self._ordered()
+        order: list[str] = self._order or []
+        self.stops = sorted((s for s in self.stops if s.name in order), key=lambda s: order.index(s.name))
         self._keeps = self._kept_at(limit)
         self.count = 2 * (len(self._keeps) - sum(self._keeps))
-        self._state: list[tuple[Values, Values]] | None = None  # of all chunks at the stop `_at`
+        self._state: list[tuple[_Chunk, Values, Values]] | None = None  # at the stop `_at`
         self._at = -1
 
     # -- recording
 
-    def _tapes(self, batch: Any) -> tuple[Tape, Tape]:
+    def _chunk(self, batch: Any) -> _Chunk:
         flat = FlatBatch.of(batch)
         form = None if flat is None else (str(flat.form), *((tuple(t.shape), t.dtype, t.device) for t in flat.tensors))
         if form is None:
-            return self._recorded(batch, False)
-        if form not in self._known:
-            try:
-                self._known[form] = self._recorded(batch, True)
-            except NotReplayable:  # Python looks at the batch: operations are those of this one only
-                return self._recorded(batch, False)
-        return self._known[form]
+            return _Chunk(self._recorded(batch, False), self._note(batch))
+        if form in self._known:
+            return _Chunk(self._known[form], self._note(batch), False)
+        try:
+            self._known[form] = self._recorded(batch, True)
+        except NotReplayable:  # Python looks at the batch: operations are those of this one only
+            return _Chunk(self._recorded(batch, False), self._note(batch))
+        return _Chunk(self._known[form], self._note(batch))
 
     def _recorded(self, batch: Any, others: bool) -> tuple[Tape, Tape]:
         dense, pruned = (self._record(network, batch, others) for network in self._networks)
+        for tape in (dense, pruned):
+            order = sorted(tape.marks, key=lambda name: tape.marks[name].step)
+            self._order = order if self._order is None else self._order
+            if order != self._order:
+                raise NotReplayable("batches go through the layers in different orders")
+            for stop in self.stops:
+                mark = tape.marks.get(stop.name)
+                if mark and stop.added is not None and tape.named.get(stop.added, -1) not in tape.live(mark.step):
+                    raise NotReplayable(f"what {stop.name} is added to is not there when it runs")
         return dense, pruned
 
     def _record(self, model: nn.Module, batch: Any, others: bool) -> Tape:
@@ -234,22 +246,6 @@ class ReplayedPasses:
             raise NotReplayable(f"recording raised {type(error).__name__}: {error}") from error
         return recorder.tape(output)[0]
 
-    def _ordered(self) -> list[Stop]:
-        """Stops that were met, in the order of the steps, which must be the same in all recordings."""
-        orders = set()
-        for tapes in {id(c.tapes): c.tapes for c in self._chunks}.values():
-            for tape in tapes:
-                steps = {s.name: tape.marks[s.name].step for s in self.stops if s.name in tape.marks}
-                orders.add(tuple(sorted(steps, key=lambda name: steps[name])))
-                for stop in self.stops:
-                    mark = tape.marks.get(stop.name)
-                    if mark and stop.added is not None and tape.named.get(stop.added, -1) not in tape.live(mark.step):
-                        raise NotReplayable(f"what {stop.name} is added to is not there when it runs")
-        if len(orders) > 1:
-            raise NotReplayable("batches go through the layers in different orders")
-        (order,) = orders
-        return sorted((s for s in self.stops if s.name in order), key=lambda s: order.index(s.name))
-
     def _kept_at(self, limit: int) -> list[bool]:
         """Whether what has to be known is kept at every stop."""
         fits, whole = list[bool](), list[bool]()
@@ -258,15 +254,18 @@ class ReplayedPasses:
             needed = {(id(tape), step): (tape.live_bytes(step), tape.can_stop(step)) for tape, step in set(tapes)}
             fits.append(sum(needed[id(tape), step][0] for tape, step in tapes) <= limit)
             whole.append(all(can_stop for _, can_stop in needed.values()))
-        return [fits[k] and (whole[k] or fits[k + 1]) for k in range(len(fits) - 1)] + [False]
+        keeps = [False] * len(fits)
+        for k in reversed(range(len(fits) - 1)):  # what cannot be copied must be taken over as it is
+            keeps[k] = fits[k] and (whole[k] or keeps[k + 1] or k + 2 == len(fits))
+        return keeps
 
     # -- running
 
     def at(self, stop: Stop) -> Iterator[tuple[Any, Both]]:
         """See :class:`Passes`."""
         k = self.stops.index(stop)
-        state: list[tuple[Values, Values]] = []
-        for chunk, values in zip(self._chunks, self._begun(self._keeps[k]), strict=True):
+        state: list[tuple[_Chunk, Values, Values]] = []
+        for chunk, *values in self._begun(self._keeps[k] or k + 1 == len(self.stops)):
             seen = []
             for tape, mine in zip(chunk.tapes, values, strict=True):
                 mark = tape.marks[stop.name]
@@ -275,7 +274,7 @@ class ReplayedPasses:
                 seen.append([Seen(at_least_float(mine[mark.number]), mark.shape, added)])
             yield chunk.note, (seen[0], seen[1])
             if self._keeps[k]:
-                state.append(values)
+                state.append((chunk, values[0], values[1]))
         if self._keeps[k]:
             self._state, self._at = state, k
 
@@ -285,31 +284,44 @@ class ReplayedPasses:
         Raises:
             NotReplayable: if they differ: the network does something out of sight of torch.
         """
-        *_, (batch, chunk) = islice(zip(self._batches, self._chunks, strict=False), 2)  # the first one was recorded
-        tape = chunk.tapes[1]
-        values = tape.start(tensors_in(fresh_inputs(batch)))
+        last, chosen = None, None
+        for batch, chunk in self._started():  # one that was not recorded tells more
+            if chosen is None or chosen.own or not chunk.own:
+                last, chosen = batch, chunk
+            if not chosen.own:
+                break
+        if chosen is None:
+            raise NotReplayable("the loader gives no batches any more")
+        tape = chosen.tapes[1]
+        values = tape.start(tensors_in(fresh_inputs(last)))
         self._advance(tape, values, 0, tape.end)
-        output = run_batch(self._networks[1], batch, self._forward_fn)
+        output = run_batch(self._networks[1], last, self._forward_fn)
         if reason := difference(tensors_in(output)[0], tape.output(values), TOLERANCE):
             raise NotReplayable(f"the replayed output {reason}")
 
-    def _begun(self, moves: bool) -> Iterator[tuple[Values, Values]]:
+    def _started(self) -> Iterator[tuple[Any, _Chunk]]:
+        """All batches; where they come from the loader again, it may have shuffled them."""
+        if self._batches.kept is not None:
+            yield from zip(self._batches.kept, self._chunks, strict=True)
+        else:
+            yield from ((batch, self._chunk(batch)) for batch in self._batches)
+
+    def _begun(self, moves: bool) -> Iterator[tuple[_Chunk, Values, Values]]:
         """Both networks, per chunk, where they can be taken up."""
         if self._state is None:
-            for batch, chunk in zip(self._batches, self._chunks, strict=True):
+            for batch, chunk in self._started():
                 dense, pruned = (tape.start(tensors_in(fresh_inputs(batch))) for tape in chunk.tapes)
-                yield dense, pruned
+                yield chunk, dense, pruned
             return
         state = self._state[::-1]
         if moves:
             self._state = []
-        for chunk in self._chunks:
-            values = state.pop()
-            if moves:
-                yield values
-            else:
-                dense, pruned = (t.copy(v, self._step(t, self._at)) for t, v in zip(chunk.tapes, values, strict=True))
-                yield dense, pruned
+        while state:
+            chunk, dense, pruned = state.pop()
+            if not moves:
+                both = zip(chunk.tapes, (dense, pruned), strict=True)
+                dense, pruned = (tape.copy(values, self._step(tape, self._at)) for tape, values in both)
+            yield chunk, dense, pruned
 
     def _step(self, tape: Tape, k: int) -> int:
         return 0 if k < 0 else tape.marks[self.stops[k].name].step

@@ -93,7 +93,7 @@ class SequentialRefit:
             model.eval()
             limit = self.settings.memory_limit
             dense, chunks = copied(model), Chunks(loader, self._chunk(), limit // 4)
-            with masked_units(model, self.groups, _lists(self.removed)):
+            with masked_units(model, self.groups, _lists(self.removed)) as masked, masked.apart(dense):
                 if (passes := self._replayed(dense, chunks, limit - limit // 4)) is not None:
                     try:
                         rows = self._by(passes)
@@ -127,11 +127,12 @@ class SequentialRefit:
         return passes
 
     def _start_again(self, dense: nn.Module, reason: str) -> None:
+        """Undo what was refitted; other weights may be masked for the while."""
         self._running.note(whole_passes=reason)
+        written = {m for r in self.refits for m in (r.module, r.batch_norm)} | {m for _, m in self._norms()}
         for name, module in self.groups.trace.model.named_modules():
-            twin = dense.get_submodule(name)
-            for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                value.copy_(getattr(twin, key))
+            if module in written:
+                module.load_state_dict(dense.get_submodule(name).state_dict())
 
     def _stops(self) -> list[Stop]:
         """Layers to be refitted and batch norms to be moved, in the order in which they first run."""
