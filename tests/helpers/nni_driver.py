@@ -17,13 +17,12 @@ import nni_plugins
 from tp_importance.automl import BudgetProblem
 
 TRIAL = """
-import pathlib, sys, time
-time.sleep(float(sys.argv[1]) * pathlib.Path("first").exists())  # those that are killed need not import nni
-import nni
+import pathlib, sys, time, nni
 params = nni.get_next_parameter()
 if not pathlib.Path("first").exists():  # the first trial fails
     pathlib.Path("first").touch()
     sys.exit("no luck")
+time.sleep(float(sys.argv[1]))
 nni.report_final_result({"default": float(params["width:0.0"])})
 """
 
@@ -37,7 +36,7 @@ def main(folder: Path, seconds: str, resume: str | None) -> None:
         config.trial_code_directory = folder
         config.trial_command = f"{sys.executable} trial.py {seconds}"
         config.trial_concurrency = 2
-        config.max_trial_number = 5
+        config.max_trial_number = 7
         config.search_space = BudgetProblem.load(folder / "problem.json").search_space().to_nni()
         config.tuner.name = "PruningBudget"
         config.tuner.class_args = {"problem": str(folder / "problem.json")}

@@ -8,5 +8,3 @@ ROOT = Path(__file__).resolve().parents[2]
 
 DATA = Path(os.environ.get("TP_IMPORTANCE_DATA", ROOT.parent / "shared" / "data"))
 """CIFAR-10 and pretrained weights, where there are any; what needs them is skipped otherwise."""
-IMPATIENT = f'--require "{ROOT / "tests" / "helpers" / "impatient.js"}"'
-"""NODE_OPTIONS with which NNI's server spends less of a test waiting."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.paths import IMPATIENT, ROOT
+from helpers.paths import ROOT
 from tp_importance import LatencyTable, count_ops
 from tp_importance.graph.surgery import remove_units
 from tp_importance.latency.measure import Latency
@@ -252,7 +252,6 @@ def test_nni_experiment(names, monkeypatch):
     import nni_plugins
 
     monkeypatch.setenv("NNI_CONFIG_DIR", str(Path("config").resolve()))
-    monkeypatch.setenv("NODE_OPTIONS", IMPATIENT)
     experiment = nni_experiment.Experiment("local")
     Path("trial.py").write_text("import nni\nnni.report_final_result(float(nni.get_next_parameter()['width:0.0']))\n")
     experiment.config.experiment_working_directory = Path("experiments").resolve()

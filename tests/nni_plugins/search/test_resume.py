@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from helpers.paths import IMPATIENT, ROOT
+from helpers.paths import ROOT
 from tp_importance import Budget
 from tp_importance.automl import BudgetProblem
 from tp_importance.testing.networks import residual
@@ -35,7 +35,6 @@ class Driver:
             **os.environ,
             "HOME": self.home,
             "NNI_CONFIG_DIR": str(folder / "config"),
-            "NODE_OPTIONS": IMPATIENT,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
@@ -127,13 +126,13 @@ def free(port):
 
 @pytest.mark.usefixtures("running")  # to start meanwhile
 def test_killed_and_resumed_no_trial_is_lost(start):
-    first = start(1)
+    first = start(2)
     before = first.wait(lambda line: states(line)["SUCCEEDED"] >= 2 and states(line)["RUNNING"])
     assert states(before)["FAILED"] == 1
     for process in (first.server(), first.process):
         process.send_signal(signal.SIGKILL)  # trials and tuner may live on
     first.process.wait()
-    second = start(1, first, before["id"])
+    second = start(2, first, before["id"])
     after = second.wait(lambda line: line["ended"])
     assert second.process.wait(LONGEST) == 0
     assert second.gone()
@@ -145,10 +144,9 @@ def test_killed_and_resumed_no_trial_is_lost(start):
         else:
             assert again["status"] == "SUCCEEDED"
             assert not row["params"] or again["params"] == row["params"]
-    assert states(after) == {"SUCCEEDED": 4, "FAILED": 1} and len(rows) == 5
+    assert states(after) == {"SUCCEEDED": 6, "FAILED": 1} and len(rows) == 7
     assert all(r["metrics"] == {"default": float(r["params"]["width:0.0"])} for r in rows.values() if r["metrics"])
-    # of a trial that failed nobody knows what it was given: the two first ones ask in any order
-    proposals = Counter(json.dumps(row["params"], sort_keys=True) for row in rows.values() if row["metrics"])
+    proposals = Counter(json.dumps(row["params"], sort_keys=True) for row in rows.values())
     # NNI tells nobody of a proposal it was handed but has not stored when it is killed: that one may be made again
     assert sum(proposals.values()) - len(proposals) <= 1, proposals
 

@@ -15,7 +15,7 @@ from nni.tools.package_utils import create_builtin_class_instance, get_algo_meta
 from nni.tools.package_utils.tuner_factory import create_validator_instance
 
 import nni_plugins
-from helpers.paths import IMPATIENT, ROOT
+from helpers.paths import ROOT
 from nni_plugins import BudgetTuner, BudgetTunerValidator, register_tuner, registered_tuner, unregister_tuner
 from tp_importance import Budget
 from tp_importance.automl import BudgetProblem
@@ -38,7 +38,6 @@ def config_dir(tmp_path, monkeypatch):
     """Nothing of the user's is touched: neither the registered algorithms nor the list of experiments."""
     monkeypatch.setenv("NNI_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NODE_OPTIONS", IMPATIENT)
     monkeypatch.setattr(Experiments.__init__, "__defaults__", (str(tmp_path / "nni-experiments"),))
     return tmp_path / "config"
 
