@@ -39,24 +39,21 @@ def shifted_and_flipped(batch: Any, generator: torch.Generator) -> Any:
             return x
         n, _, h, w = x.shape
         if (n, h, w) not in drawn:
-            drawn[n, h, w] = tuple(torch.randint(k, (n,), generator=generator) for k in _choices(h, w))  # type: ignore[assignment]
-        down, right, mirrored = drawn[n, h, w]
-        return _moved(x, down, right, mirrored.bool())
+            sizes = 2 * (h // SHIFT) + 1, 2 * (w // SHIFT) + 1, 2
+            down, right, mirrored = (torch.randint(k, (n, 1), generator=generator, device="cpu") for k in sizes)
+            drawn[n, h, w] = down, right, mirrored
+        return _moved(x, *(choice.to(x.device) for choice in drawn[n, h, w]))
 
     return tree_map(moved, batch)
-
-
-def _choices(h: int, w: int) -> tuple[int, int, int]:
-    return 2 * (h // SHIFT) + 1, 2 * (w // SHIFT) + 1, 2
 
 
 def _moved(x: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
     n, _, h, w = x.shape
     ph, pw = h // SHIFT, w // SHIFT
     padded = F.pad(x, (pw, pw, ph, ph), mode="reflect")
-    rows = down.view(-1, 1) + torch.arange(h)
-    columns = right.view(-1, 1) + torch.arange(w)
-    columns = torch.where(mirrored.view(-1, 1), columns.flip(1), columns)
-    at = torch.arange(n).view(-1, 1, 1)
-    cut = padded.permute(0, 2, 3, 1)[at, rows.unsqueeze(2).to(x.device), columns.unsqueeze(1).to(x.device)]
+    rows = down + torch.arange(h, device=x.device)
+    columns = right + torch.arange(w, device=x.device)
+    columns = torch.where(mirrored > 0, columns.flip(1), columns)
+    at = torch.arange(n, device=x.device).view(-1, 1, 1)
+    cut = padded.permute(0, 2, 3, 1)[at, rows.unsqueeze(2), columns.unsqueeze(1)]
     return cut.permute(0, 3, 1, 2).contiguous()

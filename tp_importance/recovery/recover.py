@@ -226,7 +226,7 @@ class _Training:
             return batches, batches
         parts = FlatBatch.of(whole)
         assert parts is not None
-        order = torch.randperm(samples, generator=self._generator)
+        order = torch.randperm(samples, generator=self._generator, device="cpu")
         chosen, rest = (FlatBatch([t[i] for t in parts.tensors], parts.form) for i in (order[:wanted], order[wanted:]))
         return [joined([rest])], [joined([p]) for p in _pieces(chosen, 2 * self._how.batch_size)]
 
@@ -237,11 +237,11 @@ class _Training:
         """Batches in a new order in every epoch, augmented."""
         augment = shifted_and_flipped if self._how.augment == "auto" else self._how.augment
         for _ in range(epochs):
-            for i in torch.randperm(len(train), generator=self._generator).tolist():
+            for i in torch.randperm(len(train), generator=self._generator, device="cpu").tolist():
                 flat = FlatBatch.of(train[i])
                 parts = [train[i]]
                 if flat is not None and flat.samples > self._how.batch_size:
-                    order = torch.randperm(flat.samples, generator=self._generator)
+                    order = torch.randperm(flat.samples, generator=self._generator, device="cpu")
                     mixed = FlatBatch([t[order] for t in flat.tensors], flat.form)
                     parts = [joined([p]) for p in _pieces(mixed, self._how.batch_size)]
                 for batch in parts:
