@@ -60,7 +60,7 @@ def cell(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     start = seconds(run.device)
     if arm in OURS:
         kept = {"ignored_layers": task.kept_in(model), "keep_padded": False}
-        options = OURS[arm] | ({"method": RandomImportance(key["draw"])} if arm == "random" else {})
+        options = OURS[arm] | ({"method": RandomImportance(seed=key["draw"])} if arm == "random" else {})
         prune(model, task.inputs, batches, budget=Budget(macs=run.budget), **kept, **options)
     else:
         model = RIVALS[arm][1](task, model, batches, widths, most)
