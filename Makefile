@@ -58,7 +58,7 @@ BENCH = $(PY) benchmarks/run.py
 .PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-option-a bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
 	bench-recovery bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
 	bench-speed bench-ordering bench-psap-overhead bench-latency bench-vit bench-zoo bench-random-graphs bench-masked-removed \
-	bench-sentence-encoder bench-sentence-latency demo-sentences zoo-venv bench-tables host-tests
+	bench-sentence-encoder bench-sentence-latency demo-sentences zoo-venv bench-rivals rivals-venv bench-tables host-tests
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR
 	$(BENCH) cifar $(ARGS)
@@ -164,12 +164,32 @@ bench-sentence-encoder: $(ZOO_STAMP) ## compare criteria on a sentence encoder (
 bench-sentence-latency: $(ZOO_STAMP) ## latency of the encoders that bench-sentence-encoder has pruned
 	$(ZOO_VENV)/bin/python benchmarks/run.py sentence-encoder-latency $(ARGS)
 
+# Other libraries that prune without training, in the same way; OSSCAR is one of the examples of torch-kirigami.
+RIVALS_VENV  := .venv-rivals
+RIVALS_STAMP := $(RIVALS_VENV)/.installed
+RIVALS       := torch_kirigami==0.2.1 aimet_torch==2.42.0 nvidia_modelopt==0.47.0 huggingface_hub torchprofile fasterai==0.4.1 datasets
+rivals-venv: $(RIVALS_STAMP) ## create .venv-rivals, with other pruning libraries on top of .venv
+
+$(RIVALS_STAMP): $(STAMP)
+	$(PY) -m venv --without-pip $(RIVALS_VENV)
+	@below=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		own=$$($(RIVALS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		echo "import site; site.addsitedir('$$below')" > "$$own/below.pth" && \
+		echo "$(CURDIR)/$(RIVALS_VENV)/torch_kirigami-0.2.1/examples/workflows" > "$$own/workflows.pth"
+	$(RIVALS_VENV)/bin/python -m pip install --disable-pip-version-check -q $(RIVALS)
+	$(RIVALS_VENV)/bin/python -m pip download --disable-pip-version-check -q --no-deps --no-binary torch_kirigami -d $(RIVALS_VENV) torch_kirigami==0.2.1
+	tar xzf $(RIVALS_VENV)/torch_kirigami-0.2.1.tar.gz -C $(RIVALS_VENV)
+	@touch $@
+
+bench-rivals: $(RIVALS_STAMP) ## one-shot pruning without training, against other libraries (goes on where it stopped)
+	$(RIVALS_VENV)/bin/python benchmarks/run.py rivals $(ARGS)
+
 bench-tables: $(STAMP) ## fill the tables of README.md and docs/ from benchmarks/results/
 	$(BENCH) --fill
 
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
 	$(BENCH) host-tests $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)
 
-clean: ## remove caches and build products (keeps .venv, .venv-zoo, data and outputs)
+clean: ## remove caches and build products (keeps .venv, .venv-zoo, .venv-rivals, data and outputs)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find . \( -name $(VENV) -o -name $(ZOO_VENV) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -name $(VENV) -o -name $(ZOO_VENV) -o -name $(RIVALS_VENV) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -3,6 +3,7 @@
 MODULES: dict[str, tuple[str, ...]] = {
     "one_shot": ("cifar", "exponent"),
     "refit": ("refit", "refit-50", "refit-50-ridge", "default-widths"),
+    "rivals": ("rivals",),
     "padded_shortcuts": ("option-a",),
     "batchnorm": ("batchnorm", "batchnorm-500"),
     "subtask": ("subtask", "imagenette", "imagenette-250", "imagenette-500"),

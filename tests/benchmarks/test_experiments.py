@@ -22,6 +22,7 @@ ACCURACY = (
     "cifar",
     "exponent",
     "refit",
+    "rivals",
     "option-a",
     "batchnorm",
     "subtask",
