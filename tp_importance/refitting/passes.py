@@ -23,7 +23,8 @@ from ..errors import TracingError
 from ..graph.activations import watch_activations
 from ..graph.comparison import difference
 from ..graph.dataflow import Flow
-from ..graph.tape import NotReplayable, Recorder, Tape, Values
+from ..graph.recorder import Recorder
+from ..graph.tape import NotReplayable, Tape, Values
 from .hooks import after_layer, run_until_cut
 
 __all__ = ["Passes", "ReplayedPasses", "Seen", "Stop", "WholePasses"]

@@ -18,7 +18,8 @@ from ...core.forward import ForwardFn, fresh_inputs, run_batch
 from ...core.loaders import iterate
 from ...core.progress import phase, track
 from ...graph.comparison import difference
-from ...graph.tape import NotReplayable, Tape, Values, record_tape
+from ...graph.recorder import record_tape
+from ...graph.tape import NotReplayable, Tape, Values
 from .block import ResConv2d
 
 __all__ = ["Passes", "ReplayedPasses", "WholePasses", "passes_of"]
