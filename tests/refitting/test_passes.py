@@ -12,7 +12,7 @@ from tp_importance import Refit, prunable_groups
 from tp_importance.core.chunks import Chunks
 from tp_importance.graph.tape import NotReplayable
 from tp_importance.refitting import sequential
-from tp_importance.refitting.passes import ReplayedPasses, Stop, WholePasses
+from tp_importance.refitting.passes import Networks, ReplayedPasses, Stop, WholePasses
 from tp_importance.refitting.refit import refit_consumers
 
 EXACT = Refit("sequential", 1e-3, None)
@@ -149,8 +149,8 @@ def test_replayed_passes_see_what_whole_passes_see(make, limit):
     dense = make().eval()
     pruned, chunks = copy.deepcopy(dense), Chunks([images(7), images(6, 8)], 4)
     pruned.a.weight[2] = 0.0
-    whole = WholePasses(dense, pruned, STOPS, None, chunks, len, None)
-    replayed = ReplayedPasses(dense, pruned, STOPS, None, chunks, len, None, limit)
+    given = Networks(dense, pruned, STOPS, None, chunks, len)
+    whole, replayed = WholePasses(given), ReplayedPasses(given, limit)
     for a, b in zip(seen_by(replayed), seen_by(whole), strict=True):
         assert [n for n, *_ in a] == [4, 3, 4, 2]
         torch.testing.assert_close(a, b)
@@ -163,13 +163,14 @@ def test_new_weights_count_from_the_next_layer_on():
     torch.manual_seed(0)
     dense = Block().eval()
     pruned = copy.deepcopy(dense)
-    passes = ReplayedPasses(dense, pruned, STOPS[2:], None, Chunks([images(8)], 4), len, None, 1 << 30)
+    given = Networks(dense, pruned, STOPS[2:], None, Chunks([images(8)], 4), len)
+    passes = ReplayedPasses(given, 1 << 30)
     for stop in STOPS[2:]:
         found = [p[0].x for _, (_, p) in passes.at(stop)]
         if stop.name == "b":
             pruned.b.weight.mul_(0.5)
             pruned.b.bias.add_(1.0)
-    whole = WholePasses(dense, pruned, STOPS, None, [images(8)], len, None)
+    whole = WholePasses(replace(given, chunks=Chunks([images(8)], 8)))
     torch.testing.assert_close(torch.cat(found), next(p[0].x for _, (_, p) in whole.at(STOPS[-1])))
     passes.check()
 

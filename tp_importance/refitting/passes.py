@@ -6,7 +6,7 @@ on to the next. :class:`WholePasses` run them from the start for every layer, cu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from ..graph.recorder import Recorder
 from ..graph.tape import NotReplayable, Tape, Values
 from .hooks import after_layer, run_until_cut
 
-__all__ = ["Passes", "ReplayedPasses", "Seen", "Stop", "WholePasses"]
+__all__ = ["Networks", "Passes", "ReplayedPasses", "Seen", "Stop", "WholePasses"]
 
 TOLERANCE = 1e-3
 """Largest difference of outputs between the network and its replay, relative to the largest output."""
@@ -86,40 +86,47 @@ class Passes(Protocol):
         ...
 
 
-class WholePasses:
-    """Two passes for every layer, cut off there.
+@dataclass(frozen=True)
+class Networks:
+    """Two networks, what is looked at in them, and on which batches.
 
-    Args:
+    Attributes:
         dense: a copy of the network.
-        pruned: the network, masked.
+        pruned: the network, masked; its layers may get new weights, in place.
         stops: layers to be looked at, in the order in which they first run.
         flow: operations of the network, if tensors inside of it are wanted.
         chunks: re-iterable batches.
         note: what to remember of a batch.
         forward_fn: ``forward_fn(model, batch)``.
-
-    Raises:
-        ValueError: in a pass in which ``flow`` does not hold.
     """
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        pruned: nn.Module,
-        stops: Sequence[Stop],
-        flow: Flow | None,
-        chunks: Iterable[Any],
-        note: Callable[[Any], Any],
-        forward_fn: ForwardFn | None,
-    ) -> None:
-        self.stops, self.count = list(stops), 2 * len(stops)
-        self._dense, self._pruned, self._flow = dense, pruned, flow
-        self._chunks, self._note, self._forward_fn = chunks, note, forward_fn
+    dense: nn.Module
+    pruned: nn.Module
+    stops: Sequence[Stop]
+    flow: Flow | None
+    chunks: Chunks
+    note: Callable[[Any], Any]
+    forward_fn: ForwardFn | None = None
+
+
+class WholePasses:
+    """Two passes for every layer, cut off there.
+
+    Args:
+        given: the networks.
+
+    Raises:
+        ValueError: in a pass in which ``given.flow`` does not hold.
+    """
+
+    def __init__(self, given: Networks) -> None:
+        self._given, self.stops, self.count = given, list(given.stops), 2 * len(given.stops)
 
     def at(self, stop: Stop) -> Iterator[tuple[Any, Both]]:
         """See :class:`Passes`."""
-        for chunk in self._chunks:
-            yield self._note(chunk), (self._seen(self._dense, stop, chunk), self._seen(self._pruned, stop, chunk))
+        dense, pruned = self._given.dense, self._given.pruned
+        for chunk in self._given.chunks:
+            yield self._given.note(chunk), (self._seen(dense, stop, chunk), self._seen(pruned, stop, chunk))
 
     def _seen(self, model: nn.Module, stop: Stop, chunk: Any) -> list[Seen]:
         calls: list[Seen] = []
@@ -130,11 +137,11 @@ class WholePasses:
 
         with ExitStack() as stack:
             stack.callback(after_layer(model.get_submodule(stop.name), see, not stop.repeated))
-            if stop.added is not None and self._flow is not None:
+            if stop.added is not None and self._given.flow is not None:
                 watches = {stop.added: lambda x: added.append(at_least_float(x).clone())}
-                stack.enter_context(watch_activations(model, self._flow, watches))
+                stack.enter_context(watch_activations(model, self._given.flow, watches))
             try:
-                run_until_cut(model, chunk, self._forward_fn)
+                run_until_cut(model, chunk, self._given.forward_fn)
             except TracingError as error:
                 raise ValueError(
                     f"{error}: its control flow depends on the data; pass Refit(residual=False)"
@@ -158,13 +165,7 @@ class ReplayedPasses:
     of a network for large images, the pieces begin where it did last, or with the batches themselves.
 
     Args:
-        dense: a copy of the network.
-        pruned: the network, masked; its layers may get new weights, in place.
-        stops: layers to be looked at, none of which is repeated.
-        flow: operations of the network, if tensors inside of it are wanted.
-        chunks: the batches.
-        note: what to remember of a batch.
-        forward_fn: ``forward_fn(model, batch)``.
+        given: the networks, in which no stop is repeated.
         limit: bytes that may be kept.
 
     Raises:
@@ -172,22 +173,11 @@ class ReplayedPasses:
         ValueError: if there is no batch.
     """
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        pruned: nn.Module,
-        stops: Sequence[Stop],
-        flow: Flow | None,
-        chunks: Chunks,
-        note: Callable[[Any], Any],
-        forward_fn: ForwardFn | None,
-        limit: int,
-    ) -> None:
-        self._networks, self.stops, self._flow = (dense, pruned), list(stops), flow
-        self._batches, self._note, self._forward_fn = chunks, note, forward_fn
+    def __init__(self, given: Networks, limit: int) -> None:
+        self._given, self.stops = given, list(given.stops)
         self._known: dict[Any, tuple[Tape, Tape]] = {}
         self._order: list[str] | None = None
-        self._chunks = [self._chunk(batch) for batch in chunks]
+        self._chunks = [self._chunk(batch) for batch in given.chunks]
         if not self._chunks:
             raise ValueError(
                 "the loader gave no batch; a re-iterable of batches is needed (a generator runs only once)"
@@ -205,17 +195,17 @@ class ReplayedPasses:
         flat = FlatBatch.of(batch)
         form = None if flat is None else (str(flat.form), *((tuple(t.shape), t.dtype, t.device) for t in flat.tensors))
         if form is None:
-            return _Chunk(self._recorded(batch, False), self._note(batch))
+            return _Chunk(self._recorded(batch, False), self._given.note(batch))
         if form in self._known:
-            return _Chunk(self._known[form], self._note(batch), False)
+            return _Chunk(self._known[form], self._given.note(batch), False)
         try:
             self._known[form] = self._recorded(batch, True)
         except NotReplayable:  # Python looks at the batch: operations are those of this one only
-            return _Chunk(self._recorded(batch, False), self._note(batch))
-        return _Chunk(self._known[form], self._note(batch))
+            return _Chunk(self._recorded(batch, False), self._given.note(batch))
+        return _Chunk(self._known[form], self._given.note(batch))
 
     def _recorded(self, batch: Any, others: bool) -> tuple[Tape, Tape]:
-        dense, pruned = (self._record(network, batch, others) for network in self._networks)
+        dense, pruned = (self._record(network, batch, others) for network in (self._given.dense, self._given.pruned))
         for tape in (dense, pruned):
             order = sorted(tape.marks, key=lambda name: tape.marks[name].step)
             self._order = order if self._order is None else self._order
@@ -234,13 +224,13 @@ class ReplayedPasses:
         wanted = {stop.added for stop in self.stops if stop.added is not None}
         try:
             with ExitStack() as stack:
-                if wanted and self._flow is not None:
+                if wanted and self._given.flow is not None:
                     watches = {value: partial(recorder.name, value) for value in wanted}
-                    stack.enter_context(watch_activations(model, self._flow, watches))
+                    stack.enter_context(watch_activations(model, self._given.flow, watches))
                 for stop in self.stops:
                     recorder.mark(stack, stop.name, model.get_submodule(stop.name))
                 stack.enter_context(recorder)
-                output = run_batch(model, batch, self._forward_fn)
+                output = run_batch(model, batch, self._given.forward_fn)
         except NotReplayable:
             raise
         except Exception as error:  # if it is the network's own, it comes again without the recording
@@ -296,16 +286,16 @@ class ReplayedPasses:
         tape = chosen.tapes[1]
         values = tape.start(tensors_in(fresh_inputs(last)))
         self._advance(tape, values, 0, tape.end)
-        output = run_batch(self._networks[1], last, self._forward_fn)
+        output = run_batch(self._given.pruned, last, self._given.forward_fn)
         if reason := difference(tensors_in(output)[0], tape.output(values), TOLERANCE):
             raise NotReplayable(f"the replayed output {reason}")
 
     def _started(self) -> Iterator[tuple[Any, _Chunk]]:
         """All batches; where they come from the loader again, it may have shuffled them."""
-        if self._batches.kept is not None:
-            yield from zip(self._batches.kept, self._chunks, strict=True)
+        if self._given.chunks.kept is not None:
+            yield from zip(self._given.chunks.kept, self._chunks, strict=True)
         else:
-            yield from ((batch, self._chunk(batch)) for batch in self._batches)
+            yield from ((batch, self._chunk(batch)) for batch in self._given.chunks)
 
     def _begun(self, moves: bool) -> Iterator[tuple[_Chunk, Values, Values]]:
         """Both networks, per chunk, where they can be taken up."""

@@ -34,7 +34,7 @@ from ..statistics.consumers import checked_moments
 from ..statistics.labels import LabelFn, batch_labels, counted, labels_per_position, require_classes, wanted_classes
 from ..statistics.running_statistics import is_calibrated, move_statistics
 from .layers import LayerRefit
-from .passes import Passes, ReplayedPasses, Stop, WholePasses
+from .passes import Networks, Passes, ReplayedPasses, Stop, WholePasses
 from .settings import Refit
 from .solving import refitted_by_shortfall
 from .targets import Target, Targets
@@ -92,28 +92,28 @@ class SequentialRefit:
         with kept, torch.no_grad(), phase("refitting", n, unit="layer", layers=n) as self._running:
             model.eval()
             limit = self.settings.memory_limit
-            dense, chunks = copied(model), Chunks(loader, self._chunk(), limit // 4)
-            with masked_units(model, self.groups, _lists(self.removed)) as masked, masked.apart(dense):
-                if (passes := self._replayed(dense, chunks, limit - limit // 4)) is not None:
+            chunks = Chunks(loader, self._chunk(), limit // 4)
+            given = Networks(
+                copied(model), model, self._stops(), self._targets.flow, chunks, self._labels, self.forward_fn
+            )
+            with masked_units(model, self.groups, _lists(self.removed)) as masked, masked.apart(given.dense):
+                if (passes := self._replayed(given, limit - limit // 4)) is not None:
                     try:
                         rows = self._by(passes)
                         passes.check()
                         return rows
                     except NotReplayable as error:
-                        self._start_again(dense, f"because {error}")
-                flow, note = self._targets.flow, self._labels
-                return self._by(WholePasses(dense, model, self._stops(), flow, chunks, note, self.forward_fn))
+                        self._start_again(given.dense, f"because {error}")
+                return self._by(WholePasses(given))
 
     # -- passes
 
-    def _replayed(self, dense: nn.Module, chunks: Chunks, limit: int) -> ReplayedPasses | None:
-        model, stops = self.groups.trace.model, self._stops()
-        if any(stop.repeated for stop in stops):
+    def _replayed(self, given: Networks, limit: int) -> ReplayedPasses | None:
+        if any(stop.repeated for stop in given.stops):
             self._running.note(whole_passes="because layers run several times")
             return None
         try:
-            flow = self._targets.flow
-            passes = ReplayedPasses(dense, model, stops, flow, chunks, self._labels, self.forward_fn, limit)
+            passes = ReplayedPasses(given, limit)
         except NotReplayable as error:
             self._running.note(whole_passes=f"because {error}")
             return None
@@ -122,7 +122,7 @@ class SequentialRefit:
                 "memory_limit=%.1f GiB does not hold all samples at %d of %d layers: the network runs again up to them",
                 self.settings.memory_limit / 2**30,
                 passes.count // 2 - 1,
-                len(stops),
+                len(given.stops),
             )
         return passes
 
