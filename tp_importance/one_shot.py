@@ -145,8 +145,7 @@ def prune(
     dense = copied(model)
     with transaction(model, (*model.parameters(), *model.buffers())):
         report = pruner.step(refit=settings)
-        groups = pruner.groups
-        recovered = recover_network(model, dense, data, recovery, forward_fn=groups.options.forward_fn)
+        recovered = recover_network(model, dense, data, recovery, forward_fn=pruner.groups.options.forward_fn)
     return OneShot(model, report, pruner, recovered)
 
 

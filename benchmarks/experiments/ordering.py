@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Run
-from benchmarks.experiments.speed import mlps_only, with_random_norms
+from benchmarks.experiments.speed import with_random_norms
 from benchmarks.networks import PRETRAINED
 from benchmarks.tables import Rows, listing
 from benchmarks.tasks import DIGITS, EFFICIENTNET
@@ -45,20 +45,19 @@ NEGLIGIBLE = 1e-3
 """Losses below this fraction of the loss of a whole group count as that."""
 
 
-def subject(run: Run, key: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Network, example inputs, batches, and options of its groups."""
+def subject(run: Run, key: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Network, example inputs and batches."""
     name, images = key["network"], key["images"]
     if name in OWN:
         task = run.task(name)
-        return task.fresh(), task.inputs, task.draw(0, images), {}
-    model = with_random_norms(name)
-    return model, torch.zeros(1, 3, 64, 64), Images(images, 64, 16), mlps_only(model) if "vit" in name else {}
+        return task.fresh(), task.inputs, task.draw(0, images)
+    return with_random_norms(name), torch.zeros(1, 3, 64, 64), Images(images, 64, 16)
 
 
 def ordering(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     """Excess of the losses of rounds over those of single steps, and the time of both."""
-    model, x, batches, options = subject(run, key)
-    groups = prunable_groups(model, x, **options)
+    model, x, batches = subject(run, key)
+    groups = prunable_groups(model, x)
     importance = OBSImportance().collect(model, x, batches, groups=groups)
     found, spent = {}, {}
     for how, of in (("single", 1 << 30), ("rounds", elimination.ROUND)):
@@ -99,7 +98,7 @@ def scores(second: Tensor, kept: Tensor, missing: Tensor, error: Tensor, n: floa
 
 def ridge(run: Run, key: dict[str, Any]) -> dict[str, Any]:
     """In how many layers the search finds the best candidate, or one that is as good within a thousandth."""
-    model, x, batches, options = subject(run, key)
+    model, x, batches = subject(run, key)
     excess: list[float] = []
 
     def checked(second: Tensor, kept: Tensor, missing: Tensor, error: Tensor, rows: float, *more: Any, constant: bool):
@@ -111,7 +110,7 @@ def ridge(run: Run, key: dict[str, Any]) -> dict[str, Any]:
         return step, chosen
 
     with mock.patch.object(layers, "cross_validated", checked):
-        prune(model, x, batches, budget=Budget(macs=0.5), **options)
+        prune(model, x, batches, budget=Budget(macs=0.5))
     return {
         "layers": len(excess),
         "same": sum(e < 1e-3 for e in excess),

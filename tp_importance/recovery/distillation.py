@@ -16,6 +16,7 @@ from ..core.copies import copied
 from ..core.devices import to_model
 from ..core.forward import ForwardFn, call_model
 from ..maths.distillation import check_distillation, distillation_loss, feature_loss
+from .features import named_layers, recorded
 
 __all__ = ["Distiller", "distillation_loss"]
 
@@ -84,7 +85,7 @@ class Distiller:
         check_distillation(temperature, weight)
         if not 0 <= feature_weight < float("inf"):
             raise ValueError(f"feature_weight={feature_weight} must be finite and at least 0, e.g. 100")
-        _layers(teacher, features)
+        named_layers(teacher, features)
         self.teacher = copied(teacher).eval().requires_grad_(False)
         self._original: weakref.ref[nn.Module] | None = weakref.ref(teacher)
         self._hooks, self._watched = _count_hooks(teacher), 0
@@ -112,7 +113,7 @@ class Distiller:
             ...     distiller(net(x), x).item()
             0.0
         """
-        with _recorded(unwrapped_model(student, "student"), self.features, self._student):
+        with recorded(unwrapped_model(student, "student"), self.features, self._student):
             self._watched = len(self.features)
             try:
                 yield
@@ -139,7 +140,7 @@ class Distiller:
                 "libraries' outputs: output.logits)"
             )
         self._refuse_itself(student_output)
-        with _recorded(self.teacher, self.features, self._teacher):
+        with recorded(self.teacher, self.features, self._teacher):
             loss = distillation_loss(
                 student_output,
                 self.logits(inputs, student_output.device),
@@ -227,38 +228,6 @@ def _comes_from(output: Tensor, model: nn.Module) -> bool:
             return True
         waiting += [parent for parent, _ in node.next_functions]
     return False
-
-
-def _layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    known = dict(model.named_modules())
-    missing = [name for name in names if name not in known]
-    if missing or isinstance(names, str):
-        raise ValueError(
-            f"features={names!r} must be a list of layer names of {type(model).__name__}; unknown: {missing}; see "
-            "dict(model.named_modules())"
-        )
-    return {name: known[name] for name in names}
-
-
-@contextmanager
-def _recorded(model: nn.Module, names: Sequence[str], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """Note the outputs of layers in ``outputs``, which is empty again afterwards."""
-
-    def note(name: str, output: Any) -> None:
-        if not isinstance(output, Tensor):
-            raise TypeError(f"feature {name!r} puts out a {type(output).__name__}; name layers that give one tensor")
-        outputs[name] = output.clone()  # the next layer may work in place
-
-    handles = [
-        layer.register_forward_hook(lambda _layer, _args, output, name=name: note(name, output))
-        for name, layer in _layers(model, names).items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        outputs.clear()
 
 
 def _take_format(model: nn.Module, inputs: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.batches import tensors_in
 from ..maths.distillation import distillation_loss, feature_loss
 
-__all__ = ["common_features", "feature_losses", "kept_channels", "output_loss", "outputs_of"]
+__all__ = ["common_features", "feature_losses", "kept_channels", "named_layers", "output_loss", "recorded"]
 
 MOST = 16
 """Features that are compared at most, spread evenly."""
@@ -20,27 +20,37 @@ ALIKE = 0.5
 """Correlation from which on a channel counts as one of the dense network."""
 
 
+def named_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Modules by name; ``ValueError`` for names that the network lacks."""
+    known = dict(model.named_modules())
+    missing = [name for name in names if name not in known]
+    if missing or isinstance(names, str):
+        raise ValueError(
+            f"features={names!r} must be a list of layer names of {type(model).__name__}; unknown: {missing}; see "
+            "dict(model.named_modules())"
+        )
+    return {name: known[name] for name in names}
+
+
 @contextmanager
-def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """What some modules put out in the last pass, while the block runs.
+def recorded(model: nn.Module, names: Sequence[str], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Note the outputs of layers in ``outputs``, which is empty again afterwards."""
 
-    Args:
-        model: the network.
-        names: of its modules.
-    """
-    found: dict[str, Tensor] = {}
+    def note(name: str, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"feature {name!r} puts out a {type(output).__name__}; name layers that give one tensor")
+        outputs[name] = output.clone()  # the next layer may work in place
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                found[name] = output
-
-        return hook
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
-        yield found
+    handles = [
+        layer.register_forward_hook(lambda _layer, _args, output, name=name: note(name, output))
+        for name, layer in named_layers(model, names).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        outputs.clear()
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from ..core.positions import counted_positions
 from ..core.progress import LOGGER, phase, shown
 from ..statistics.running_statistics import is_calibrated
 from .augment import shifted_and_flipped
-from .features import common_features, feature_losses, output_loss, outputs_of
+from .features import common_features, feature_losses, output_loss, recorded
 from .settings import Recovery
 
 __all__ = ["RecoveryReport", "recover"]
@@ -99,7 +99,7 @@ def recover(
     Args:
         model: the pruned network.
         dense: the network before pruning (a copy made then; ``OneShot.pruner`` has one); is not changed.
-        loader: re-iterable of batches; kept in memory if they fit.
+        loader: iterable of batches; read once, and all kept in memory.
         settings: a :class:`Recovery`, ``True`` for the defaults, or a number of minutes.
         forward_fn: ``forward_fn(model, batch)``.
         progress: show a progress bar; by default in a terminal.
@@ -154,7 +154,7 @@ class _Training:
         self, model: nn.Module, teacher: nn.Module, loader: Iterable[Any], how: Recovery, forward_fn: ForwardFn | None
     ) -> None:
         self._model, self._teacher, self._how, self._forward_fn = model, teacher, how, forward_fn
-        self._chunks = Chunks(loader, how.batch_size, how.memory_limit)
+        self._chunks = Chunks(loader, how.batch_size)
         self._generator = torch.Generator().manual_seed(how.seed)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._norms = [m for m in model.modules() if is_calibrated(m)]
@@ -184,7 +184,7 @@ class _Training:
         optimizer = torch.optim.AdamW(self._trained, lr=how.lr)
         with phase("recovering", steps, unit="step", samples=samples) as running:
             if how.autocast == "auto":
-                self._autocast = self._faster(train[0], optimizer)
+                self._autocast = self._faster(train[0])
             done, looks, began = 0, 0, time.perf_counter()
             for batch in self._stream(train, epochs):
                 now = time.perf_counter()
@@ -250,14 +250,17 @@ class _Training:
     # -- steps
 
     def _loss(self, batch: Any) -> Tensor:
-        with torch.no_grad(), self._cast(), outputs_of(self._teacher, self._features) as theirs:
-            wanted = run_batch(self._teacher, batch, self._forward_fn)
-        with self._cast(), outputs_of(self._model, self._features) as ours:
-            given = run_batch(self._model, batch, self._forward_fn)
+        names, ours, theirs = list(self._features), dict[str, Tensor](), dict[str, Tensor]()
+        with recorded(self._teacher, names, theirs), recorded(self._model, names, ours):
+            with self._cast(), torch.no_grad():
+                wanted = run_batch(self._teacher, batch, self._forward_fn)
+            with self._cast():
+                given = run_batch(self._model, batch, self._forward_fn)
+            features = feature_losses(ours, theirs, self._features)
         positions = counted_positions(batch, self._forward_fn)
         marks = None if positions is None else positions.bool()
         loss = output_loss(given, wanted, self._how.temperature, marks)
-        return loss + self._how.feature_weight * feature_losses(ours, theirs, self._features).to(loss.device)
+        return loss + self._how.feature_weight * features.to(loss.device)
 
     def _cast(self) -> Any:
         device = reference_tensor(self._model)
@@ -297,14 +300,13 @@ class _Training:
         LOGGER.debug("held-out loss %.5g", loss)
         return (loss, self._state()) if loss < best else (best, state)
 
-    def _faster(self, batch: Any, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step is faster in bfloat16; the network and the optimizer are as before."""
+    def _faster(self, batch: Any) -> bool:
+        """Whether a step is faster in bfloat16; the network is as before."""
         part, times = _first(batch, self._how.batch_size), {}
         for self._autocast in (False, True, False, True):
             start = time.perf_counter()
             with torch.enable_grad():
-                grads = torch.autograd.grad(self._loss(part), self._trained, allow_unused=True)
-            del grads
+                torch.autograd.grad(self._loss(part), self._trained, allow_unused=True)
             times[self._autocast] = time.perf_counter() - start
         return times[True] < 0.9 * times[False]
 

@@ -35,7 +35,6 @@ class Recovery:
             all train and all choose.
         autocast: bfloat16; ``"auto"``: if a step is faster with it.
         seed: of the order and of the augmentation.
-        memory_limit: bytes of samples that are kept; of more, the loader is read in every epoch.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -57,7 +56,6 @@ class Recovery:
     held_out: float = 0.1
     autocast: bool | Literal["auto"] = "auto"
     seed: int = 0
-    memory_limit: int = 4 << 30
 
     def __post_init__(self) -> None:
         whole = (("epochs", self.epochs, 1), ("batch_size", self.batch_size, 1))
