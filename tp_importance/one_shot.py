@@ -19,8 +19,8 @@ from .core.processes import warned_once
 from .pruning.pruner import BudgetPruner
 from .pruning.registry import find_criterion, find_importance
 from .pruning.report import PruningReport
-from .recovery.recover import RecoveryReport
 from .recovery.recover import recover as recover_network
+from .recovery.report import RecoveryReport
 from .recovery.settings import Recovery
 from .refitting.settings import Refit
 from .statistics.gradients import LossFn, checked_loss_fn
@@ -132,8 +132,8 @@ def prune(
         raise ValueError(
             f"refit={settings.mode!r} needs images: pass a loader, prune(model, x, loader, ...), or refit=None"
         )
-    if recovery is not None and data is None:
-        raise ValueError(f"recover={recover!r} needs images: pass a loader, prune(model, x, loader, ...)")
+    if recovery is not None:
+        recovery.require_data(data)
     importance = find_importance(method, "method")
     if loss_fn is not None:
         _take_loss(loss_fn, importance, method)

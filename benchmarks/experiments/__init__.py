@@ -9,6 +9,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "subtask": ("subtask", "imagenette", "imagenette-250", "imagenette-500"),
     "itpruner": ("itpruner",),
     "recovery": ("recovery",),
+    "recover": ("recover", "recover-settings", "recover-curve"),
     "psap": ("psap", "psap-cifar", "psap-overhead"),
     "resconv": ("resconv", "resconv-latency"),
     "automl": ("automl", "automl-pareto"),

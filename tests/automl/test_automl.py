@@ -95,7 +95,7 @@ def test_widths_ratios_and_weights():
         (
             {"method": "resconv", "refit": "parallel"},
             SearchSpaceError,
-            "no consumers of removed channels to refit",
+            "takes no refit=.parallel.; give refit=.batchnorm. or refit=.sequential.",
         ),
     ],
 )

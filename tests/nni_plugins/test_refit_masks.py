@@ -11,7 +11,7 @@ from nni.compression.pruning import L1NormPruner
 
 from helpers.states import state
 from nni_plugins import CATROPruner, refit_masks, speedup
-from tp_importance import prunable_groups
+from tp_importance import Recovery, prunable_groups, recover
 from tp_importance.graph.surgery import remove_units
 from tp_importance.refitting.refit import refit_consumers
 from tp_importance.testing import class_loader, make_network
@@ -71,6 +71,8 @@ def test_masks_of_a_pruner(ours):
     assert len(report.rows) == 3 and all(r.after < r.before for r in report.rows)
     speedup(model, x, masks)
     assert model(x).shape == dense(x).shape and model[1][0].in_channels == 4
+    report = recover(model, dense, data, Recovery(epochs=5, autocast=False))
+    assert report.after < report.before
 
 
 def test_a_unit_goes_only_if_all_its_layers_are_masked():

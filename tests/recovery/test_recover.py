@@ -135,7 +135,7 @@ def test_prune_and_recover_is_one_step(monkeypatch):
     with pytest.raises(RuntimeError, match="broken"):
         prune(twin, images(2), loader, budget=HALF, recover=Recovery(augment=broken, autocast=False))
     assert same_state(twin, before)
-    with pytest.raises(ValueError, match="recover=True needs images"):
+    with pytest.raises(ValueError, match="recover= needs images"):
         prune(twin, images(2), budget=HALF, method="l1", refit=None, recover=True)
 
 
@@ -182,6 +182,11 @@ def test_bad_input():
     other.head = nn.Linear(8, 7)
     with pytest.raises(ValueError, match=r"an output of shape \(8, 5\), the dense one \(8, 7\)|shape"):
         recover(model, other, loader, QUICK)
+    with pytest.raises(ValueError, match=r"gives 1 tensor\(s\), the dense one 2"):
+        recover(model, Net(lambda logits, y: (logits, y)), loader, QUICK)
+    with pytest.raises(RuntimeError) as caught:
+        recover(model, nn.Linear(3, 5), loader, QUICK)
+    assert "raised by the dense network, a Linear" in caught.value.__notes__[-1]
     with pytest.raises(ValueError, match="all parameters are frozen"):
         recover(copy.deepcopy(model).requires_grad_(False), dense, loader)
     with pytest.raises(TypeError, match="recovers nothing"):

@@ -17,7 +17,7 @@ __all__ = ["prune_channels", "value_network"]
 
 
 def prune_channels(method: Method, job: Job) -> None:
-    """Prune ``job.model`` in place by the importance of a method, and train it if the job says so.
+    """Prune ``job.model`` in place by the importance of a method, recover and train it if the job says so.
 
     If the search gives no widths, they come from the
     :func:`~tp_importance.allocation.registry.default_allocator` of the importance.
@@ -40,8 +40,7 @@ def prune_channels(method: Method, job: Job) -> None:
     plan = target.allocate(chosen, found.curves(target.groups), limits)
     if not plan.is_noop:
         target.apply(plan, job.loader, refit=job.repair, label_fn=label_fn)
-    if job.train is not None:
-        job.train(job.model)
+    job.finish()
 
 
 def value_network(method: Method, job: Job, groups: PrunableGroups) -> Valuation:

@@ -28,6 +28,7 @@ from ..graph.counting import count_ops
 from ..latency.measure import measure_latency
 from ..pruning.domains import check_names
 from ..pruning.registry import Job, Train, find_method
+from ..recovery.settings import Recovery
 from ..refitting.settings import Refit
 from ..statistics.gradients import LossFn, checked_loss_fn
 from .channels import prune_channels
@@ -181,6 +182,7 @@ def prune_trial(
     budget: Budget | None = None,
     train: Train | None = None,
     refit: Refit | str | bool | None = "batchnorm",
+    recover: Recovery | bool | float | None = None,
     statistics: Any = None,
     loss_fn: LossFn | None = None,
     latency_seconds: float | None = 0.2,
@@ -205,6 +207,8 @@ def prune_trial(
         train: fine-tuning, see :class:`~tp_importance.automl.Train`; default: none.
         refit: how the network is repaired on ``loader`` before training, see :class:`~tp_importance.Refit`; a
             ``"refit"`` among the parameters goes first. Without a loader or batch norms, ``"batchnorm"`` does nothing.
+        recover: train the pruned network on ``loader`` to give what ``model`` gives, without labels and before
+            ``train``: ``True``, a number of minutes or a :class:`~tp_importance.Recovery`.
         statistics: folder for statistics that trials share, see
             :class:`~tp_importance.automl.statistics.CurveStore`; default: collected in every trial.
         loss_fn: ``loss_fn(output, labels)`` for trials of a criterion that looks at gradients of a loss (``"taylor"``,
@@ -244,7 +248,9 @@ def prune_trial(
         # layers in the options are then those of the copy
         clone, options = copied_with(model, pruner_options)
         job = Job(clone, example_inputs, loader, budget, train=train, loss_fn=loss_fn)
-        job.refit = Refit.of(refit)
+        job.refit, job.recovery, job.dense = Refit.of(refit), Recovery.of(recover), model
+        if job.recovery is not None:
+            job.recovery.require_data(loader)
         job.store = None if statistics is None else CurveStore(statistics, model)
         job.pruner_options = options
         return _run(TrialParameters.parse(params), job, evaluate, latency_seconds, keep)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -13,6 +13,8 @@ from ..allocation.registry import Allocator
 from ..budget import Budget
 from ..core.arguments import checked_importance
 from ..errors import SearchSpaceError
+from ..recovery.recover import recover
+from ..recovery.settings import Recovery
 from ..refitting.settings import Refit
 from ..statistics.gradients import LossFn
 from ..statistics.running_statistics import has_batch_norm
@@ -50,6 +52,8 @@ class Job:
         loss_fn: for criteria that look at a loss, or None for their own.
         pruner_options: further arguments of the pruner, such as ``ignored_layers``; use :attr:`arguments`.
         refit: how the network is repaired on the loader, or None; use :attr:`repair`.
+        dense: the network that the copy was made of.
+        recovery: how it teaches the pruned one on the loader, or None; use :meth:`finish`.
     """
 
     model: nn.Module
@@ -64,6 +68,20 @@ class Job:
     loss_fn: LossFn | None = None
     pruner_options: dict[str, Any] = field(default_factory=dict)
     refit: Refit | None = None
+    dense: nn.Module | None = None
+    recovery: Recovery | None = None
+
+    def finish(self) -> None:
+        """What follows the surgery: recovery and fine-tuning of ``model``, of these what there is."""
+        self.recover()
+        if self.train is not None:
+            self.train(self.model)
+
+    def recover(self) -> None:
+        """Recovery alone, for methods that train by themselves."""
+        if self.recovery is not None and self.dense is not None and self.loader is not None:
+            run = self.pruner_options.get("forward_fn")
+            recover(self.model, self.dense, self.loader, self.recovery, forward_fn=run)
 
     @property
     def repair(self) -> Refit | None:
@@ -77,22 +95,22 @@ class Job:
         """Further arguments of a pruner of channels: groups are verified once, if there is a store."""
         return {**({} if self.store is None else {"verify": self.store.verify}), **self.pruner_options}
 
-    def whole_budget(self, name: str) -> Budget:
+    def whole_budget(self, name: str, modes: Sequence[str] = ("batchnorm",)) -> Budget:
         """The budget, for a method that decides all the rest by itself.
 
         Args:
             name: of the method, for the error.
+            modes: of a refit that it takes.
 
         Raises:
-            SearchSpaceError: if the search gives widths, an allocator or a refit of channels.
+            SearchSpaceError: if the search gives widths, an allocator or another refit.
             ValueError: if there is no budget.
         """
         if self.allocate is not None or self.allocator is not None:
             raise SearchSpaceError(f"method {name!r} takes no widths and no allocator per group; it needs a budget")
-        if self.refit is not None and self.refit.solves:
-            raise SearchSpaceError(
-                f"method {name!r} has no consumers of removed channels to refit; give refit='batchnorm'"
-            )
+        if self.refit is not None and self.refit.mode not in modes:
+            known = " or ".join(f"refit={mode!r}" for mode in modes)
+            raise SearchSpaceError(f"method {name!r} takes no refit={self.refit.mode!r}; give {known}")
         if self.budget is None:
             raise ValueError(f"method {name!r} needs a budget: pass budget=, or search over 'budget:macs'")
         return self.budget
@@ -107,8 +125,8 @@ class Method:
         make: ``make(**options)`` gives the importance of a method that values channels, ours or any
             ``tp.importance.Importance``; None for methods that prune by themselves.
         options: hyper-parameters with the domains that a search takes by default.
-        prune: ``prune(job)`` prunes ``job.model`` in place, and trains it if ``job.train`` is there; None for methods
-            with an importance.
+        prune: ``prune(job)`` prunes ``job.model`` in place and calls ``job.finish()``, or trains it by itself; None for
+            methods with an importance.
         needs_training: whether it can do nothing without ``job.train``.
         instead: what to use where a criterion for channels is wanted and this is none.
     """

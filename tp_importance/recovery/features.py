@@ -163,11 +163,17 @@ def output_loss(student: Any, teacher: Any, temperature: float, marks: Tensor | 
         marks: bool, shape (N, T): tokens that count; outputs of shape (N, T, ...) are compared there.
 
     Raises:
-        ValueError: if there is nothing to compare, or shapes differ.
+        ValueError: if there is nothing to compare, or numbers or shapes differ.
     """
+    ours, theirs = tensors_in(student), tensors_in(teacher)
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"the pruned network gives {len(ours)} tensor(s), the dense one {len(theirs)}: they must be the same task, "
+            "and of the same class where outputs depend on it"
+        )
     pairs = [
         (s, t)
-        for s, t in zip(tensors_in(student), tensors_in(teacher), strict=True)
+        for s, t in zip(ours, theirs, strict=True)
         if s.is_floating_point() and s.requires_grad | (not torch.is_grad_enabled())
     ]
     if not pairs:

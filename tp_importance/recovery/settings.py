@@ -33,7 +33,7 @@ class Recovery:
             flipped; other data stay as they are. ``None``: nothing. Or ``augment(batch, generator)``.
         held_out: fraction of the samples that choose the best state, at least 10 of them; with fewer than 100 samples
             all train and all choose.
-        autocast: bfloat16; ``"auto"``: if a step is faster with it.
+        autocast: bfloat16; ``"auto"``: if the device has units for it and the weights are float32.
         seed: of the order and of the augmentation.
 
     Raises:
@@ -84,6 +84,18 @@ class Recovery:
         if self.epochs != "auto":
             return self.epochs
         return min(max(round(VISITS / max(samples, 1)), EPOCHS[0]), EPOCHS[1])
+
+    def require_data(self, loader: Any) -> None:
+        """Refuse a recovery without samples.
+
+        Args:
+            loader: what there is, ``None`` for nothing.
+
+        Raises:
+            ValueError: if there is nothing.
+        """
+        if loader is None:
+            raise ValueError("recover= needs images: pass a loader, a re-iterable of batches")
 
     @classmethod
     def of(cls, value: Recovery | bool | float | None) -> Recovery | None:

@@ -16,13 +16,14 @@ from ..graph.layer_pruners import RECURRENT
 from ..graph.patches import bn_gain, consumer_weight, feature_channels, set_consumer_weight
 from ..graph.reparametrised import computed_tensors
 from ..graph.surgery import checked_units
+from ..graph.tracing import Trace
 from ..maths.least_squares import refit
 from ..maths.ridge import cross_validated
 from ..statistics.consumers import MAX_FEATURES
 from .report import RefitRow
 from .settings import Ridge
 
-__all__ = ["LayerRefit", "refittable", "touched"]
+__all__ = ["LayerRefit", "refittable", "touched", "whole"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +210,25 @@ def refittable(
         elif downstream or not bool(kept.all()):
             refits.append(LayerRefit(name, module, kept, outputs, groups.trace.batch_norm_behind(name, alone=True)))
     return refits, skipped
+
+
+def whole(trace: Trace, name: str) -> LayerRefit | RefitRow:
+    """A layer that keeps all its features, to be refitted to other inputs; or the row that says why it cannot be.
+
+    Args:
+        trace: of the network.
+        name: of a convolution or linear layer.
+    """
+    module = trace.model.get_submodule(name)
+    owners = Counter(id(p) for m in trace.model.modules() for p in m._parameters.values() if p is not None)
+    reason = _obstacle(module, owners)
+    if not reason and sum(call.name == name for call in trace.calls) > 1:
+        reason = "it runs several times: a refit would take passes of its own"
+    if reason:
+        return RefitRow(name, 0, 0, skipped=reason)
+    groups, outputs, features = _shape(module)
+    kept, stay = (torch.ones(groups, n, dtype=torch.bool, device="cpu") for n in (features, outputs))
+    return LayerRefit(name, module, kept, stay, trace.batch_norm_behind(name, alone=True))
 
 
 def _obstacle(module: nn.Module, owners: Counter[int]) -> str:

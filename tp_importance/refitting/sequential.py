@@ -62,6 +62,7 @@ class SequentialRefit:
         classes: only samples of these labels count.
         forward_fn: ``forward_fn(model, batch)``.
         label_fn: ``label_fn(batch)``.
+        dense: the network that gives the targets, of the same operations; default: a copy of the model.
     """
 
     groups: PrunableGroups
@@ -72,6 +73,7 @@ class SequentialRefit:
     classes: Sequence[int] | None = None
     forward_fn: ForwardFn | None = None
     label_fn: LabelFn | None = None
+    dense: nn.Module | None = None
     passes: int = field(default=0, init=False)
     _targets: Targets = field(init=False)
     _running: Phase = field(default=Phase("refitting"), init=False)
@@ -93,9 +95,8 @@ class SequentialRefit:
             model.eval()
             limit = self.settings.memory_limit
             chunks = Chunks(loader, self._chunk(), limit // 4)
-            given = Networks(
-                copied(model), model, self._stops(), self._targets.flow, chunks, self._labels, self.forward_fn
-            )
+            dense = copied(model) if self.dense is None else self.dense.eval()
+            given = Networks(dense, model, self._stops(), self._targets.flow, chunks, self._labels, self.forward_fn)
             with masked_units(model, self.groups, _lists(self.removed)) as masked, masked.apart(given.dense):
                 if (passes := self._replayed(given, limit - limit // 4)) is not None:
                     try:

@@ -19,6 +19,7 @@ def _prune_while_training(job: Job) -> None:
     pruner = PSAPPruner(job.model, job.example_inputs, budget=budget, schedule=schedule, **options, **job.arguments)
     job.train(job.model, start=pruner.start, step=pruner.step)
     pruner.finish()  # removes what was masked while the batch norms learned: they fit
+    job.recover()
 
 
 register_method("psap", PSAPImportance, options={"ratio": Float(0.2, 0.8)})

@@ -45,15 +45,14 @@ def _prune_layers(job: Job) -> None:
         job.model,
         job.example_inputs,
         job.loader,
-        budget=job.whole_budget("resconv"),
+        budget=job.whole_budget("resconv", modes=("batchnorm", "sequential")),
         **job.options,
         **options,
     )
     plan = pruner.plan()
     if plan.removed:
         pruner.apply(plan, fuse=False, refit=job.repair)
-    if job.train is not None:
-        job.train(job.model)
+    job.finish()
     if pruner.layers:
         fuse(job.model.eval())
 

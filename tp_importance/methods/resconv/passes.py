@@ -261,6 +261,7 @@ class ReplayedPasses:
             raise NotReplayable(f"the replayed output without {len(names)} layers {reason}")
 
 
+@torch.no_grad()  # also in a generator that is closed elsewhere
 def set_factors(layer: ResConv2d, s: float, a: float) -> None:
     """Give a layer other factors, in place."""
     layer.s.fill_(s)

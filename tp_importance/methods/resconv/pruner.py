@@ -18,6 +18,10 @@ from ...core.progress import phase, shown
 from ...core.stale_optimizers import replacing
 from ...graph.counting import count_ops
 from ...pruning.report import bytes_per_parameter
+from ...recovery.recover import recover as recover_network
+from ...recovery.report import RecoveryReport
+from ...recovery.settings import Recovery
+from ...refitting.report import RefitReport
 from ...refitting.settings import Refit
 from ...statistics.batchnorm import recalibrate_batchnorm
 from ...statistics.dense_reference import DenseReference
@@ -27,6 +31,7 @@ from .conversion import ConversionReport, convert_to_resconv
 from .conversion import fuse as fuse_layers
 from .losses import LayerImportance
 from .plan import LOSSES, LayerPlan, LayerPlanner
+from .refit import refit_to_removal
 from .removal import RemovalReport, remove_layers
 from .report import LayerReport, LayerRow
 from .training import factors_apart, proximal_step
@@ -179,7 +184,12 @@ class ResConvPruner(LayerPlanner):
 
     @warned_once()
     def step(
-        self, budget: Budget | None = None, *, fuse: bool = True, refit: Refit | str | bool | None = None
+        self,
+        budget: Budget | None = None,
+        *,
+        fuse: bool = True,
+        refit: Refit | str | bool | None = None,
+        recover: Recovery | bool | float | None = None,
     ) -> LayerReport:
         """Remove layers until the budget is met: :meth:`plan`, then :meth:`apply`.
 
@@ -189,9 +199,13 @@ class ResConvPruner(LayerPlanner):
             budget: default: the pruner's.
             fuse: turn the layers that stay into ordinary convolutions. With ``False`` they keep shortcut and batch
                 norm, so that training can go on; call :func:`~tp_importance.fuse` at the end.
-            refit: ``"batchnorm"`` (also ``True``): move the batch norm statistics by the change that the removal makes
-                on the pruner's loader, before fusing; see :class:`~tp_importance.Refit`. No layer gets new weights by
-                least squares.
+            refit: how the network is repaired on the pruner's loader, before fusing, see :class:`~tp_importance.Refit`.
+                ``"sequential"`` (also ``True``): all layers behind the first that goes are refitted by least squares,
+                and make up for what is missing in the residual streams. ``"batchnorm"``: only the batch norm statistics
+                move, by the change that the removal makes.
+            recover: then, before fusing, train the network on the pruner's loader to give what it gave before the step:
+                ``True``, a number of minutes or a :class:`~tp_importance.Recovery`; see
+                :func:`~tp_importance.recover`.
 
         Returns:
             :class:`~tp_importance.methods.resconv.LayerReport`.
@@ -200,24 +214,32 @@ class ResConvPruner(LayerPlanner):
             BudgetError: if the budget cannot be reached.
             RuntimeError: if the result does not cost or compute what was planned, or after the model was fused; the
                 model is then as before.
-            ValueError: if the refit has no loader, or is one of channels.
+            ValueError: if refit or recovery have no loader, or for ``refit="parallel"``.
 
         Warns:
             UserWarning: if nothing needs to be removed, or (without data) a removed layer with a = 0 becomes the
                 identity.
         """
-        settings = self._checked(refit)
-        return self.apply(self.plan(budget), fuse=fuse, refit=settings)
+        settings, recovery = self._checked(refit, recover)
+        return self.apply(self.plan(budget), fuse=fuse, refit=settings, recover=recovery)
 
     @warned_once()
     @torch.inference_mode(False)  # what is made there could take no gradient
-    def apply(self, plan: LayerPlan, *, fuse: bool = True, refit: Refit | str | bool | None = None) -> LayerReport:
+    def apply(
+        self,
+        plan: LayerPlan,
+        *,
+        fuse: bool = True,
+        refit: Refit | str | bool | None = None,
+        recover: Recovery | bool | float | None = None,
+    ) -> LayerReport:
         """Remove the layers of a plan, fold what they hand on into their neighbours, and fuse the others; in place.
 
         Args:
             plan: of this pruner, made for the model as it is now.
             fuse: as for :meth:`step`.
             refit: as for :meth:`step`.
+            recover: as for :meth:`step`.
 
         Returns:
             :class:`~tp_importance.methods.resconv.LayerReport`.
@@ -226,7 +248,7 @@ class ResConvPruner(LayerPlanner):
             RuntimeError: as :meth:`step`.
             ValueError: as :meth:`step`, and for a plan of other layers than there are.
         """
-        settings, run = self._checked(refit), self._forward_fn
+        (settings, recovery), run = self._checked(refit, recover), self._forward_fn
         unknown = sorted(set(plan.losses).symmetric_difference(self._require_layers()))
         if unknown:
             raise ValueError(f"the plan is of another network: layer {unknown[0]} is not in both; call plan() again")
@@ -236,16 +258,11 @@ class ResConvPruner(LayerPlanner):
             warnings.warn(
                 f"the network already meets the budget ({plan.cost}); no layer is removed", stacklevel=levels_up()
             )
-        done = RemovalReport([], {}, {})
-        step = transaction(self.model, self.model.buffers())  # statistics are written in place
+        in_place = (*self.model.buffers(), *self.model.parameters())
+        step, refitted, recovered, done = transaction(self.model, in_place), None, None, RemovalReport([], {}, {})
         with shown(self._progress), step, replacing(self.model):
             if plan.removed:
-                reference = DenseReference.of(self.model) if settings and has_batch_norm(self.model) else None
-                with phase("removing layers", layers=len(plan.removed), before=self.dense, after=plan.cost):
-                    factors = plan.controls or plan.removed
-                    done = remove_layers(self.model, self._example_inputs, factors, forward_fn=run)
-                if reference is not None and self.loader is not None:
-                    recalibrate_batchnorm(self.model, self.loader, reference=reference, forward_fn=run)
+                refitted, recovered, done = self._removed(plan, settings, recovery)
             if fuse and self.layers:
                 fuse_layers(self.model.eval())
             cost = Cost(*count_ops(self.model, self._example_inputs, forward_fn=run))
@@ -263,10 +280,38 @@ class ResConvPruner(LayerPlanner):
                 collapsed=done.collapsed,
                 kept_scales=done.kept_scales,
                 latency_ms=plan.latency_ms,
+                refit=refitted,
+                recovery=recovered,
             )
             step.commit()
             self.history.append(report)
         return report
+
+    def _removed(
+        self, plan: LayerPlan, settings: Refit | None, recovery: Recovery | None
+    ) -> tuple[RefitReport | None, RecoveryReport | None, RemovalReport]:
+        """Refit for a removal, remove, and repair while tensors are still on the scale of the dense network."""
+        model, x, loader, run = self.model, self._example_inputs, self.loader, self._forward_fn
+        refitted: RefitReport | None = None
+        recovered: RecoveryReport | None = None
+        follows = settings is not None and settings.follows and has_batch_norm(model)
+        reference = DenseReference.of(model) if follows or recovery is not None else None
+        if settings is not None and settings.solves and loader is not None:
+            given = plan.controls or {name: self.layers[name].a.item() or 1.0 for name in plan.removed}
+            refitted = refit_to_removal(model, x, loader, given, settings, forward_fn=run)
+
+        def repair() -> None:
+            nonlocal recovered
+            if reference is None or loader is None:
+                return
+            with torch.enable_grad():
+                if follows:
+                    recalibrate_batchnorm(model, loader, reference=reference, forward_fn=run)
+                if recovery is not None:
+                    recovered = recover_network(model, reference.model, loader, recovery, forward_fn=run)
+
+        done = remove_layers(model, x, plan.controls or plan.removed, forward_fn=run, repair=repair)
+        return refitted, recovered, done
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the states of model and optimizer; plain values."""
@@ -283,13 +328,21 @@ class ResConvPruner(LayerPlanner):
             raise ValueError(f"the state is of another network: layers {sorted(other)[:3]} are not in both")
         self.dense, self._dense_ms = Cost(**state["dense"]), state["dense_ms"]
 
-    def _checked(self, refit: Refit | str | bool | None) -> Refit | None:
-        settings = Refit.of("batchnorm" if refit is True else refit)
-        if settings is not None and settings.solves:
-            raise ValueError(f"refit={settings.mode!r} is for channels; after layers went give refit='batchnorm'")
+    def _checked(
+        self, refit: Refit | str | bool | None, recover: Recovery | bool | float | None
+    ) -> tuple[Refit | None, Recovery | None]:
+        recovery = Recovery.of(recover)
+        if recovery is not None:
+            recovery.require_data(self.loader)
+        settings = Refit.of(refit)
+        if settings is not None and settings.mode == "parallel":
+            raise ValueError(
+                "refit='parallel' is for channels: what the layers that stay can make up for is only known from one to "
+                "the next; give refit='sequential' or 'batchnorm'"
+            )
         if settings is not None:
             settings.require_data(self.loader)
-        return settings
+        return settings, recovery
 
     def _rows(self, plan: LayerPlan) -> list[LayerRow]:
         return [

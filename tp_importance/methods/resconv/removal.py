@@ -21,6 +21,7 @@ from ...core.batches import tensors_in
 from ...core.devices import reference_tensor
 from ...core.forward import call_model, run_model
 from ...core.guards import preserved, transaction
+from ...core.progress import phase
 from ...core.stale_optimizers import replacing
 from ...core.untouched import untouched
 from ...graph.comparison import difference
@@ -58,6 +59,7 @@ def remove_layers(
     names: Iterable[str] | Mapping[str, float],
     *,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    repair: Callable[[], None] | None = None,
 ) -> RemovalReport:
     r"""Remove residual convolutions in place, as if their s were 0: :math:`y = \phi(a x)`.
 
@@ -75,6 +77,8 @@ def remove_layers(
         example_inputs: tensor, tuple or dict, batch dimension first.
         names: the layers to remove; with a mapping, what each hands on instead of its a.
         forward_fn: ``forward_fn(model, example_inputs)``.
+        repair: called once the layers are gone and before their factors are moved, which scales tensors inside the
+            network: until then they can be compared with those of the dense one. May change values in place.
 
     Returns:
         :class:`RemovalReport`. Parameters that changed are new objects.
@@ -109,15 +113,18 @@ def remove_layers(
         for name, factor in factors.items():
             layer = model.get_submodule(name)
             replace_module(model, name, Scale(factor, like=layer.a).train(layer.training))  # type: ignore[arg-type]
-        before = outputs_of(model, example_inputs, run)
-        collapsed = _collapse(model, again(), wanted)
-        flow = again()
-        idle = _idle_activations(model, flow) - idle
-        kept = fold_scales(model, flow)
-        for name in idle:
-            replace_module(model, name, nn.Identity().train(model.get_submodule(name).training))
-        _copy_what_is_written_to(model, {op.name for op in flow.ops if isinstance(op.module, Scale)} | idle, again)
-        require_same(before, outputs_of(model, example_inputs, run), f"removing {', '.join(wanted)}")
+        if repair is not None:
+            repair()
+        with phase("removing layers", layers=len(wanted)):
+            before = outputs_of(model, example_inputs, run)
+            collapsed = _collapse(model, again(), wanted)
+            flow = again()
+            idle = _idle_activations(model, flow) - idle
+            kept = fold_scales(model, flow)
+            for name in idle:
+                replace_module(model, name, nn.Identity().train(model.get_submodule(name).training))
+            _copy_what_is_written_to(model, {op.name for op in flow.ops if isinstance(op.module, Scale)} | idle, again)
+            require_same(before, outputs_of(model, example_inputs, run), f"removing {', '.join(wanted)}")
     return RemovalReport(wanted, collapsed, kept)
 
 

@@ -10,6 +10,8 @@ from ...budget import Cost
 from ...core.optional import optional_import
 from ...latency.times import LatencyTimes
 from ...pruning.report import CostReport
+from ...recovery.report import RecoveryReport
+from ...refitting.report import RefitReport
 
 __all__ = ["LayerReport", "LayerRow"]
 
@@ -51,6 +53,8 @@ class LayerReport(CostReport):
         collapsed: modules that are gone as a whole, with the factor they stood for.
         kept_scales: factors that no layer could take, by the module that applies them.
         latency_ms: latencies in milliseconds; none is known if none is limited.
+        refit: what a refit of the layers that stay did, if there was one.
+        recovery: what a recovery did, if there was one.
     """
 
     rows: list[LayerRow]
@@ -62,6 +66,8 @@ class LayerReport(CostReport):
     collapsed: dict[str, float] = field(default_factory=dict)
     kept_scales: dict[str, float] = field(default_factory=dict)
     latency_ms: LatencyTimes = field(default_factory=LatencyTimes)
+    refit: RefitReport | None = None
+    recovery: RecoveryReport | None = None
 
     @property
     def removed(self) -> list[str]:
@@ -79,6 +85,7 @@ class LayerReport(CostReport):
         lines += [f"gone as a whole: {name} (times {factor:.4g})" for name, factor in self.collapsed.items()]
         lines += [f"an explicit factor stays: {name} (times {factor:.4g})" for name, factor in self.kept_scales.items()]
         lines += [f"left alone: {name}: {reason}" for name, reason in self.left_out.items()]
+        lines += [str(part) for part in (self.refit, self.recovery) if part is not None]
         return "\n".join(lines)
 
     @classmethod
@@ -86,7 +93,9 @@ class LayerReport(CostReport):
         """Rebuild a report from :meth:`to_dict`."""
         costs = {key: Cost(**data[key]) for key in ("dense", "cost")}
         rows, times = [LayerRow(**row) for row in data["rows"]], LatencyTimes.from_dict(data["latency_ms"])
-        return cls(**{**data, **costs, "rows": rows, "latency_ms": times})
+        refit = None if data["refit"] is None else RefitReport.from_dict(data["refit"])
+        recovery = None if data["recovery"] is None else RecoveryReport(**data["recovery"])
+        return cls(**{**data, **costs, "rows": rows, "latency_ms": times, "refit": refit, "recovery": recovery})
 
     def to_frame(self) -> Any:
         """The rows as ``pandas.DataFrame``.
