@@ -22,7 +22,8 @@ from benchmarks.arms import Arm, prune
 from benchmarks.experiment import FOLLOWED, Experiment, Run
 from benchmarks.tables import Rows, chosen, distinct, markdown, pivot, spread
 from benchmarks.timing import seconds
-from tp_importance import Budget, Recovery, ResConvPruner, count_ops, fuse, recover
+from tp_importance import Budget, Recovery, ResConvPruner, count_ops, recover
+from tp_importance.methods.resconv import LayerPlan
 
 OURS = "OBS + sequential refit"
 ARMS = ("random", "L2", "L1", "Taylor", "CATRO + sequential refit", OURS)
@@ -41,13 +42,24 @@ def start(run: Run, network: str, arm: str, budget: float, images: int, draw: in
     """The network before any training, and how long that took; not to be changed."""
     task, began = run.task(network), seconds(run.device)
     batches = task.draw(draw, images)
-    if arm != LAYERS:
-        model, _ = prune(task, Arm.parse(arm), batches, budget)
-    else:
-        model = task.fresh()
-        planner = ResConvPruner(model, task.inputs, batches, budget=Budget(macs=budget), importance="output")
-        planner.step(fuse=False, refit="batchnorm")
+    if arm == LAYERS:
+        pruner = shallower(run, network, budget, images, draw)
+        pruner.apply(planned(run, network, budget, images, draw), refit="sequential")
+        return pruner.model, seconds(run.device) - began
+    model, _ = prune(task, Arm.parse(arm), batches, budget)
     return model, seconds(run.device) - began
+
+
+@cache
+def planned(run: Run, network: str, budget: float, images: int, draw: int) -> LayerPlan:
+    """Which layers go."""
+    return shallower(run, network, budget, images, draw).plan()
+
+
+def shallower(run: Run, network: str, budget: float, images: int, draw: int) -> ResConvPruner:
+    task = run.task(network)
+    batches = task.draw(draw, images)
+    return ResConvPruner(task.fresh(), task.inputs, batches, budget=Budget(macs=budget), importance="output")
 
 
 def keys(run: Run) -> Iterator[dict[str, Any]]:
@@ -82,11 +94,16 @@ def cell(run: Run, key: dict[str, Any]) -> dict[str, Any]:
         return {**task.unpruned(1), "top1": round(top1(task.fresh()), 3)}
     made = tuple(key[k] for k in ("network", "arm", "budget", "images", "draw"))
     untrained, pruning = start(run, *made)
-    model, before = copy.deepcopy(untrained), top1(untrained)
-    unlabelled = [x for x, _ in task.draw(key["draw"], key["images"])]
-    report = recover(model, task.model, unlabelled, settings(key["recipe"], key["draw"]))
-    if key["arm"] == LAYERS:
-        fuse(model)
+    before, how = top1(untrained), settings(key["recipe"], key["draw"])
+    if key["arm"] == LAYERS:  # it recovers on the way
+        which = (key["network"], key["budget"], key["images"], key["draw"])
+        pruner = shallower(run, *which)
+        removal = pruner.apply(planned(run, *which), refit="sequential", recover=how)
+        model, report = pruner.model, removal.recovery
+        assert report is not None
+    else:
+        model = copy.deepcopy(untrained)
+        report = recover(model, task.model, [x for x, _ in task.draw(key["draw"], key["images"])], how)
     macs, params = count_ops(model, task.inputs)
     return {
         "before": round(before, 3),

@@ -33,6 +33,8 @@ AXES: dict[str, list[int]] = {
     "samples": [64, 256, 1024, 4096],
     "classes": [10, 100, 1000],
 }
+LINEAR = 1024
+"""Width from which on layers are linear: 3 × 3 convolutions of it would have too many features."""
 BASE = {"width": 64, "depth": 20, "samples": 64, "classes": 10}
 
 
@@ -111,11 +113,11 @@ def speed(run: Run, key: dict[str, Any]) -> dict[str, Any]:
 
 
 class Blocks(nn.Module):
-    """Residual blocks of two 3 × 3 convolutions, or of two linear layers from a width of 1024 on."""
+    """Residual blocks of two 3 × 3 convolutions, or of two linear layers from a width of :data:`LINEAR` on."""
 
     def __init__(self, width: int, depth: int, classes: int) -> None:
         super().__init__()
-        self.linear = width >= 1024
+        self.linear = width >= LINEAR
         make: Any = (lambda i, o: nn.Linear(i, o)) if self.linear else (lambda i, o: nn.Conv2d(i, o, 3, padding=1))
         norm: Any = nn.BatchNorm1d if self.linear else nn.BatchNorm2d
         self.stem = make(3, 64)
@@ -197,20 +199,25 @@ def curves(rows: Rows) -> str:
     lines = []
     for axis in AXES:
         mine = [r for r in rows if r["axis"] == axis]
-        if not mine:
-            continue
-        values = [r["value"] for r in mine]
-        lines.append(
-            [
-                axis,
-                ", ".join(str(v) for v in values),
-                ", ".join(f"{r['s']:.1f}" for r in mine),
-                f"{exponent(values, [r['s'] for r in mine]):.2f}",
-                ", ".join(str(r["peak_mb"]) for r in mine),
-                f"{exponent(values, [max(r['peak_mb'], 1) for r in mine]):.2f}",
-            ]
-        )
+        parts = {axis: mine}
+        if axis == "width":
+            parts = {f"{axis}, linear": [r for r in mine if r["value"] >= LINEAR]}
+            parts = {f"{axis}, 3 × 3": [r for r in mine if r["value"] < LINEAR], **parts}
+        lines += [curve(name, part) for name, part in parts.items() if part]
     return markdown(["axis", "values", "seconds", "exponent", "peak MB", "exponent of memory"], lines)
+
+
+def curve(name: str, rows: Rows) -> list[str]:
+    """One axis."""
+    values = [r["value"] for r in rows]
+    return [
+        name,
+        ", ".join(str(v) for v in values),
+        ", ".join(f"{r['s']:.1f}" for r in rows),
+        f"{exponent(values, [r['s'] for r in rows]):.2f}",
+        ", ".join(str(r["peak_mb"]) for r in rows),
+        f"{exponent(values, [max(r['peak_mb'], 1) for r in rows]):.2f}",
+    ]
 
 
 EXPERIMENTS = (
