@@ -149,9 +149,8 @@ def torch_pruning_entries(budget: tp_importance.Budget, x: Tensor, loader: Batch
         tp_importance.ITPruner(model, x, loader, budget=budget).step()
 
     def resconv(model: nn.Module) -> None:
-        tp_importance.ResConvPruner(model, x, loader, budget=budget, importance="output").step(
-            fuse=False, refit="batchnorm"
-        )
+        pruner = tp_importance.ResConvPruner(model, x, loader, budget=budget, importance="output")
+        pruner.step(fuse=False, refit=True)
 
     def host(importance: Any, needs_gradients: bool = False) -> Callable[[nn.Module], None]:
         def prune(model: nn.Module) -> None:

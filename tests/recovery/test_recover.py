@@ -242,3 +242,26 @@ def test_augmentation_moves_images_only_and_whole_samples():
     assert set(moved[0].flatten().tolist()) <= set(x[0].flatten().tolist())
     tokens = torch.randn(2, 5)
     assert shifted_and_flipped(tokens, torch.Generator()) is tokens
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_images_go_in_the_faster_format_where_the_network_takes_it(views):
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head, self.formats = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 64, 5), []
+
+        def forward(self, x):
+            self.formats.append(x.is_contiguous(memory_format=torch.channels_last))
+            x = self.conv(x).relu()
+            return self.head(x.view(len(x), -1) if views else x.flatten(1))
+
+    torch.manual_seed(0)
+    dense = Viewing()
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        model.conv.weight[:4] = 0
+    strides = model.conv.weight.stride()
+    report = recover(model, dense, list(images().split(32)), QUICK)
+    assert report.after < 0.9 * report.before and model.conv.weight.stride() == strides
+    assert True in model.formats and model.formats[-1] is not views

@@ -11,9 +11,9 @@ __all__ = ["Augment", "Recovery"]
 Augment = Callable[[Any, Any], Any]
 """``augment(batch, generator)`` gives a batch of the same form."""
 
-VISITS = 40_000
+VISITS = 80_000
 """Samples in all that ``epochs="auto"`` trains on, repeats included."""
-EPOCHS = (4, 400)
+EPOCHS = (4, 1600)
 """Epochs at least and at most then."""
 
 
@@ -22,7 +22,7 @@ class Recovery:
     r"""How a pruned network is trained to give what the dense one gives, on samples without labels.
 
     Args:
-        epochs: passes over the samples; ``"auto"``: as many as make 40,000 samples, repeats included, 4 to 400.
+        epochs: passes over the samples; ``"auto"``: as many as make 80,000 samples, repeats included, 4 to 1,600.
         minutes: stop there; the learning rate has fallen to zero by then. ``None``: no limit. With a limit the result
             depends on the speed of the machine.
         lr: largest learning rate of AdamW; it falls to zero along a cosine.
@@ -43,7 +43,7 @@ class Recovery:
         >>> Recovery.of(True) == Recovery()
         True
         >>> Recovery().epochs_of(500), Recovery().epochs_of(50), Recovery(epochs=3).epochs_of(50)
-        (80, 400, 3)
+        (160, 1600, 3)
     """
 
     epochs: int | Literal["auto"] = "auto"
