@@ -26,7 +26,7 @@ from tp_importance import Budget, Recovery, ResConvPruner, count_ops, recover
 from tp_importance.methods.resconv import LayerPlan
 
 OURS = "OBS + sequential refit"
-ARMS = ("random", "L2", "L1", "Taylor", "CATRO + sequential refit", OURS)
+ARMS = (OURS, "L1", "L2", "random", "Taylor", "CATRO + sequential refit")
 LAYERS = "layers"
 RECIPES = (
     "",

@@ -51,7 +51,7 @@ class Recovery:
     lr: float = 2e-3
     batch_size: int = 50
     temperature: float = 4.0
-    feature_weight: float = 30.0
+    feature_weight: float = 100.0
     augment: Augment | Literal["auto"] | None = "auto"
     held_out: float = 0.1
     autocast: bool | Literal["auto"] = "auto"
@@ -67,7 +67,7 @@ class Recovery:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} must be a positive number")
         if not 0 <= self.feature_weight < float("inf"):
-            raise ValueError(f"feature_weight={self.feature_weight!r} must be finite and at least 0, e.g. 30")
+            raise ValueError(f"feature_weight={self.feature_weight!r} must be finite and at least 0, e.g. 100")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out!r} must be a fraction between 0 and 1, e.g. 0.1")
         if self.augment not in ("auto", None) and not callable(self.augment):
