@@ -58,7 +58,7 @@ BENCH = $(PY) benchmarks/run.py
 .PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-option-a bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
 	bench-recovery bench-recover bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
 	bench-speed bench-ordering bench-psap-overhead bench-latency bench-vit bench-zoo bench-random-graphs bench-masked-removed \
-	bench-sentence-encoder bench-sentence-latency demo-sentences zoo-venv bench-rivals rivals-venv bench-tables host-tests
+	bench-sentence-encoder bench-sentence-latency demo-sentences zoo-venv bench-rivals rivals-venv bench-tables figures host-tests
 
 bench-cifar: $(STAMP) ## one-shot pruning on CIFAR
 	$(BENCH) cifar $(ARGS)
@@ -191,6 +191,9 @@ bench-rivals: $(RIVALS_STAMP) ## one-shot pruning without training, against othe
 
 bench-tables: $(STAMP) ## fill the tables of README.md and docs/ from benchmarks/results/
 	$(BENCH) --fill
+
+figures: $(STAMP) ## draw the pictures of docs/pictures/ from benchmarks/results/
+	$(BENCH) --figures
 
 host-tests: $(STAMP) ## run the hosts' own tests (TP_SRC=checkout NNI_SRC=checkout)
 	$(BENCH) host-tests $(if $(TP_SRC),--tp-src $(TP_SRC)) $(if $(NNI_SRC),--nni-src $(NNI_SRC)) $(ARGS)
