@@ -13,6 +13,7 @@ from .budget import Budget
 from .checkpoints.checkpoint import load_pruned, save_pruned
 from .core.positions import PaddedForward
 from .errors import BudgetError
+from .export.onnx import export_onnx
 from .graph.baking import bake_weights
 from .graph.counting import count_ops
 from .graph.discovery import prunable_groups
@@ -71,6 +72,7 @@ __all__ = [
     "convert_to_resconv",
     "count_ops",
     "explicit_attention",
+    "export_onnx",
     "fuse",
     "label_groups",
     "load_pruned",

@@ -14,7 +14,7 @@ LAYERS = {
         ["maths"],
         ["checkpoints"],
         ["graph"],
-        ["attention"],
+        ["attention", "export"],
         ["statistics"],
         ["latency"],
         ["host_pruners"],

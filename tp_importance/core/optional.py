@@ -16,6 +16,9 @@ _EXTRAS = {
     "cmaes": "automl",
     "ray": "automl",
     "pytest": "testing",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
 }
 
 
