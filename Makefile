@@ -56,7 +56,7 @@ demo-nni: $(STAMP) ## run a real NNI experiment that prunes, 12 trials, two at a
 # One line each: `make bench-cifar ARGS="--networks resnet20"`, or ARGS=--help; `python benchmarks/run.py` lists all.
 BENCH = $(PY) benchmarks/run.py
 .PHONY: bench-cifar bench-exponent bench-refit bench-widths bench-option-a bench-batchnorm bench-subtask bench-imagenette bench-itpruner \
-	bench-recovery bench-recover bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
+	bench-recovery bench-recover bench-long bench-headline bench-psap bench-psap-cifar bench-resconv bench-automl bench-scoring bench-one-shot bench-itpruner-cost \
 	bench-speed bench-ordering bench-psap-overhead bench-latency bench-vit bench-zoo bench-random-graphs bench-masked-removed \
 	bench-sentence-encoder bench-sentence-latency demo-sentences zoo-venv bench-rivals rivals-venv bench-tables figures host-tests
 
@@ -94,6 +94,12 @@ bench-recover: $(STAMP) ## recovery on a few unlabelled images, its settings, an
 	$(BENCH) recover $(ARGS)
 	$(if $(ARGS),,$(BENCH) recover-settings)
 	$(if $(ARGS),,$(BENCH) recover-curve)
+
+bench-long: $(STAMP) ## long trainings of pruned networks, a few minutes per call (ARGS="--minutes 60")
+	$(BENCH) long $(ARGS)
+
+bench-headline: $(STAMP) ## ResNet-110 by ResConv, from scratch, on a GPU; resumable (ARGS="--minutes 60")
+	$(BENCH) headline $(ARGS)
 
 bench-psap: $(STAMP) ## prune while training, on digits
 	$(BENCH) psap $(ARGS)

@@ -28,6 +28,10 @@ PACKAGES = ("torch", "torchvision", "torch-pruning", "nni", "numpy", "tp-importa
 Key = dict[str, Any]
 
 
+class Paused(Exception):
+    """A cell is not finished and goes on with the next call."""
+
+
 class Cells:
     """Results that survive an interruption: a cell is appended as soon as it is there, and never made again.
 

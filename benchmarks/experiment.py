@@ -184,7 +184,11 @@ class Experiment:
                 torch.manual_seed(seed)  # what is random and takes no generator
                 return self.cell(run, key)
 
-            found.fill(key, make, environment, seed)
+            try:
+                found.fill(key, make, environment, seed)
+            except cells.Paused as paused:
+                print(paused, flush=True)
+                break
         return found
 
 

@@ -13,6 +13,8 @@ from benchmarks.data import load_module, require
 
 PRETRAINED = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
 """Pretrained networks with padded shortcuts, and their blocks per stage."""
+UNTRAINED = {"resnet110": 18}
+"""A network of the same kind without weights, and its blocks per stage."""
 TRAINED = {"resnet8-conv": 1, "resnet14-conv": 2}
 """Networks with convolutions in the shortcuts, trained by ``run.py train``, and their blocks per stage."""
 
@@ -28,6 +30,12 @@ def cifar_resnet(root: Path, name: str) -> nn.Module:
     path = weights[0] if weights else require(root / "weights" / f"{name}-*.th", f"the weights of {name}")
     definition = load_module(require(root / "cifar_resnet.py", "the network definition"))
     return definition.load(path, PRETRAINED[name])[0]
+
+
+def untrained_cifar_resnet(root: Path, name: str) -> nn.Module:
+    """The same with the weights it gets when it is built; ``name`` is in :data:`PRETRAINED` or :data:`UNTRAINED`."""
+    definition = load_module(require(root / "cifar_resnet.py", "the network definition"))
+    return definition.CifarResNet({**PRETRAINED, **UNTRAINED}[name])
 
 
 def weights_path(name: str) -> Path:

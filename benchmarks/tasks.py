@@ -18,7 +18,7 @@ from tp_importance import count_ops, prunable_groups, slice_classifier
 from tp_importance.graph.groups import PrunableGroups
 
 EFFICIENTNET, DIGITS = "efficientnet-lite0", "digits"
-NAMES = (*networks.PRETRAINED, *networks.TRAINED, EFFICIENTNET, DIGITS)
+NAMES = (*networks.PRETRAINED, *networks.UNTRAINED, *networks.TRAINED, EFFICIENTNET, DIGITS)
 
 
 class Task:

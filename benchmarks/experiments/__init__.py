@@ -10,6 +10,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "itpruner": ("itpruner",),
     "recovery": ("recovery",),
     "recover": ("recover", "recover-settings", "recover-curve"),
+    "long_runs": ("long", "headline"),
     "psap": ("psap", "psap-cifar", "psap-overhead"),
     "resconv": ("resconv", "resconv-latency"),
     "automl": ("automl", "automl-pareto"),

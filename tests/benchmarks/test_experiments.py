@@ -32,6 +32,7 @@ ACCURACY = (
     "recover",
     "recover-settings",
     "recover-curve",
+    "long",
     "psap",
     "vit",
     "vit-training",
