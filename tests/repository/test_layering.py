@@ -25,6 +25,8 @@ LAYERS = {
         ["one_shot", "refitted_step"],
         ["automl"],
         ["testing"],
+        ["cli"],
+        ["__main__"],
     ],
     "nni_plugins": [
         ["_compat", "config"],
