@@ -265,3 +265,16 @@ def test_images_go_in_the_faster_format_where_the_network_takes_it(views):
     report = recover(model, dense, list(images().split(32)), QUICK)
     assert report.after < 0.9 * report.before and model.conv.weight.stride() == strides
     assert True in model.formats and model.formats[-1] is not views
+
+
+def test_statistics_that_are_not_those_of_the_samples_stay():
+    """As in a network that was never trained: by the batch its features would be ten times as large."""
+    dense, model = pruned()
+    for network in (dense, model):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.fill_(100.0)
+    before = [m.running_var.clone() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    report = recover(model, dense, list(images().split(32)), QUICK)
+    after = [m.running_var for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert report.after < report.before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -41,9 +41,10 @@ def recover(
     single layers where there are no blocks. Some of the samples are held out; the state with the least loss on them is
     kept, so that the network is never worse by that measure than before. No labels are used.
 
-    Batch norms normalise by the batch and their statistics follow, in batches of at least 8 samples; everything else
-    is in eval mode. Frozen parameters stay. Modes, flags, hooks and formats of the network are as before afterwards,
-    and after any exception, Ctrl-C included, its values as well.
+    Batch norms normalise by the batch and their statistics follow, in batches of at least 8 samples, unless the loss
+    rises tenfold by that, because the statistics are not those of the samples. Everything else is in eval mode. Frozen
+    parameters stay. Modes, flags, hooks and formats of the network are as before afterwards, and after any exception,
+    Ctrl-C included, its values as well.
 
     Args:
         model: the pruned network.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ FEW = 100
 """With fewer samples all of them train and all choose."""
 NORMED = 8
 """Samples of a batch from which on batch norms normalise by it."""
+FITTING = 10.0
+"""How far the loss may rise where batch norms normalise by the batch; else their statistics are not those of data."""
 CLIPPED = 1.0
 """Largest norm of a gradient."""
 
@@ -61,7 +63,7 @@ class Training:
         self._device = torch.device("cpu") if like is None else like.device
         whole = like is not None and like.dtype == torch.float32
         self._autocast = bfloat16_is_faster(self._device) and whole if how.autocast == "auto" else how.autocast
-        self._layout = _as_it_is
+        self._layout, self._normed = _as_it_is, False
         self._features: dict[str, Tensor | None] = {}
 
     def run(self) -> RecoveryReport:
@@ -81,6 +83,8 @@ class Training:
                 f"the distillation loss is {before} before the first step: check the batches and the networks"
             )
         best = _Best(self._model, before)
+        self._normed = self._norms_fit(_first(train[0], self._how.batch_size))
+        best.restore()
         steps = sum(max(1, math.ceil(_size(b) / self._how.batch_size)) for b in train)
         epochs, samples = self._how.epochs_of(sum(map(_size, train))), sum(map(_size, batches))
         with phase("recovering", epochs * steps, unit="step", samples=samples) as running:
@@ -194,12 +198,27 @@ class Training:
     def _cast(self) -> Any:
         return torch.autocast(self._device.type, torch.bfloat16) if self._autocast else nullcontext()
 
-    def _step(self, batch: Any, optimizer: torch.optim.Optimizer) -> bool:
-        normed = _size(batch) >= NORMED
+    @contextmanager
+    def _normalising(self, on: bool) -> Iterator[None]:
+        """Inside, batch norms normalise by the batch."""
         for norm in self._norms:
-            norm.train(normed)
+            norm.train(on)
         try:
-            with torch.enable_grad():
+            yield
+        finally:
+            for norm in self._norms:
+                norm.eval()
+
+    @torch.no_grad()
+    def _norms_fit(self, batch: Any) -> bool:
+        """Whether normalising by a batch does about what the statistics do; moves them."""
+        still = self._loss_on([batch])
+        with self._normalising(True):
+            return self._loss_on([batch]) <= FITTING * still
+
+    def _step(self, batch: Any, optimizer: torch.optim.Optimizer) -> bool:
+        try:
+            with torch.enable_grad(), self._normalising(self._normed and _size(batch) >= NORMED):
                 loss = self._loss(batch)
                 if not torch.isfinite(loss):
                     return False
@@ -210,8 +229,6 @@ class Training:
             optimizer.step()
         finally:
             optimizer.zero_grad(set_to_none=True)
-            for norm in self._norms:
-                norm.eval()
         return True
 
     @torch.no_grad()
