@@ -19,7 +19,7 @@ _EXTRAS = {
     "click": "cli",
     "PIL": "cli",
     "torchvision": "cli",
-    "timm": "cli",
+    "timm": "timm",
     "safetensors": "cli",
     "onnx": "onnx",
     "onnxscript": "onnx",
