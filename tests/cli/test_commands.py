@@ -67,26 +67,21 @@ def test_prune(method, place):
     assert again.exit_code == 0 and load_pruned(make, place / "p.pt")[0].out_channels % 4 == 0
 
 
-def test_prune_with_weights_and_onnx(place):
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_prune_with_weights_and_onnx(suffix, place):
     pytest.importorskip("onnxscript")
-    model = network(f"{place / 'net.py'}:make", classes=5)
+    make = f"{place / 'net.py'}:make"
+    model, weights = network(make, classes=5), place / f"w{suffix}"
     torch.nn.init.constant_(model[-1].bias, 2.5)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, place / "w.pt")
-    more = [
-        "--params",
-        1200,
-        "--weights",
-        place / "w.pt",
-        "--classes",
-        5,
-        "--onnx",
-        place / "p.onnx",
-        "--refit",
-        "batchnorm",
-    ]
-    found = run(*options(place, *more))
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    if suffix == ".pt":
+        torch.save({"state_dict": state}, weights)
+    else:
+        pytest.importorskip("safetensors.torch").save_file(state, weights)
+    more = ("--weights", weights, "--classes", 5, "--onnx", place / "p.onnx", "--refit", "batchnorm")
+    found = run(*options(place, "--params", 1200, *more))
     assert found.exit_code == 0, found.output
-    pruned = load_pruned(lambda: network(f"{place / 'net.py'}:make", classes=5), place / "p.pt")
+    pruned = load_pruned(lambda: network(make, classes=5), place / "p.pt")
     assert torch.equal(pruned[-1].bias, model[-1].bias) and sum(p.numel() for p in pruned.parameters()) <= 1200
     assert (place / "p.onnx").stat().st_size > 0
 
