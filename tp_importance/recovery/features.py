@@ -185,16 +185,20 @@ def output_loss(student: Any, teacher: Any, temperature: float, marks: Tensor | 
                 f"the pruned network gives an output of shape {tuple(s.shape)}, the dense one {tuple(t.shape)}: "
                 "they must be the same task"
             )
+        logits = s.dim() == 2 and s.shape[1] > 1
         if marks is not None and s.shape[:2] == marks.shape:
-            s, t = s[marks], t[marks]
+            s, t, logits = s[marks], t[marks], False
         total = total + feature_loss(s, t)
-        if s.dim() == 2 and s.shape[1] > 1:
+        if logits:
             total = total + distillation_loss(s, t, temperature=temperature)
     return total
 
 
 def feature_losses(
-    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], features: Mapping[str, Tensor | None]
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    features: Mapping[str, Tensor | None],
+    marks: Tensor | None = None,
 ) -> Tensor:
     """Mean of :func:`.feature_loss` over the features that ran.
 
@@ -202,11 +206,14 @@ def feature_losses(
         student: outputs of the pruned network, by name.
         teacher: of the dense one.
         features: see :func:`common_features`.
+        marks: bool, shape (N, T): tokens that count; features of shape (N, T, C) are compared there.
     """
     losses = []
     for name, left in features.items():
         if name in student and name in teacher:
-            y = teacher[name]
+            x, y = student[name], teacher[name]
             y = y if left is None else y.index_select(channel_axis(y), left.to(y.device))
-            losses.append(feature_loss(student[name], y))
+            if marks is not None and x.dim() == 3 and x.shape[:2] == marks.shape:
+                x, y = x[marks], y[marks]
+            losses.append(feature_loss(x, y))
     return torch.stack(losses).mean() if losses else torch.zeros((), device="cpu")

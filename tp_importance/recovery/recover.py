@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core.arguments import checked_model, require_writable
 from ..core.copies import copied
 from ..core.forward import ForwardFn
-from ..core.guards import preserved, written
+from ..core.guards import gradients_kept, preserved, transaction
 from ..core.progress import shown
+from ..core.untouched import generators_restored
 from .report import RecoveryReport
 from .settings import Recovery
+from .speed import without_fast_path
 from .training import Training
 
 __all__ = ["recover"]
 
 
+@torch.inference_mode(False)  # what is made there takes no gradient
 def recover(
     model: nn.Module,
     dense: nn.Module,
@@ -42,8 +46,8 @@ def recover(
     kept, so that the network is never worse by that measure than before. No labels are used.
 
     Batch norms normalise by the batch and their statistics follow, in batches of at least 8 samples; everything else
-    is in eval mode. Frozen parameters stay. Modes, flags, hooks and formats of the network are as before afterwards,
-    and after any exception, Ctrl-C included, its values as well.
+    is in eval mode. Frozen parameters stay, and statistics of batch norms that are frozen. Modes, flags, hooks and
+    formats of the network are as before afterwards, and after any exception, Ctrl-C included, its values as well.
 
     Args:
         model: the pruned network.
@@ -89,10 +93,7 @@ def recover(
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("all parameters are frozen: set requires_grad of those that may be trained")
     teacher = copied(dense).eval().requires_grad_(False)
-    gradients = [(p, p.grad) for p in model.parameters()]
-    try:
-        with preserved(model), written((*model.parameters(), *model.buffers())), shown(progress):
+    values = (*model.parameters(), *model.buffers())
+    with gradients_kept(model), preserved(model), transaction(model, values), generators_restored(model):
+        with shown(progress), without_fast_path():
             return Training(model, teacher, loader, how, forward_fn).run()
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
