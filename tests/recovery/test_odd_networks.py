@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from helpers.states import same_state, state
-from tp_importance import Recovery, recover
+from tp_importance import Budget, Recovery, prune, recover
 from tp_importance.core.guards import written
-from tp_importance.recovery.features import feature_losses, output_loss
+from tp_importance.recovery.features import common_features, feature_losses, output_loss
 from tp_importance.recovery.samples import divided, mixed, steps
 
 QUICK = Recovery(epochs=15, lr=5e-3, augment=None, autocast=False, batch_size=32)
@@ -212,3 +212,18 @@ def test_samples_that_do_not_fit_together_are_divided_as_well():
     train, choose = divided(uncut, 0.1, 32, torch.Generator().manual_seed(0))
     assert len(choose) == 1 and sorted(name for _, name in (*train, *choose)) == list("0123456789")
     assert divided(uncut[:3], 0.1, 32, torch.Generator()) == (uncut[:3], uncut[:3])
+
+
+def test_channels_of_signals_are_told():
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(2, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3, padding=1), nn.ReLU()]
+    dense = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16, 3)).eval()
+    model, loader = copy.deepcopy(dense), list(torch.randn(128, 2, 16).split(32))
+    prune(model, loader[0][:2], loader, budget=Budget(macs=0.5), refit=None, method="l1")
+    assert model[0].out_channels < 8
+    with torch.no_grad():
+        found = common_features(dense, model, lambda network: network(loader[0]))
+        ours, theirs = model[0](loader[0]), dense[0](loader[0])
+        assert set(found) >= {"0", "1", "2"}  # what is left of them is as it was
+        assert feature_losses({"0": ours}, {"0": theirs}, {"0": found["0"]}) < 1e-10
+    torch.testing.assert_close(dense[0].weight[found["0"]], model[0].weight)
