@@ -9,7 +9,9 @@ from torch import nn
 from helpers.states import same_state, state
 from tp_importance import Budget, Recovery, ResConvPruner
 from tp_importance.automl import prune_trial
+from tp_importance.errors import SearchSpaceError
 from tp_importance.methods.resconv.report import LayerReport
+from tp_importance.pruning import registry
 
 HALF = Budget(macs=0.5)
 QUICK = Recovery(epochs=30, lr=5e-3, augment=None, autocast=False)
@@ -94,3 +96,14 @@ def test_trials(params):
 def test_trials_without_images():
     with pytest.raises(ValueError, match="recover= needs images"):
         prune_trial(plain(), {"method": "l1"}, example_inputs=X, evaluate=error, budget=HALF, recover=True)
+
+
+def test_trials_of_a_method_that_recovers_nothing(monkeypatch):
+    def prune(job):
+        ResConvPruner(job.model, X, job.loader, budget=job.whole_budget("forgetful")).step()
+
+    monkeypatch.setitem(registry._METHODS, "forgetful", registry.Method("forgetful", prune=prune))
+    options = {"example_inputs": X, "loader": LOADER, "budget": HALF, "evaluate": lambda model: 0.0}
+    assert prune_trial(plain(), {"method": "forgetful"}, **options)["default"] == 0
+    with pytest.raises(SearchSpaceError, match=r"'forgetful' recovers nothing: its prune\(job\) must call"):
+        prune_trial(plain(), {"method": "forgetful"}, recover=QUICK, **options)

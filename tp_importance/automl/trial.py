@@ -282,6 +282,8 @@ def _run(
         prune_channels(method, job)
     else:
         method.prune(job)
+    if job.recovery is not None and job.recovered is None:
+        raise SearchSpaceError(f"method {params.method!r} recovers nothing: its prune(job) must call job.finish()")
     cost = Cost(*count_ops(job.model, x, forward_fn=run, attention=products))
     limits = job.budget.limits(dense) if job.budget is not None else {}
     for name, left in exceeded(cost.as_dict(), limits).items():

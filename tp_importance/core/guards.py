@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Guard", "preserved", "transaction", "written"]
+__all__ = ["Guard", "gradients_kept", "preserved", "transaction", "writable", "written"]
 
 HOOKS = (
     "_forward_hooks",
@@ -228,8 +228,48 @@ class written(Guard):
             _put_back(self._copies)
 
 
+class gradients_kept(Guard):
+    """Give every parameter the gradient back that it had, and those that are new none.
+
+    Args:
+        model: the network.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> with gradients_kept(net):
+        ...     net(torch.ones(2)).backward()
+        >>> net.weight.grad is None
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def _note(self) -> None:
+        self._before = [(p, p.grad) for p in self._model.parameters()]
+
+    def _restore(self, failed: bool) -> None:
+        self._model.zero_grad(set_to_none=True)
+        for parameter, gradient in self._before:
+            parameter.grad = gradient
+
+
+def writable(tensor: Tensor) -> bool:
+    """Whether values can be written into a tensor: not if it is expanded, as several elements then are one number.
+
+    Example:
+        >>> writable(torch.zeros(4)), writable(torch.zeros(1).expand(4))
+        (True, False)
+    """
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return True
+    return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def _copies(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-    return [(t, t.detach().clone()) for t in {id(t): t for t in tensors if t is not None}.values()]
+    chosen = {id(t): t for t in tensors if t is not None and writable(t)}
+    return [(t, t.detach().clone()) for t in chosen.values()]
 
 
 def _put_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .guards import HOOKS, Guard, preserved
+from .guards import HOOKS, Guard, preserved, writable
 
 __all__ = ["generators_restored", "untouched"]
 
@@ -120,12 +120,8 @@ class _Memory:
 
     def _remember(self, value: Any, in_object: bool) -> None:
         if isinstance(value, Tensor):
-            overlapping = (
-                value.is_nested
-                or value.layout != torch.strided
-                or any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
-            )
-            if not overlapping and not value.is_meta:  # nothing can be written into an expanded tensor
+            plain = not value.is_nested and value.layout == torch.strided and not value.is_meta
+            if plain and writable(value):
                 self.undo.append(partial(_put_values, value, value.detach().clone()))
         elif isinstance(value, nn.Module):
             attributes = vars(value)

@@ -14,6 +14,7 @@ from ..budget import Budget
 from ..core.arguments import checked_importance
 from ..errors import SearchSpaceError
 from ..recovery.recover import recover
+from ..recovery.report import RecoveryReport
 from ..recovery.settings import Recovery
 from ..refitting.settings import Refit
 from ..statistics.gradients import LossFn
@@ -54,6 +55,7 @@ class Job:
         refit: how the network is repaired on the loader, or None; use :attr:`repair`.
         dense: the network that the copy was made of.
         recovery: how it teaches the pruned one on the loader, or None; use :meth:`finish`.
+        recovered: what the recovery did, once it is done.
     """
 
     model: nn.Module
@@ -70,10 +72,12 @@ class Job:
     refit: Refit | None = None
     dense: nn.Module | None = None
     recovery: Recovery | None = None
+    recovered: RecoveryReport | None = None
 
     def finish(self) -> None:
         """What follows the surgery: recovery and fine-tuning of ``model``, of these what there is."""
-        self.recover()
+        if self.recovered is None:
+            self.recover()
         if self.train is not None:
             self.train(self.model)
 
@@ -81,7 +85,7 @@ class Job:
         """Recovery alone, for methods that train by themselves."""
         if self.recovery is not None and self.dense is not None and self.loader is not None:
             run = self.pruner_options.get("forward_fn")
-            recover(self.model, self.dense, self.loader, self.recovery, forward_fn=run)
+            self.recovered = recover(self.model, self.dense, self.loader, self.recovery, forward_fn=run)
 
     @property
     def repair(self) -> Refit | None:

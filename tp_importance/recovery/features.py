@@ -110,7 +110,7 @@ def kept_channels(pruned: Tensor, dense: Tensor) -> Tensor | None:
     """Channels of a tensor that are left in another one, by their correlation; ``None`` if that does not tell.
 
     Args:
-        pruned: shape (N, C', ...) of images, (N, T, C') of tokens.
+        pruned: shape (N, C', ...) of images and signals, (N, T, C') of tokens.
         dense: the same with C channels.
 
     Returns:
@@ -121,21 +121,29 @@ def kept_channels(pruned: Tensor, dense: Tensor) -> Tensor | None:
         >>> kept_channels(x[:, [0, 2, 5]] + 0.1, x).tolist(), kept_channels(x[:, [2, 0]], x)
         ([0, 2, 5], None)
     """
-    axis = channel_axis(pruned)
-    if pruned.dim() != dense.dim() or pruned.shape[axis] > dense.shape[axis]:
+    axis = channel_axis(pruned, dense)
+    if axis is None or pruned.shape[axis] > dense.shape[axis]:
         return None
     rows = [x.float().movedim(axis, 0).flatten(1) for x in (pruned, dense.to(pruned.device))]
-    if rows[0].shape[1] != rows[1].shape[1]:
-        return None
     p, d = (nn.functional.normalize(x - x.mean(1, keepdim=True), dim=1) for x in rows)
     likeness, at = (p @ d.mT).max(1)
     alike = bool((likeness > ALIKE).all()) and bool((at.diff() > 0).all())
     return at if alike else None
 
 
-def channel_axis(x: Tensor) -> int:
-    """Where the channels of a feature are: behind the samples for images, last for tokens."""
-    return 1 if x.dim() > 3 else x.dim() - 1
+def channel_axis(pruned: Tensor, dense: Tensor) -> int | None:
+    """Where the channels of a feature are: behind the samples for images and signals, last for tokens.
+
+    Two shapes tell, as they differ there and nowhere else; ``None`` if they do not tell.
+
+    Example:
+        >>> channel_axis(torch.zeros(2, 3, 9), torch.zeros(2, 4, 9)), channel_axis(torch.ones(2, 9), torch.ones(3, 9))
+        (1, None)
+    """
+    if pruned.dim() != dense.dim():
+        return None
+    differ = [i for i, (a, b) in enumerate(zip(pruned.shape, dense.shape, strict=True)) if a != b]
+    return differ[0] if differ == [1] or (differ == [2] and pruned.dim() == 3) else None
 
 
 def _noting(calls: dict[str, list[Any]], name: str) -> Callable[..., None]:
@@ -185,16 +193,20 @@ def output_loss(student: Any, teacher: Any, temperature: float, marks: Tensor | 
                 f"the pruned network gives an output of shape {tuple(s.shape)}, the dense one {tuple(t.shape)}: "
                 "they must be the same task"
             )
+        logits = s.dim() == 2 and s.shape[1] > 1
         if marks is not None and s.shape[:2] == marks.shape:
-            s, t = s[marks], t[marks]
+            s, t, logits = s[marks], t[marks], False
         total = total + feature_loss(s, t)
-        if s.dim() == 2 and s.shape[1] > 1:
+        if logits:
             total = total + distillation_loss(s, t, temperature=temperature)
     return total
 
 
 def feature_losses(
-    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], features: Mapping[str, Tensor | None]
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    features: Mapping[str, Tensor | None],
+    marks: Tensor | None = None,
 ) -> Tensor:
     """Mean of :func:`.feature_loss` over the features that ran.
 
@@ -202,11 +214,15 @@ def feature_losses(
         student: outputs of the pruned network, by name.
         teacher: of the dense one.
         features: see :func:`common_features`.
+        marks: bool, shape (N, T): tokens that count; features of shape (N, T, C) are compared there.
     """
     losses = []
     for name, left in features.items():
         if name in student and name in teacher:
-            y = teacher[name]
-            y = y if left is None else y.index_select(channel_axis(y), left.to(y.device))
-            losses.append(feature_loss(student[name], y))
+            x, y = student[name], teacher[name]
+            axis = channel_axis(x, y)
+            y = y if left is None or axis is None else y.index_select(axis, left.to(y.device))
+            if marks is not None and x.dim() == 3 and x.shape[:2] == marks.shape:
+                x, y = x[marks], y[marks]
+            losses.append(feature_loss(x, y))
     return torch.stack(losses).mean() if losses else torch.zeros((), device="cpu")

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core.arguments import checked_model, require_writable
 from ..core.copies import copied
+from ..core.devices import reference_tensor
 from ..core.forward import ForwardFn
-from ..core.guards import preserved, written
+from ..core.guards import gradients_kept, preserved, transaction
 from ..core.progress import shown
+from ..core.untouched import generators_restored
 from .report import RecoveryReport
 from .settings import Recovery
+from .speed import without_fast_path
 from .training import Training
 
 __all__ = ["recover"]
 
 
+@torch.inference_mode(False)  # what is made there takes no gradient
 def recover(
     model: nn.Module,
     dense: nn.Module,
@@ -43,8 +48,8 @@ def recover(
 
     Batch norms normalise by the batch and their statistics follow, in batches of at least 8 samples, unless the loss
     rises tenfold by that, because the statistics are not those of the samples. Everything else is in eval mode. Frozen
-    parameters stay. Modes, flags, hooks and formats of the network are as before afterwards, and after any exception,
-    Ctrl-C included, its values as well.
+    parameters stay, and statistics of batch norms that are frozen. Modes, flags, hooks and formats of the network are
+    as before afterwards, and after any exception, Ctrl-C included, its values as well.
 
     Args:
         model: the pruned network.
@@ -89,11 +94,10 @@ def recover(
     require_writable(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("all parameters are frozen: set requires_grad of those that may be trained")
-    teacher = copied(dense).eval().requires_grad_(False)
-    gradients = [(p, p.grad) for p in model.parameters()]
-    try:
-        with preserved(model), written((*model.parameters(), *model.buffers())), shown(progress):
+    teacher, like = copied(dense).eval().requires_grad_(False), reference_tensor(model)
+    if like is not None:
+        teacher.to(like.device)
+    values = (*model.parameters(), *model.buffers())
+    with gradients_kept(model), preserved(model), transaction(model, values), generators_restored(model):
+        with shown(progress), without_fast_path():
             return Training(model, teacher, loader, how, forward_fn).run()
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient

@@ -60,16 +60,21 @@ class Recovery:
     def __post_init__(self) -> None:
         whole = (("epochs", self.epochs, 1), ("batch_size", self.batch_size, 1))
         for name, number, least in whole:
-            if number != "auto" and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+            auto = name == "epochs" and number == "auto"
+            if not auto and (isinstance(number, bool) or not isinstance(number, int) or number < least):
                 raise ValueError(f"{name}={number!r} must be an integer of at least {least}")
         positive = (("lr", self.lr), ("temperature", self.temperature))
         for name, value in (*positive, *((("minutes", self.minutes),) if self.minutes is not None else ())):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            if not _number(value) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} must be a positive number")
-        if not 0 <= self.feature_weight < float("inf"):
+        if not _number(self.feature_weight) or not 0 <= self.feature_weight < float("inf"):
             raise ValueError(f"feature_weight={self.feature_weight!r} must be finite and at least 0, e.g. 100")
-        if not 0 < self.held_out < 1:
+        if not _number(self.held_out) or not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out!r} must be a fraction between 0 and 1, e.g. 0.1")
+        if self.autocast not in (True, False, "auto"):
+            raise ValueError(f"autocast={self.autocast!r} must be True, False or 'auto'")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be an integer, e.g. 0")
         if self.augment not in ("auto", None) and not callable(self.augment):
             raise ValueError(
                 f"augment={self.augment!r} must be 'auto', None, or a function (batch, generator) -> batch"
@@ -116,3 +121,7 @@ class Recovery:
         if isinstance(value, (int, float)):
             return cls(minutes=value)
         raise TypeError(f"recover={value!r} must be a Recovery, a number of minutes, True or None")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

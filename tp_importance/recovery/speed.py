@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["bfloat16_is_faster", "channels_last"]
+from ..core.guards import Guard
+
+__all__ = ["bfloat16_is_faster", "channels_last", "without_fast_path"]
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
@@ -20,6 +22,20 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class without_fast_path(Guard):
+    """Let attention run as a module of modules, as in training; the fast path of torch calls no hooks in its inside.
+
+    It also gives zeros, or no tensors of one length, where tokens do not count.
+    """
+
+    def _note(self) -> None:
+        self._before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def _restore(self, failed: bool) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._before)
 
 
 def channels_last(batch: Any) -> Any:

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import FlatBatch, joined, sample_count, tensors_in
 from ..core.chunks import Chunks
 from ..core.devices import reference_tensor
 from ..core.forward import ForwardFn, run_batch
+from ..core.guards import writable
 from ..core.positions import counted_positions
 from ..core.progress import LOGGER, Phase, phase
 from ..statistics.running_statistics import is_calibrated
 from .augment import shifted_and_flipped
+from .descent import Descent
 from .features import common_features, feature_losses, output_loss, recorded
 from .report import RecoveryReport
+from .samples import divided, first, mixed, size, steps
 from .settings import Recovery
 from .speed import bfloat16_is_faster, channels_last
 
@@ -28,16 +30,10 @@ __all__ = ["Training"]
 
 LOOKS = 10
 """How often the held-out samples are looked at."""
-LEAST = 10
-"""Samples that choose at least."""
-FEW = 100
-"""With fewer samples all of them train and all choose."""
 NORMED = 8
 """Samples of a batch from which on batch norms normalise by it."""
 FITTING = 10.0
 """How far the loss may rise where batch norms normalise by the batch; else their statistics are not those of data."""
-CLIPPED = 1.0
-"""Largest norm of a gradient."""
 
 
 class Training:
@@ -58,23 +54,34 @@ class Training:
         self._chunks = Chunks(loader, how.batch_size)
         self._generator = torch.Generator().manual_seed(how.seed)
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._norms = [m for m in model.modules() if is_calibrated(m)]
+        self._norms = [m for m in model.modules() if is_calibrated(m) and not _frozen(m)]
         like = reference_tensor(model)
         self._device = torch.device("cpu") if like is None else like.device
-        whole = like is not None and like.dtype == torch.float32
+        dtype = None if like is None else like.dtype
+        if how.autocast is True and dtype == torch.float16:
+            raise ValueError(
+                f"autocast=True is for float32 weights, and those of {type(model).__name__} are float16: leave it out"
+            )
+        whole = dtype == torch.float32
         self._autocast = bfloat16_is_faster(self._device) and whole if how.autocast == "auto" else how.autocast
         self._layout, self._normed = _as_it_is, False
         self._features: dict[str, Tensor | None] = {}
 
     def run(self) -> RecoveryReport:
-        """Train, and leave the network in its best state."""
+        """Train, and leave the network in its best state; a caller's autocast does not count."""
+        kind = self._device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            return self._run()
+
+    def _run(self) -> RecoveryReport:
         start = time.perf_counter()
         self._model.eval()
         batches = list(self._chunks)
         if not batches:
             raise ValueError("the loader gave no batch; a re-iterable of batches is needed")
-        train, choose = self._divided(batches)
-        few = _first(batches[0], 8)
+        torch.manual_seed(self._how.seed)  # for networks that draw random numbers in eval mode, too
+        train, choose = divided(batches, self._how.held_out, self._how.batch_size, self._generator)
+        few = first(batches[0], 8)
         self._check(few)
         self._features = common_features(self._teacher, self._model, lambda m: run_batch(m, few, self._forward_fn))
         before = self._loss_on(choose)
@@ -83,18 +90,21 @@ class Training:
                 f"the distillation loss is {before} before the first step: check the batches and the networks"
             )
         best = _Best(self._model, before)
-        self._normed = self._norms_fit(_first(train[0], self._how.batch_size))
+        self._normed = self._norms_fit(first(train[0], self._how.batch_size))
         best.restore()
-        steps = sum(max(1, math.ceil(_size(b) / self._how.batch_size)) for b in train)
-        epochs, samples = self._how.epochs_of(sum(map(_size, train))), sum(map(_size, batches))
-        with phase("recovering", epochs * steps, unit="step", samples=samples) as running:
-            done, stopped = self._train(train, choose, epochs, epochs * steps, best, start, running)
-            best.offered(self._loss_on(choose))
+        length = sum(steps(b, self._how.batch_size) for b in train)
+        epochs, samples = self._how.epochs_of(sum(map(size, train))), sum(map(size, batches))
+        done, stopped = 0, "stopped as it gives what the dense network gives"
+        with phase("recovering", epochs * length, unit="step", samples=samples) as running:
+            if before > 0:
+                done, stopped = self._train(train, choose, epochs, epochs * length, best, start, running)
+                best.offered(self._loss_on(choose))
             best.restore()
+            self._leave(few)
             running.note(loss=f"{before:.4g} to {best.loss:.4g}")
         spent = time.perf_counter() - start
-        report = RecoveryReport(before, best.loss, done / steps, samples, spent, list(self._features), stopped)
-        if best.loss >= before:
+        report = RecoveryReport(before, best.loss, done / length, samples, spent, list(self._features), stopped)
+        if best.loss >= before > 0:
             LOGGER.warning("%s", report)
         return report
 
@@ -110,7 +120,7 @@ class Training:
     ) -> tuple[int, str]:
         """Steps that were made, and why they ended early."""
         minutes, lr = self._how.minutes, self._how.lr
-        optimizer = torch.optim.AdamW(self._trained, lr=lr)
+        descent = Descent(self._trained, lr)
         done, looks, began = 0, 0, time.perf_counter()
         left = math.inf if minutes is None else max(start + 60 * minutes - began, 1e-9)
         for batch in self._stream(train, epochs):
@@ -120,9 +130,7 @@ class Training:
             if share * LOOKS >= looks + 1:
                 looks = int(share * LOOKS)
                 best.offered(self._loss_on(choose))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * share))
-            if not self._step(batch, optimizer):
+            if not self._step(batch, descent, lr * 0.5 * (1 + math.cos(math.pi * share))):
                 return done, "stopped because the loss was not finite"
             done += 1
             running.advance()
@@ -150,34 +158,12 @@ class Training:
                 return
             self._layout = channels_last
 
-    def _divided(self, batches: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Batches that train, and those that choose."""
-        samples = sum(map(_size, batches))
-        flat = [FlatBatch.of(b) for b in batches]
-        if samples < FEW or any(f is None for f in flat):
-            return batches, batches
-        wanted = max(LEAST, round(self._how.held_out * samples))
-        whole = joined(flat)
-        if whole is None:
-            return batches, batches
-        parts = FlatBatch.of(whole)
-        assert parts is not None
-        order = torch.randperm(samples, generator=self._generator, device="cpu")
-        chosen, rest = (FlatBatch([t[i] for t in parts.tensors], parts.form) for i in (order[:wanted], order[wanted:]))
-        return [joined([rest])], [joined([p]) for p in _pieces(chosen, 2 * self._how.batch_size)]
-
     def _stream(self, train: Sequence[Any], epochs: int) -> Iterator[Any]:
         """Batches in a new order in every epoch, augmented."""
         augment = shifted_and_flipped if self._how.augment == "auto" else self._how.augment
         for _ in range(epochs):
             for i in torch.randperm(len(train), generator=self._generator, device="cpu").tolist():
-                flat = FlatBatch.of(train[i])
-                parts = [train[i]]
-                if flat is not None and flat.samples > self._how.batch_size:
-                    order = torch.randperm(flat.samples, generator=self._generator, device="cpu")
-                    mixed = FlatBatch([t[order] for t in flat.tensors], flat.form)
-                    parts = [joined([p]) for p in _pieces(mixed, self._how.batch_size)]
-                for batch in parts:
+                for batch in mixed(train[i], self._how.batch_size, self._generator):
                     yield self._layout(batch if augment is None else augment(batch, self._generator))
 
     # -- steps
@@ -189,9 +175,8 @@ class Training:
                 wanted = run_batch(self._teacher, batch, self._forward_fn)
             with self._cast():
                 given = run_batch(self._model, batch, self._forward_fn)
-            features = feature_losses(ours, theirs, self._features)
-        positions = counted_positions(batch, self._forward_fn)
-        marks = None if positions is None else positions.bool()
+            marks = counted_positions(batch, self._forward_fn)
+            features = feature_losses(ours, theirs, self._features, marks)
         loss = output_loss(given, wanted, self._how.temperature, marks)
         return loss + self._how.feature_weight * features.to(loss.device)
 
@@ -216,26 +201,20 @@ class Training:
         with self._normalising(True):
             return self._loss_on([batch]) <= FITTING * still
 
-    def _step(self, batch: Any, optimizer: torch.optim.Optimizer) -> bool:
-        try:
-            with torch.enable_grad(), self._normalising(self._normed and _size(batch) >= NORMED):
-                loss = self._loss(batch)
-                if not torch.isfinite(loss):
-                    return False
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            if not torch.isfinite(nn.utils.clip_grad_norm_(self._trained, CLIPPED)):
-                return False
-            optimizer.step()
-        finally:
-            optimizer.zero_grad(set_to_none=True)
-        return True
+    def _step(self, batch: Any, descent: Descent, lr: float) -> bool:
+        with torch.enable_grad(), self._normalising(self._normed and size(batch) >= NORMED):
+            return descent.step(self._loss(batch), lr)
+
+    @torch.no_grad()
+    def _leave(self, batch: Any) -> None:
+        """Weights that hooks compute, and what the network keeps of a forward pass, are then of the final state."""
+        run_batch(self._model, self._layout(batch), self._forward_fn)
 
     @torch.no_grad()
     def _loss_on(self, batches: Sequence[Any]) -> float:
         total = count = 0.0
         for batch in batches:
-            n = _size(batch)
+            n = size(batch)
             total, count = total + n * float(self._loss(self._layout(batch))), count + n
         return total / count
 
@@ -244,7 +223,7 @@ class _Best:
     """The state with the least loss so far."""
 
     def __init__(self, model: nn.Module, loss: float) -> None:
-        self._tensors = [*model.parameters(), *model.buffers()]
+        self._tensors = [t for t in (*model.parameters(), *model.buffers()) if writable(t)]
         self.loss, self._state = loss, self._copies()
 
     def offered(self, loss: float) -> None:
@@ -266,14 +245,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _size(batch: Any) -> int:
-    return sample_count(tensors_in(batch)) or 1
-
-
-def _first(batch: Any, samples: int) -> Any:
-    flat = FlatBatch.of(batch)
-    return batch if flat is None else joined([flat.part(0, samples)])
-
-
-def _pieces(flat: FlatBatch, samples: int) -> list[FlatBatch]:
-    return [flat.part(i, i + samples) for i in range(0, flat.samples, samples)]
+def _frozen(norm: nn.Module) -> bool:
+    """Whether somebody has frozen a batch norm: then its statistics stay as well."""
+    parameters = list(norm.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)

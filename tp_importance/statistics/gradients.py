@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.batches import keyed_labels, split_batch
 from ..core.devices import to_model
 from ..core.forward import ForwardFn, run_batch
-from ..core.guards import Guard
+from ..core.guards import gradients_kept
 from ..core.loaders import iterate
 from ..core.progress import track
 from ..core.untouched import untouched
@@ -62,7 +62,7 @@ def loss_gradients(
         True
     """
     checked_loss_fn(loss_fn)
-    with _gradients_kept(model), as_leaves(model):
+    with gradients_kept(model), as_leaves(model):
         with untouched(model), torch.inference_mode(False), torch.enable_grad():
             model.eval()
             for parameter in model.parameters():
@@ -82,22 +82,6 @@ def loss_gradients(
             if not batches:
                 raise ValueError("the loader gave no batch; a re-iterable of labelled batches is needed")
         yield
-
-
-class _gradients_kept(Guard):
-    """Give every parameter the gradient back that it had, and those that are new none."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = model
-
-    def _note(self) -> None:
-        self._before = [(p, p.grad) for p in self._model.parameters()]
-
-    def _restore(self, failed: bool) -> None:
-        self._model.zero_grad(set_to_none=True)
-        for parameter, gradient in self._before:
-            parameter.grad = gradient
 
 
 def loss_of(loss_fn: LossFn, output: Any, labels: Any) -> Tensor:

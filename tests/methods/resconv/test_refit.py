@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from helpers.states import same_state, state
-from tp_importance import Budget, Refit, ResConvPruner
+from tp_importance import Budget, Recovery, Refit, ResConvPruner
 from tp_importance.methods.resconv import convert_to_resconv, remove_layers, resconv_layers
 from tp_importance.methods.resconv.refit import refit_to_removal
 from tp_importance.methods.resconv.report import LayerReport
@@ -79,6 +79,8 @@ def test_the_others_make_up_for_what_is_gone(fuse):
     assert errors["sequential"] < 0.5 * errors["batchnorm"]
     assert bool(resconv_layers(model)) is not fuse
     assert "refitted: " in str(report) and LayerReport.from_dict(report.to_dict()) == report
+    older = {key: value for key, value in report.to_dict().items() if key not in ("refit", "recovery")}
+    assert LayerReport.from_dict(older).removed == report.removed
     gone = {f"{name}.conv" for name in report.removed}
     assert not gone & {row.name for row in report.refit.rows}
 
@@ -129,6 +131,8 @@ def test_after_an_exception_the_model_is_as_before():
     assert same_state(model, before) and [type(m) for m in model.modules()] == modules
     with pytest.raises(ValueError, match="refit='parallel' is for channels"):
         pruner.apply(plan, refit="parallel")
+    with pytest.raises(ValueError, match="downstream=False refits only layers that lose inputs"):
+        pruner.apply(plan, refit=Refit(downstream=False))
 
 
 def test_what_cannot_be_refitted_is_said():
@@ -139,3 +143,22 @@ def test_what_cannot_be_refitted_is_said():
     report = refit_towards(net, dense, x[:2], [x], ["0"], Refit())
     assert "runs several times" in report.rows[0].skipped and report.rows[-1].after < report.rows[-1].before
     assert refit_towards(net, dense, x[:2], [x], ["5"], Refit()).rows == []
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_recovery_leaves_factors_and_frozen_layers(fuse):
+    model = residual()
+    model.blocks[3].requires_grad_(False)
+    frozen = copy.deepcopy(model.blocks[3])
+    pruner = ResConvPruner(model, X, LOADER, budget=Budget(macs=0.7), importance="output")
+    report = pruner.step(fuse=fuse, recover=Recovery(epochs=8, lr=0.02, augment=None, autocast=False))
+    assert report.recovery.after < report.recovery.before and "blocks.3.conv2" not in report.removed
+    if fuse:
+        bn, kernel = frozen["bn2"], model.blocks[3]["conv2"].weight.flatten()
+        gain = (bn.weight / (bn.running_var + bn.eps).sqrt()).view(-1, 1, 1, 1)
+        expected = (frozen["conv2"].weight * gain).flatten()  # times what removed layers hand on
+        assert nn.functional.cosine_similarity(kernel, expected, dim=0) > 1 - 1e-6
+    else:
+        assert [(m.s.item(), m.a.item()) for m in pruner.layers.values()] == [(1.0, 0.0)] * len(pruner.layers)
+        assert all(m.s.requires_grad and m.a.requires_grad for m in pruner.layers.values())
+        assert pruner.step(Budget(macs=0.45), refit=True).removed

@@ -51,7 +51,8 @@ def _prune_layers(job: Job) -> None:
     )
     plan = pruner.plan()
     if plan.removed:
-        pruner.apply(plan, fuse=False, refit=job.repair)
+        # while tensors are on the scale of the dense network
+        job.recovered = pruner.apply(plan, fuse=False, refit=job.repair, recover=job.recovery).recovery
     job.finish()
     if pruner.layers:
         fuse(job.model.eval())

@@ -12,7 +12,7 @@ from torch import nn
 from ...budget import Budget, Cost
 from ...core.arguments import checked_budget, checked_model
 from ...core.eval_mode import warn_in_eval_mode
-from ...core.guards import transaction
+from ...core.guards import preserved, transaction
 from ...core.processes import levels_up, warned_once
 from ...core.progress import phase, shown
 from ...core.stale_optimizers import replacing
@@ -203,7 +203,8 @@ class ResConvPruner(LayerPlanner):
                 ``"sequential"`` (also ``True``): all layers behind the first that goes are refitted by least squares,
                 and make up for what is missing in the residual streams. ``"batchnorm"``: only the batch norm statistics
                 move, by the change that the removal makes.
-            recover: then, before fusing, train the network on the pruner's loader to give what it gave before the step:
+            recover: then, before fusing, train the network on the pruner's loader to give what it gave before the step
+                (with ``fuse=False`` all but the factors s and a):
                 ``True``, a number of minutes or a :class:`~tp_importance.Recovery`; see
                 :func:`~tp_importance.recover`.
 
@@ -214,7 +215,7 @@ class ResConvPruner(LayerPlanner):
             BudgetError: if the budget cannot be reached.
             RuntimeError: if the result does not cost or compute what was planned, or after the model was fused; the
                 model is then as before.
-            ValueError: if refit or recovery have no loader, or for ``refit="parallel"``.
+            ValueError: if refit or recovery have no loader, and for a refit that is for channels.
 
         Warns:
             UserWarning: if nothing needs to be removed, or (without data) a removed layer with a = 0 becomes the
@@ -262,7 +263,7 @@ class ResConvPruner(LayerPlanner):
         step, refitted, recovered, done = transaction(self.model, in_place), None, None, RemovalReport([], {}, {})
         with shown(self._progress), step, replacing(self.model):
             if plan.removed:
-                refitted, recovered, done = self._removed(plan, settings, recovery)
+                refitted, recovered, done = self._removed(plan, settings, recovery, fuse)
             if fuse and self.layers:
                 fuse_layers(self.model.eval())
             cost = Cost(*count_ops(self.model, self._example_inputs, forward_fn=run))
@@ -288,7 +289,7 @@ class ResConvPruner(LayerPlanner):
         return report
 
     def _removed(
-        self, plan: LayerPlan, settings: Refit | None, recovery: Recovery | None
+        self, plan: LayerPlan, settings: Refit | None, recovery: Recovery | None, fuse: bool
     ) -> tuple[RefitReport | None, RecoveryReport | None, RemovalReport]:
         """Refit for a removal, remove, and repair while tensors are still on the scale of the dense network."""
         model, x, loader, run = self.model, self._example_inputs, self.loader, self._forward_fn
@@ -308,7 +309,12 @@ class ResConvPruner(LayerPlanner):
                 if follows:
                     recalibrate_batchnorm(model, loader, reference=reference, forward_fn=run)
                 if recovery is not None:
-                    recovered = recover_network(model, reference.model, loader, recovery, forward_fn=run)
+                    with preserved(model):
+                        for layer in resconv_layers(model).values():
+                            if not fuse or not layer.conv.weight.requires_grad:  # what the user's training says stays
+                                for factor in (layer.s, layer.a):
+                                    factor.requires_grad_(False)
+                        recovered = recover_network(model, reference.model, loader, recovery, forward_fn=run)
 
         done = remove_layers(model, x, plan.controls or plan.removed, forward_fn=run, repair=repair)
         return refitted, recovered, done
@@ -339,6 +345,11 @@ class ResConvPruner(LayerPlanner):
             raise ValueError(
                 "refit='parallel' is for channels: what the layers that stay can make up for is only known from one to "
                 "the next; give refit='sequential' or 'batchnorm'"
+            )
+        if settings is not None and settings.solves and not settings.downstream:
+            raise ValueError(
+                "downstream=False refits only layers that lose inputs, and the removal of layers takes none away: "
+                "leave it out of Refit(...)"
             )
         if settings is not None:
             settings.require_data(self.loader)

@@ -108,7 +108,8 @@ def remove_layers(
     def again() -> Flow:
         return record(model, example_inputs, layers=LAYERS, forward_fn=run)
 
-    with transaction(model), preserved(model), torch.no_grad(), replacing(model):
+    in_place = () if repair is None else (*model.parameters(), *model.buffers())
+    with transaction(model, in_place), preserved(model), torch.no_grad(), replacing(model):
         idle = _idle_activations(model, again())
         for name, factor in factors.items():
             layer = model.get_submodule(name)
@@ -164,7 +165,8 @@ def _factor(model: nn.Module, name: str, given: float | None) -> float:
     a = module.a.item()
     if not 0 <= a < math.inf:
         raise ValueError(
-            f"layer {name} has a={a:g}; a removed layer hands on a times its input, so a must be finite and >= 0"
+            f"layer {name} has a={a:g}; a removed layer hands on a times its input, so a must be finite and >= 0: "
+            "train it with ResConvPruner.regularize, which sees to that, or clamp it"
         )
     if a == 0:
         warnings.warn(f"layer {name} has a=0 (not trained yet?): it becomes the identity", stacklevel=3)

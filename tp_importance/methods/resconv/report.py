@@ -93,8 +93,8 @@ class LayerReport(CostReport):
         """Rebuild a report from :meth:`to_dict`."""
         costs = {key: Cost(**data[key]) for key in ("dense", "cost")}
         rows, times = [LayerRow(**row) for row in data["rows"]], LatencyTimes.from_dict(data["latency_ms"])
-        refit = None if data["refit"] is None else RefitReport.from_dict(data["refit"])
-        recovery = None if data["recovery"] is None else RecoveryReport(**data["recovery"])
+        refit = None if data.get("refit") is None else RefitReport.from_dict(data["refit"])
+        recovery = None if data.get("recovery") is None else RecoveryReport(**data["recovery"])
         return cls(**{**data, **costs, "rows": rows, "latency_ms": times, "refit": refit, "recovery": recovery})
 
     def to_frame(self) -> Any:
