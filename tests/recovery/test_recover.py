@@ -151,6 +151,16 @@ def test_few_samples_and_batches_of_one():
     assert report.after <= report.before and report.samples == 20
 
 
+def test_few_samples_that_a_batch_norm_could_not_normalise_by():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+    report = recover(model, dense, [torch.randn(1, 3)], QUICK)
+    assert report.after < report.before and report.samples == 1
+
+
 def test_batches_that_are_not_finite_end_it_with_the_best_state():
     dense, model = pruned()
     calls = []

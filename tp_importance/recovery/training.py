@@ -197,6 +197,8 @@ class Training:
     @torch.no_grad()
     def _norms_fit(self, batch: Any) -> bool:
         """Whether normalising by a batch does about what the statistics do; moves them."""
+        if size(batch) < NORMED:
+            return False
         still = self._loss_on([batch])
         with self._normalising(True):
             return self._loss_on([batch]) <= FITTING * still
