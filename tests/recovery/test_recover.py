@@ -156,9 +156,11 @@ def test_few_samples_that_a_batch_norm_could_not_normalise_by():
     dense = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).eval()
     model = copy.deepcopy(dense)
     with torch.no_grad():
-        model[0].weight[:2] = 0
-    report = recover(model, dense, [torch.randn(1, 3)], QUICK)
-    assert report.after < report.before and report.samples == 1
+        model[0].weight[:5] = 0
+    for samples in (1, 4):  # of one, training mode would refuse
+        report = recover(copy.deepcopy(model), dense, [torch.randn(samples, 3)], QUICK)
+        assert report.samples == samples and not report.stopped
+    assert report.after < report.before
 
 
 def test_batches_that_are_not_finite_end_it_with_the_best_state():
