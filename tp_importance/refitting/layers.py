@@ -184,7 +184,7 @@ def refittable(
                 gone[m.name].append(m.positions(units))
             elif m.role == "out":
                 lost[m.name].append(m.positions(units))
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    owners = _owners(model)
     order, calls = groups.trace.first_call(), Counter(call.name for call in groups.trace.calls)
     names = set(gone)
     if downstream and gone:
@@ -212,23 +212,32 @@ def refittable(
     return refits, skipped
 
 
-def whole(trace: Trace, name: str) -> LayerRefit | RefitRow:
-    """A layer that keeps all its features, to be refitted to other inputs; or the row that says why it cannot be.
+def whole(trace: Trace, names: Sequence[str]) -> tuple[list[LayerRefit], list[RefitRow]]:
+    """Layers that keep all their features, to be refitted to other inputs, and rows that say why others cannot be.
 
     Args:
         trace: of the network.
-        name: of a convolution or linear layer.
+        names: of convolutions and linear layers.
     """
-    module = trace.model.get_submodule(name)
-    owners = Counter(id(p) for m in trace.model.modules() for p in m._parameters.values() if p is not None)
-    reason = _obstacle(module, owners)
-    if not reason and sum(call.name == name for call in trace.calls) > 1:
-        reason = "it runs several times: a refit would take passes of its own"
-    if reason:
-        return RefitRow(name, 0, 0, skipped=reason)
-    groups, outputs, features = _shape(module)
-    kept, stay = (torch.ones(groups, n, dtype=torch.bool, device="cpu") for n in (features, outputs))
-    return LayerRefit(name, module, kept, stay, trace.batch_norm_behind(name, alone=True))
+    owners, calls = _owners(trace.model), Counter(call.name for call in trace.calls)
+    refits, skipped = [], []
+    for name in names:
+        module = trace.model.get_submodule(name)
+        reason = _obstacle(module, owners)
+        if not reason and calls[name] > 1:
+            reason = "it runs several times: a refit would take passes of its own"
+        if reason:
+            skipped.append(RefitRow(name, 0, 0, skipped=reason))
+            continue
+        groups, outputs, features = _shape(module)
+        kept, stay = (torch.ones(groups, n, dtype=torch.bool, device="cpu") for n in (features, outputs))
+        refits.append(LayerRefit(name, module, kept, stay, trace.batch_norm_behind(name, alone=True)))
+    return refits, skipped
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter."""
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
 
 
 def _obstacle(module: nn.Module, owners: Counter[int]) -> str:

@@ -13,8 +13,8 @@ from ..graph.groups import PrunableGroups
 from ..graph.layer_kinds import CONV
 from ..graph.trace_options import TraceOptions
 from ..graph.tracing import trace
-from .layers import LayerRefit, whole
-from .report import RefitReport, RefitRow
+from .layers import whole
+from .report import RefitReport
 from .sequential import SequentialRefit
 from .settings import Refit
 
@@ -70,8 +70,7 @@ def refit_towards(
     first = min((order[name] for name in changed if name in order), default=len(order))
     layers = {n for n, m in model.named_modules() if isinstance(m, (*CONV, nn.Linear))} - set(changed)
     behind = sorted((n for n in layers if order.get(n, -1) > first), key=lambda n: order[n])
-    found = [whole(traced, name) for name in behind]
-    refits, rows = [r for r in found if isinstance(r, LayerRefit)], [r for r in found if isinstance(r, RefitRow)]
+    refits, rows = whole(traced, behind)
     if not refits:
         return RefitReport("sequential", 0, rows)
     nothing = PrunableGroups([], [], traced, traced.options)
